@@ -1,0 +1,41 @@
+"""pdx: LLM inference as two problems, prefill and decode, in JAX and Pallas.
+
+Names are imported on first use, so that `import pdx` and `pdx --help` stay light.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "ModelConfig": "pdx.config",
+    "RopeConfig": "pdx.config",
+    "PdxError": "pdx.errors",
+    "load": "pdx.weights.load",
+    "Model": "pdx.weights.load",
+    "forward": "pdx.model",
+    "init_params": "pdx.model",
+    "init_cache": "pdx.cache.dense",
+    "DenseCache": "pdx.cache.dense",
+    "prefill": "pdx.steps",
+    "decode_step": "pdx.steps",
+    "decode_many": "pdx.steps",
+    "verify": "pdx.steps",
+    "SamplingOptions": "pdx.sampling",
+    "Tokenizer": "pdx.tokenizer",
+    "generate": "pdx.generate",
+    "stream": "pdx.generate",
+}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'pdx' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

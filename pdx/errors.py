@@ -1,0 +1,32 @@
+"""The errors a user can meet, each with what to do about it in its text."""
+
+
+class PdxError(Exception):
+    """Base of every error pdx raises on purpose; the command line prints it without a traceback."""
+
+
+class ModelNotFoundError(PdxError):
+    """A model argument that names nothing pdx can find."""
+
+
+class ModelFileError(PdxError):
+    """A model file that is corrupted, truncated, incomplete or of an unknown kind.
+
+    The text names the file, the tensor or field, and what was expected.
+    """
+
+
+class UnsupportedModelError(PdxError):
+    """A well-formed model of an architecture, or with a feature, that pdx does not have."""
+
+
+class DownloadError(PdxError):
+    """A built-in model that could not be fetched or does not match its checksum."""
+
+
+class ContextLengthError(PdxError, ValueError):
+    """A prompt, or a prompt with what it is to generate, that the context or the cache cannot hold."""
+
+
+class RequestError(PdxError, ValueError):
+    """A request with a setting that makes no sense (an empty prompt, a negative temperature)."""
