@@ -1,0 +1,116 @@
+"""Meshes and logical axes: the one table from what an axis means to where it lies.
+
+Every parameter and cache leaf is declared as an `ArraySpec`: shape, dtype and logical axes together.
+Initialisation, loading, placement and the abstract arguments of ahead-of-time compilation all derive
+from that declaration. One device is a mesh of one device, without special cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "model")
+
+# Logical axis -> mesh axis. An axis that is not listed, or None, is on every device.
+LOGICAL_TO_MESH: dict[str, str] = {
+    "batch": "data",
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array as declared: what it is before it holds anything.
+
+    `axes` names the logical meaning of each dimension (None: never sharded). `units` says in how many
+    indivisible pieces a dimension comes, where that is not its size: a projection of N heads of H has
+    N*H rows, but only whole heads may be dealt out.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: Any
+    units: tuple[int, ...] | None = None
+    init: str = "normal"  # normal | ones | zeros
+
+    def __post_init__(self):
+        if len(self.axes) != len(self.shape) or (self.units and len(self.units) != len(self.shape)):
+            raise ValueError(f"shape {self.shape}, axes {self.axes} and units {self.units} differ in rank")
+
+    def partition(self, mesh: Mesh) -> PartitionSpec:
+        """Where the table puts each dimension on `mesh`; what does not divide stays whole."""
+        units = self.units or self.shape
+        return PartitionSpec(*(mesh_axis(axis, n, mesh) for axis, n in zip(self.axes, units, strict=True)))
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        return NamedSharding(mesh, self.partition(mesh))
+
+    def abstract(self, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and sharding without data, for `jit(...).lower`."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh) if mesh else None)
+
+
+def mesh_axis(axis: str | None, units: int, mesh: Mesh) -> str | None:
+    """The mesh axis for `units` pieces of a logical axis, or None where they cannot be dealt out evenly."""
+    name = LOGICAL_TO_MESH.get(axis) if axis else None
+    if name is None or name not in mesh.shape or mesh.shape[name] == 1 or units % mesh.shape[name]:
+        return None
+    return name
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ArraySpec)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Read `data=2,model=4`. Raises ValueError for an unknown axis or a size below 1."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"mesh {text!r}: expected axes out of {', '.join(MESH_AXES)} with a size each, "
+                             "such as data=2,model=4")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: str | dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data` and `model`; an axis that is not named has size 1.
+
+    Uses the first data*model devices. Raises ValueError when there are fewer.
+    """
+    if isinstance(sizes, str):
+        sizes = parse_mesh(sizes)
+    shape = tuple((sizes or {}).get(axis, 1) for axis in MESH_AXES)
+    devices = list(devices if devices is not None else jax.devices())
+    count = math.prod(shape)
+    if count > len(devices):
+        raise ValueError(f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} needs {count} devices, "
+                         f"there are {len(devices)} ({devices[0].platform})")
+    return Mesh(np.array(devices[:count]).reshape(shape), MESH_AXES)
+
+
+def replicated(specs: Iterable[ArraySpec], mesh: Mesh) -> list[str]:
+    """Sentences on the logical axes that the table would shard but that do not divide, for the user to read."""
+    said: dict[str, str] = {}
+    for spec in specs:
+        for axis, units in zip(spec.axes, spec.units or spec.shape, strict=True):
+            name = LOGICAL_TO_MESH.get(axis) if axis else None
+            if name in mesh.shape and units % mesh.shape[name]:
+                said[axis] = f"{axis} ({units}) does not divide over {name}={mesh.shape[name]}: replicated"
+    return list(said.values())
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """Put a tree of arrays (numpy or jax) onto `mesh` as `specs`, a tree of the same structure, declare."""
+    return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(mesh)), specs, tree, is_leaf=is_spec)
