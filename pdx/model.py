@@ -5,10 +5,20 @@ Prefill, decode and verification are this `forward` with T = chunk, 1 and draft 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
 
+from pdx.cache.dense import DenseCache
 from pdx.config import ModelConfig
+from pdx.layers.attention import Kernels, attention
+from pdx.layers.linear import embed, unembed
+from pdx.layers.mlp import mlp
+from pdx.layers.norm import rms_norm
+from pdx.layers.rope import rotation
 from pdx.sharding import ArraySpec, is_spec
 
 Params = dict
@@ -78,4 +88,93 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
             return jnp.zeros(spec.shape, spec.dtype)
         return (jax.random.normal(key, spec.shape) * spec.shape[-1] ** -0.5).astype(spec.dtype)
 
-    return jax.tree.unflatten(tree, [make(s, k) for s, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)])
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [make(s, k) for s, k in zip(leaves, keys, strict=True)])
+
+
+@struct.dataclass
+class ForwardOutput:
+    """What `forward` returns; a field that was not asked for is None (or empty)."""
+
+    logits: Float[Array, "B V"] | Float[Array, "B T V"] | None
+    cache: DenseCache | None
+    final_hidden: Float[Array, "B T D"]  # behind the last norm, before the head
+    hidden: dict[int, Float[Array, "B T D"]]  # residual stream: 0 the embedding, i behind layer i
+
+
+def forward(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Int[Array, "B T"],
+    cache: DenseCache | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    logits: Literal["last", "all", "none"] = "all",
+    hidden_layers: tuple[int, ...] = (),
+    kernels: Kernels = "auto",
+) -> ForwardOutput:
+    """Run T tokens a row behind what the cache holds, or by themselves without a cache.
+
+    Args:
+      params: as `param_specs` declares them.
+      tokens: token ids; ids outside the vocabulary are clipped into it.
+      cache: appended to and returned. None: plain causal attention inside the chunk, through static
+        shapes only, so that the result differentiates and vmaps.
+      lengths: how many of the T tokens of each row are real; the rest is padding, which is neither
+        written nor seen. None: all.
+      logits: of the last real token of each row [B, V], of all positions [B, T, V], or none.
+        A row of length 0 has no last token: its logits mean nothing.
+      hidden_layers: residual streams to hand out: 0 is the embedding, i is behind layer i, up to L.
+      kernels: auto, xla or pallas, for attention over a cache.
+
+    Raises:
+      ValueError: a layer that does not exist, or a chunk larger than the cache was made for.
+    """
+    b, t = tokens.shape
+    if any(not 0 <= i <= cfg.num_layers for i in hidden_layers):
+        raise ValueError(f"hidden_layers {hidden_layers}: a model of {cfg.num_layers} layers has 0 to {cfg.num_layers}")
+    if cache is not None and t > cache.chunk:
+        raise ValueError(f"a chunk of {t} tokens is more than this cache takes at once, {cache.chunk}: "
+                         f"send smaller chunks, or init_cache(..., chunk={t})")
+    if lengths is None:
+        lengths = jnp.full((b,), t, jnp.int32)
+    offsets = jnp.arange(t, dtype=jnp.int32)[None]
+    valid = offsets < lengths[:, None]
+    held = cache.lengths if cache is not None else jnp.zeros((b,), jnp.int32)
+    positions = held[:, None] + offsets
+    total = jnp.where(lengths > 0, held + lengths, 0)  # a row that takes no part is not read
+    rotations = {r: rotation(r, cfg.head_dim, positions) for r in {cfg.layer_rope(i) for i in range(cfg.num_layers)}}
+
+    x = embed(params["embed"], tokens, cfg.embed_scale)
+    hidden = {0: x} if 0 in hidden_layers else {}
+    layers = []
+    for i, p in enumerate(params["layers"]):
+        y, layer_cache = attention(
+            p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), layer=i, rotation=rotations[cfg.layer_rope(i)],
+            positions=positions, valid=valid, lengths=total, cache=cache.layers[i] if cache is not None else None,
+            kernels=kernels,
+        )  # fmt: skip
+        layers.append(layer_cache)
+        x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
+        y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))
+        x = x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
+        if i + 1 in hidden_layers:
+            hidden[i + 1] = x
+    x = rms_norm(x, params["final_norm"], cfg.norm_eps)
+    return ForwardOutput(
+        logits=_logits(params, cfg, x, lengths, logits),
+        cache=cache.advance(lengths, tuple(layers)) if cache is not None else None,
+        final_hidden=x,
+        hidden=hidden,
+    )
+
+
+def _logits(params: Params, cfg: ModelConfig, x: Float[Array, "B T D"], lengths: Int[Array, " B"], which: str):
+    if which == "none":
+        return None
+    head = params.get("lm_head", params["embed"])
+    if which == "last":
+        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    elif which != "all":
+        raise ValueError(f"logits {which!r} is not one of last, all, none")
+    return unembed(x, head, cfg.logit_softcap)

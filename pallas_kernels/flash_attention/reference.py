@@ -1,0 +1,47 @@
+"""What attention over a dense cache means, in a page: the whole score matrix at once.
+
+Plain array operations with static shapes, so it differentiates and vmaps; its memory grows with T*S.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.masking import MASKED, precision_of, soft_cap, visible
+
+
+def slot_positions(lengths: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
+    """The position that each slot of a ring holds; below zero where it holds nothing.
+
+    A cache of S slots keeps position p in slot p mod S. A cache that never wraps is the same thing.
+    """
+    last = lengths[:, None] - 1
+    return last - (last - jnp.arange(slots)) % slots
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    query_positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention of T queries a row over what the row's cache holds; the contract is in `api.py`."""
+    b, t, n, h = q.shape
+    kv_heads, slots = k.shape[1], k.shape[2]
+    precision = precision_of(q.dtype)
+    grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
+    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = soft_cap(logits * scale, softcap)
+    mask = visible(query_positions, slot_positions(lengths, slots), lengths, window)[:, None, None]
+    logits = jnp.where(mask, logits, MASKED)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True)) * mask
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, precision=precision,
+                     preferred_element_type=jnp.float32)  # fmt: skip
+    return out.reshape(b, t, n, h).astype(q.dtype)

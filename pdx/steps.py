@@ -1,0 +1,203 @@
+"""The two phases as pure jitted functions over one cache, which is donated and returned.
+
+`prefill` appends a chunk, `decode_step` one token a row, `decode_many` decodes and samples on the device,
+`verify` scores a draft. Each is `pdx.model.forward` with another T and another row of logits kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pdx.cache.dense import DenseCache
+from pdx.config import ModelConfig
+from pdx.layers.attention import Kernels
+from pdx.model import Params, forward
+from pdx.sampling import SampleOutput, SamplingState, sample
+
+
+def prefill(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: DenseCache,
+    *,
+    kernels: Kernels = "auto",
+    check: bool = True,
+) -> tuple[Float[Array, "B V"], DenseCache]:
+    """Append `lengths` new tokens of each row behind what the row holds; compute-bound.
+
+    A longer prompt is fed in chunks by calling this again. A row of length 0 is untouched and its
+    logits mean nothing. The cache given is donated: use the one returned.
+
+    Args:
+      check: look, on the host, whether the tokens fit, and raise if not. It waits for the cache;
+        callers that keep count themselves switch it off. A row that overflows unchecked, or under an
+        outer `jit`, gets NaN logits: never a silent truncation.
+
+    Returns:
+      Logits behind the last new token of each row, f32, and the cache.
+
+    Raises:
+      ContextLengthError: a row has no room for its tokens.
+      ValueError: T is larger than the cache's chunk.
+    """
+    if check:
+        _check(cache, lengths, tokens)
+    return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
+
+
+def decode_step(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    cache: DenseCache,
+    *,
+    kernels: Kernels = "auto",
+    check: bool = True,
+) -> tuple[Float[Array, "B V"], DenseCache]:
+    """Append one token to each active row; bound by reading the weights and the cache.
+
+    Inactive rows neither grow nor are read; their logits mean nothing. See `prefill` for the rest.
+    """
+    active = jnp.asarray(active)
+    if check:
+        _check(cache, active)
+    return _decode_step(params, cfg, tokens, active, cache, kernels)
+
+
+@struct.dataclass
+class Decoded:
+    """What `decode_many` returns: n tokens a row, and everything needed to go on."""
+
+    tokens: Int[Array, "B n"]
+    logprobs: Float[Array, "B n"]
+    top_ids: Int[Array, "B n m"]
+    top_logprobs: Float[Array, "B n m"]
+    last: Int[Array, " B"]  # the newest token of each row, not in the cache yet
+    sampling: SamplingState
+    cache: DenseCache
+
+
+def decode_many(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Int[Array, " B"],
+    cache: DenseCache,
+    sampling: SamplingState,
+    n: int,
+    *,
+    active: Bool[Array, " B"] | None = None,
+    steps: int | Int[Array, ""] | None = None,
+    num_logprobs: int = 0,
+    kernels: Kernels = "auto",
+    check: bool = True,
+) -> Decoded:
+    """Decode and sample n tokens a row in one program: tokens stay on the device between steps.
+
+    Args:
+      tokens: the newest token of each row, not in the cache yet.
+      sampling: settings and counts of each row; donated, as the cache is.
+      n: static length of the result.
+      steps: how many of the n to run, a number that may change without a new program; the columns
+        behind it are 0. None: all.
+      active: rows that take part; the others keep their token. None: all.
+      num_logprobs: how many of the best alternatives to report for each token (static).
+
+    Raises:
+      ContextLengthError: as `prefill`, for n (or `steps`) more tokens.
+    """
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    steps = jnp.asarray(n if steps is None else steps, jnp.int32)
+    if check:
+        _check(cache, jnp.where(active, steps, 0))
+    return _decode_many(params, cfg, tokens, cache, sampling, n, jnp.asarray(active), steps, num_logprobs, kernels)
+
+
+def verify(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: DenseCache,
+    *,
+    kernels: Kernels = "auto",
+    check: bool = True,
+) -> tuple[Float[Array, "B T V"], DenseCache]:
+    """Append a draft and score every token of it; then `cache.truncate(lengths)` drops what was rejected.
+
+    `tokens` are the newest token and G drafted ones (T = G + 1); logits [:, i] follow token i.
+    See `prefill` for the rest.
+    """
+    if check:
+        _check(cache, lengths, tokens)
+    return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
+
+
+def _check(cache: DenseCache, lengths, tokens=None) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((cache.lengths, lengths))):
+        return
+    if tokens is not None and int(jnp.max(lengths)) > tokens.shape[1]:
+        raise ValueError(f"a row is said to hold {int(jnp.max(lengths))} new tokens, but the chunk is "
+                         f"{tokens.shape[1]} wide")
+    cache.check_room(lengths)
+
+
+def _poison(logits: jax.Array, cache: DenseCache) -> jax.Array:
+    """NaN for rows that hold more than fits: what was dropped must not pass for an answer."""
+    full = cache.lengths > cache.capacity
+    return jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+
+
+@partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames="cache")
+def _prefill(params, cfg, tokens, lengths, cache, kernels):
+    out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
+    return _poison(out.logits, out.cache), out.cache
+
+
+def _step(params, cfg, tokens, active, cache, kernels):
+    lengths = active.astype(jnp.int32)
+    out = forward(params, cfg, tokens[:, None], cache, lengths=lengths, logits="all", kernels=kernels)
+    return _poison(out.logits[:, 0], out.cache), out.cache
+
+
+_decode_step = jax.jit(_step, static_argnames=("cfg", "kernels"), donate_argnames="cache")
+
+
+@partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames="cache")
+def _verify(params, cfg, tokens, lengths, cache, kernels):
+    out = forward(params, cfg, tokens, cache, lengths=lengths, logits="all", kernels=kernels)
+    return _poison(out.logits, out.cache), out.cache
+
+
+@partial(
+    jax.jit, static_argnames=("cfg", "n", "num_logprobs", "kernels"), donate_argnames=("cache", "sampling")
+)
+def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_logprobs, kernels):
+    b = tokens.shape[0]
+    empty = SampleOutput(
+        tokens=jnp.zeros((b, n), jnp.int32),
+        logprob=jnp.zeros((b, n), jnp.float32),
+        top_ids=jnp.zeros((b, n, num_logprobs), jnp.int32),
+        top_logprobs=jnp.zeros((b, n, num_logprobs), jnp.float32),
+    )
+
+    def body(i, carry):
+        tokens, cache, sampling, rows = carry
+        logits, cache = _step(params, cfg, tokens, active, cache, kernels)
+        # The token drawn now will stand at this position: its randomness is that of (seed, position).
+        drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs)
+        sampling = sampling.observe(drawn.tokens, active)
+        rows = jax.tree.map(lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, i, 1), rows, drawn)
+        return jnp.where(active, drawn.tokens, tokens), cache, sampling, rows
+
+    last, cache, sampling, rows = lax.fori_loop(0, jnp.minimum(steps, n), body, (tokens, cache, sampling, empty))
+    return Decoded(rows.tokens, rows.logprob, rows.top_ids, rows.top_logprobs, last, sampling, cache)
