@@ -111,6 +111,15 @@ def replicated(specs: Iterable[ArraySpec], mesh: Mesh) -> list[str]:
     return list(said.values())
 
 
+def constrain(x: jax.Array, spec: ArraySpec, mesh: Mesh | None) -> jax.Array:
+    """Hold `x` to the placement of `spec` inside a jitted function; without a mesh, nothing.
+
+    A step must return its cache as it took it: otherwise the compiler may choose another placement,
+    which breaks the aliasing and compiles the next call anew.
+    """
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec.sharding(mesh))
+
+
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """Put a tree of arrays (numpy or jax) onto `mesh` as `specs`, a tree of the same structure, declare."""
     return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(mesh)), specs, tree, is_leaf=is_spec)

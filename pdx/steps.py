@@ -19,6 +19,7 @@ from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
+from pdx.sharding import ArraySpec, constrain
 
 
 def prefill(
@@ -151,22 +152,24 @@ def _check(cache: DenseCache, lengths, tokens=None) -> None:
     cache.check_room(lengths)
 
 
-def _poison(logits: jax.Array, cache: DenseCache) -> jax.Array:
+def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
     """NaN for rows that hold more than fits: what was dropped must not pass for an answer."""
     full = cache.lengths > cache.capacity
-    return jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+    logits = jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+    axes = ("batch", *[None] * (logits.ndim - 2), "vocab")
+    return constrain(logits, ArraySpec(logits.shape, axes, logits.dtype), cache.mesh), cache
 
 
 @partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames="cache")
 def _prefill(params, cfg, tokens, lengths, cache, kernels):
     out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
-    return _poison(out.logits, out.cache), out.cache
+    return _finish(out.logits, out.cache)
 
 
 def _step(params, cfg, tokens, active, cache, kernels):
     lengths = active.astype(jnp.int32)
     out = forward(params, cfg, tokens[:, None], cache, lengths=lengths, logits="all", kernels=kernels)
-    return _poison(out.logits[:, 0], out.cache), out.cache
+    return _finish(out.logits[:, 0], out.cache)
 
 
 _decode_step = jax.jit(_step, static_argnames=("cfg", "kernels"), donate_argnames="cache")
@@ -175,7 +178,7 @@ _decode_step = jax.jit(_step, static_argnames=("cfg", "kernels"), donate_argname
 @partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames="cache")
 def _verify(params, cfg, tokens, lengths, cache, kernels):
     out = forward(params, cfg, tokens, cache, lengths=lengths, logits="all", kernels=kernels)
-    return _poison(out.logits, out.cache), out.cache
+    return _finish(out.logits, out.cache)
 
 
 @partial(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError
 from pdx.shapes import round_up
-from pdx.sharding import ArraySpec, is_spec
+from pdx.sharding import ArraySpec, constrain, is_spec
 
 SLOT_MULTIPLE = 128
 # A draft and its verified token: what `truncate` must be able to take back at any time.
@@ -62,6 +62,7 @@ class DenseCache:
     capacity: int = struct.field(pytree_node=False)
     chunk: int = struct.field(pytree_node=False)
     windows: tuple[int | None, ...] = struct.field(pytree_node=False)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
     @property
     def batch(self) -> int:
@@ -70,7 +71,8 @@ class DenseCache:
     def advance(self, lengths: Int[Array, " B"], layers: tuple[LayerCache, ...]) -> DenseCache:
         """The cache with `layers` and `lengths` more tokens a row."""
         total = self.lengths + lengths
-        return self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total))
+        grown = self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total))
+        return jax.tree.map(lambda x: constrain(x, _spec(x.shape, x.dtype), self.mesh), grown)
 
     def check_room(self, lengths) -> None:
         """Raise ContextLengthError where `lengths` [B] more tokens do not fit. Waits for the device."""
@@ -114,6 +116,12 @@ class DenseCache:
                 )
 
 
+def _spec(shape: tuple[int, ...], dtype) -> ArraySpec:
+    """What a leaf of the cache is: [B, K, S, H] keys or values, or a count a row."""
+    axes = ("batch", "kv_heads", None, None)[: len(shape)]
+    return ArraySpec(shape, axes, dtype, init="zeros")
+
+
 def layer_slots(window: int | None, capacity: int, chunk: int) -> int:
     """Slots of a layer: the capacity, or what a window needs for chunks of `chunk` and drafts of 16."""
     if window is None:
@@ -121,7 +129,10 @@ def layer_slots(window: int | None, capacity: int, chunk: int) -> int:
     return min(capacity, round_up(window - 1 + max(chunk, MAX_DRAFT + 1), SLOT_MULTIPLE))
 
 
-def cache_specs(cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32):
+def cache_specs(
+    cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
+    mesh: Mesh | None = None,
+) -> DenseCache:  # fmt: skip
     """The cache as declared: a `DenseCache` whose leaves are `ArraySpec`s."""
     if batch < 1 or capacity < 1 or chunk < 1:
         raise ValueError(f"batch {batch}, capacity {capacity} and chunk {chunk} must be at least 1")
@@ -129,11 +140,10 @@ def cache_specs(cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEF
 
     def layer(window):
         shape = (batch, cfg.num_kv_heads, layer_slots(window, capacity, chunk), cfg.head_dim)
-        spec = ArraySpec(shape, ("batch", "kv_heads", None, None), dtype, init="zeros")
-        return LayerCache(spec, spec)
+        return LayerCache(_spec(shape, dtype), _spec(shape, dtype))
 
-    count = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros")
-    return DenseCache(tuple(layer(w) for w in cfg.windows), count, count, capacity, min(chunk, capacity), cfg.windows)
+    count, layers = _spec((batch,), jnp.int32), tuple(layer(w) for w in cfg.windows)
+    return DenseCache(layers, count, count, capacity, min(chunk, capacity), cfg.windows, mesh)
 
 
 def init_cache(
@@ -145,7 +155,7 @@ def init_cache(
     `chunk` is the most tokens one prefill call may append: window layers are laid out for it.
     With a `mesh`, rows go over `data` and KV heads over `model`.
     """
-    specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype)
+    specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh)
 
     def zeros(spec: ArraySpec):
         return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding(mesh) if mesh else None)

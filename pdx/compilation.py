@@ -1,0 +1,36 @@
+"""The persistent compilation cache: on by default, in pdx's own folder, and easily switched off."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+OFF = ("0", "off", "no", "false")
+
+
+def home() -> Path:
+    """Where pdx keeps models and compiled programs: `PDX_HOME`, else the platform's cache folder."""
+    return Path(os.environ.get("PDX_HOME") or platformdirs.user_cache_dir("pdx", appauthor=False))
+
+
+def enable_cache() -> Path | None:
+    """Switch JAX's persistent compilation cache on, unless the user has set one up or switched it off.
+
+    `PDX_COMPILATION_CACHE` is a folder, or `off`; a cache that JAX was told of already
+    (`JAX_COMPILATION_CACHE_DIR`) is left alone. Returns the folder in use, None if there is none.
+    """
+    import jax
+
+    wanted = os.environ.get("PDX_COMPILATION_CACHE", "")
+    if wanted.lower() in OFF and wanted:
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = Path(wanted) if wanted else home() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs count too: a step is made of a few of them, and each costs a second start-up time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder

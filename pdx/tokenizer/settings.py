@@ -1,0 +1,87 @@
+"""What a model's files say about its text beyond the vocabulary: named tokens, ends of generation, chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pdx.errors import ModelFileError
+
+_FORMAT = 1
+
+# Special tokens that close a turn or a document in the families pdx knows. A file often names only one of
+# them as its eos: Gemma's `<eos>` but not `<end_of_turn>`, Llama 3's `<|end_of_text|>` but not `<|eot_id|>`.
+END_OF_TURN = frozenset(
+    {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"},
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The part of a tokenizer that `tokenizer.json` does not hold.
+
+    named: `bos_token`, `eos_token`, ... -> its text, as chat templates see them.
+    eos_ids: every token id that ends a generation.
+    templates: name -> jinja2 source; "default" unless the model has several.
+    source: where this came from, for error messages.
+    """
+
+    named: Mapping[str, str] = field(default_factory=dict)
+    eos_ids: frozenset[int] = frozenset()
+    templates: Mapping[str, str] = field(default_factory=dict)
+    source: str = "this model"
+
+    def to_json(self) -> str:
+        data = {
+            "format": _FORMAT,
+            "named": dict(self.named),
+            "eos_ids": sorted(self.eos_ids),
+            "templates": dict(self.templates),
+        }
+        return json.dumps(data, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Settings:
+        """The inverse of `to_json`. Raises ModelFileError that names `source`."""
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT:
+                raise ModelFileError(
+                    f"{source}: tokenizer format {data['format']!r} is not {_FORMAT}; convert the model again"
+                )
+            return cls(
+                named=_strings(data["named"]),
+                eos_ids=frozenset(int(i) for i in data["eos_ids"]),
+                templates=_strings(data["templates"]),
+                source=source,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFileError(
+                f"{source}: not a tokenizer description saved by pdx ({error}); convert the model again"
+            ) from error
+
+
+def _strings(mapping: Mapping[Any, Any]) -> dict[str, str]:
+    for key, value in mapping.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"{key!r} should map to a string")
+    return dict(mapping)
+
+
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`; {} where there is no such file and it is not required.
+
+    Raises ModelFileError for a file that cannot be read or holds something else.
+    """
+    if not required and not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ModelFileError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data

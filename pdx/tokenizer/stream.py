@@ -1,0 +1,173 @@
+"""Token ids to text one at a time, with the text of the whole sequence as the sum.
+
+A decoder of the `tokenizers` library works on a whole sequence. The kinds that language models use can be
+run token by token: what a token adds depends on the bytes of an unfinished character and on whether it is
+the first, and on nothing else. `DecodeRule` is that reading of a decoder; `StreamDecoder` runs it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pdx.errors import UnsupportedModelError
+
+_Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class DecodeRule:
+    """How the pieces of a vocabulary become text.
+
+    byte_level: pieces spell bytes in GPT-2's alphabet; the text is their UTF-8 decoding.
+    replace: substitutions in every piece, `first` those in the first one instead.
+    byte_fallback: a piece `<0xNN>` is that byte; a run of them is decoded together.
+    strip: a character and how many of it are dropped from the start of the text.
+    """
+
+    byte_level: bool = False
+    replace: _Pairs = ()
+    first: _Pairs | None = None
+    byte_fallback: bool = False
+    strip: tuple[str, int] = ("", 0)
+
+    @classmethod
+    def from_decoder(cls, state: dict[str, Any] | None) -> DecodeRule:
+        """Reads a decoder as `tokenizer.json` spells it. Raises UnsupportedModelError for any other kind."""
+        kind = state["type"] if state else None
+        steps = state["decoders"] if kind == "Sequence" else [state]
+        kinds = [step["type"] if step else None for step in steps]
+        if kinds == ["ByteLevel"]:
+            return cls(byte_level=True)
+        if kinds == ["Metaspace"]:
+            mark, scheme = steps[0]["replacement"], steps[0].get("prepend_scheme", "always")
+            return cls(replace=((mark, " "),), first=None if scheme == "never" else ((mark, ""),))
+        return cls._from_sequence(steps, kinds)
+
+    @classmethod
+    def _from_sequence(cls, steps: list[dict[str, Any]], kinds: list[str | None]) -> DecodeRule:
+        count = kinds.count("Replace")
+        rest = kinds[count:]
+        patterns = [step.get("pattern", {}).get("String") for step in steps[:count]]
+        known = rest in (["ByteFallback"], ["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"])
+        if kinds[:count] != ["Replace"] * count or not known or None in patterns:
+            raise UnsupportedModelError(
+                f"pdx cannot stream a tokenizer whose decoder is {' > '.join(map(str, kinds))}; it knows ByteLevel, "
+                "Metaspace, and Replace > ByteFallback > Fuse > Strip. `Tokenizer.decode` works on whole sequences."
+            )
+        strip = ("", 0)
+        if rest[-1] == "Strip":
+            if steps[-1]["stop"]:
+                raise UnsupportedModelError("pdx cannot stream a decoder that strips the end of the text")
+            strip = (steps[-1]["content"], steps[-1]["start"])
+        replace = tuple((pattern, step["content"]) for pattern, step in zip(patterns, steps[:count], strict=True))
+        return cls(replace=replace, byte_fallback=True, strip=strip)
+
+    def piece_text(self, piece: str, *, first: bool = False) -> str:
+        """The piece with its substitutions made; a byte piece stays `<0xNN>`."""
+        pairs = self.first if first and self.first is not None else self.replace
+        for old, new in pairs:
+            piece = piece.replace(old, new)
+        return piece
+
+    def piece_alone(self, piece: str) -> str:
+        """The text of one piece by itself, leading space kept; incomplete characters become U+FFFD."""
+        if self.byte_level:
+            return _byte_level_bytes(piece).decode("utf-8", "replace")
+        text = self.piece_text(piece)
+        byte = _fallback_byte(text) if self.byte_fallback else None
+        return text if byte is None else bytes([byte]).decode("utf-8", "replace")
+
+
+class StreamDecoder:
+    """Turns token ids into text as they come; `push` all and `flush` gives what `decode` of all gives.
+
+    Never emits half a character: bytes wait until their character is whole. In a vocabulary with byte
+    fallback a run of byte pieces waits until the run ends, because `decode` turns the whole run into
+    U+FFFD if any part of it is not UTF-8. The work for a token does not grow with the text.
+    """
+
+    def __init__(self, rule: DecodeRule, piece_of: Callable[[int], str | None], skip: frozenset[int]):
+        self._rule = rule
+        self._piece_of = piece_of
+        self._skip = skip
+        self._start()
+
+    def _start(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._run = bytearray()
+        self._first = True
+        self._to_strip = self._rule.strip[1]
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, often the empty string."""
+        piece = None if token_id in self._skip else self._piece_of(int(token_id))
+        if piece is None:
+            return ""
+        if self._rule.byte_level:
+            return self._utf8.decode(_byte_level_bytes(piece))
+        text = self._rule.piece_text(piece, first=self._first)
+        self._first = False
+        byte = _fallback_byte(text) if self._rule.byte_fallback else None
+        if byte is not None:
+            self._run.append(byte)
+            return ""
+        return self._strip(self._end_run() + text)
+
+    def flush(self) -> str:
+        """What is left once the last token is in; the decoder is then as new."""
+        rest = self._utf8.decode(b"", True) + self._strip(self._end_run())
+        self._start()
+        return rest
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode("utf-8")
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _strip(self, text: str) -> str:
+        while text and self._to_strip:
+            if text[0] != self._rule.strip[0]:
+                self._to_strip = 0
+                break
+            text = text[1:]
+            self._to_strip -= 1
+        return text
+
+
+def decoder_state(backend: Any) -> dict[str, Any] | None:
+    """The decoder of a `tokenizers.Tokenizer` as `tokenizer.json` spells it."""
+    return json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None
+
+
+def _fallback_byte(piece: str) -> int | None:
+    if len(piece) != 6 or not piece.startswith("<0x") or piece[5] != ">":
+        return None
+    try:
+        return int(piece[3:5], 16)
+    except ValueError:
+        return None
+
+
+@cache
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: character -> byte. Printable bytes stand for themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in plain}
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    alphabet = byte_alphabet()
+    try:
+        return bytes([alphabet[char] for char in piece])
+    except KeyError:  # an added token written in plain text
+        return piece.encode("utf-8")
