@@ -1,0 +1,219 @@
+"""What the families share: the description of one, the usual tensor names, and the usual fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from pdx.config import ModelConfig
+from pdx.errors import ModelFileError
+from pdx.families.fields import REFUSED, Fields
+from pdx.families.rope import extended_context, rope_from_gguf
+
+# Parameter leaf (as in `pdx.model.param_specs`) -> tensor name; `{i}` is the layer.
+HF_NAMES: dict[str, str] = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "attn_norm": "model.layers.{i}.input_layernorm.weight",
+    "mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    **{f"{x}_proj": f"model.layers.{{i}}.self_attn.{x}_proj.weight" for x in "qkvo"},
+    **{f"{x}_bias": f"model.layers.{{i}}.self_attn.{x}_proj.bias" for x in "qkvo"},
+    **{f"{x}_norm": f"model.layers.{{i}}.self_attn.{x}_norm.weight" for x in "qk"},
+    **{f"{x}_proj": f"model.layers.{{i}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+    **{f"{x}_bias": f"model.layers.{{i}}.mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
+}
+GGUF_NAMES: dict[str, str] = {
+    "embed": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+    "attn_norm": "blk.{i}.attn_norm.weight",
+    "mlp_norm": "blk.{i}.ffn_norm.weight",
+    "attn_post_norm": "blk.{i}.post_attention_norm.weight",
+    "mlp_post_norm": "blk.{i}.post_ffw_norm.weight",
+    **{f"{x}_proj": f"blk.{{i}}.attn_{x}.weight" for x in "qkv"},
+    **{f"{x}_bias": f"blk.{{i}}.attn_{x}.bias" for x in "qkv"},
+    **{f"{x}_norm": f"blk.{{i}}.attn_{x}_norm.weight" for x in "qk"},
+    "o_proj": "blk.{i}.attn_output.weight",
+    "o_bias": "blk.{i}.attn_output.bias",
+    **{f"{x}_proj": f"blk.{{i}}.ffn_{x}.weight" for x in ("gate", "up", "down")},
+    **{f"{x}_bias": f"blk.{{i}}.ffn_{x}.bias" for x in ("gate", "up", "down")},
+}
+
+
+class TensorFile(Protocol):
+    """What the readers of `pdx.weights` have in common. Nothing is read before `read` is called."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def path_of(self, name: str) -> str: ...
+    def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
+        """A fresh array of the floating type `dtype`; `rows` reorders or selects along the first axis."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from, and what is done to it."""
+
+    name: str
+    rows: np.ndarray | None = None  # the source row of each of our rows
+    offset: float = 0.0  # added to the values
+
+
+@dataclass(frozen=True)
+class Names:
+    """How one format names and stores a family's parameters."""
+
+    leaves: Mapping[str, str]
+    minus_one: tuple[str, ...] = ()  # norms stored as the factor minus one
+    interleaved: tuple[str, ...] = ()  # rows in the pair order (0, H/2, 1, H/2 + 1, ..) of interleaved RoPE
+    prefixes: tuple[str, ...] = ("model.",)  # what may stand in the place of the leading "model."
+    ignorable: tuple[str, ...] = ()  # regular expressions of tensors that inference does not use
+
+    def source(self, leaf: str, layer: int | None, cfg: ModelConfig, prefix: str = "model.") -> Source:
+        """The tensor of one parameter leaf; `layer` is None outside the layers."""
+        name = self.leaves[leaf].format(i=layer)
+        if name.startswith("model."):
+            name = prefix + name.removeprefix("model.")
+        elif leaf == "lm_head" and prefix.endswith(".model."):  # a causal model inside another
+            name = prefix.removesuffix("model.") + name
+        rows = None
+        if leaf in self.interleaved:
+            rows = halves_from_pairs(cfg.num_heads if leaf.startswith("q") else cfg.num_kv_heads, cfg.head_dim)
+        return Source(name, rows, 1.0 if leaf in self.minus_one else 0.0)
+
+    def find_prefix(self, names: list[str]) -> str:
+        """Which of `prefixes` these tensors carry; the first one where none is seen."""
+        tail = self.leaves["embed"].removeprefix("model.")
+        present = set(names)
+        return next((p for p in self.prefixes if p + tail in present), self.prefixes[0])
+
+    def ignores(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.ignorable)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how to recognise it, its configuration and its names in both formats."""
+
+    name: str
+    architectures: tuple[str, ...]  # `architectures[0]` of config.json
+    model_types: tuple[str, ...]  # `model_type` of config.json, where it lists no architecture
+    gguf: tuple[str, ...]  # `general.architecture`
+    from_hf: Callable[[Fields], ModelConfig]
+    from_gguf: Callable[[Fields, TensorFile], ModelConfig]
+    hf_names: Names = Names(HF_NAMES)
+    gguf_names: Names = Names(GGUF_NAMES)
+
+
+def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
+    """Source rows, [heads * H], that turn rows stored for interleaved RoPE into the halves of pdx.
+
+    GGUF keeps Llama's queries and keys so that a rotated pair lies in rows 2i and 2i + 1; here it is i and i + H/2.
+    """
+    rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidden_act") -> dict[str, Any]:
+    """The fields that every decoder's config.json has, as arguments of `ModelConfig`.
+
+    `defaults` are those of the family's published configuration class: a field that equals its default may be missing.
+    Raises UnsupportedModelError for a field value pdx does not have.
+    """
+    for key, harmless in REFUSED.items():
+        f.only(key, *harmless)
+    d_model = f.integer("hidden_size", defaults["hidden_size"])
+    heads = f.integer("num_attention_heads", defaults["num_attention_heads"])
+    activation = f.get(activation_key, defaults[activation_key])
+    names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if activation not in names:
+        raise f.unsupported(activation_key, activation, ", ".join(names))
+    kv_default = heads if f.has("num_key_value_heads") else defaults.get("num_key_value_heads") or heads
+    return {
+        "vocab_size": f.integer("vocab_size", defaults["vocab_size"]),
+        "d_model": d_model,
+        "num_layers": f.integer("num_hidden_layers", defaults["num_hidden_layers"]),
+        "num_heads": heads,
+        "num_kv_heads": f.integer("num_key_value_heads", kv_default),
+        "head_dim": f.integer("head_dim", defaults.get("head_dim") or d_model // heads),
+        "d_ff": f.integer("intermediate_size", defaults["intermediate_size"]),
+        "max_context": extended_context(
+            f, f.integer("max_position_embeddings", defaults["max_position_embeddings"])),
+        "norm_eps": f.number("rms_norm_eps", 1e-6),
+        "activation": names[activation],
+        "tie_embeddings": f.flag("tie_word_embeddings", defaults["tie_word_embeddings"]),
+    }
+
+
+def windows_from_types(f: Fields, layers: int, window: int | None, default: Callable[[int], bool]) -> tuple:
+    """One window a layer from `layer_types`, or from `default(layer)` (is it a window layer?) where that is missing."""
+    types = f.get("layer_types")
+    if types is None:
+        types = ["sliding_attention" if default(i) and window else "full_attention" for i in range(layers)]
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise f.unsupported("layer_types", kind, "full_attention and sliding_attention")
+    if len(types) != layers:
+        raise ModelFileError(f"{f.where}: layer_types has {len(types)} entries, expected num_hidden_layers = {layers}")
+    if window is None and "sliding_attention" in types:
+        raise ModelFileError(f"{f.where}: layer_types has sliding_attention, but no sliding_window is in use")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def gguf_shape(f: Fields, file: TensorFile) -> dict[str, Any]:
+    """The fields that every decoder's GGUF metadata has, as arguments of `ModelConfig`.
+
+    Biases, query/key norms and an own output head are there when their tensors are.
+    """
+    names = set(file.names())
+    for key in ("expert_count", "nextn_predict_layers"):
+        f.only(key, 0)
+    f.only("attention.causal", True)
+    f.only("use_parallel_residual", False)
+    for key in ("vocab_size", "tensor_data_layout", "expert_used_count", "pooling_type"):
+        f.get(key)
+    d_model, heads = f.integer("embedding_length"), f.uniform("attention.head_count")
+    head_dim = f.integer("attention.key_length", d_model // heads)
+    f.only("attention.value_length", head_dim)
+    embed = GGUF_NAMES["embed"]
+    if embed not in names:
+        raise ModelFileError(f"{f.where}: tensor {embed} is missing, expected [vocabulary, {d_model}]")
+    max_context = f.integer("context_length")
+    return {
+        "vocab_size": file.shape(embed)[0],
+        "d_model": d_model,
+        "num_layers": f.integer("block_count"),
+        "num_heads": heads,
+        "num_kv_heads": f.uniform("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "d_ff": f.uniform("feed_forward_length"),
+        "max_context": max_context,
+        "rope": rope_from_gguf(f, head_dim, max_context, _rope_freqs(file, head_dim)),
+        "norm_eps": f.number("attention.layer_norm_rms_epsilon"),
+        "tie_embeddings": GGUF_NAMES["lm_head"] not in names,
+        "qkv_bias": GGUF_NAMES["q_bias"].format(i=0) in names,
+        "o_bias": GGUF_NAMES["o_bias"].format(i=0) in names,
+        "mlp_bias": GGUF_NAMES["gate_bias"].format(i=0) in names,
+        "qk_norm": GGUF_NAMES["q_norm"].format(i=0) in names,
+    }
+
+
+def _rope_freqs(file: TensorFile, head_dim: int) -> tuple[float, ...] | None:
+    """The divisors that GGUF keeps as a tensor (Llama 3.1 and later)."""
+    name = "rope_freqs.weight"
+    if name not in file.names():
+        return None
+    if file.shape(name) != (head_dim // 2,):
+        raise ModelFileError(f"{file.path_of(name)}: tensor {name} has shape {list(file.shape(name))}, "
+                             f"expected [{head_dim // 2}]")
+    values = file.read(name, np.float32)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ModelFileError(f"{file.path_of(name)}: tensor {name} has values that are not positive and finite")
+    return tuple(float(v) for v in values)

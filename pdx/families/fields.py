@@ -1,0 +1,133 @@
+"""Reading a published configuration: every field is typed when it is read, and none goes by unseen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pdx.errors import ModelFileError, UnsupportedModelError
+
+# Fields of a Hugging Face config.json that do not change what the model computes in inference.
+INERT = frozenset(
+    """
+    architectures model_type auto_map transformers_version torch_dtype dtype _name_or_path name_or_path
+    _attn_implementation _attn_implementation_internal attn_implementation _commit_hash id2label label2id problem_type
+    num_labels finetuning_task task_specific_params tokenizer_class prefix use_cache cache_implementation
+    initializer_range attention_dropout hidden_dropout pretraining_tp gradient_checkpointing bos_token_id eos_token_id
+    pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores torchscript use_bfloat16
+    tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder max_length min_length do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens is_llama_config is_gemma_config
+    transformers.js_config unsloth_version unsloth_fixed keys_to_ignore_at_inference
+    """.split()  # noqa: SIM905
+)
+
+# Fields that change the computation in ways pdx does not have; any other value than these is refused.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_chunk_size": (),
+    "attention_multiplier": (),
+    "cross_attention_hidden_size": (),
+    "embedding_multiplier": (1, 1.0),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "kv_lora_rank": (),
+    "logit_scale": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "n_routed_experts": (0,),
+    "no_rope_layers": ([],),
+    "num_experts": (0,),
+    "num_local_experts": (0, 1),
+    "num_nextn_predict_layers": (0,),
+    "partial_rotary_factor": (1, 1.0),
+    "q_lora_rank": (),
+    "quantization_config": ({},),
+    "residual_multiplier": (1, 1.0),
+    "rope_interleaved": (False,),
+    "tie_encoder_decoder": (False,),
+    "use_bidirectional_attention": (False,),
+    "use_mrope": (False,),
+    "use_parallel_residual": (False,),
+}
+
+
+class Fields:
+    """A configuration as a mapping that remembers what was read.
+
+    `where` is the file, for errors; `prefix` is what stands before each key in that file.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = ""):
+        self.data, self.where, self.prefix = data, where, prefix
+        self.used: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        return key in self.data
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or `default` where the field is missing or null."""
+        self.used.add(key)
+        value = self.data.get(key)
+        return default if value is None else value
+
+    def _wrong(self, key: str, value: Any, expected: str) -> ModelFileError:
+        said = "is missing" if value is None else f"is {value!r}"
+        return ModelFileError(f"{self.where}: field {self.prefix}{key} {said}, expected {expected}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1. Raises ModelFileError for anything else."""
+        value = self.get(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(key, value, "a positive integer")
+        return value
+
+    def uniform(self, key: str, default: int | None = None) -> int:
+        """`integer`, or a list of equal entries, one a layer. Raises UnsupportedModelError where they differ."""
+        value = self.get(key)
+        if isinstance(value, list):
+            if len(set(value)) > 1:
+                raise self.unsupported(key, value, "the same value in every layer")
+            return Fields({key: value[0]} if value else {}, self.where, self.prefix).integer(key)
+        return self.integer(key, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0. Raises ModelFileError for anything else."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
+
+    def optional_number(self, key: str, default: float | None = None) -> float | None:
+        """`number`, where an explicit null or 0 means none."""
+        self.used.add(key)
+        value = self.data.get(key, default)
+        return None if value is None or value == 0 else self.number(key, default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def unsupported(self, key: str, value: Any, supported: str) -> UnsupportedModelError:
+        said = f"{self.prefix}{key} = {value!r}"
+        return UnsupportedModelError(f"{self.where}: {said} is not supported; pdx has {supported}")
+
+    def only(self, key: str, *harmless: Any) -> None:
+        """Refuse a field unless it is missing, null or one of `harmless`. Raises UnsupportedModelError."""
+        value = self.get(key)
+        if value is not None and value not in harmless:
+            allowed = " or ".join(map(repr, harmless)) or "models without it"
+            raise self.unsupported(key, value, f"only {allowed}")
+
+    def unused(self) -> dict[str, Any]:
+        """What nobody has read and what says something."""
+        return {
+            k: v for k, v in self.data.items()
+            if k not in self.used and k not in INERT and v is not None and v is not False and v != [] and v != {}
+        }
