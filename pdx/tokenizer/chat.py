@@ -49,7 +49,7 @@ def render_chat(
     try:
         return _compiled(template).render(variables)
     except jinja2.TemplateSyntaxError as error:
-        raise ModelFileError(f"{source}: the chat template is not valid jinja2, line {error.lineno}: {error}") from error
+        raise ModelFileError(f"{source}: line {error.lineno} of the chat template is not jinja2: {error}") from error
     except jinja2.exceptions.SecurityError as error:
         raise ModelFileError(f"{source}: the chat template does what its sandbox forbids: {error}") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:

@@ -105,7 +105,7 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, often the empty string."""
-        piece = None if token_id in self._skip else self._piece_of(int(token_id))
+        piece = None if token_id in self._skip else self._piece_of(token_id)
         if piece is None:
             return ""
         if self._rule.byte_level:

@@ -1,0 +1,209 @@
+"""`Tokenizer`: text to ids, ids to text, chats to prompts, for one model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
+from pdx.tokenizer.chat import Messages, render_chat
+from pdx.tokenizer.gguf import build_from_gguf
+from pdx.tokenizer.hf import build_from_hf, read_backend
+from pdx.tokenizer.settings import Settings
+from pdx.tokenizer.stream import DecodeRule, StreamDecoder, decoder_state
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BACKEND_FILE = "tokenizer.json"
+_SETTINGS_FILE = "pdx_tokenizer.json"
+_BAD_ID = "token ids must be 0 or more and fit 32 bits"
+
+
+class Tokenizer:
+    """The tokenizer of one model, on the `tokenizers` library. Threads may share one.
+
+    Make it with `from_hf_dir`, `from_gguf` or `load`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Settings):
+        self._backend = backend
+        self._settings = settings
+        # Whether special tokens are parsed is state of the backend, so a call may not see another's.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_hf_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """From a directory with `tokenizer.json` and what else is there of `tokenizer_config.json`,
+        `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`.
+
+        Raises ModelFileError that names the broken or missing file.
+        """
+        return cls(*build_from_hf(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "the GGUF file") -> Tokenizer:
+        """From the metadata of a GGUF file: key -> string, number, bool, list of strings, or list or numpy
+        array of numbers (`tokenizer.ggml.scores`, `tokenizer.ggml.token_type`). `source` names it in errors.
+
+        Raises ModelFileError for missing or inconsistent fields, UnsupportedModelError for a
+        `tokenizer.ggml.model` or a `tokenizer.ggml.pre` that pdx does not know.
+        """
+        return cls(*build_from_gguf(metadata, source))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
+        """From a directory that `save` wrote. Raises ModelFileError that names the broken or missing file."""
+        settings_file = Path(directory) / _SETTINGS_FILE
+        try:
+            text = settings_file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelFileError(f"{settings_file}: cannot be read ({error}); convert the model again") from error
+        settings = Settings.from_json(text, str(settings_file))
+        return cls(read_backend(Path(directory) / _BACKEND_FILE), settings)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json` and `pdx_tokenizer.json` into the directory, each whole or not at all."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_atomically(directory / _BACKEND_FILE, self._backend.to_str())
+        _write_atomically(directory / _SETTINGS_FILE, self._settings.to_json())
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """The token ids of a text.
+
+        add_special: add what the model expects around a text, such as BOS.
+        parse_special: text that spells a special token becomes that token; False takes it as plain text.
+
+        Raises RequestError for what is not Unicode text.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"a prompt must be text, got {type(text).__name__}")
+        with self._lock:
+            self._backend.encode_special_tokens = not parse_special
+            try:
+                return self._backend.encode(text, add_special_tokens=add_special).ids
+            except TypeError as error:
+                raise RequestError("the text holds half a surrogate pair, which is no character") from error
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of token ids. Ids beyond the vocabulary have no text; what is not UTF-8 becomes U+FFFD.
+
+        Raises RequestError for a negative id.
+        """
+        try:
+            return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        except OverflowError as error:
+            raise RequestError(_BAD_ID) from error
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        """A decoder that takes one token at a time and gives, in sum, what `decode` gives.
+
+        Raises UnsupportedModelError for a decoder that needs the whole sequence.
+        """
+        return StreamDecoder(self._rule, self._piece, self.special_ids if skip_special else frozenset())
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> str:
+        """The prompt for a chat: messages with `role` and `content`, through the model's own template.
+
+        `tools` are JSON schemas; `extra` reaches the template under its own names (`enable_thinking=False`).
+        Raises RequestError for malformed messages or a model without a template, ModelFileError for a
+        template that does not work.
+        """
+        return render_chat(
+            self._settings.templates,
+            messages,
+            named=self._settings.named,
+            source=self._settings.source,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            extra=extra,
+        )
+
+    def encode_chat(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> list[int]:
+        """The token ids of `apply_chat_template`. Templates write BOS themselves, so none is added."""
+        prompt = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools, **extra)
+        return self.encode(prompt, add_special=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._settings.templates)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token id that ends a generation: end of text, of turn, of message."""
+        return self._settings.eos_ids
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @cached_property
+    def pad_id(self) -> int | None:
+        return self._named_id("pad_token")
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary, added ones included; a model may have more rows than that."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary ("<|im_end|>"); None if there is none."""
+        return self._backend.token_to_id(token)
+
+    def token_text(self, token_id: int) -> str:
+        """What one token says by itself: leading space kept, special tokens spelled out, incomplete characters
+        as U+FFFD; "" for an id beyond the vocabulary. Raises RequestError for a negative id."""
+        piece = self._piece(token_id)
+        if piece is None:
+            return ""
+        try:
+            return self._rule.piece_alone(piece)
+        except UnsupportedModelError:
+            return self.decode([token_id], skip_special=False)
+
+    def _piece(self, token_id: int) -> str | None:
+        try:
+            return self._backend.id_to_token(int(token_id))
+        except OverflowError as error:
+            raise RequestError(_BAD_ID) from error
+
+    def _named_id(self, name: str) -> int | None:
+        token = self._settings.named.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    @cached_property
+    def _rule(self) -> DecodeRule:
+        return DecodeRule.from_decoder(decoder_state(self._backend))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,288 @@
+"""A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
+
+A GGUF file states the vocabulary, for byte-level BPE the merges, and the name of a pre-tokenizer; the rest
+of the pipeline is knowledge, rebuilt here as the original tokenizers were published. SentencePiece files
+state a score per piece instead of merges: every split of a piece into two pieces is a merge, the best score
+first, and among the splits of one piece, or of equals, the one with the longest left part.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdx.errors import ModelFileError, UnsupportedModelError
+from pdx.tokenizer.pretokenize import PRE_TOKENIZERS
+from pdx.tokenizer.settings import END_OF_TURN, Settings
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+class _Fields:
+    """Typed access to `tokenizer.ggml.*`, with errors that name the file and the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str):
+        self.metadata = metadata
+        self.source = source
+
+    def error(self, key: str, problem: str) -> ModelFileError:
+        return ModelFileError(f"{self.source}: tokenizer.ggml.{key} {problem}")
+
+    def text(self, key: str) -> str | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, f"should be a string, is {type(value).__name__}")
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        if not isinstance(value, (bool, int, np.bool_, np.integer)):
+            raise self.error(key, f"should be true or false, is {type(value).__name__}")
+        return bool(value)
+
+    def token_id(self, key: str, size: int) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        if not isinstance(value, (int, np.integer)) or not 0 <= int(value) < size:
+            raise self.error(key, f"is {value!r}, not a token id below {size}")
+        return int(value)
+
+    def strings(self, key: str) -> list[str] | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not all(map(str.__instancecheck__, value)):
+            raise self.error(key, "should be a list of strings")
+        return list(value)
+
+    def numbers(self, key: str, size: int) -> list[Any] | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        array = np.asarray(value)
+        if array.shape != (size,) or array.dtype.kind not in "iuf":
+            raise self.error(key, f"should be {size} numbers, one a token, is an array of shape {array.shape}")
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise self.error(key, "holds NaN")
+        return array.tolist()
+
+
+def build_from_gguf(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, Settings]:
+    """The backend and the settings that the metadata describe.
+
+    Raises ModelFileError for missing or inconsistent fields, UnsupportedModelError for a tokenizer model or
+    a pre-tokenizer that pdx does not know.
+    """
+    fields = _Fields(metadata, source)
+    kind = fields.text("model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind is None:
+        raise fields.error("model", "is missing: the file carries no tokenizer")
+    if kind not in builders:
+        raise UnsupportedModelError(
+            f"{source}: tokenizer.ggml.model is {kind!r}; pdx reads {', '.join(map(repr, builders))}. "
+            "A Hugging Face directory with a tokenizer.json works for any kind."
+        )
+    tokens = fields.strings("tokens")
+    if not tokens:
+        raise fields.error("tokens", "is missing or empty")
+    types = fields.numbers("token_type", len(tokens)) or [_NORMAL] * len(tokens)
+    with _collector_paused():
+        backend = builders[kind](fields, tokens, types)
+        settings = _settings(fields, tokens)
+        _add_tokens(backend, fields, tokens, types, settings)
+    ends = {fields.token_id(key, len(tokens)) for key in _END_IDS}
+    ends |= {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.content in END_OF_TURN}
+    return backend, Settings(settings.named, frozenset(ends - {None}), settings.templates, source)
+
+
+def _byte_level(fields: _Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+
+    name = fields.text("pre")
+    if name in (None, "default"):
+        warnings.warn(f"{fields.source} does not name its pre-tokenizer; GPT-2's is used", stacklevel=4)
+        name = "gpt-2"
+    if name not in PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"{fields.source}: tokenizer.ggml.pre is {name!r}, a way of splitting text that pdx does not know; "
+            f"it knows {', '.join(sorted(PRE_TOKENIZERS))}. Load the model from a Hugging Face directory instead."
+        )
+    pre = PRE_TOKENIZERS[name]
+    lines = fields.strings("merges")
+    if lines is None:
+        raise fields.error("merges", "is missing: byte-level BPE needs it")
+    merges = [tuple(line.split(" ")) for line in lines]
+    bad = next((line for line, merge in zip(lines, merges, strict=True) if len(merge) != 2), None)
+    if bad is not None:
+        raise fields.error("merges", f"has the line {bad!r}; expected two pieces and one space")
+    backend = Tokenizer(_bpe(BPE, fields, tokens, merges, ignore_merges=pre.ignore_merges))
+    backend.normalizer = pre.normalizer()
+    backend.pre_tokenizer = pre.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    _set_template(backend, fields, tokens, add_bos=pre.add_bos)
+    return backend
+
+
+def _sentencepiece(fields: _Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    if fields.text("pre") not in (None, "default"):
+        raise UnsupportedModelError(
+            f"{fields.source}: tokenizer.ggml.pre is {fields.text('pre')!r}; a SentencePiece vocabulary has none"
+        )
+    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        # Runs of spaces are stored as spaces, but the text that merges see has them replaced.
+        if kind == _USER_DEFINED and token.isspace() and " " in token:
+            tokens[index] = token.replace(" ", _SPACE)
+    lines, scores = fields.strings("merges"), fields.numbers("scores", len(tokens))
+    if lines is not None:
+        merges = [tuple(line.split(" ")) for line in lines]
+    elif scores is not None:
+        merges = _merges_from_scores(tokens, types, scores)
+    else:
+        raise fields.error("scores", "is missing: a SentencePiece vocabulary needs it")
+    unknown = fields.token_id("unknown_token_id", len(tokens))
+    if unknown is None and _UNKNOWN in types:
+        unknown = types.index(_UNKNOWN)
+    backend = Tokenizer(
+        _bpe(
+            BPE,
+            fields,
+            tokens,
+            merges,
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = fields.flag("add_space_prefix")
+    if prefix is None:
+        # Files older than the flag: Gemma's SentencePiece model adds no space, Llama's does.
+        prefix = not str(fields.metadata.get("general.architecture", "")).startswith("gemma")
+    spaces = normalizers.Replace(" ", _SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    _set_template(backend, fields, tokens, add_bos=True)
+    return backend
+
+
+def _merges_from_scores(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+    """Every split of a piece into two pieces, in the order in which SentencePiece would join them.
+
+    User-defined pieces come first whatever the file says of their score: SentencePiece matches them before
+    anything else. Control and byte pieces never come out of text, so they take no part.
+    """
+    kinds = np.asarray(types)
+    ranks = np.where(kinds == _USER_DEFINED, 0.0, scores)
+    ids = np.flatnonzero((kinds == _NORMAL) | (kinds == _USER_DEFINED))
+    ids = ids[np.argsort(-ranks[ids], kind="stable")]
+    pieces = [tokens[i] for i in ids.tolist()]
+    known = set(pieces)
+
+    def splits(start: int, end: int) -> list[tuple[str, str]]:
+        return [
+            (left, right)
+            for piece in pieces[start:end]
+            for cut in range(len(piece) - 1, 0, -1)
+            if (left := piece[:cut]) in known and (right := piece[cut:]) in known
+        ]
+
+    starts = np.flatnonzero(np.diff(ranks[ids], prepend=np.inf))
+    ends = np.append(starts[1:], len(pieces))
+    equal = ends - starts > 1
+    merges, done = [], 0
+    for start, end in zip(starts[equal].tolist(), ends[equal].tolist(), strict=True):
+        merges += splits(done, start)
+        merges += sorted(splits(start, end), key=lambda pair: (-len(pair[0]), -len(pair[1])))
+        done = end
+    return merges + splits(done, len(pieces))
+
+
+def _bpe(bpe: Any, fields: _Fields, tokens: list[str], merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
+        raise fields.error("tokens", f"holds {twice!r} twice")
+    try:
+        return bpe(vocab=vocab, merges=merges, **options)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise fields.error("merges", f"does not fit tokenizer.ggml.tokens: {error}") from error
+
+
+def _set_template(backend: Any, fields: _Fields, tokens: list[str], *, add_bos: bool) -> None:
+    from tokenizers import processors
+
+    pieces, special = ["$A"], []
+    for name, default in (("bos", add_bos), ("eos", False)):
+        flag = fields.flag(f"add_{name}_token")
+        token_id = fields.token_id(f"{name}_token_id", len(tokens))
+        if flag and token_id is None:
+            raise fields.error(f"{name}_token_id", f"is missing, but tokenizer.ggml.add_{name}_token is true")
+        if token_id is None or not (default if flag is None else flag):
+            continue
+        pieces.insert(0 if name == "bos" else len(pieces), name)
+        special.append({"id": name, "ids": [token_id], "tokens": [tokens[token_id]]})
+    if special:
+        backend.post_processor = processors.TemplateProcessing(single=pieces, pair=None, special_tokens=special)
+
+
+def _settings(fields: _Fields, tokens: list[str]) -> Settings:
+    ids = {name: fields.token_id(f"{key}_token_id", len(tokens)) for name, key in _NAMED.items()}
+    named = {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+    templates = {}
+    for key, value in fields.metadata.items():
+        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
+            if not isinstance(value, str):
+                raise ModelFileError(f"{fields.source}: {key} should be a string, is {type(value).__name__}")
+            templates[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value
+    return Settings(named=named, templates=templates)
+
+
+def _add_tokens(backend: Any, fields: _Fields, tokens: list[str], types: list[int], settings: Settings) -> None:
+    from tokenizers import AddedToken
+
+    named = set(settings.named.values())
+    special, plain = [], []
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (_CONTROL, _UNKNOWN) or token in named:
+            # Gemma's spare tokens are marked as control tokens, but published as ordinary added ones.
+            spare = token == "<mask>" or (token.startswith("<unused") and token[7:-1].isdigit())
+            (plain if spare and token not in named else special).append(token)
+        elif kind == _USER_DEFINED:
+            plain.append(token)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special if token])
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain if token])
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    # Half a million merge tuples would trigger full collections, each of which walks all of them.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
