@@ -120,6 +120,21 @@ def constrain(x: jax.Array, spec: ArraySpec, mesh: Mesh | None) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec.sharding(mesh))
 
 
+def row_spec(x: Any) -> ArraySpec:
+    """An array with a row for each request: the first axis is the batch."""
+    return ArraySpec(x.shape, ("batch", *[None] * (x.ndim - 1)), x.dtype)
+
+
+def constrain_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """`constrain` for a tree of arrays with a row for each request."""
+    return jax.tree.map(lambda x: constrain(x, row_spec(x), mesh), tree)
+
+
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a tree of arrays with a row for each request onto `mesh`."""
+    return tree if mesh is None else jax.tree.map(lambda x: jax.device_put(x, row_spec(x).sharding(mesh)), tree)
+
+
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """Put a tree of arrays (numpy or jax) onto `mesh` as `specs`, a tree of the same structure, declare."""
     return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(mesh)), specs, tree, is_leaf=is_spec)

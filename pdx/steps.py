@@ -19,7 +19,7 @@ from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
-from pdx.sharding import ArraySpec, constrain
+from pdx.sharding import ArraySpec, constrain, constrain_rows
 
 
 def prefill(
@@ -203,4 +203,6 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
         return jnp.where(active, drawn.tokens, tokens), cache, sampling, rows
 
     last, cache, sampling, rows = lax.fori_loop(0, jnp.minimum(steps, n), body, (tokens, cache, sampling, empty))
-    return Decoded(rows.tokens, rows.logprob, rows.top_ids, rows.top_logprobs, last, sampling, cache)
+    # What comes out of the loop is placed anew: a constraint inside it does not reach its result.
+    last, sampling, rows = constrain_rows((last, sampling, rows), cache.mesh)
+    return Decoded(rows.tokens, rows.logprob, rows.top_ids, rows.top_logprobs, last, sampling, cache.placed())

@@ -71,8 +71,11 @@ class DenseCache:
     def advance(self, lengths: Int[Array, " B"], layers: tuple[LayerCache, ...]) -> DenseCache:
         """The cache with `layers` and `lengths` more tokens a row."""
         total = self.lengths + lengths
-        grown = self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total))
-        return jax.tree.map(lambda x: constrain(x, _spec(x.shape, x.dtype), self.mesh), grown)
+        return self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total)).placed()
+
+    def placed(self) -> DenseCache:
+        """The cache held to its placement on the mesh, inside a jitted function: how it must be returned."""
+        return jax.tree.map(lambda x: constrain(x, _spec(x.shape, x.dtype), self.mesh), self)
 
     def check_room(self, lengths) -> None:
         """Raise ContextLengthError where `lengths` [B] more tokens do not fit. Waits for the device."""

@@ -1,0 +1,106 @@
+"""A file of requests to a file of answers: `pdx generate --prompts IN.jsonl --output OUT.jsonl`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pdx.errors import PdxError, RequestError
+from pdx.sampling_options import SamplingOptions
+
+SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A line of the file: what it said, the prompt or messages in it, and its settings."""
+
+    line: int
+    row: dict[str, Any]
+    prompt: Any
+    options: SamplingOptions
+
+
+def read(path: Path, defaults: SamplingOptions) -> list[Request]:
+    """Read and check all requests; a row's own settings go before `defaults`.
+
+    Raises RequestError that names the line. Keys that are no setting are the user's own: they are kept.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from error
+    requests = [_request(path, i, line, defaults) for i, line in enumerate(lines, 1) if line.strip()]
+    if not requests:
+        raise RequestError(f"{path} holds no requests: one JSON object a line, such as " '{"prompt": "Hello"}')
+    return requests
+
+
+def _request(path: Path, number: int, line: str, defaults: SamplingOptions) -> Request:
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{where} is no JSON: {error}") from None
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise RequestError(f'{where}: expected an object with either "prompt" or "messages"')
+    prompt = row.get("prompt", row.get("messages"))
+    if not isinstance(prompt, str if "prompt" in row else list) or not prompt:
+        raise RequestError(f"{where}: prompt must be a text and messages a list, neither of them empty")
+    settings = {key: value for key, value in row.items() if key in SETTINGS}
+    if "stop" in settings:
+        settings["stop"] = (settings["stop"],) if isinstance(settings["stop"], str) else tuple(settings["stop"])
+    if settings.get("logit_bias"):
+        settings["logit_bias"] = {int(token): float(bias) for token, bias in settings["logit_bias"].items()}
+    if "stop_token_ids" in settings:
+        settings["stop_token_ids"] = tuple(settings["stop_token_ids"])
+    try:
+        return Request(number, row, prompt, dataclasses.replace(defaults, **settings))
+    except (RequestError, TypeError) as error:
+        raise RequestError(f"{where}: {error}") from None
+
+
+def check_output(path: Path, source: Path) -> None:
+    """Raise RequestError where writing would destroy something."""
+    if path.exists() and path.stat().st_size:
+        raise RequestError(f"{path} exists already and is not empty: remove it or name another file")
+    if path.resolve() == source.resolve():
+        raise RequestError(f"{path} is the file of requests: name another one")
+    if not path.parent.is_dir():
+        raise RequestError(f"{path.parent} is not a directory: make it first")
+
+
+def run(model, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str) -> None:
+    """Answer all requests; each row is on disk as soon as it and those before it in the file are finished."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pdx.generate import stream
+    from pdx.report_text import completion_fields
+
+    waiting: dict[int, dict[str, Any]] = {}
+    written = tokens = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with output.open("w", encoding="utf-8") as file, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("requests", total=len(requests))
+        pieces = stream(
+            model, [r.prompt for r in requests], [r.options for r in requests], batch_size=batch_size,
+            kernels=kernels, kv_dtype=kv_dtype,
+        )  # fmt: skip
+        try:
+            for piece in pieces:
+                if piece.completion is None:
+                    continue
+                waiting[piece.index] = requests[piece.index].row | completion_fields(piece.completion, kernels)
+                tokens += piece.completion.completion_tokens
+                while written in waiting:
+                    file.write(json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")
+                    written += 1
+                file.flush()
+                progress.update(task, advance=1, description=f"requests, {tokens} tokens")
+        except PdxError as error:
+            raise type(error)(f"{error} (prompts are counted from 0 in {len(requests)} requests)") from None
+    print(f"{written} answers in {output}, {tokens} tokens", file=sys.stderr)

@@ -1,0 +1,234 @@
+"""`pdx bench model`: prefill and decode of a model, each against its ceiling and beside transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdx import steps
+from pdx.bench.peer import transformers_or_reason
+from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
+from pdx.cache.dense import DenseCache, init_cache
+from pdx.generate import DEFAULT_CHUNK
+from pdx.report_text import device_name
+from pdx.sampling import SamplingState
+from pdx.sampling_options import SamplingOptions
+from pdx.weights.load import Model
+
+ROUNDS = 7
+DECODE_TOKENS = 32
+DECODE_CONTEXT = 64
+SAMPLED = SamplingOptions(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02, repetition_penalty=1.1, seed=1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table. Seconds are the median: of a whole prefill, or of one decode step."""
+
+    phase: str
+    shape: str
+    seconds: float
+    best_seconds: float
+    tokens_per_s: float
+    gb_per_s: float | None = None  # weights + KV read a second
+    share_of_bandwidth: float | None = None
+    peer_seconds: float | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        return self.peer_seconds / self.seconds if self.peer_seconds else None
+
+
+@dataclass
+class Result:
+    """A benchmark run: where it ran and what it saw."""
+
+    model: str
+    device: str
+    dtype: str
+    bandwidth_gb_per_s: float
+    versions: dict[str, str]
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [dataclasses.asdict(line) | {"speedup": line.speedup} for line in self.lines]
+        return dataclasses.asdict(self) | {"lines": rows}
+
+    def to_markdown(self) -> str:
+        versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        head = [
+            f"{self.model}, {self.dtype}, on {self.device}; {versions}.",
+            f"Read bandwidth measured in the same run: {self.bandwidth_gb_per_s:.1f} GB/s.",
+            "",
+            "| phase | shape | median | tok/s | GB/s | of bandwidth | transformers | speedup |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        rows = [
+            f"| {x.phase} | {x.shape} | {x.seconds * 1e3:.1f} ms | {x.tokens_per_s:.0f} | {_number(x.gb_per_s)} "
+            f"| {_number(x.share_of_bandwidth, percent=True)} | {_number(x.peer_seconds, ms=True)} "
+            f"| {_number(x.speedup, unit='x')} |"
+            for x in self.lines
+        ]
+        return "\n".join([*head, *rows, "", *self.notes])
+
+
+def _number(value: float | None, *, percent: bool = False, ms: bool = False, unit: str = "") -> str:
+    if value is None:
+        return ""
+    if percent:
+        return f"{value:.0%}"
+    return f"{value * 1e3:.1f} ms" if ms else f"{value:.1f}{unit}" if not unit else f"{value:.2f}{unit}"
+
+
+def run(model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, peer: bool, kernels: str) -> Result:
+    """Measure; everything of a line runs in turn, round by round, so that its ratios come from one run."""
+    bandwidth = read_bandwidth()
+    other, reason = transformers_or_reason(model.path) if peer else (None, "")
+    result = Result(model.name, _machine(), str(model.params["embed"].dtype), 0.0, {
+        "jax": jax.__version__, **({"torch": other.torch.__version__} if other else {}),
+    }, notes=[reason] if reason else [])  # fmt: skip
+    reads: list[float] = []
+    for tokens in prompt_tokens:
+        result.lines.append(_prefill_line(model, tokens, kernels, other))
+    for batch in batches:
+        result.lines.extend(_decode_lines(model, batch, kernels, other, bandwidth, reads))
+    result.lines.append(_capacity_line(model, kernels, bandwidth))
+    if reads:
+        result.bandwidth_gb_per_s = float(np.median(reads))
+    return result
+
+
+def _prefill_line(model: Model, tokens: int, kernels: str, other) -> Line:
+    contestants = {"pdx": _prefill(model, tokens, kernels)}
+    if other:
+        contestants["peer"] = other.prefill(tokens)
+    times = interleaved(contestants, ROUNDS)
+    mine = times["pdx"]
+    return Line("prefill", f"{tokens} tokens", mine.median, mine.best, tokens / mine.median,
+                peer_seconds=times["peer"].median if other else None)  # fmt: skip
+
+
+def _decode_lines(model: Model, batch: int, kernels: str, other, bandwidth, reads: list[float]) -> list[Line]:
+    greedy, sampled = (_decode(model, batch, kernels, options) for options in (SamplingOptions(), SAMPLED))
+    contestants: dict[str, Callable[[], Timing]] = {"pdx": greedy, "sampled": sampled, "read": bandwidth}
+    if other:
+        contestants["peer"] = other.decode(batch, DECODE_CONTEXT, DECODE_TOKENS)
+    times = interleaved(contestants, ROUNDS)
+    read = bandwidth.bytes_read / times["read"].median / 1e9
+    reads.append(read)
+    peer_seconds = times["peer"].median if other else None
+    sampled_shape = f"batch {batch}, sampled (top-k, top-p, min-p, penalty)"
+    return [
+        _decode_line(model, batch, f"batch {batch}", times["pdx"], read, peer_seconds),
+        _decode_line(model, batch, sampled_shape, times["sampled"], read, None),
+    ]
+
+
+def _decode_line(model: Model, batch: int, shape: str, times: Timing, read: float, peer_seconds) -> Line:
+    rate = _step_bytes(model, batch) / times.median / 1e9
+    return Line("decode", shape, times.median, times.best, batch / times.median, rate, rate / read, peer_seconds)
+
+
+def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
+    """The same context in a cache 32 times as large: what a step costs must follow the context."""
+    large = min(8192, model.config.max_context)
+    times = interleaved({
+        "small": _decode(model, 1, kernels, SamplingOptions()),
+        "large": _decode(model, 1, kernels, SamplingOptions(), capacity=large),
+        "read": bandwidth,
+    }, ROUNDS)  # fmt: skip
+    read = bandwidth.bytes_read / times["read"].median / 1e9
+    extra = times["large"].median / times["small"].median - 1
+    return _decode_line(model, 1, f"batch 1, capacity {large} ({extra:+.0%} against 256)", times["large"], read, None)
+
+
+def _prefill(model: Model, tokens: int, kernels: str) -> Callable[[], Timing]:
+    state = {"cache": _cache(model, 1, max(tokens, 256))}
+    chunk = min(tokens, DEFAULT_CHUNK)
+    ids = np.arange(tokens, dtype=np.int32)[None] % 1000 + 100
+
+    def feed():
+        for at in range(0, tokens, chunk):
+            part = ids[:, at : at + chunk]
+            logits, state["cache"] = steps.prefill(
+                model.params, model.config, part, np.array([part.shape[1]], np.int32), state["cache"],
+                kernels=kernels, check=False,
+            )  # fmt: skip
+        return logits
+
+    def work() -> Timing:
+        state["cache"] = _emptied(state["cache"])
+        return once(feed)
+
+    return work
+
+
+def _decode(model: Model, batch: int, kernels: str, options: SamplingOptions, capacity: int = 256):
+    vocab = model.config.vocab_size
+    state: dict[str, Any] = {
+        "cache": _cache(model, batch, capacity),
+        "sampling": SamplingState.create([options] * batch, vocab, batch=batch),
+    }
+    ids = np.arange(batch * DECODE_CONTEXT, dtype=np.int32).reshape(batch, -1) % 1000 + 100
+
+    def many():
+        out = steps.decode_many(
+            model.params, model.config, state["tokens"], state["cache"], state["sampling"], DECODE_TOKENS,
+            kernels=kernels, check=False,
+        )  # fmt: skip
+        state["cache"], state["sampling"] = out.cache, out.sampling
+        return out.tokens
+
+    def work() -> Timing:
+        lengths = np.full(batch, DECODE_CONTEXT, np.int32)
+        logits, state["cache"] = steps.prefill(
+            model.params, model.config, ids, lengths, _emptied(state["cache"]), kernels=kernels, check=False
+        )
+        state["tokens"] = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
+        return once(many).per(DECODE_TOKENS)
+
+    return work
+
+
+def _cache(model: Model, batch: int, capacity: int) -> DenseCache:
+    dtype = model.params["embed"].dtype
+    return init_cache(model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=dtype, mesh=model.mesh)
+
+
+def _emptied(cache: DenseCache) -> DenseCache:
+    return jax.block_until_ready(cache.truncate(np.zeros(cache.batch, np.int32)))
+
+
+def _step_bytes(model: Model, batch: int) -> float:
+    """Bytes a decode step has to read: every weight once, and the keys and values of the mean context."""
+    cfg = model.config
+    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
+    if not cfg.tie_embeddings:
+        weights -= model.params["embed"].nbytes  # only looked up
+    context = DECODE_CONTEXT + DECODE_TOKENS / 2
+    seen = sum(min(context, w or context) for w in cfg.windows)
+    return weights + batch * seen * 2 * cfg.num_kv_heads * cfg.head_dim * model.params["embed"].dtype.itemsize
+
+
+def _machine() -> str:
+    name = device_name()
+    if jax.default_backend() != "cpu":
+        return name
+    return f"{name} ({_cpu_model()}, {os.cpu_count()} cores)"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,65 @@
+"""transformers on the same weights, as the opponent of the model benchmark. Needs the extra `parity`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pdx.bench.timing import Timing
+
+
+class Transformers:
+    """A model of transformers in f32 on the CPU, loaded from the file that pdx loaded."""
+
+    def __init__(self, path: Path):
+        # Checkpoints of pdx itself are not for transformers: load the original.
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.torch = torch
+        where = {"gguf_file": path.name, "pretrained_model_name_or_path": path.parent}
+        if path.suffix != ".gguf":
+            where = {"pretrained_model_name_or_path": path}
+        self.model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+
+    def prefill(self, tokens: int, batch: int = 1) -> Callable[[], Timing]:
+        """A contestant: one prompt, logits of its last token only, as generation needs them."""
+        ids = self._ids(batch, tokens)
+
+        def work() -> Timing:
+            with self.torch.inference_mode():
+                start = time.perf_counter()
+                self.model(ids, use_cache=True, logits_to_keep=1)
+                return Timing((time.perf_counter() - start,))
+
+        return work
+
+    def decode(self, batch: int, context: int, tokens: int) -> Callable[[], Timing]:
+        """A contestant: greedy steps behind a prompt of `context`; seconds a step."""
+        ids = self._ids(batch, context)
+
+        def work() -> Timing:
+            with self.torch.inference_mode():
+                out = self.model(ids, use_cache=True, logits_to_keep=1)
+                start = time.perf_counter()
+                for _ in range(tokens):
+                    out = self.model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+                return Timing((time.perf_counter() - start,)).per(tokens)
+
+        return work
+
+    def _ids(self, batch: int, tokens: int):
+        return self.torch.arange(batch * tokens).reshape(batch, tokens) % 1000 + 100
+
+
+def transformers_or_reason(path: Path) -> tuple[Transformers | None, str]:
+    """The peer, or None and why it is not there: said in the table, never left out in silence."""
+    try:
+        return Transformers(path), ""
+    except ImportError as error:
+        return None, f"transformers did not run: {error} (pip install 'pdx-inference[parity]')"
+    except (OSError, ValueError) as error:
+        return None, f"transformers did not load {path}: {error}"

@@ -1,0 +1,66 @@
+"""Wall time of work that is really done: warm, fresh, blocked on, several times, with its spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated runs."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.seconds + other.seconds)
+
+    def per(self, n: int) -> Timing:
+        """Seconds of one of n equal parts of each run."""
+        return Timing(tuple(s / n for s in self.seconds))
+
+
+def once(work: Callable[[], Any]) -> Timing:
+    """One run, waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return Timing((time.perf_counter() - start,))
+
+
+def interleaved(contestants: dict[str, Callable[[], Timing]], rounds: int) -> dict[str, Timing]:
+    """Run all in turn, `rounds` times after a warm-up: what disturbs the machine disturbs all of them alike."""
+    for work in contestants.values():
+        work()
+    times = {name: Timing(()) for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            times[name] += work()
+    return times
+
+
+def read_bandwidth(megabytes: int = 512) -> Callable[[], Timing]:
+    """A contestant that reads an array too large for any cache; `bytes_read` tells how much.
+
+    A sum is the lightest thing that must touch every element, so this is the ceiling of a decode step.
+    """
+    array = jax.random.normal(jax.random.key(0), (megabytes, 1 << 18), "float32")
+    total = jax.jit(lambda x: x.sum())
+
+    def work() -> Timing:
+        return once(lambda: total(array))
+
+    work.bytes_read = array.nbytes
+    return work

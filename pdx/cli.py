@@ -1,0 +1,183 @@
+"""The command line: arguments in, text out. Everything it does is a call that Python can make too.
+
+jax and the model code are imported by the command that needs them, so that `pdx --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pdx.errors import PdxError, RequestError
+
+app = typer.Typer(
+    help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Built-in name, .gguf file, Hugging Face directory, "
+                                          "hub id, or a checkpoint of `pdx convert`.")]  # fmt: skip
+DtypeOption = Annotated[str, typer.Option(help="Parameters: auto, f32 or bf16.")]
+KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32 or bf16.")]
+KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
+MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens seen; 1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off once for a token generated before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken off for each time it was generated.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given more than once.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end token.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Report log-probabilities with this many alternatives.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of requests: prompt or messages, and settings.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of answers, in the order of --prompts.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of --prompts that run together.", min=1)] = 8,
+    dtype: DtypeOption = "auto",
+    kv_dtype: KvDtypeOption = "auto",
+    kernels: KernelsOption = "auto",
+    mesh: MeshOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text and report TTFT, TPOT and E2E apart."""
+    from pdx.sampling_options import SamplingOptions
+
+    settings = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+    }  # fmt: skip
+    options = SamplingOptions(**settings)  # checked before a model is loaded
+    if (prompts is None) != (output is None):
+        raise RequestError("--prompts and --output go together")
+    if prompts is not None and prompt is not None:
+        raise RequestError("give a PROMPT or --prompts, not both")
+    run = {"kernels": kernels, "kv_dtype": kv_dtype}
+    if prompts is not None:
+        from pdx import batch_file
+
+        requests = batch_file.read(prompts, options)
+        batch_file.check_output(output, prompts)
+        batch_file.run(_load(model, dtype, mesh), requests, output, batch_size=batch_size, **run)
+        return
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
+    _generate_one(_load(model, dtype, mesh), request, options, as_json, run)
+
+
+def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
+    from pdx import report_text
+    from pdx.generate import stream
+
+    completion = None
+    for piece in stream(model, request, options, **run):
+        if not as_json:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        completion = piece.completion or completion
+    if as_json:
+        print(json.dumps(report_text.completion_fields(completion, run["kernels"]), ensure_ascii=False))
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print(report_text.summary(completion, run["kernels"]), file=sys.stderr)
+
+
+def _load(model: str, dtype: str, mesh: str | None):
+    from pdx.compilation import enable_cache
+    from pdx.weights.load import load
+
+    enable_cache()
+    loaded = load(model, dtype=dtype, mesh=mesh)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List what is built in, what is in the cache, and what can be loaded."""
+    from pdx import report_text
+    from pdx.weights.resolve import list_models
+
+    rows = list_models()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        report_text.print_models(rows)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="What to convert; anything --model takes.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Save config, tokenizer and parameters as a checkpoint that loads faster."""
+    from pdx.weights.checkpoint import check_target, save
+
+    check_target(directory)
+    loaded = _load(model, dtype, None)
+    save(loaded, directory)
+    print(f"saved {loaded.name} to {directory}", file=sys.stderr)
+
+
+@bench_app.command("model")
+def bench_model(
+    model: ModelOption = DEFAULT_MODEL,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(help="Prefill length; more than one may be given.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Decode batch size; more than one may be given.")] = None,
+    peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
+    dtype: DtypeOption = "auto",
+    kernels: KernelsOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Prefill and decode of a model, beside transformers and this machine's memory bandwidth."""
+    from pdx.bench import model as bench
+
+    loaded = _load(model, dtype, None)
+    result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels)
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+
+
+def main() -> None:
+    """Entry point: errors that pdx raises on purpose are printed without a traceback."""
+    try:
+        app()
+    except (PdxError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of standard output went away (`| head`): nobody is left to tell.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""One request while its tokens come in: text, stops and limits; and the completion it ends as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdx.metrics import RequestTiming
+from pdx.sampling_options import SamplingOptions
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token's log-probability under the model, and those of the best alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt.
+
+    token_ids: all generated tokens, an end token included; `text` leaves end tokens and stop strings out.
+    finish_reason: `stop` (an end token or a stop string) or `length`.
+    compile_s: seconds of compilation while its batch ran; they are in none of the timings.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    timing: RequestTiming
+    compile_s: float
+    logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class Row:
+    """A request in a batch. `decoder` turns tokens into text, `ends` are the tokens that end it."""
+
+    index: int
+    prompt: list[int]
+    options: SamplingOptions
+    decoder: Any
+    ends: frozenset[int]
+    limit: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+    shown: int = 0
+    finish_reason: str | None = None
+    ttft_s: float = 0.0
+    e2e_s: float = 0.0
+
+    def push(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprobs], now: float) -> None:
+        """Take tokens as they came from the device at second `now`; what follows the last one is dropped."""
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if self.finish_reason:
+                return
+            if not self.token_ids:
+                self.ttft_s = now
+            self.e2e_s = now
+            self.token_ids.append(token)
+            self.logprobs.append(logprob)
+            self._read(token)
+
+    def _read(self, token: int) -> None:
+        before = len(self.text)
+        if token in self.ends:
+            self.finish_reason = "stop"
+        else:
+            self.text += self.decoder.push(token)
+            if len(self.token_ids) >= self.limit:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            self.text += self.decoder.flush()
+        for stop in self.options.stop:
+            # A stop string may have begun in text that came before this token.
+            at = self.text.find(stop, max(before - len(stop) + 1, 0))
+            if at >= 0:
+                self.text, self.finish_reason = self.text[:at], "stop"
+
+    def fresh_text(self) -> str:
+        """Text not shown yet, less an end that may turn out to be the beginning of a stop string."""
+        end = len(self.text)
+        if not self.finish_reason and self.options.stop:
+            reach = max(len(s) for s in self.options.stop) - 1
+            for at in range(max(self.shown, end - reach), end):
+                if any(s.startswith(self.text[at:]) for s in self.options.stop):
+                    end = at
+                    break
+        fresh, self.shown = self.text[self.shown : end], end
+        return fresh
+
+    def completion(self, compile_s: float) -> Completion:
+        """What it ended as."""
+        return Completion(
+            index=self.index,
+            text=self.text,
+            token_ids=self.token_ids,
+            prompt_tokens=len(self.prompt),
+            finish_reason=self.finish_reason or "length",
+            timing=RequestTiming(len(self.token_ids), self.ttft_s, self.e2e_s),
+            compile_s=compile_s,
+            logprobs=self.logprobs if self.options.logprobs is not None else None,
+        )
