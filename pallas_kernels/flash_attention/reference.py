@@ -35,13 +35,14 @@ def attention(
     b, t, n, h = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
     precision = precision_of(q.dtype)
-    grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
-    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    # Widening is exact, and XLA on the CPU has no kernel for this product of bf16; at bf16's precision an
+    # accelerator multiplies the f32 copies in bf16 all the same.
+    grouped, k, v = (x.astype(jnp.float32) for x in (q.reshape(b, t, kv_heads, n // kv_heads, h), k, v))
+    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision)
     logits = soft_cap(logits * scale, softcap)
     mask = visible(query_positions, slot_positions(lengths, slots), lengths, window)[:, None, None]
     logits = jnp.where(mask, logits, MASKED)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True)) * mask
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, precision=precision,
-                     preferred_element_type=jnp.float32)  # fmt: skip
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision=precision)
     return out.reshape(b, t, n, h).astype(q.dtype)
