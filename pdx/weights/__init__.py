@@ -1,0 +1,1 @@
+"""Finding, fetching, reading and saving models. Only `load` and `checkpoint` import jax."""

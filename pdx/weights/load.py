@@ -1,0 +1,159 @@
+"""Loading a model: files to checked parameters on the device, a few tensors at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pdx.config import ModelConfig
+from pdx.errors import ContextLengthError, ModelFileError
+from pdx.families.common import Source
+from pdx.model import Params, param_specs
+from pdx.sharding import ArraySpec, is_spec, make_mesh, replicated
+from pdx.tokenizer import Tokenizer
+from pdx.weights.builtin import DEFAULT_MODEL
+from pdx.weights.opening import OpenModel, check_names, open_model, read_tensor
+from pdx.weights.progress import Report
+from pdx.weights.resolve import resolve
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+# Tensors in flight: enough to keep the cores busy, few enough that memory stays near one copy of the parameters.
+THREADS = 4
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model: parameters on the device and everything needed to use them.
+
+    `params` is the tree of `pdx.model.param_specs`; `dtype` that of the matrices (norms are always f32); `mesh` is None
+    on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy.
+    """
+
+    params: Params
+    config: ModelConfig
+    name: str
+    path: Path
+    dtype: Any
+    mesh: Mesh | None = None
+    notes: list[str] = field(default_factory=list)
+    license: str | None = None
+    terms: tuple[str, ...] = ()
+    make_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Built when first asked for: a large vocabulary takes about a second."""
+        if self.make_tokenizer is None:
+            raise ModelFileError(f"model {self.name} came without a tokenizer")
+        return self.make_tokenizer()
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL, *, dtype: Any = "auto", mesh: Mesh | str | None = None,
+    max_context: int | None = None, progress: Report | None = None,
+) -> Model:  # fmt: skip
+    """Load a model by name, path or hub id (see `pdx.weights.resolve`), fetching it if need be.
+
+    Args:
+      dtype: of matrices, embeddings and biases: `auto` (see `default_dtype`), `f32`, `bf16` or a jax type.
+      mesh: where the parameters go, each as it is declared: a mesh, a text such as `data=2,model=4`, or None for
+        the default device.
+      max_context: a shorter context than the model's own, in tokens.
+      progress: told of the download and of the parameters as they are placed; None draws a bar for the download.
+
+    Raises:
+      ModelNotFoundError, DownloadError: the model cannot be found or fetched.
+      ModelFileError: a file is corrupted, truncated, incomplete, mis-shaped, or holds NaN or infinite values.
+      UnsupportedModelError: a model of an architecture, or with a feature, that pdx does not have.
+      ContextLengthError: `max_context` is not within the model's own.
+      ValueError: a dtype or a mesh that makes no sense.
+    """
+    if isinstance(mesh, str):
+        mesh = make_mesh(mesh)
+    where = mesh if mesh is not None else next(iter(jax.device_put(np.float32(0)).devices()))
+    dtype = _dtype(dtype, where.devices.flat[0] if isinstance(where, Mesh) else where)
+    files = resolve(model, progress)
+    opened = open_model(files)
+    cfg = opened.config
+    if max_context is not None:
+        if not 1 <= max_context <= cfg.max_context:
+            raise ContextLengthError(f"max_context {max_context}: this model's context is 1 to {cfg.max_context}")
+        cfg = dataclasses.replace(cfg, max_context=max_context)
+    specs = param_specs(cfg, dtype)
+    params = _read_params(opened, specs, where, progress)
+    notes = [*opened.terms, *opened.notes]
+    if mesh is not None:
+        notes += replicated(jax.tree.leaves(specs, is_leaf=is_spec), mesh)
+    return Model(params, cfg, files.name, files.path, jnp.dtype(dtype), mesh, notes, opened.license, opened.terms,
+                 opened.make_tokenizer)
+
+
+def default_dtype(device: jax.Device) -> Any:
+    """f32 on the CPU and on GPUs older than Ampere, which have no bf16; bf16 elsewhere."""
+    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    old = capability is not None and float(capability) < 8
+    return jnp.float32 if device.platform == "cpu" or old else jnp.bfloat16
+
+
+def _dtype(dtype: Any, device: jax.Device) -> Any:
+    if isinstance(dtype, str) and dtype == "auto":
+        return default_dtype(device)
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    try:
+        if jnp.dtype(dtype) in map(jnp.dtype, DTYPES.values()):
+            return dtype
+    except TypeError:
+        pass
+    raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+
+
+def _read_params(opened: OpenModel, specs: Params, where: Mesh | jax.Device, progress: Report | None) -> Params:
+    """All parameters, checked and placed on a mesh or a device."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    jobs = [(_source(opened, path), spec) for path, spec in paths]
+    check_names(opened, {source.name for source, _ in jobs})
+    total, done, lock = sum(_size(spec) for _, spec in jobs), 0, threading.Lock()
+
+    def one(job: tuple[Source, ArraySpec]) -> jax.Array:
+        nonlocal done
+        source, spec = job
+        array = read_tensor(opened.file, source, spec.shape, spec.dtype)
+        placed = jax.device_put(array, spec.sharding(where) if isinstance(where, Mesh) else where)
+        placed.block_until_ready()  # so that host copies do not pile up before a slow device
+        if progress is not None:
+            with lock:
+                done += _size(spec)
+                progress("loading", done, total)
+        return placed
+
+    # Largest first, so that no thread is left alone with an embedding at the end.
+    order = sorted(range(len(jobs)), key=lambda i: -_size(jobs[i][1]))
+    leaves: list[Any] = [None] * len(jobs)
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for i, leaf in zip(order, pool.map(one, (jobs[i] for i in order)), strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _source(opened: OpenModel, path: tuple) -> Source:
+    """The tensor of a parameter at a path of the tree: `embed`, or `layers`, 3, `q_proj`."""
+    keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]
+    return opened.source(keys[2], keys[1]) if keys[0] == "layers" else opened.source(keys[0], None)
+
+
+def _size(spec: ArraySpec) -> int:
+    """Bytes."""
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize

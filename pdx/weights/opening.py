@@ -1,0 +1,135 @@
+"""One model's files behind one interface, whatever their kind: its configuration, its tensors, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdx.config import ModelConfig
+from pdx.errors import ModelFileError
+from pdx.families import config_from_gguf, config_from_hf
+from pdx.families.common import Names, Source, TensorFile
+from pdx.tokenizer import Tokenizer
+from pdx.weights.arrays import nonfinite
+from pdx.weights.builtin import BUILTIN
+from pdx.weights.checkpoint import CheckpointFile
+from pdx.weights.gguf_file import GgufFile
+from pdx.weights.resolve import ModelFiles
+from pdx.weights.safetensors_file import open_safetensors
+
+# The tensor of a parameter leaf in a layer (None: outside the layers).
+SourceOf = Callable[[str, int | None], Source]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """`source` says where a parameter lies in `file`, `ignores` which tensors inference does not use."""
+
+    file: TensorFile
+    config: ModelConfig
+    source: SourceOf
+    ignores: Callable[[str], bool]
+    make_tokenizer: Callable[[], Tokenizer]
+    license: str | None = None
+    terms: tuple[str, ...] = ()  # what goes along with every copy
+    notes: tuple[str, ...] = ()
+
+
+def open_model(files: ModelFiles) -> OpenModel:
+    """Open the files of a model and map its configuration; no weights are read.
+
+    Raises ModelFileError and UnsupportedModelError as `pdx.weights.load.load` says.
+    """
+    return {"gguf": _open_gguf, "hf": _open_hf, "pdx": _open_checkpoint}[files.kind](files)
+
+
+def _open_gguf(files: ModelFiles) -> OpenModel:
+    file = GgufFile(files.path)
+    family, cfg = config_from_gguf(file.metadata, file, str(files.path))
+    license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
+    tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
+    return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), family.gguf_names.ignores, tokenizer,
+                     license, files.notes)
+
+
+def _open_hf(files: ModelFiles) -> OpenModel:
+    path, notes = files.path / "config.json", []
+    family, cfg = config_from_hf(_read_config(path), str(path), notes)
+    file = open_safetensors(files.path)
+    return OpenModel(file, cfg, _by_names(family.hf_names, cfg, file), family.hf_names.ignores,
+                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes))
+
+
+def _open_checkpoint(files: ModelFiles) -> OpenModel:
+    saved = CheckpointFile(files.path)
+    return OpenModel(saved, saved.config, lambda leaf, i: Source(leaf if i is None else f"layers.{i}.{leaf}"),
+                     lambda name: False, partial(Tokenizer.load, files.path / "tokenizer"), saved.license, saved.terms)
+
+
+def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
+    prefix = names.find_prefix(file.names())
+    return lambda leaf, i: names.source(leaf, i, cfg, prefix)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelFileError(f"{path}: expected a JSON object")
+    return config
+
+
+def check_names(model: OpenModel, wanted: set[str]) -> None:
+    """Hold the tensors of a model to those that are needed.
+
+    Raises ModelFileError for a tensor that is missing, and for one that is neither needed nor known to be idle.
+    """
+    file, names = model.file, model.file.names()
+    missing = sorted(wanted - set(names))
+    if missing:
+        where = file.path_of(names[0]) if names else "the model"
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelFileError(f"{where}: tensor {missing[0]}{others} is missing, the configuration asks for it")
+    head = model.source("lm_head", None).name if model.config.tie_embeddings else None
+    for name in names:
+        if name in wanted or model.ignores(name):
+            continue
+        if name != head:
+            raise ModelFileError(f"{file.path_of(name)}: tensor {name} is not one that the configuration asks for: "
+                                 "the two do not belong together, or it is of a variant that pdx does not have")
+        _check_tied(file, model.source("embed", None).name, head)
+
+
+def _check_tied(file: TensorFile, embed: str, head: str) -> None:
+    """A tied output head that is stored all the same must be the embedding."""
+    same = file.shape(embed) == file.shape(head)
+    if not (same and np.array_equal(file.read(embed, np.float32), file.read(head, np.float32))):
+        raise ModelFileError(f"{file.path_of(head)}: the configuration ties tensor {head} to {embed}, but they differ")
+
+
+def read_tensor(file: TensorFile, source: Source, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """One parameter on the host, `shape` in `dtype`, checked.
+
+    Raises ModelFileError for another shape and for values that are not finite, naming file and tensor.
+    """
+    name, where = source.name, file.path_of(source.name)
+    if file.shape(name) != shape:
+        raise ModelFileError(f"{where}: tensor {name} has shape {list(file.shape(name))}, "
+                             f"expected {list(shape)} from the configuration")
+    array = file.read(name, dtype, source.rows)
+    if source.offset:
+        array += array.dtype.type(source.offset)
+    bad = nonfinite(array)
+    if bad is not None:
+        index = [int(i) for i in np.unravel_index(bad[1], shape)]
+        raise ModelFileError(f"{where}: tensor {name} has {bad[0]} values that are NaN or infinite, the first of them "
+                             f"at {index}; expected finite numbers")
+    return array

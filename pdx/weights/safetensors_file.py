@@ -1,0 +1,170 @@
+"""Reading safetensors: one file, or shards with an index. Nothing is ever unpickled.
+
+The format is eight bytes of length, a JSON header and the raw values. It is read directly, because the
+library's numpy interface copies each tensor and lacks types. Format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pdx.errors import ModelFileError, UnsupportedModelError
+from pdx.weights.arrays import converted, map_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+class SafetensorsFile:
+    """One `.safetensors` file, its header checked when it is opened: every tensor lies within the file.
+
+    Raises ModelFileError that names the file, the tensor and what was expected.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        fail = partial(_fail, self.path)
+        try:
+            self._bytes = map_file(self.path)
+        except FileNotFoundError:
+            raise fail("is missing") from None
+        size = len(self._bytes)
+        if size < 8:
+            raise fail(f"{size} bytes are too few for a safetensors file: truncated")
+        (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
+        if 8 + length > size:
+            raise fail(f"announces a header of {length} bytes, but has only {size} in all: "
+                       "truncated, corrupted, or not a safetensors file")
+        try:
+            self._header: dict[str, dict] = json.loads(self._bytes[8 : 8 + length].tobytes())
+            self._header.pop("__metadata__", None)
+        except (ValueError, AttributeError):
+            raise fail("its header is not a JSON object: corrupted, or not a safetensors file") from None
+        self._start = 8 + length
+        for name, entry in self._header.items():
+            self._check(name, entry, size - self._start)
+
+    def _check(self, name: str, entry: Any, room: int) -> None:
+        fail = partial(_fail, self.path)
+        try:
+            shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+            count = int(np.prod([int(n) for n in shape], dtype=np.int64))
+            begin, end = int(begin), int(end)
+        except (KeyError, TypeError, ValueError):
+            raise fail(f"tensor {name} has the header entry {entry!r}, expected dtype, shape and data_offsets: "
+                       "corrupted") from None
+        width = _WIDTHS.get(dtype)
+        if begin < 0 or (width is not None and end - begin != width * count):
+            raise fail(f"tensor {name} of type {dtype} and shape {list(shape)} takes bytes {begin} to {end}: corrupted")
+        if end > room:
+            raise fail(f"tensor {name} ends at byte {end} of the data, but there are only {room}: "
+                       "truncated; download or copy it again")
+
+    def names(self) -> list[str]:
+        return list(self._header)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._header[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        return self._header[name]["dtype"]
+
+    def path_of(self, name: str) -> str:
+        return str(self.path)
+
+    def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
+        """The values in `dtype`. Raises UnsupportedModelError for a tensor that is not of a floating type."""
+        kind = self.dtype(name)
+        if kind not in _FLOATS:
+            raise UnsupportedModelError(f"{self.path}: tensor {name} has type {kind}, expected one of "
+                                        f"{', '.join(_FLOATS)}; checkpoints quantized by other tools are not read")
+        begin, end = (self._start + n for n in self._header[name]["data_offsets"])
+        # Not `view`: the format promises no alignment.
+        values = np.frombuffer(self._bytes[begin:end], _FLOATS[kind]).reshape(self.shape(name))
+        return converted(values, dtype, rows)
+
+
+class ShardedSafetensors:
+    """The files of one `model.safetensors.index.json`. Raises ModelFileError for a shard that is missing, and
+    for a tensor that is not in the shard the index names."""
+
+    def __init__(self, index: str | Path):
+        self.index = Path(index)
+        fail = partial(_fail, self.index)
+        try:
+            where: dict[str, str] = json.loads(self.index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(where.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise fail("is not a JSON object with a weight_map: corrupted") from None
+        if any(Path(shard).name != shard for shard in shards):
+            raise fail("names a shard outside its own directory")
+        missing = [s for s in shards if not (self.index.parent / s).is_file()]
+        if missing:
+            raise ModelFileError(f"{self.index.parent / missing[0]}: is missing; {self.index.name} needs "
+                                 f"{len(shards)} shards and {len(missing)} of them are not there")
+        files = {shard: SafetensorsFile(self.index.parent / shard) for shard in shards}
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in files.values():
+            self._files.update(dict.fromkeys(file.names(), file))
+        for name, shard in where.items():
+            if name not in files[shard]._header:
+                raise _fail(files[shard].path, f"tensor {name} is missing, {self.index.name} says it is here")
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._files[name].dtype(name)
+
+    def path_of(self, name: str) -> str:
+        return self._files[name].path_of(name)
+
+    def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
+        return self._files[name].read(name, dtype, rows)
+
+
+def _fail(path: Path, text: str) -> ModelFileError:
+    return ModelFileError(f"{path}: {text}")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds safetensors in one of the layouts that are read."""
+    return (directory / INDEX).is_file() or bool(_files(directory))
+
+
+def _files(directory: Path) -> list[Path]:
+    """Single files that can be meant; Mistral's `consolidated` ones repeat the weights under other names."""
+    return sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
+
+
+def open_safetensors(directory: str | Path) -> SafetensorsFile | ShardedSafetensors:
+    """The weights of a Hugging Face directory. Raises ModelFileError where there are none that may be read."""
+    directory = Path(directory)
+    if (directory / INDEX).is_file():
+        return ShardedSafetensors(directory / INDEX)
+    files = _files(directory)
+    if directory / SINGLE in files:
+        return SafetensorsFile(directory / SINGLE)
+    if len(files) == 1:
+        return SafetensorsFile(files[0])
+    if files:
+        raise ModelFileError(f"{directory}: {len(files)} safetensors files and no {INDEX}: "
+                             "copy the index too, or keep one file")
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED)
+    if pickled:
+        raise ModelFileError(f"{directory}: only {pickled[0]} and the like, which are not read because unpickling runs "
+                             "code; save the model as safetensors (transformers: save_pretrained(..., "
+                             "safe_serialization=True))")
+    raise ModelFileError(f"{directory}: no {SINGLE} and no {INDEX}")
