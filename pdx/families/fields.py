@@ -73,7 +73,8 @@ class Fields:
         value = self.data.get(key)
         return default if value is None else value
 
-    def _wrong(self, key: str, value: Any, expected: str) -> ModelFileError:
+    def wrong(self, key: str, value: Any, expected: str) -> ModelFileError:
+        """The error for a field that is missing or of the wrong kind."""
         said = "is missing" if value is None else f"is {value!r}"
         return ModelFileError(f"{self.where}: field {self.prefix}{key} {said}, expected {expected}")
 
@@ -83,7 +84,7 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(key, value, "a positive integer")
+            raise self.wrong(key, value, "a positive integer")
         return value
 
     def uniform(self, key: str, default: int | None = None) -> int:
@@ -99,7 +100,7 @@ class Fields:
         """A finite number above 0. Raises ModelFileError for anything else."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise self._wrong(key, value, "a positive number")
+            raise self.wrong(key, value, "a positive number")
         return float(value)
 
     def optional_number(self, key: str, default: float | None = None) -> float | None:
@@ -111,7 +112,7 @@ class Fields:
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise self._wrong(key, value, "true or false")
+            raise self.wrong(key, value, "true or false")
         return value
 
     def unsupported(self, key: str, value: Any, supported: str) -> UnsupportedModelError:

@@ -89,9 +89,18 @@ def _scaled(f: Fields, theta: float, head_dim: int, max_context: int, original: 
     return RopeConfig(theta, divisors, attention)
 
 
+def _parameters(f: Fields) -> dict[str, Any]:
+    """The scaling under its older name, which wins where both are there, or its newer one."""
+    older, newer = f.get("rope_scaling", {}), f.get("rope_parameters", {})
+    for key, value in (("rope_scaling", older), ("rope_parameters", newer)):
+        if not isinstance(value, dict):
+            raise f.wrong(key, value, "an object")
+    return older or newer
+
+
 def extended_context(f: Fields, max_context: int) -> int:
     """`max_position_embeddings`, or what YaRN stretches the trained context to where that is more."""
-    params = {**f.get("rope_parameters", {}), **f.get("rope_scaling", {})}
+    params = _parameters(f)
     original, factor = params.get("original_max_position_embeddings"), params.get("factor")
     if params.get("rope_type", params.get("type")) == "yarn" and original and factor:
         return max(max_context, round(original * factor))
@@ -105,7 +114,7 @@ def rope_from_hf(f: Fields, head_dim: int, max_context: int, theta: float = 10_0
     Reads both spellings: `rope_theta`, `rope_scaling`, `rope_local_base_freq`, and the newer
     `rope_parameters`, flat or one entry a layer type. `theta` and `window_theta` are the family's defaults.
     """
-    params: dict[str, Any] = {**f.get("rope_parameters", {}), **f.get("rope_scaling", {})}
+    params = _parameters(f)
     top_theta = f.number("rope_theta", theta)
     original = f.get("original_max_position_embeddings")
     nested = {k: v or {} for k, v in params.items() if k in ("full_attention", "sliding_attention")}

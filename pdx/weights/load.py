@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,11 +113,9 @@ def _dtype(dtype: Any, device: jax.Device) -> Any:
     if isinstance(dtype, str) and dtype == "auto":
         return default_dtype(device)
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    try:
+    with suppress(TypeError):
         if jnp.dtype(dtype) in map(jnp.dtype, DTYPES.values()):
-            return dtype
-    except TypeError:
-        pass
+            return jnp.dtype(dtype)
     raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
 
 
