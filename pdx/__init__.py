@@ -23,8 +23,8 @@ _WHERE = {
     "verify": "pdx.steps",
     "SamplingOptions": "pdx.sampling",
     "Tokenizer": "pdx.tokenizer",
-    "generate": "pdx.generate",
-    "stream": "pdx.generate",
+    "generate": "pdx.generation",
+    "stream": "pdx.generation",
 }
 __all__ = ["__version__", *_WHERE]
 

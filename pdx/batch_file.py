@@ -78,7 +78,7 @@ def run(model, requests: list[Request], output: Path, *, batch_size: int, kernel
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pdx.generate import stream
+    from pdx.generation import stream
     from pdx.report_text import completion_fields
 
     waiting: dict[int, dict[str, Any]] = {}

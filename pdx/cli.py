@@ -90,7 +90,7 @@ def generate(
 
 def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
     from pdx import report_text
-    from pdx.generate import stream
+    from pdx.generation import stream
 
     completion = None
     for piece in stream(model, request, options, **run):
@@ -121,7 +121,7 @@ def _load(model: str, dtype: str, mesh: str | None):
 def models(as_json: JsonOption = False) -> None:
     """List what is built in, what is in the cache, and what can be loaded."""
     from pdx import report_text
-    from pdx.weights.resolve import list_models
+    from pdx.weights.listing import list_models
 
     rows = list_models()
     if as_json:

@@ -5,6 +5,7 @@ Prefill, decode and verification are this `forward` with T = chunk, 1 and draft 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -149,15 +150,11 @@ def forward(
     hidden = {0: x} if 0 in hidden_layers else {}
     layers = []
     for i, p in enumerate(params["layers"]):
-        y, layer_cache = attention(
-            p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), layer=i, rotation=rotations[cfg.layer_rope(i)],
-            positions=positions, valid=valid, lengths=total, cache=cache.layers[i] if cache is not None else None,
-            kernels=kernels,
+        x, layer_cache = _layer(
+            p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid, total,
+            cfg=cfg, window=cfg.windows[i], kernels=kernels,
         )  # fmt: skip
         layers.append(layer_cache)
-        x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
-        y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))
-        x = x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
@@ -167,6 +164,20 @@ def forward(
         final_hidden=x,
         hidden=hidden,
     )
+
+
+# Jitted by itself so that layers of one kind are traced and lowered once, however many there are: the compiler
+# inlines the calls, but tracing thirty layers took longer than everything else at start-up.
+@partial(jax.jit, static_argnames=("cfg", "window", "kernels"))
+def _layer(p, x, cache, rotation, positions, valid, lengths, *, cfg: ModelConfig, window: int | None, kernels: Kernels):
+    """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
+    y, cache = attention(
+        p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
+        valid=valid, lengths=lengths, cache=cache, kernels=kernels,
+    )  # fmt: skip
+    x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
+    y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))
+    return x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y), cache
 
 
 def _logits(params: Params, cfg: ModelConfig, x: Float[Array, "B T D"], lengths: Int[Array, " B"], which: str):

@@ -47,6 +47,11 @@ class ArraySpec:
         if len(self.axes) != len(self.shape) or (self.units and len(self.units) != len(self.shape)):
             raise ValueError(f"shape {self.shape}, axes {self.axes} and units {self.units} differ in rank")
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def partition(self, mesh: Mesh) -> PartitionSpec:
         """Where the table puts each dimension on `mesh`; what does not divide stays whole."""
         units = self.units or self.shape

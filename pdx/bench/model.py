@@ -17,7 +17,7 @@ from pdx import steps
 from pdx.bench.peer import transformers_or_reason
 from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
 from pdx.cache.dense import DenseCache, init_cache
-from pdx.generate import DEFAULT_CHUNK
+from pdx.generation import DEFAULT_CHUNK
 from pdx.report_text import device_name
 from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions

@@ -41,7 +41,7 @@ def attention(
     cfg: ModelConfig,
     x: Float[Array, "B T D"],
     *,
-    layer: int,
+    window: int | None,
     rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]],
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -68,7 +68,7 @@ def attention(
         "query_positions": positions,
         "lengths": lengths,
         "scale": cfg.attn_scale,
-        "window": cfg.windows[layer],
+        "window": window,
         "softcap": cfg.attn_softcap,
     }
     if cache is None:

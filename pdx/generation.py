@@ -26,7 +26,7 @@ from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, place_rows
-from pdx.weights.load import Model
+from pdx.weights.load import DTYPES, Model
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
@@ -60,7 +60,7 @@ class Generator:
       rows: requests that run together.
       capacity: tokens of prompt and answer that a row can hold.
       kernels: auto, xla or pallas. Raises NotImplementedError for a path that does not exist.
-      kv_dtype: of the cache; None: the parameters'.
+      kv_dtype: of the cache, `f32`, `bf16` or a jax type; None or `auto`: the parameters'.
       chunk: the most tokens of a prompt that one prefill call takes.
       decode_tokens: tokens a dispatch.
       num_logprobs: alternatives to report for each token.
@@ -78,7 +78,7 @@ class Generator:
         self._programs: dict[object, Callable] = {}
         self._make_cache = partial(
             init_cache, self.config, self.rows, capacity, chunk=chunk, mesh=self.mesh,
-            dtype=kv_dtype if kv_dtype is not None else self.params["embed"].dtype,
+            dtype=cache_dtype(kv_dtype, model),
         )  # fmt: skip
         self._cache: DenseCache | None = self._make_cache()
         self.capacity, self.chunk = self._cache.capacity, self._cache.chunk
@@ -172,6 +172,15 @@ def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, now: float) -> 
         )
         request.push(got.tokens[row, :n].tolist(), logprobs, now)
         yield request
+
+
+def cache_dtype(name, model: Model):
+    """The type of the cache for a choice of the user. Raises RequestError for an unknown one."""
+    if name is None or name == "auto":
+        return model.dtype
+    if isinstance(name, str) and name not in DTYPES:
+        raise RequestError(f"kv_dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name] if isinstance(name, str) else jnp.dtype(name)
 
 
 @partial(jax.jit, static_argnames=("num_logprobs", "mesh"), donate_argnames="sampling")
