@@ -1,0 +1,140 @@
+"""The command, as a user meets it: one process where that is the point, in-process otherwise."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from pdx.cli import app
+from tests import tiny_model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(tiny_model.make(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+
+
+def test_help_and_import_are_light():
+    code = (
+        "import sys, pdx, pdx.cli; heavy = {'jax', 'flax', 'numpy', 'tokenizers', 'orbax'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-m", "pdx.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "generate" in out.stdout
+    # Not a measurement (a busy machine may take its time), but an import of jax would show.
+    assert time.perf_counter() - start < 5
+
+
+def test_json_has_every_field(directory):
+    result = run("generate", "Hello", "-m", directory, "--max-tokens", 9, "--ignore-eos", "--json")
+    assert result.exit_code == 0, result.output
+    out = json.loads(result.stdout)
+    fields = "text token_ids prompt_tokens completion_tokens finish_reason ttft_s tpot_s e2e_s compile_s device kernels"
+    assert set(fields.split()) == set(out)
+    assert (out["prompt_tokens"], out["completion_tokens"], out["finish_reason"]) == (5, 9, "length")
+    assert out["e2e_s"] == pytest.approx(out["ttft_s"] + 8 * out["tpot_s"])
+    assert "xla" in out["kernels"]["decode"]
+
+
+def test_text_goes_to_standard_output_and_the_summary_to_standard_error(directory):
+    result = run("generate", "-", "-m", directory, "--max-tokens", 5, "--ignore-eos", stdin="Hello")
+    as_json = run("generate", "Hello", "-m", directory, "--max-tokens", 5, "--ignore-eos", "--json")
+    assert result.stdout == json.loads(as_json.stdout)["text"] + "\n"
+    for word in ("TTFT", "TPOT", "E2E", "compilation", "cpu", "xla", "5 prompt tokens"):
+        assert word in result.stderr
+
+
+def test_chat_and_system(directory):
+    chat = json.loads(run("generate", "hi", "-m", directory, "--chat", "--max-tokens", 2, "--json").stdout)
+    system = json.loads(run("generate", "hi", "-m", directory, "--system", "be", "--max-tokens", 2, "--json").stdout)
+    assert 2 < chat["prompt_tokens"] < system["prompt_tokens"]
+
+
+def test_a_file_of_requests(directory, tmp_path):
+    rows = [
+        {"prompt": "one", "max_tokens": 4, "id": "a"},
+        {"messages": [{"role": "user", "content": "two"}], "max_tokens": 12},
+        {"prompt": "three", "temperature": 1.0, "seed": 3, "max_tokens": 2, "ignore_eos": True, "mine": [1]},
+        {"prompt": "four", "stop": ["zz"], "logprobs": 1},
+        {"prompt": "five", "max_tokens": 7},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    arguments = ("generate", "-m", directory, "--prompts", source, "--output", target, "--batch-size", 2)
+    result = run(*arguments, "--max-tokens", 6, "--ignore-eos")
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert [a["completion_tokens"] for a in answers] == [4, 12, 2, 6, 7]
+    for row, answer in zip(rows, answers, strict=True):
+        assert {key: answer[key] for key in row if key != "logprobs"} == {k: v for k, v in row.items() if k != "logprobs"}
+        assert {"text", "token_ids", "ttft_s", "e2e_s", "device"} <= set(answer)
+    alone = json.loads(run("generate", "five", "-m", directory, "--max-tokens", 7, "--ignore-eos", "--json").stdout)
+    assert answers[4]["token_ids"] == alone["token_ids"]
+    again = run(*arguments)
+    assert again.exit_code == 1
+    assert "exists already" in str(again.exception)
+    assert len(target.read_text(encoding="utf-8").splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("not json", "line 2 is no JSON"),
+        ('{"text": "x"}', "line 2"),
+        ('{"prompt": "x", "messages": []}', "line 2"),
+        ('{"prompt": ""}', "line 2"),
+        ('{"prompt": "x", "top_p": 7}', "top_p"),
+        ('{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_runs(directory, tmp_path, line, says):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "fine"}\n' + line + "\n", encoding="utf-8")
+    result = run("generate", "-m", directory, "--prompts", source, "--output", target)
+    assert result.exit_code == 1
+    assert says in str(result.exception)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate"], "there is no prompt"),
+        (["generate", "x", "--model", "no-such-model"], "no-such-model"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--prompts", "in.jsonl"], "go together"),
+        (["generate", "x", "--prompts", "a", "--output", "b"], "not both"),
+    ],
+)
+def test_errors_end_the_process_with_one_line(arguments, says):
+    done = subprocess.run([sys.executable, "-m", "pdx.cli", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_convert_gives_the_same_tokens(directory, tmp_path):
+    target = tmp_path / "converted"
+    assert run("convert", directory, target).exit_code == 0
+    outputs = [
+        json.loads(run("generate", "Hello", "-m", m, "--max-tokens", 20, "--ignore-eos", "--json").stdout)
+        for m in (directory, target)
+    ]
+    assert outputs[0]["token_ids"] == outputs[1]["token_ids"]
+    assert outputs[0]["text"] == outputs[1]["text"]
+
+
+def test_models_lists_the_built_in_ones():
+    rows = json.loads(run("models", "--json").stdout)
+    assert {"smollm2-135m-instruct", "gemma-3-270m"} <= {row["name"] for row in rows}
+    assert "smollm2-135m-instruct" in run("models").stdout

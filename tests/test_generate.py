@@ -1,0 +1,166 @@
+"""The offline loop on a tiny model, through the loader: batches, chunks, stops, seeds, programs, meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pdx
+from pdx.errors import ContextLengthError, RequestError
+from pdx.generation import Generator, requests_of
+from pdx.sampling_options import SamplingOptions
+from tests import tiny_model
+
+PROMPTS = ["Hello", "a somewhat longer prompt, with a comma", "x"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pdx.load(tiny_model.make(tmp_path_factory.mktemp("model")))
+
+
+def greedy(model, ids, n):
+    """The plain way: the whole sequence through `forward` for every token."""
+    ids = list(ids)
+    for _ in range(n):
+        out = pdx.forward(model.params, model.config, jnp.asarray([ids]))
+        ids.append(int(out.logits[0, -1].argmax()))
+    return ids[-n:]
+
+
+def test_batch_equals_the_plain_way(model):
+    done = pdx.generate(model, PROMPTS, max_tokens=21, ignore_eos=True)
+    for prompt, completion in zip(PROMPTS, done, strict=True):
+        assert completion.token_ids == greedy(model, model.tokenizer.encode(prompt), 21)
+        assert completion.prompt_tokens == len(prompt)
+        assert (completion.finish_reason, completion.completion_tokens) == ("length", 21)
+        assert 0 < completion.timing.ttft_s < completion.timing.e2e_s
+
+
+def test_more_prompts_than_rows_and_long_prompts_in_chunks(model):
+    prompts = ["ab" * 30, "c", "hello " * 20, "z" * 77, "q"]
+    run = Generator(model, rows=2, capacity=256, chunk=32)
+    rows = requests_of(model, prompts, [SamplingOptions(max_tokens=9, ignore_eos=True)] * 5)
+    for at in range(0, 5, 2):
+        for _ in run.run(rows[at : at + 2]):
+            pass
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert row.token_ids == greedy(model, model.tokenizer.encode(prompt), 9), prompt
+
+
+def test_after_warm_up_a_generation_of_any_length_compiles_nothing(model, count_compiles):
+    run = Generator(model, rows=2, capacity=512)
+
+    def go(lengths, max_tokens, **options):
+        prompts = [list(range(5, 5 + n)) for n in lengths]
+        options = SamplingOptions(max_tokens=max_tokens, ignore_eos=True, **options)
+        for _ in run.run(requests_of(model, prompts, [options] * len(prompts))):
+            pass
+
+    for rung in (t for t in run._ladder if t <= 64):
+        go([rung], 2)
+    before = run.compile_s
+    with count_compiles() as compiles:
+        go([3, 60], 100)
+        go([64], 1)
+        go([17, 33], 37, temperature=0.9, top_k=5, top_p=0.9, seed=3)
+        go([40, 2], 20, repetition_penalty=1.3, logit_bias={7: 2.0})
+    assert compiles() == 0
+    assert run.compile_s == before
+
+
+def test_seeds(model):
+    settings = {"max_tokens": 30, "temperature": 1.0, "ignore_eos": True}
+    one = pdx.generate(model, PROMPTS, seed=7, **settings)
+    again = pdx.generate(model, PROMPTS[1], seed=7, **settings)[0]  # another batch size, another row
+    other = pdx.generate(model, PROMPTS, seed=8, **settings)
+    assert one[1].token_ids == again.token_ids
+    assert all(a.token_ids != b.token_ids for a, b in zip(one, other, strict=True))
+
+
+def test_each_request_has_its_own_options(model):
+    options = [SamplingOptions(max_tokens=3, ignore_eos=True), SamplingOptions(max_tokens=40, ignore_eos=True),
+               SamplingOptions(max_tokens=40, ignore_eos=True, temperature=1.5, seed=1, logprobs=2)]  # fmt: skip
+    done = pdx.generate(model, PROMPTS, options)
+    assert [c.completion_tokens for c in done] == [3, 40, 40]
+    assert done[1].token_ids == greedy(model, model.tokenizer.encode(PROMPTS[1]), 40)
+    assert done[0].logprobs is None
+    assert len(done[2].logprobs) == 40
+    for token in done[2].logprobs:
+        assert token.top[0][1] >= token.top[1][1]
+        assert token.logprob <= token.top[0][1] + 1e-6
+
+
+def test_stop_strings_tokens_and_logprobs(model):
+    whole = pdx.generate(model, "Hello", max_tokens=40, ignore_eos=True, logprobs=0)[0]
+    stop = whole.token_ids[11]
+    cut = pdx.generate(model, "Hello", max_tokens=40, ignore_eos=True, stop_token_ids=(stop,))[0]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
+    text = whole.text[4:7]
+    cut = pdx.generate(model, "Hello", max_tokens=40, ignore_eos=True, stop=(text,))[0]
+    assert cut.text == whole.text[: whole.text.find(text)]
+    ids = model.tokenizer.encode("Hello") + whole.token_ids
+    logits = pdx.forward(model.params, model.config, jnp.asarray([ids])).logits[0]
+    expected = jax.nn.log_softmax(logits, -1)[np.arange(4, 44), ids[5:]]
+    np.testing.assert_allclose([t.logprob for t in whole.logprobs], expected, atol=1e-4)
+
+
+def test_stream_shows_the_text_once(model):
+    pieces = list(pdx.stream(model, PROMPTS, max_tokens=25, ignore_eos=True))
+    done = {p.index: p.completion for p in pieces if p.completion}
+    for index in range(3):
+        assert "".join(p.text for p in pieces if p.index == index) == done[index].text
+
+
+def test_an_abandoned_stream_leaves_the_generator_usable(model):
+    expected = pdx.generate(model, "Hello", max_tokens=30, ignore_eos=True)[0].token_ids
+    stream = pdx.stream(model, "Hello", max_tokens=30, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert pdx.generate(model, "Hello", max_tokens=30, ignore_eos=True)[0].token_ids == expected
+
+
+def test_chat_messages_go_through_the_template(model):
+    messages = [{"role": "user", "content": "hi"}]
+    done = pdx.generate(model, messages, max_tokens=2)[0]
+    assert done.prompt_tokens == len(model.tokenizer.encode("<|start|>user\nhi<|end|>\n<|start|>assistant\n"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "error", "says"),
+    [
+        ("", {}, RequestError, "empty"),
+        ([], {}, RequestError, "empty"),
+        ([5, 100_000], {}, RequestError, "100000"),
+        ("x" * 600, {}, ContextLengthError, "context"),
+        ("x" * 500, {"max_tokens": 100}, ContextLengthError, "at most 12"),
+        ("x", {"max_tokens": 100, "capacity": 64}, ContextLengthError, "capacity"),
+        ("x", {"temperature": -1}, RequestError, "temperature"),
+        ("x", {"kernels": "pallas"}, NotImplementedError, "xla"),
+        ("x", {"kernels": "cuda"}, ValueError, "kernels"),
+    ],
+)
+def test_what_makes_no_sense_is_said(model, prompt, settings, error, says):
+    with pytest.raises(error, match=says):
+        pdx.generate(model, [prompt], **settings)
+
+
+def test_bfloat16_cache_and_parameters(tmp_path):
+    model = pdx.load(tiny_model.make(tmp_path), dtype="bf16")
+    assert model.params["embed"].dtype == jnp.bfloat16
+    done = pdx.generate(model, PROMPTS, max_tokens=12, ignore_eos=True)
+    assert [c.completion_tokens for c in done] == [12, 12, 12]
+    mixed = pdx.generate(model, PROMPTS, max_tokens=12, ignore_eos=True, kv_dtype="f32")
+    assert [c.completion_tokens for c in mixed] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("mesh", ["data=2,model=2", "model=4", "data=8"])
+def test_mesh_gives_the_same_tokens(tmp_path, model, mesh):
+    sharded = pdx.load(tiny_model.make(tmp_path), mesh=mesh)
+    if mesh == "model=4":
+        assert any("kv_heads (2) does not divide" in note for note in sharded.notes)
+    for settings in ({}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}):
+        ours = pdx.generate(sharded, PROMPTS, max_tokens=20, ignore_eos=True, **settings)
+        reference = pdx.generate(model, PROMPTS, max_tokens=20, ignore_eos=True, **settings)
+        assert [c.token_ids for c in ours] == [c.token_ids for c in reference]
