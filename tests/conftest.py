@@ -1,11 +1,52 @@
-"""Every test runs on the CPU as eight virtual devices, with the persistent compilation cache on."""
+"""Tests run on the CPU as eight virtual devices, with JAX's persistent compilation cache on.
+
+The fast tests compile without LLVM's optimizations: compilation is most of their time, and the programs are the
+same. The slow ones, which run real models, compile as users do.
+"""
 
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "pdx-test-xla-cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _add_xla_flag(name: str, value: str) -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
+
+
+def pytest_configure(config):
+    # Before any test module imports jax; the workers of xdist inherit the environment.
+    _add_xla_flag("xla_force_host_platform_device_count", "8")
+    chosen = config.getoption("markexpr") or ""
+    if not chosen or "not slow" in chosen:
+        _add_xla_flag("xla_backend_optimization_level", "0")
+
+
+@pytest.fixture
+def count_compiles():
+    """A context manager whose result, called, is how many programs were compiled (or fetched) inside it."""
+    import jax
+
+    @contextmanager
+    def count():
+        events = []
+
+        def listen(name, _duration, **_kwargs):
+            if name == "/jax/core/compile/backend_compile_duration":
+                events.append(name)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield lambda: len(events)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return count
