@@ -105,7 +105,7 @@ class Tokenizer:
 
         Raises UnsupportedModelError for a decoder that needs the whole sequence.
         """
-        return StreamDecoder(self._rule, self._piece, self.special_ids if skip_special else frozenset())
+        return StreamDecoder(self._rule, self._piece, self._special_pieces if skip_special else frozenset())
 
     def apply_chat_template(
         self,
@@ -164,6 +164,11 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` leaves out."""
         return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _special_pieces(self) -> frozenset[str]:
+        # The backend leaves out by spelling, and a vocabulary may spell a special token twice.
+        return frozenset(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
 
     @cached_property
     def vocab_size(self) -> int:

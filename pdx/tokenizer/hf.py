@@ -6,7 +6,7 @@ as `add_bos_token` in `tokenizer_config.json` describe the same thing and are no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,26 +70,28 @@ def _ids(directory: Path, value: Any) -> list[int]:
 
 
 def _add_named_tokens(backend: Any, config: Mapping[str, Any]) -> dict[str, str]:
-    """Makes every token that the configuration names a special one; its text by name."""
-    from tokenizers import AddedToken
+    """Adds the tokens that only the configuration has and makes those it names special; their texts by name.
 
-    listed = {token["content"]: token for token in config.get("added_tokens_decoder", {}).values()}
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for index, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        if token["content"] not in known:
-            backend.add_tokens([_added(token, special=bool(token.get("special")))])
-            if backend.token_to_id(token["content"]) != int(index):
-                raise ValueError(f"{token['content']!r} is listed as token {index}, which tokenizer.json does not hold")
+    A token's flags are those of `added_tokens_decoder`, else of `tokenizer.json`, else of where it is named.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for index, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+        token = _added(entry, special=bool(entry.get("special")))
+        if repr(token) != repr(known.get(token.content)):
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != int(index):
+            raise ValueError(f"{token.content!r} is listed as token {index}, which it is not in tokenizer.json")
+        known[token.content] = token
     named: dict[str, str] = {}
     special = []
-    for name, token in _named_entries(config):
-        text = token["content"] if isinstance(token, Mapping) else token
+    for name, entry in _named_entries(config):
+        token = _added(entry, special=True)
         if name is not None:
-            named[name] = text
-        if text in known:
-            special.append(AddedToken(text, normalized=False, special=True))
-        else:
-            special.append(_added(token if isinstance(token, Mapping) else listed.get(text, text), special=True))
+            named[name] = token.content
+            flags = {flag: getattr(known.get(token.content, token), flag) for flag in _FLAGS}
+            special.append(_added({"content": token.content, **flags}, special=True))
+        elif token.content not in known:
+            special.append(token)
     backend.add_special_tokens(special)
     return named
 
@@ -100,16 +102,14 @@ def _named_entries(config: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]
             yield name, token
     for key in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.get(key) or ()
-        entries: Iterable[tuple[str | None, Any]]
-        entries = extra.items() if isinstance(extra, Mapping) else ((None, token) for token in extra)
-        yield from entries
+        yield from extra.items() if isinstance(extra, Mapping) else ((None, token) for token in extra)
 
 
 def _added(token: str | Mapping[str, Any], *, special: bool) -> Any:
     from tokenizers import AddedToken
 
     if isinstance(token, str):
-        return AddedToken(token, special=special, normalized=not special)
+        return AddedToken(token, special=special)
     flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
     return AddedToken(token["content"], special=special, **flags)
 

@@ -91,7 +91,7 @@ class StreamDecoder:
     U+FFFD if any part of it is not UTF-8. The work for a token does not grow with the text.
     """
 
-    def __init__(self, rule: DecodeRule, piece_of: Callable[[int], str | None], skip: frozenset[int]):
+    def __init__(self, rule: DecodeRule, piece_of: Callable[[int], str | None], skip: frozenset[str]):
         self._rule = rule
         self._piece_of = piece_of
         self._skip = skip
@@ -105,8 +105,8 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, often the empty string."""
-        piece = None if token_id in self._skip else self._piece_of(token_id)
-        if piece is None:
+        piece = self._piece_of(token_id)
+        if piece is None or piece in self._skip:
             return ""
         if self._rule.byte_level:
             return self._utf8.decode(_byte_level_bytes(piece))
