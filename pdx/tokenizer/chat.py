@@ -63,7 +63,7 @@ def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> s
     if not templates:
         raise RequestError(
             f"{source} has no chat template: it is a base model, or its files lack one. Give it a plain prompt, "
-            "use the instruction-tuned variant of the model, or put a chat_template.jinja beside its tokenizer.json."
+            "use the instruction-tuned variant, or add a chat_template.jinja to its Hugging Face directory."
         )
     if with_tools and "tool_use" in templates:
         return templates["tool_use"]

@@ -67,7 +67,7 @@ class _Fields:
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         if value is None:
             return None
-        if not isinstance(value, (list, tuple)) or not all(map(str.__instancecheck__, value)):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
             raise self.error(key, "should be a list of strings")
         return list(value)
 
