@@ -57,9 +57,11 @@ def blocked_attention(
             values = lax.dynamic_slice_in_dim(v, slot, bs, axis=2)
             logits = jnp.einsum("bkmh,bksh->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32)
             key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
-            mask = visible(positions, key_positions, lengths, window)
             # In a ring, a slot of this block may hold a newer position of a longer row.
-            mask &= (key_positions >= lengths[:, None] - slots)[:, None, :]
+            held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
+            mask = visible(positions, key_positions, lengths, window) & held[:, None, :]
+            # What a slot's last request left there has weight zero, but zero times NaN is NaN.
+            values = jnp.where(held[:, None, :, None], values, 0)
             logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, softcap)
             logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * bq, bs)
             new_top = jnp.maximum(top, logits.max(-1))
@@ -71,11 +73,11 @@ def blocked_attention(
             return new_top, total * fade + weights.sum(-1), acc
 
         # Queries of padding and of inactive rows lie outside their row: no block is read for them.
-        held = (positions >= 0) & (positions < lengths[:, None])
-        last = jnp.max(jnp.where(held, positions, -1))
+        real = (positions >= 0) & (positions < lengths[:, None])
+        last = jnp.max(jnp.where(real, positions, -1))
         first = jnp.zeros((), jnp.int32)
         if window is not None:
-            earliest = jnp.min(jnp.where(held, positions, jnp.iinfo(jnp.int32).max))
+            earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
             first = jnp.maximum(earliest - (window - 1), 0) // bs
         m = group * bq
         start = (
@@ -85,7 +87,7 @@ def blocked_attention(
             jnp.zeros((b, kv_heads, m, h), jnp.float32),
         )
         top, total, acc = lax.fori_loop(first, last // bs + 1, body, start)
-        saw = (top > MASKED)[..., None]
+        saw = (top != MASKED)[..., None]  # true for NaN, which must come out as NaN
         out = jnp.where(saw, acc / jnp.where(saw, total[..., None], 1.0), 0.0)
         return out.reshape(b, kv_heads, group, bq, h).astype(q.dtype)
 

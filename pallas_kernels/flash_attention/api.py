@@ -34,6 +34,7 @@ def flash_attention(
       q: T queries a row; N = K * G query heads, G to a KV head.
       k, v: the cache as stored, S slots a row; position p lies in slot p mod S (a ring; a cache that
         is never longer than S does not wrap). This chunk's own keys and values are in it already.
+        Slots that hold none of the row's positions may hold anything, NaN included.
       query_positions: absolute position of each query. A query outside its row (below 0, or at or past
         `lengths`) is padding: it is given zeros or finite values, and nothing is read for it.
       lengths: tokens each row holds, this chunk included; 0 for a row that takes no part.

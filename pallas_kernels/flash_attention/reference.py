@@ -40,7 +40,9 @@ def attention(
     grouped, k, v = (x.astype(jnp.float32) for x in (q.reshape(b, t, kv_heads, n // kv_heads, h), k, v))
     logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision)
     logits = soft_cap(logits * scale, softcap)
-    mask = visible(query_positions, slot_positions(lengths, slots), lengths, window)[:, None, None]
+    key_positions = slot_positions(lengths, slots)
+    mask = visible(query_positions, key_positions, lengths, window)[:, None, None]
+    v = jnp.where((key_positions >= 0)[:, None, :, None], v, 0)  # a slot that holds nothing may hold NaN
     logits = jnp.where(mask, logits, MASKED)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True)) * mask
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)

@@ -1,0 +1,117 @@
+"""Every attention op and the reference against float64 numpy, and against wrong answers that must not pass."""
+
+import numpy as np
+import pytest
+
+from pallas_kernels import decode_attention, flash_attention, reference_attention
+from tests.kernels.cases import CHUNKS, FEW, make
+
+OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
+RUNS = [(op, case) for op in OPS for case in (FEW if op == "decode" else FEW + CHUNKS)]
+RUN_IDS = [f"{op}: {case.name}, T={case.queries}" for op, case in RUNS]
+
+
+@pytest.mark.parametrize(("op", "case"), RUNS, ids=RUN_IDS)
+def test_agrees_with_float64(op, case):
+    problem = make(case)
+    out = problem.run(OPS[op])
+    assert out.dtype == problem.q.dtype
+    problem.check(out)
+
+
+@pytest.mark.parametrize("op", ["flash", "decode"])
+@pytest.mark.parametrize("case", [c for c in FEW if not all(c.new)], ids=lambda c: c.name)
+def test_rows_that_take_no_part_get_zeros(op, case):
+    out = np.asarray(make(case).run(OPS[op]))
+    idle = np.array(case.new) == 0
+    assert idle.any()
+    np.testing.assert_array_equal(out[idle], 0.0)
+
+
+def test_the_reference_takes_bf16_without_jit():
+    problem = make(next(c for c in FEW if c.name == "bf16"))
+    problem.check(reference_attention(problem.q, problem.k, problem.v, **problem.case.settings()))
+
+
+# --- the check itself: each wrong answer fails wherever the case has what it gets wrong
+
+
+def zeros(problem):
+    return np.zeros_like(problem.answer)
+
+
+def swapped(problem):
+    return problem.float64(keys=problem.values, values=problem.keys)
+
+
+def shifted_heads(problem):
+    return problem.float64(keys=np.roll(problem.keys, 1, axis=2), values=np.roll(problem.values, 1, axis=2))
+
+
+def own_key_hidden(problem):
+    return problem.float64(positions=problem.case.positions - 1)
+
+
+def next_key_shown(problem):
+    case = problem.case
+    return problem.float64(positions=np.minimum(case.positions + 1, case.lengths[:, None] - 1))
+
+
+def no_window(problem):
+    return problem.float64(window=None)
+
+
+def narrow_window(problem):
+    return problem.float64(window=problem.case.window - 1)
+
+
+def wide_window(problem):
+    return problem.float64(window=problem.case.window + 1)
+
+
+def no_softcap(problem):
+    return problem.float64(softcap=None)
+
+
+def no_scale(problem):
+    return problem.float64(scale=1.0)
+
+
+def some(rows):
+    """The f32 cases in which a row that takes part is as `rows(case, held, new)` says.
+
+    bf16's tolerance is too wide for one key more or less among a hundred.
+    """
+    return [c for c in FEW + CHUNKS if "bf16" not in c.name
+            and any(n and rows(c, h, n) for h, n in zip(c.held, c.new, strict=True))]
+
+
+WRONG = [
+    (zeros, [c for c in FEW + CHUNKS if any(c.new)]),
+    (swapped, [c for c in FEW + CHUNKS if any(c.new)]),
+    (shifted_heads, some(lambda c, h, n: c.kv_heads > 1)),
+    (own_key_hidden, some(lambda c, h, n: True)),
+    (next_key_shown, some(lambda c, h, n: n > 1)),
+    (no_window, some(lambda c, h, n: c.window and h + n > c.window)),
+    (narrow_window, some(lambda c, h, n: c.window and h + n >= c.window > 1)),
+    (wide_window, some(lambda c, h, n: c.window and h + n > c.window)),
+    (no_softcap, [c for c in FEW + CHUNKS if c.softcap]),
+    (no_scale, some(lambda c, h, n: h + n > 1 and c.window != 1)),
+]
+
+
+@pytest.mark.parametrize(("wrong", "cases"), WRONG, ids=[wrong.__name__ for wrong, _ in WRONG])
+def test_a_wrong_answer_fails(wrong, cases):
+    assert len(cases) >= 4
+    for case in cases:
+        problem = make(case)
+        problem.check(problem.answer)
+        with pytest.raises(AssertionError, match="differs by"):
+            problem.check(wrong(problem))
+
+
+def test_an_answer_that_is_not_finite_fails():
+    problem = make(FEW[0])
+    problem.answer[0, 0, 0, 0] = np.nan
+    with pytest.raises(AssertionError, match="not finite"):
+        problem.check(problem.answer)
