@@ -179,7 +179,9 @@ class _Parser:
                     raise struct.error
                 return [self._value(_ARRAY) for _ in range(count)]
             return self._numbers(inner, count)
-        return self._numbers(kind, 1)[0].item()
+        value = self._numbers(kind, 1)[0]
+        # The shortest decimal of an f32 is what was published: 1e-05, not 9.999999747378752e-06.
+        return float(str(value)) if value.dtype == np.float32 else value.item()
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
         if kind not in _SCALARS:

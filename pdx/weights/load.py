@@ -43,7 +43,7 @@ class Model:
     on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy.
     """
 
-    params: Params
+    params: Params = field(repr=False)
     config: ModelConfig
     name: str
     path: Path

@@ -47,7 +47,7 @@ class SafetensorsFile:
         try:
             self._header: dict[str, dict] = json.loads(self._bytes[8 : 8 + length].tobytes())
             self._header.pop("__metadata__", None)
-        except (ValueError, AttributeError):
+        except (ValueError, TypeError, AttributeError):
             raise fail("its header is not a JSON object: corrupted, or not a safetensors file") from None
         self._start = 8 + length
         for name, entry in self._header.items():

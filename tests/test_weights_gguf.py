@@ -1,0 +1,192 @@
+"""The GGUF reader against the `gguf` library, and on files that are broken in every way there is."""
+
+from __future__ import annotations
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from pdx.errors import ModelFileError, UnsupportedModelError
+from pdx.weights.gguf_file import GgufFile
+
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"]
+K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ2_XS", "TQ1_0", "MXFP4"]
+
+
+def write(path, tensors: dict, fields=lambda writer: None, types=None):
+    writer = gguf.GGUFWriter(path, "llama")
+    fields(writer)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value, raw_dtype=(types or {}).get(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def small(tmp_path):
+    return write(tmp_path / "small.gguf", {"a": np.arange(12, dtype=np.float32).reshape(3, 4),
+                                           "b": np.ones(7, np.float16)})  # fmt: skip
+
+
+def patch(path, at: int, content: bytes):
+    data = bytearray(path.read_bytes())
+    data[at : at + len(content)] = content
+    path.write_bytes(data)
+
+
+def test_metadata_of_every_type(tmp_path):
+    def fields(w):
+        w.add_uint8("u8", 200)
+        w.add_int8("i8", -5)
+        w.add_uint16("u16", 60000)
+        w.add_int16("i16", -30000)
+        w.add_uint32("u32", 4_000_000_000)
+        w.add_int32("i32", -7)
+        w.add_uint64("u64", 1 << 60)
+        w.add_int64("i64", -(1 << 60))
+        w.add_float32("f32", 0.5)
+        w.add_float64("f64", 0.1)
+        w.add_bool("yes", True)
+        w.add_string("text", "héllo")
+        w.add_array("words", ["a", "", "日本"])
+        w.add_array("numbers", [1, 2, 3])
+        w.add_array("scores", [0.5, -1.5])
+        w.add_array("flags", [True, False])
+        w.add_array("nested", [[1, 2], [3, 4]])
+
+    got = GgufFile(write(tmp_path / "m.gguf", {"x": np.ones(4, np.float32)}, fields)).metadata
+    got = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in got.items()}
+    assert got.pop("general.architecture") == "llama"
+    assert [x.tolist() for x in got.pop("nested")] == [[1, 2], [3, 4]]
+    assert got == {
+        "u8": 200, "i8": -5, "u16": 60000, "i16": -30000, "u32": 4_000_000_000, "i32": -7, "u64": 1 << 60,
+        "i64": -(1 << 60), "f32": 0.5, "f64": 0.1, "yes": True, "text": "héllo", "words": ["a", "", "日本"],
+        "numbers": [1, 2, 3], "scores": [0.5, -1.5], "flags": [True, False],
+    }  # fmt: skip
+    assert type(got["yes"]) is bool
+    assert type(got["u32"]) is int
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_values_of_every_type_that_can_be_written(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    x = np.random.default_rng(0).standard_normal((3, 5000 // 32 * 32)).astype(np.float32)
+    packed = gguf.quants.quantize(x, kind)
+    file = GgufFile(write(tmp_path / "q.gguf", {"x": packed}, types={"x": kind}))
+    assert (file.names(), file.shape("x"), file.dtype("x")) == (["x"], x.shape, name)
+    expected = gguf.quants.dequantize(packed, kind)
+    np.testing.assert_array_equal(file.read("x", np.float32), expected)
+    np.testing.assert_array_equal(file.read("x", np.float32, np.array([2, 0])), expected[[2, 0]])
+    assert np.abs(expected - x).max() < 0.5  # the comparison is not of zeros
+    import ml_dtypes
+
+    np.testing.assert_array_equal(file.read("x", ml_dtypes.bfloat16), expected.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_values_of_types_that_can_only_be_read(tmp_path, name):
+    """Random blocks; the chunks in which they are read must not show."""
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    packed = np.random.default_rng(1).integers(0, 256, (1100, 256 // block * size), np.uint8)
+    file = GgufFile(write(tmp_path / "q.gguf", {"x": packed}, types={"x": kind}))
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(packed, kind)
+    np.testing.assert_array_equal(file.read("x", np.float32), expected)
+
+
+def test_data_are_aligned_for_the_device(small):
+    assert GgufFile(small).read("a", np.float32).ctypes.data % 64 == 0
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path, small):
+    """At every byte of the head, and inside the data."""
+    whole = small.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    last = len(whole) - 32 + 13  # behind the last value there is only padding
+    for length in range(last):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(ModelFileError, match=r"cut\.gguf"):
+            GgufFile(cut)
+    cut.write_bytes(whole[:-32])
+    with pytest.raises(ModelFileError, match=r"tensor b ends at byte \d+, but the file has only \d+: truncated"):
+        GgufFile(cut)
+
+
+def test_random_damage_to_the_head_raises_nothing_but_a_clear_error(tmp_path, small):
+    whole, rng = small.read_bytes(), np.random.default_rng(2)
+    path = tmp_path / "damaged.gguf"
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in rng.integers(0, 200, 3):
+            data[at] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            file = GgufFile(path)
+            for name in file.names():
+                file.read(name, np.float32)
+        except (ModelFileError, UnsupportedModelError):
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("at", "content", "said"),
+    [
+        (0, b"PK\x03\x04", "expected b'GGUF': not a GGUF file"),
+        (4, struct.pack("<I", 1), "GGUF version 1, expected 2 or 3"),
+        (4, struct.pack(">I", 3), "big-endian"),
+        (8, struct.pack("<Q", 1 << 40), "announces 1099511627776 tensors"),
+    ],
+)
+def test_a_wrong_header_is_named(small, at, content, said):
+    patch(small, at, content)
+    with pytest.raises(ModelFileError, match=said):
+        GgufFile(small)
+
+
+def test_a_wrong_tensor_list_is_named(small):
+    info = small.read_bytes().index(struct.pack("<Q", 1) + b"a") + 9  # rank, two sizes, type, offset of tensor a
+    whole = small.read_bytes()
+    for at, content, said in [
+        (info, struct.pack("<I", 9), "tensor a has 9 dimensions"),
+        (info + 20, struct.pack("<I", 999), "tensor a has type 999"),
+        (info + 20, struct.pack("<I", 2), "tensor a has shape .*multiple of 32 values for type Q4_0"),
+        (info + 24, struct.pack("<Q", 5), "tensor a starts at offset 5, expected a multiple of 32"),
+        (info + 4, struct.pack("<Q", 1 << 40), "tensor a ends at byte"),
+        (info + 4, struct.pack("<Q", 0), r"tensor a has shape \[3, 0\]"),
+    ]:
+        small.write_bytes(whole)
+        patch(small, at, content)
+        with pytest.raises(ModelFileError, match=said):
+            GgufFile(small)
+    small.write_bytes(whole.replace(struct.pack("<Q", 1) + b"b", struct.pack("<Q", 1) + b"a"))
+    with pytest.raises(ModelFileError, match="tensor a is listed twice"):
+        GgufFile(small)
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    path = write(tmp_path / "t.gguf", {"x": np.ones(4, np.float32)},
+                 lambda w: (w.add_string("name", "QQQQ"), w.add_array("words", ["fine", "WWWW"])))  # fmt: skip
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"QQQQ", b"\xff\xfe\xfd\xfc"))
+    with pytest.raises(ModelFileError, match="metadata field 'name' holds text that is not UTF-8"):
+        GgufFile(path)
+    path.write_bytes(whole.replace(b"WWWW", b"\xff\xfe\xfd\xfc"))
+    with pytest.raises(ModelFileError, match="metadata field 'words': entry 1 is not UTF-8"):
+        GgufFile(path)
+
+
+def test_a_part_of_a_split_file_and_a_type_without_dequantizer_are_unsupported(tmp_path):
+    path = write(tmp_path / "s.gguf", {"x": np.ones(4, np.float32)}, lambda w: w.add_uint16("split.count", 3))
+    with pytest.raises(UnsupportedModelError, match=r"one of 3 parts; .*gguf-split --merge"):
+        GgufFile(path)
+    path = write(tmp_path / "i.gguf", {"x": np.ones(4, np.int32)})
+    with pytest.raises(UnsupportedModelError, match="tensor x has type I32, which cannot be dequantized"):
+        GgufFile(path).read("x", np.float32)
