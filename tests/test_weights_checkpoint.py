@@ -74,7 +74,7 @@ def test_bf16_and_a_mesh_round_trip(original, tmp_path):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
     assert again.params["layers"][0]["up_proj"].sharding.spec == PartitionSpec("model", None)
     widened = load(tmp_path / "bf16", dtype="f32")
-    assert bool((widened.params["embed"] == model.params["embed"].astype(jnp.float32)).all())
+    np.testing.assert_array_equal(widened.params["embed"], model.params["embed"].astype(jnp.float32))
 
 
 def test_orbax_restores_the_parameters_by_itself(original, saved):
