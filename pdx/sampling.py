@@ -1,0 +1,279 @@
+"""From logits to tokens: one pure function for a batch in which every row has settings of its own.
+
+The settings apply in this order, which is that of Hugging Face transformers:
+
+1. repetition penalty (prompt and output), then presence and frequency penalties (output only);
+2. logit bias, so that it is added as given;
+3. temperature; at 0 the best token is taken here and nothing below matters;
+4. top-k, then top-p over the probabilities that top-k leaves, then min-p.
+
+Top-k keeps exactly k tokens and top-p the smallest set of mass >= p, at least one token; equal logits
+count lower ids first. min-p compares with the best token, so its place after top-p only decides which
+tokens top-p counts: all that top-k leaves.
+
+All settings are arrays, so one compiled program serves every mix of them. What costs something stands
+under a `lax.cond` on whether any row asks for it: a step of plain greedy rows runs an argmax and no more.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from pdx.errors import RequestError
+from pdx.sampling_filters import CANDIDATES, GROUP, Boundary, best, candidates, first_k, nucleus, pad, take_group
+from pdx.sampling_options import MAX_LOGIT_BIAS, SamplingOptions
+
+__all__ = ["SampleOutput", "SamplingOptions", "SamplingState", "filtered_logits", "sample"]
+
+# Colder than this and f32 logits a rounding error apart are told apart: it is greedy in all but name.
+COLDEST = 1e-6
+
+
+@struct.dataclass
+class SamplingState:
+    """The settings of a batch and what its rows have seen, on the device: the same tree whatever the settings.
+
+    5 bytes a row and token of vocabulary (10 MB for 8 rows of 262144). Rows without a request are greedy.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+    seeds: UInt[Array, "B 2"]
+    bias_ids: Int[Array, "B M"]  # V where there is no entry; entries come first
+    bias_values: Float[Array, "B M"]
+    output_counts: Int[Array, "B V"]
+    in_prompt: Bool[Array, "B V"]
+    logprobs: Bool[Array, " B"]
+
+    @classmethod
+    def create(
+        cls,
+        options: Sequence[SamplingOptions],
+        vocab_size: int,
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+        outputs: Sequence[Sequence[int]] | None = None,
+        batch: int | None = None,
+    ) -> SamplingState:
+        """The state of `batch` rows (as many as options by default), the first of which have a request.
+
+        Args:
+          prompts: the token ids of each prompt, for the repetition penalty.
+          outputs: what each request has generated already, when it goes on in another batch.
+
+        Raises:
+          RequestError: a prompt, output or logit bias names a token outside the vocabulary.
+          ValueError: more options than rows, or another number of prompts or outputs than of options.
+        """
+        batch = len(options) if batch is None else batch
+        if len(options) > batch:
+            raise ValueError(f"{len(options)} requests do not fit a batch of {batch} rows")
+        rows = [*options, *[SamplingOptions(seed=0)] * (batch - len(options))]
+
+        def column(name, dtype):
+            return jnp.asarray([getattr(o, name) for o in rows], dtype)
+
+        seeds = [secrets.randbits(64) if o.seed is None else o.seed for o in rows]
+        bias_ids, bias_values = _bias_arrays(rows, vocab_size)
+        in_prompt, output_counts = np.zeros((batch, vocab_size), bool), np.zeros((batch, vocab_size), np.int32)
+        for row, ids in _histories("prompts", prompts, options, vocab_size):
+            in_prompt[row, ids] = True
+        for row, ids in _histories("outputs", outputs, options, vocab_size):
+            np.add.at(output_counts[row], ids, 1)
+        return cls(
+            temperature=column("temperature", jnp.float32),
+            top_k=jnp.asarray([min(o.top_k, vocab_size) for o in rows], jnp.int32),
+            top_p=column("top_p", jnp.float32),
+            min_p=column("min_p", jnp.float32),
+            repetition=column("repetition_penalty", jnp.float32),
+            presence=column("presence_penalty", jnp.float32),
+            frequency=column("frequency_penalty", jnp.float32),
+            seeds=jnp.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], jnp.uint32).reshape(batch, 2),
+            bias_ids=jnp.asarray(bias_ids),
+            bias_values=jnp.asarray(bias_values),
+            output_counts=jnp.asarray(output_counts),
+            in_prompt=jnp.asarray(in_prompt),
+            logprobs=jnp.asarray([o.logprobs is not None for o in rows]),
+        )
+
+    def observe(self, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> SamplingState:
+        """The state after `tokens` were emitted in the rows that are active; in place where it is donated."""
+        rows = jnp.arange(tokens.shape[0])
+        return self.replace(output_counts=self.output_counts.at[rows, tokens].add(active.astype(jnp.int32)))
+
+    def put(self, row: int | Int[Array, ""], one: SamplingState) -> SamplingState:
+        """The state with row `row` replaced by the only row of `one`."""
+        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, row, 0), self, one)
+
+
+@struct.dataclass
+class SampleOutput:
+    """One token a row. Log-probabilities are NaN, and ids -1, in rows that did not ask for them."""
+
+    tokens: Int[Array, " B"]
+    logprob: Float[Array, " B"]
+    top_ids: Int[Array, "B n"]
+    top_logprobs: Float[Array, "B n"]
+
+
+@partial(jax.jit, static_argnames="num_logprobs")
+def sample(
+    logits: Float[Array, "B V"], state: SamplingState, positions: Int[Array, " B"], *, num_logprobs: int = 0
+) -> SampleOutput:
+    """Choose the next token of every row.
+
+    A row depends on its own logits, settings, seed and position, and on nothing else: not on its slot, its
+    neighbours or the batch size. The token is the one `filtered_logits` gives at random, by two Gumbel
+    draws: a group of 128 tokens by its total mass, then a token in it. A row whose best logit is not
+    finite (NaN, or every token banned) is not drawn: it gets the argmax, a token id in any case.
+
+    Args:
+      positions: where in its sequence the token of each row will stand.
+      num_logprobs: the width n of the alternatives reported (static, at most 64).
+
+    Returns:
+      Tokens int32. Log-probabilities are those of the logits as given, before any setting.
+    """
+    if not 0 <= num_logprobs <= CANDIDATES:
+        raise ValueError(f"num_logprobs is {num_logprobs}: it must be from 0 to {CANDIDATES}")
+    logits = logits.astype(jnp.float32)
+
+    def choose() -> Int[Array, " B"]:
+        x = pad(_adjusted(logits, state))
+        top, token = best(x)
+        drawn = _is_drawn(state, top)
+        return lax.cond(jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token)
+
+    plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
+    tokens = lax.cond(plain, lambda: best(pad(logits))[1], choose)
+    tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)
+    return SampleOutput(tokens, *_logprobs(logits, tokens, state.logprobs, num_logprobs))
+
+
+@jax.jit
+def filtered_logits(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+    """The logits whose softmax is the distribution `sample` draws from: f32, -inf for tokens dropped.
+
+    Greedy rows keep their one token.
+    """
+    x = pad(_adjusted(logits.astype(jnp.float32), state))
+    top, token = best(x)
+    drawn = _is_drawn(state, top)
+    kept = _weights(x, top, state)[1]
+    kept = jnp.where(drawn[:, None], kept, jnp.arange(x.shape[1]) == token[:, None])
+    scale = jnp.where(drawn, _inverse_temperature(state), 1.0)
+    return jnp.where(kept, x * scale[:, None], -jnp.inf)[:, : logits.shape[1]]
+
+
+def _is_adjusted(state: SamplingState) -> Bool[Array, " B"]:
+    penalized = (state.repetition != 1) | (state.presence != 0) | (state.frequency != 0)
+    return penalized | (state.bias_ids[:, 0] < state.output_counts.shape[1])
+
+
+def _adjusted(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+    """Penalties, then bias. A row without them keeps its logits bit for bit.
+
+    Without a `lax.cond`: a branch that returns [B, V] costs a copy of the logits even where it is not taken.
+    """
+    count = state.output_counts
+    repetition = jnp.where((count > 0) | state.in_prompt, state.repetition[:, None], 1.0)
+    x = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    x -= state.frequency[:, None] * count + jnp.where(count > 0, state.presence[:, None], 0.0)
+    return x.at[jnp.arange(x.shape[0])[:, None], state.bias_ids].add(state.bias_values, mode="drop")
+
+
+def _is_drawn(state: SamplingState, top: Float[Array, " B"]) -> Bool[Array, " B"]:
+    return (state.temperature > 0) & jnp.isfinite(top)
+
+
+def _inverse_temperature(state: SamplingState) -> Float[Array, " B"]:
+    return 1 / jnp.maximum(state.temperature, COLDEST)
+
+
+def _weights(x, top, state: SamplingState) -> tuple[Float[Array, "B W"], Bool[Array, "B W"]]:
+    """Probabilities relative to the best token's, and which tokens the filters keep. Of the padded logits."""
+    drawn, rows = _is_drawn(state, top), x.shape[0]
+    by_k, by_p = drawn & (state.top_k > 0), drawn & (state.top_p < 1)
+    everything = Boundary.everything(rows)
+    weights = jnp.exp((x - jnp.where(drawn, top, 0.0)[:, None]) * _inverse_temperature(state)[:, None])
+    k = lax.cond(jnp.any(by_k), lambda: first_k(x, state.top_k, by_k), lambda: everything)
+    weights = jnp.where(k.keeps(x), weights, 0.0)
+    p = lax.cond(jnp.any(by_p), lambda: nucleus(weights, state.top_p, by_p), lambda: everything)
+    return weights, k.keeps(x) & p.keeps(weights) & (weights >= state.min_p[:, None])
+
+
+def _draw(x, top, state: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    """A token from what the filters leave, by the Gumbel-max trick on groups and then inside one.
+
+    Noise per group and per place in it is 100 times less of it than per token, and unlike an inverse CDF
+    it keeps the choice where it is when all logits move by a rounding error.
+    """
+    weights, kept = _weights(x, top, state)
+    groups = jnp.where(kept, weights, 0.0).reshape(x.shape[0], -1, GROUP)
+    count = groups.shape[1]
+
+    def noise(seed, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        # "high": with 23 random bits no token below 1e-7 would ever be chosen.
+        return jax.random.gumbel(key, (count + GROUP,), mode="high")
+
+    drawn = jax.vmap(noise)(state.seeds, positions)
+    group = jnp.argmax(jnp.log(groups.sum(-1)) + drawn[:, :count], axis=-1)
+    return group * GROUP + jnp.argmax(jnp.log(take_group(groups, group)) + drawn[:, count:], axis=-1)
+
+
+def _logprobs(logits, tokens, asked: Bool[Array, " B"], n: int):
+    """Log-probabilities of the chosen tokens, and ids and log-probabilities of the n best."""
+    rows = logits.shape[0]
+
+    def compute():
+        norm = jax.nn.logsumexp(logits, axis=1)
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - norm
+        values, ids = (a[:, :n] for a in candidates(pad(logits), max(n, 1)))
+        return (jnp.where(asked, chosen, jnp.nan), jnp.where(asked[:, None], ids, -1),
+                jnp.where(asked[:, None], values - norm[:, None], jnp.nan))
+
+    def nothing():
+        return jnp.full(rows, jnp.nan), jnp.full((rows, n), -1, jnp.int32), jnp.full((rows, n), jnp.nan)
+
+    return lax.cond(jnp.any(asked), compute, nothing)
+
+
+def _bias_arrays(rows: Sequence[SamplingOptions], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.full((len(rows), MAX_LOGIT_BIAS), vocab_size, np.int32)
+    values = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
+    for row, options in enumerate(rows):
+        bias = options.logit_bias or {}
+        _check_ids("logit_bias", list(bias), vocab_size)
+        ids[row, : len(bias)], values[row, : len(bias)] = list(bias), list(bias.values())
+    return ids, values
+
+
+def _histories(name: str, given, options: Sequence[SamplingOptions], vocab_size: int):
+    if given is None:
+        return
+    if len(given) != len(options):
+        raise ValueError(f"{len(given)} {name} for {len(options)} requests")
+    for row, ids in enumerate(given):
+        _check_ids(name, ids, vocab_size)
+        yield row, np.asarray(ids, np.int64)
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"{name} names token {wrong}, but the model's tokens are 0 to {vocab_size - 1}")

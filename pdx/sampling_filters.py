@@ -1,0 +1,210 @@
+"""Which tokens a filter keeps, found without sorting the vocabulary.
+
+Each filter puts the tokens in an order: larger score first, among equal scores the lower id first. Top-k
+keeps the first k by logit, top-p the shortest prefix by probability whose mass reaches p. Both are the
+shortest prefix of total weight >= target, and a prefix is told by its last token, a `Boundary`. That token
+is mostly among the best few, and those come cheaply from the maxima of groups. Where it is not, its score
+is enclosed by bisection, one masked sum a step, until what is enclosed is few again. No step depends on
+the neighbours of a row, and which way was taken does not show in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+GROUP = 128  # tokens with consecutive ids; the lane width of a TPU
+CANDIDATES = 64
+# Steps that halve the distance between logits before steps that halve the number of floats between them:
+# the first are quick for what models emit, the second end within 32 steps for anything.
+VALUE_STEPS = 16
+
+Weigh = Callable[[jax.Array], jax.Array]  # the nonnegative weight of a score, element by element
+
+
+@struct.dataclass
+class Boundary:
+    """The last token kept, row by row: everything larger is kept, and of its equals those up to `id`."""
+
+    value: Float[Array, " B"]
+    id: Int[Array, " B"]
+
+    @classmethod
+    def everything(cls, rows: int) -> Boundary:
+        return cls(jnp.full(rows, -jnp.inf), jnp.full(rows, jnp.iinfo(jnp.int32).max))
+
+    def keeps(self, x: Float[Array, "B V"]) -> Bool[Array, "B V"]:
+        value, last = self.value[:, None], self.id[:, None]
+        return (x > value) | ((x == value) & (jnp.arange(x.shape[1]) <= last))
+
+    def where(self, rows: Bool[Array, " B"], other: Boundary) -> Boundary:
+        """This boundary in `rows`, the other one elsewhere."""
+        return Boundary(jnp.where(rows, self.value, other.value), jnp.where(rows, self.id, other.id))
+
+
+def pad(x: Float[Array, "B V"]) -> Float[Array, "B W"]:
+    """Fill the vocabulary up to whole groups with tokens that cannot be chosen."""
+    extra = -x.shape[1] % GROUP
+    return jnp.pad(x, ((0, 0), (0, extra)), constant_values=-jnp.inf) if extra else x
+
+
+def best(x: Float[Array, "B W"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """The largest logit of each row and its lowest id.
+
+    By groups, because an argmax of the whole row runs element by element on the CPU: ten times slower
+    than a maximum. x is padded.
+    """
+    groups = x.reshape(x.shape[0], -1, GROUP)
+    tops = groups.max(-1)
+    group = jnp.argmax(tops, axis=-1)
+    return tops.max(-1), group * GROUP + jnp.argmax(take_group(groups, group), axis=-1)
+
+
+def take_group(groups: Float[Array, "B n g"], index: Int[Array, " B"]) -> Float[Array, "B g"]:
+    return jnp.take_along_axis(groups, index[:, None, None], axis=1)[:, 0]
+
+
+def candidates(
+    x: Float[Array, "B W"], count: int = CANDIDATES, below: Float[Array, " B"] | None = None
+) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
+    """The best `count` tokens of each row in order, among those smaller than `below`: scores and ids. x is padded.
+
+    The best C tokens lie in the C groups of the largest maxima. That holds for ties too: groups of equal
+    maxima come lower ids first, and each of them holds at least one of the tied tokens.
+    """
+    def eligible(values):
+        if below is not None:
+            values = jnp.where(values < below.reshape(-1, *[1] * (values.ndim - 1)), values, -jnp.inf)
+        return jnp.where(values == 0, 0.0, values)  # top_k would put 0.0 before -0.0
+
+    rows, width = x.shape
+    if width <= count * GROUP:
+        return lax.top_k(eligible(x), count)
+    groups = x.reshape(rows, -1, GROUP)
+    chosen = lax.top_k(eligible(groups).max(-1), count)[1]
+    chosen = -lax.top_k(-chosen, count)[0]  # in the order of ids again, which is how top_k breaks ties
+    inside = jnp.take_along_axis(groups, chosen[:, :, None], axis=1)
+    values, at = lax.top_k(eligible(inside).reshape(rows, -1), count)
+    return values, jnp.take_along_axis(chosen, at // GROUP, axis=1) * GROUP + at % GROUP
+
+
+def first_k(x: Float[Array, "B W"], k: Int[Array, " B"], rows: Bool[Array, " B"]) -> Boundary:
+    """The end of the k largest logits of `rows`; elsewhere everything is kept. x is padded, without NaN."""
+    return _prefix(x, jnp.ones_like, k.astype(jnp.float32), rows, jnp.full(x.shape[0], -jnp.inf), _halve_logits)
+
+
+def nucleus(weights: Float[Array, "B W"], p: Float[Array, " B"], rows: Bool[Array, " B"]) -> Boundary:
+    """The end of the smallest set with a share p of the weights of `rows`; elsewhere everything is kept.
+
+    Exact up to the f32 rounding of the sum.
+    """
+    mass = weights.reshape(weights.shape[0], -1, GROUP).sum(-1).sum(-1)
+    # All weights below this add up to less than the share left out. Half of it: room for rounding.
+    low = 0.5 * (1 - p) * mass / weights.shape[1]
+    return _prefix(weights, lambda w: w, p * mass, rows, low, _halve_floats)
+
+
+def _prefix(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, halve) -> Boundary:
+    """The shortest prefix of total weight >= target, at least one token; it ends at `low` or above."""
+    first = candidates(x)
+    found, near = _among(*first, weigh, jnp.zeros_like(target), target)
+    near = near.where(rows & found, Boundary.everything(x.shape[0]))
+    missing = rows & ~found
+
+    def search() -> Boundary:
+        return _search(x, weigh, target, missing, low, first[0][:, -1], halve).where(missing, near)
+
+    return lax.cond(jnp.any(missing), search, lambda: near)
+
+
+def _among(values, ids, weigh: Weigh, above, target) -> tuple[Bool[Array, " B"], Boundary]:
+    """Look for the boundary among candidates, `above` being the weight of all that stands before them."""
+    enough = above[:, None] + jnp.cumsum(weigh(values), axis=1) >= target[:, None]
+    at = jnp.argmax(enough, axis=1)[:, None]
+    value, last = (jnp.take_along_axis(a, at, axis=1)[:, 0] for a in (values, ids))
+    return jnp.any(enough, axis=1), Boundary(value, last)
+
+
+@struct.dataclass
+class _Bracket:
+    """low <= the boundary's score < high, as order-preserving integers, and the weight at or above each."""
+
+    step: Int[Array, ""]
+    low: Int[Array, " B"]
+    high: Int[Array, " B"]
+    weight_low: Float[Array, " B"]
+    weight_high: Float[Array, " B"]
+
+
+def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, beyond, halve) -> Boundary:
+    """The boundary of `rows` where it is neither below `low` nor above `beyond`, a score of the row."""
+    def weight_from(key):
+        return jnp.sum(jnp.where(x >= _value(key)[:, None], weigh(x), 0.0), axis=1)
+
+    def is_open(b: _Bracket):
+        # Each enclosed token weighs at least what the lowest score weighs, so this bounds their number.
+        few = b.weight_low - b.weight_high <= CANDIDATES * weigh(_value(b.low))
+        return rows & ~few & (b.high - 1 > b.low)
+
+    def narrow(b: _Bracket) -> _Bracket:
+        key = jnp.clip(halve(b), b.low + 1, b.high - 1)
+        weight = weight_from(key)
+        up, down = is_open(b) & (weight >= target), is_open(b) & ~(weight >= target)
+        return _Bracket(
+            b.step + 1,
+            jnp.where(up, key, b.low), jnp.where(down, key, b.high),
+            jnp.where(up, weight, b.weight_low), jnp.where(down, weight, b.weight_high),
+        )
+
+    high = _key(beyond) + 1
+    start = _Bracket(jnp.int32(0), _key(low), high, jnp.full_like(target, jnp.inf), weight_from(high))
+    b = lax.while_loop(lambda b: jnp.any(is_open(b)), narrow, start)
+    low, high = _value(b.low), _value(b.high)
+    found, boundary = _among(*candidates(x, below=high), weigh, b.weight_high, target)
+    # Else one score is tied more often than there are candidates (or the same weights, added up in another
+    # order, stay a rounding error short of the target, and all that is enclosed is kept).
+    each = jnp.maximum(weigh(low), jnp.finfo(jnp.float32).tiny)
+    tied = x == low[:, None]
+    needed = jnp.ceil((target - b.weight_high) / each)
+    last = _nth(tied, needed)
+    return boundary.where(found, Boundary(low, last))
+
+
+def _nth(mask: Bool[Array, "B W"], n: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The position of the n-th (from 1) true element of each row; n is cut to what there is."""
+    # Counted in f32, exact below 2**24: XLA turns integer sums of this size into slow windowed ones on the CPU.
+    groups = mask.astype(jnp.float32).reshape(mask.shape[0], -1, GROUP)
+    counts = jnp.cumsum(groups.sum(-1), axis=1)
+    n = jnp.clip(n, 1, counts[:, -1])
+    group = jnp.argmax(counts >= n[:, None], axis=1)
+    inside = take_group(groups, group)
+    before = jnp.take_along_axis(counts, group[:, None], axis=1)[:, 0] - inside.sum(-1)
+    return group * GROUP + jnp.argmax(jnp.cumsum(inside, axis=1) >= (n - before)[:, None], axis=1)
+
+
+def _halve_logits(b: _Bracket) -> Int[Array, " B"]:
+    """Where to look next among logits: down in doubling strides, then half way, at last as `_halve_floats`."""
+    low, high = _value(b.low), _value(b.high)
+    stride = jnp.exp2(b.step.astype(jnp.float32))
+    logit = jnp.where(jnp.isneginf(low), high - stride, low + (high - low) * 0.5)
+    return jnp.where((b.step < VALUE_STEPS) & jnp.isfinite(logit), _key(logit), _halve_floats(b))
+
+
+def _halve_floats(b: _Bracket) -> Int[Array, " B"]:
+    """Half of the floats in between: ends within 32 steps for anything, and halves ratios of weights."""
+    return (b.low >> 1) + (b.high >> 1) + (b.low & b.high & 1)
+
+
+def _key(value: jax.Array) -> jax.Array:
+    """Integers in the order of floats."""
+    bits = lax.bitcast_convert_type(value, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _value(key: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
