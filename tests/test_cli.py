@@ -75,7 +75,8 @@ def test_a_file_of_requests(directory, tmp_path):
     answers = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     assert [a["completion_tokens"] for a in answers] == [4, 12, 2, 6, 7]
     for row, answer in zip(rows, answers, strict=True):
-        assert {key: answer[key] for key in row if key != "logprobs"} == {k: v for k, v in row.items() if k != "logprobs"}
+        kept = set(row) - {"logprobs"}  # asked for as a number, answered as a list
+        assert {key: answer[key] for key in kept} == {key: row[key] for key in kept}
         assert {"text", "token_ids", "ttft_s", "e2e_s", "device"} <= set(answer)
     alone = json.loads(run("generate", "five", "-m", directory, "--max-tokens", 7, "--ignore-eos", "--json").stdout)
     assert answers[4]["token_ids"] == alone["token_ids"]
@@ -137,4 +138,4 @@ def test_convert_gives_the_same_tokens(directory, tmp_path):
 def test_models_lists_the_built_in_ones():
     rows = json.loads(run("models", "--json").stdout)
     assert {"smollm2-135m-instruct", "gemma-3-270m"} <= {row["name"] for row in rows}
-    assert "smollm2-135m-instruct" in run("models").stdout
+    assert "Apache-2.0" in run("models").stdout

@@ -93,7 +93,7 @@ def run(model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, p
     """Measure; everything of a line runs in turn, round by round, so that its ratios come from one run."""
     bandwidth = read_bandwidth()
     other, reason = transformers_or_reason(model.path) if peer else (None, "")
-    result = Result(model.name, _machine(), str(model.params["embed"].dtype), 0.0, {
+    result = Result(model.name, _machine(), str(model.dtype), 0.0, {
         "jax": jax.__version__, **({"torch": other.torch.__version__} if other else {}),
     }, notes=[reason] if reason else [])  # fmt: skip
     reads: list[float] = []
@@ -108,7 +108,7 @@ def run(model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, p
 
 
 def _prefill_line(model: Model, tokens: int, kernels: str, other) -> Line:
-    contestants = {"pdx": _prefill(model, tokens, kernels)}
+    contestants = {"pdx": prefill_work(model, 1, tokens, kernels)}
     if other:
         contestants["peer"] = other.prefill(tokens)
     times = interleaved(contestants, ROUNDS)
@@ -118,7 +118,7 @@ def _prefill_line(model: Model, tokens: int, kernels: str, other) -> Line:
 
 
 def _decode_lines(model: Model, batch: int, kernels: str, other, bandwidth, reads: list[float]) -> list[Line]:
-    greedy, sampled = (_decode(model, batch, kernels, options) for options in (SamplingOptions(), SAMPLED))
+    greedy, sampled = (decode_work(model, batch, kernels, options) for options in (SamplingOptions(), SAMPLED))
     contestants: dict[str, Callable[[], Timing]] = {"pdx": greedy, "sampled": sampled, "read": bandwidth}
     if other:
         contestants["peer"] = other.decode(batch, DECODE_CONTEXT, DECODE_TOKENS)
@@ -142,8 +142,8 @@ def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
     """The same context in a cache 32 times as large: what a step costs must follow the context."""
     large = min(8192, model.config.max_context)
     times = interleaved({
-        "small": _decode(model, 1, kernels, SamplingOptions()),
-        "large": _decode(model, 1, kernels, SamplingOptions(), capacity=large),
+        "small": decode_work(model, 1, kernels),
+        "large": decode_work(model, 1, kernels, capacity=large),
         "read": bandwidth,
     }, ROUNDS)  # fmt: skip
     read = bandwidth.bytes_read / times["read"].median / 1e9
@@ -151,16 +151,17 @@ def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
     return _decode_line(model, 1, f"batch 1, capacity {large} ({extra:+.0%} against 256)", times["large"], read, None)
 
 
-def _prefill(model: Model, tokens: int, kernels: str) -> Callable[[], Timing]:
-    state = {"cache": _cache(model, 1, max(tokens, 256))}
+def prefill_work(model: Model, batch: int, tokens: int, kernels: str = "auto") -> Callable[[], Timing]:
+    """A contestant: `batch` prompts of `tokens` tokens into an empty cache; seconds until their logits are there."""
+    state = {"cache": _cache(model, batch, max(tokens, 256))}
     chunk = min(tokens, DEFAULT_CHUNK)
-    ids = np.arange(tokens, dtype=np.int32)[None] % 1000 + 100
+    ids = np.arange(batch * tokens, dtype=np.int32).reshape(batch, -1) % 1000 + 100
 
     def feed():
         for at in range(0, tokens, chunk):
             part = ids[:, at : at + chunk]
             logits, state["cache"] = steps.prefill(
-                model.params, model.config, part, np.array([part.shape[1]], np.int32), state["cache"],
+                model.params, model.config, part, np.full(batch, part.shape[1], np.int32), state["cache"],
                 kernels=kernels, check=False,
             )  # fmt: skip
         return logits
@@ -172,11 +173,14 @@ def _prefill(model: Model, tokens: int, kernels: str) -> Callable[[], Timing]:
     return work
 
 
-def _decode(model: Model, batch: int, kernels: str, options: SamplingOptions, capacity: int = 256):
+def decode_work(
+    model: Model, batch: int, kernels: str = "auto", options: SamplingOptions | None = None, capacity: int = 256
+) -> Callable[[], Timing]:
+    """A contestant: greedy (or sampled) decoding of `batch` rows behind a prompt; seconds a step."""
     vocab = model.config.vocab_size
     state: dict[str, Any] = {
         "cache": _cache(model, batch, capacity),
-        "sampling": SamplingState.create([options] * batch, vocab, batch=batch),
+        "sampling": SamplingState.create([options or SamplingOptions()] * batch, vocab, batch=batch),
     }
     ids = np.arange(batch * DECODE_CONTEXT, dtype=np.int32).reshape(batch, -1) % 1000 + 100
 
@@ -200,8 +204,7 @@ def _decode(model: Model, batch: int, kernels: str, options: SamplingOptions, ca
 
 
 def _cache(model: Model, batch: int, capacity: int) -> DenseCache:
-    dtype = model.params["embed"].dtype
-    return init_cache(model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=dtype, mesh=model.mesh)
+    return init_cache(model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=model.dtype, mesh=model.mesh)
 
 
 def _emptied(cache: DenseCache) -> DenseCache:
@@ -216,7 +219,7 @@ def _step_bytes(model: Model, batch: int) -> float:
         weights -= model.params["embed"].nbytes  # only looked up
     context = DECODE_CONTEXT + DECODE_TOKENS / 2
     seen = sum(min(context, w or context) for w in cfg.windows)
-    return weights + batch * seen * 2 * cfg.num_kv_heads * cfg.head_dim * model.params["embed"].dtype.itemsize
+    return weights + batch * seen * 2 * cfg.num_kv_heads * cfg.head_dim * np.dtype(model.dtype).itemsize
 
 
 def _machine() -> str:
