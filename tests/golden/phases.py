@@ -48,12 +48,16 @@ def chunk_ends(
 
 
 def prefilled_then_decoded(
-    params: Params, cfg: ModelConfig, tokens: np.ndarray, lengths: tuple[int, ...], prompts: tuple[int, ...]
-) -> list[np.ndarray]:
-    """For each row, logits [length - prompt + 1, V]: behind its prompt, then behind each token decoded after it."""
+    params: Params, cfg: ModelConfig, tokens: np.ndarray, lengths: tuple[int, ...], prompts: tuple[int, ...],
+    chunk: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """For each row, logits [length - prompt + 1, V]: behind its prompt, then behind each token decoded after it.
+
+    Prompts are prefilled in one chunk; one of length 0 is decoded from its first token on.
+    """
     b, t = tokens.shape
     first, total = np.asarray(prompts), np.asarray(lengths)
-    cache = init_cache(cfg, b, t, chunk=max(1, *prompts))
+    cache = init_cache(cfg, b, t, chunk=chunk)
     rows: list[list[np.ndarray]] = [[] for _ in lengths]
     if first.any():
         logits, cache = prefill(params, cfg, jnp.asarray(tokens[:, : first.max()]), first, cache)
@@ -68,11 +72,6 @@ def prefilled_then_decoded(
         for row in np.flatnonzero(active):
             rows[row].append(logits[row])
     return [np.stack(r) for r in rows]
-
-
-def decoded(params: Params, cfg: ModelConfig, tokens: np.ndarray, lengths: tuple[int, ...]) -> list[np.ndarray]:
-    """For each row, logits [length, V], every token a decode step of its own."""
-    return prefilled_then_decoded(params, cfg, tokens, lengths, (0,) * len(lengths))
 
 
 def _chunks(tokens: np.ndarray, lengths: tuple[int, ...], chunk: int):

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 
 import pdx
+from pdx.cache.dense import layer_slots
 from pdx.config import ModelConfig
 from pdx.model import Params, forward
+from pdx.shapes import round_up
 from tests.golden import phases
 from tests.golden.phases import TOLERANCE, difference
 from tests.parity import tiny
 
 pytestmark = pytest.mark.parity
 
-# Past the windows (24), past the ring that holds one (128 slots), a row of one token; no multiple of a block.
+# Past the windows, past the ring that holds one, a row of one token; no multiple of a block.
 LENGTHS = (171, 133, 37, 1)
-CHUNK = 40
-PROMPTS = (140, 127, 6, 1)
+CHUNK = 80
+PROMPTS = (80, 61, 6, 1)
 # What a switched-off feature must change at least, in units of the logits: 50 times the tolerance.
 VISIBLE = 50 * TOLERANCE
 
@@ -48,6 +50,13 @@ def test_the_reference_is_worth_comparing(pair):
     assert longest.std(axis=0).min() > 0.5
 
 
+def test_the_windows_wrap(pair):
+    """A window layer's ring is shorter than the sequences, so that its slots are used again."""
+    slots = {layer_slots(w, round_up(max(LENGTHS), 128), CHUNK) for w in pair.cfg.windows if w is not None}
+    assert all(s < LENGTHS[1] for s in slots)
+    assert bool(slots) == (pair.name in ("mistral", "qwen2_window", "gemma2", "gemma3", "gemma3_linear"))
+
+
 def test_published_and_saved_configurations_are_one(pair):
     """config.json as published models carry it, and as transformers writes it today."""
     (pair.directory / "published" / "model.safetensors").write_bytes(
@@ -69,8 +78,9 @@ def test_prefill_agrees_at_every_position(pair, measured):
 def test_token_by_token_decode_agrees_at_every_position(pair, measured):
     """Against transformers' own decode through its cache, and so against its sliding windows too."""
     reference = tiny.stepwise_logits(pair.theirs, pair.tokens, LENGTHS)
-    decode = difference(phases.decoded(pair.params, pair.cfg, pair.tokens, LENGTHS), reference)
-    after = phases.prefilled_then_decoded(pair.params, pair.cfg, pair.tokens, LENGTHS, PROMPTS)
+    batch = (pair.params, pair.cfg, pair.tokens, LENGTHS)
+    decode = difference(phases.prefilled_then_decoded(*batch, (0,) * len(LENGTHS), chunk=CHUNK), reference)
+    after = phases.prefilled_then_decoded(*batch, PROMPTS, chunk=CHUNK)
     mixed = difference(after, [r[n - 1 :] for r, n in zip(reference, PROMPTS, strict=True)])
     measured(f"{pair.name:14} largest logit difference: decode {decode:.1e}, decode behind a prefill {mixed:.1e}")
     assert max(decode, mixed) < TOLERANCE
