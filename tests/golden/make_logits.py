@@ -30,7 +30,7 @@ def make(name: str) -> None:
     import transformers
 
     with tempfile.TemporaryDirectory() as directory:
-        model = tiny.make_model(name, Path(directory))
+        model = tiny.make_model(tiny.PUBLISHED[name], Path(directory))
         config = json.loads((Path(directory) / "config.json").read_text())
     shapes = {key: list(x.shape) for key, x in model.state_dict().items()}
     if config["tie_word_embeddings"]:

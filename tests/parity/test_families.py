@@ -34,7 +34,7 @@ def pair(request, tmp_path_factory):
     """One family: the model loaded by pdx, and transformers' logits and hidden states."""
     pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp(request.param)
-    theirs = tiny.make_model(request.param, directory)
+    theirs = tiny.make_model(tiny.PUBLISHED[request.param], directory)
     model = pdx.load(directory, dtype="float32")
     tokens = tiny.tokens_of(LENGTHS, model.config.vocab_size)
     return SimpleNamespace(

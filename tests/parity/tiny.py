@@ -93,15 +93,18 @@ def uses_offset_norms(config: dict) -> bool:
     return config["model_type"].startswith("gemma")
 
 
-def make_model(name: str, directory: Path):
-    """Build the model in transformers, give it the seeded weights, save it to `directory`, return it (f32, eager)."""
+def make_model(config: dict, directory: Path):
+    """Build a model in transformers, give it the seeded weights, save it to `directory`, return it (f32, eager).
+
+    `config` is one of `PUBLISHED` or like one; it is kept in `directory`/published.
+    """
     import torch
     import transformers
 
     torch.set_num_threads(1)  # tiny products: more threads only wait for each other
-    published = directory / "published"
+    offset_norms, published = uses_offset_norms(config), directory / "published"
     published.mkdir(parents=True)
-    (published / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    (published / "config.json").write_text(json.dumps(config))
     config = transformers.AutoConfig.from_pretrained(published)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
@@ -109,7 +112,7 @@ def make_model(name: str, directory: Path):
     shapes = {key: tuple(x.shape) for key, x in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    weights = make_weights(shapes, offset_norms=uses_offset_norms(PUBLISHED[name]))
+    weights = make_weights(shapes, offset_norms=offset_norms)
     missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
