@@ -129,11 +129,13 @@ def forward(
       kernels: auto, xla or pallas, for attention over a cache.
 
     Raises:
-      ValueError: a layer that does not exist, or a chunk larger than the cache was made for.
+      ValueError: a layer that does not exist, no tokens, or a chunk larger than the cache was made for.
     """
     b, t = tokens.shape
     if any(not 0 <= i <= cfg.num_layers for i in hidden_layers):
         raise ValueError(f"hidden_layers {hidden_layers}: a model of {cfg.num_layers} layers has 0 to {cfg.num_layers}")
+    if t < 1:
+        raise ValueError(f"tokens {tokens.shape} are empty: a call takes at least one token a row")
     if cache is not None and t > cache.chunk:
         raise ValueError(f"a chunk of {t} tokens is more than this cache takes at once, {cache.chunk}: "
                          f"send smaller chunks, or init_cache(..., chunk={t})")
@@ -143,6 +145,9 @@ def forward(
     valid = offsets < lengths[:, None]
     held = cache.lengths if cache is not None else jnp.zeros((b,), jnp.int32)
     positions = held[:, None] + offsets
+    if cache is not None:
+        # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
+        valid &= positions < cache.capacity
     total = jnp.where(lengths > 0, held + lengths, 0)  # a row that takes no part is not read
     rotations = {r: rotation(r, cfg.head_dim, positions) for r in {cfg.layer_rope(i) for i in range(cfg.num_layers)}}
 

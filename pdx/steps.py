@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -20,6 +21,9 @@ from pdx.layers.attention import Kernels
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sharding import ArraySpec, constrain, constrain_rows
+
+# What `decode_many` gives for a row that has overflowed unchecked.
+NO_TOKEN = -1
 
 
 def prefill(
@@ -47,7 +51,7 @@ def prefill(
 
     Raises:
       ContextLengthError: a row has no room for its tokens.
-      ValueError: T is larger than the cache's chunk.
+      ValueError: T is larger than the cache's chunk, or a length is not one of 0 to T.
     """
     if check:
         _check(cache, lengths, tokens)
@@ -78,7 +82,7 @@ def decode_step(
 class Decoded:
     """What `decode_many` returns: n tokens a row, and everything needed to go on."""
 
-    tokens: Int[Array, "B n"]
+    tokens: Int[Array, "B n"]  # -1 where the cache had no room left, which `check` would have refused
     logprobs: Float[Array, "B n"]
     top_ids: Int[Array, "B n m"]
     top_logprobs: Float[Array, "B n m"]
@@ -146,9 +150,10 @@ def verify(
 def _check(cache: DenseCache, lengths, tokens=None) -> None:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((cache.lengths, lengths))):
         return
-    if tokens is not None and int(jnp.max(lengths)) > tokens.shape[1]:
-        raise ValueError(f"a row is said to hold {int(jnp.max(lengths))} new tokens, but the chunk is "
-                         f"{tokens.shape[1]} wide")
+    if tokens is not None:
+        new = np.asarray(lengths)
+        if wrong := [int(n) for n in new if not 0 <= n <= tokens.shape[1]]:
+            raise ValueError(f"a row is said to have {wrong[0]} new tokens, but the chunk is {tokens.shape[1]} wide")
     cache.check_room(lengths)
 
 
@@ -198,6 +203,8 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
         logits, cache = _step(params, cfg, tokens, active, cache, kernels)
         # The token drawn now will stand at this position: its randomness is that of (seed, position).
         drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs)
+        # Without room there are no logits to draw from, and any token would pass for an answer.
+        drawn = drawn.replace(tokens=jnp.where(cache.lengths > cache.capacity, NO_TOKEN, drawn.tokens))
         sampling = sampling.observe(drawn.tokens, active)
         rows = jax.tree.map(lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, i, 1), rows, drawn)
         return jnp.where(active, drawn.tokens, tokens), cache, sampling, rows
