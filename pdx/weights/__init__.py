@@ -1,1 +1,4 @@
-"""Finding, fetching, reading and saving models. Only `load` and `checkpoint` import jax."""
+"""Finding, fetching, reading and saving models.
+
+jax is imported by `load`, `loaded`, `checkpoint` and `opening` only: finding and listing answer without it.
+"""

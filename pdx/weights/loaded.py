@@ -1,0 +1,43 @@
+"""What loading a model gives, and what saving one takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from pdx.config import ModelConfig
+from pdx.errors import ModelFileError
+from pdx.model import Params
+from pdx.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model: parameters on the device and everything needed to use them.
+
+    `params` is the tree of `pdx.model.param_specs`; `dtype` that of the matrices (norms are always f32); `mesh` is None
+    on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy.
+    """
+
+    params: Params = field(repr=False)
+    config: ModelConfig
+    name: str
+    path: Path
+    dtype: Any
+    mesh: Mesh | None = None
+    notes: list[str] = field(default_factory=list)
+    license: str | None = None
+    terms: tuple[str, ...] = ()
+    make_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Built when first asked for: a large vocabulary takes about a second."""
+        if self.make_tokenizer is None:
+            raise ModelFileError(f"model {self.name} came without a tokenizer")
+        return self.make_tokenizer()
