@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pdx.errors import RequestError
+
 MESH_AXES = ("data", "model")
 
 # Logical axis -> mesh axis. An axis that is not listed, or None, is on every device.
@@ -78,12 +80,12 @@ def is_spec(x: Any) -> bool:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=2,model=4`. Raises ValueError for an unknown axis or a size below 1."""
+    """Read `data=2,model=4`. Raises RequestError for an unknown axis or a size below 1."""
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, size = part.partition("=")
         if name not in MESH_AXES or name in sizes or not size.isdigit() or int(size) < 1:
-            raise ValueError(f"mesh {text!r}: expected axes out of {', '.join(MESH_AXES)} with a size each, "
+            raise RequestError(f"mesh {text!r}: expected axes out of {', '.join(MESH_AXES)} with a size each, "
                              "such as data=2,model=4")
         sizes[name] = int(size)
     return sizes
@@ -92,7 +94,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(sizes: str | dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data` and `model`; an axis that is not named has size 1.
 
-    Uses the first data*model devices. Raises ValueError when there are fewer.
+    Uses the first data*model devices. Raises RequestError when there are fewer.
     """
     if isinstance(sizes, str):
         sizes = parse_mesh(sizes)
@@ -100,8 +102,9 @@ def make_mesh(sizes: str | dict[str, int] | None = None, devices: Sequence[jax.D
     devices = list(devices if devices is not None else jax.devices())
     count = math.prod(shape)
     if count > len(devices):
-        raise ValueError(f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} needs {count} devices, "
-                         f"there are {len(devices)} ({devices[0].platform})")
+        raise RequestError(f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} needs {count} devices, "
+                         f"there are {len(devices)} ({devices[0].platform}); for virtual CPU devices set "
+                         f"XLA_FLAGS=--xla_force_host_platform_device_count={count}")
     return Mesh(np.array(devices[:count]).reshape(shape), MESH_AXES)
 
 

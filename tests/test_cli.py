@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdx.cli import app
+from pdx.errors import PdxError
 from tests import tiny_model
 
 
@@ -139,3 +140,21 @@ def test_models_lists_the_built_in_ones():
     rows = json.loads(run("models", "--json").stdout)
     assert {"smollm2-135m-instruct", "gemma-3-270m"} <= {row["name"] for row in rows}
     assert "Apache-2.0" in run("models").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--mesh", "rows=2"], "data, model"),
+        (["--mesh", "data=64"], "needs 64 devices"),
+        (["--dtype", "f8"], "f32, bf16"),
+        (["--kv-dtype", "int3"], "auto, f32, bf16"),
+        (["--kernels", "cuda"], "auto, xla, pallas"),
+        (["--kernels", "pallas"], "implementation='xla'"),
+    ],
+)
+def test_unknown_choices_are_errors_that_name_the_known_ones(directory, arguments, says):
+    result = run("generate", "x", "-m", directory, *arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, PdxError | NotImplementedError)
+    assert says in str(result.exception)

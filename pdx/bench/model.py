@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,9 @@ from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions
 from pdx.weights.load import Model
 
-ROUNDS = 7
+ROUNDS = 5
 DECODE_TOKENS = 32
+PEER_DECODE_TOKENS = 12
 DECODE_CONTEXT = 64
 SAMPLED = SamplingOptions(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02, repetition_penalty=1.1, seed=1)
 
@@ -98,13 +100,20 @@ def run(model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, p
     }, notes=[reason] if reason else [])  # fmt: skip
     reads: list[float] = []
     for tokens in prompt_tokens:
+        _say(f"prefill of {tokens} tokens")
         result.lines.append(_prefill_line(model, tokens, kernels, other))
     for batch in batches:
+        _say(f"decode at batch {batch}")
         result.lines.extend(_decode_lines(model, batch, kernels, other, bandwidth, reads))
+    _say("decode in a large cache")
     result.lines.append(_capacity_line(model, kernels, bandwidth))
     if reads:
         result.bandwidth_gb_per_s = float(np.median(reads))
     return result
+
+
+def _say(what: str) -> None:
+    print(f"measuring {what}", file=sys.stderr, flush=True)
 
 
 def _prefill_line(model: Model, tokens: int, kernels: str, other) -> Line:
@@ -121,7 +130,7 @@ def _decode_lines(model: Model, batch: int, kernels: str, other, bandwidth, read
     greedy, sampled = (decode_work(model, batch, kernels, options) for options in (SamplingOptions(), SAMPLED))
     contestants: dict[str, Callable[[], Timing]] = {"pdx": greedy, "sampled": sampled, "read": bandwidth}
     if other:
-        contestants["peer"] = other.decode(batch, DECODE_CONTEXT, DECODE_TOKENS)
+        contestants["peer"] = other.decode(batch, DECODE_CONTEXT, PEER_DECODE_TOKENS)
     times = interleaved(contestants, ROUNDS)
     read = bandwidth.bytes_read / times["read"].median / 1e9
     reads.append(read)

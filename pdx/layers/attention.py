@@ -13,6 +13,7 @@ from pallas_kernels.decode_attention.api import explain as explain_decode
 from pallas_kernels.flash_attention.api import explain as explain_flash
 from pdx.cache.dense import LayerCache
 from pdx.config import ModelConfig
+from pdx.errors import RequestError
 from pdx.layers.linear import linear
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotate
@@ -26,7 +27,7 @@ def implementation(kernels: Kernels) -> str:
         platform = jax.default_backend()
         return "tpu" if platform == "tpu" else "gpu"
     if kernels not in ("auto", "xla"):
-        raise ValueError(f"kernels {kernels!r} is not one of auto, xla, pallas")
+        raise RequestError(f"kernels {kernels!r} is not one of auto, xla, pallas")
     return kernels
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pdx.errors import ContextLengthError
+from pdx.errors import ContextLengthError, RequestError
 from pdx.families.common import Source
 from pdx.model import Params, param_specs
 from pdx.sharding import ArraySpec, is_spec, make_mesh, replicated
@@ -85,7 +85,7 @@ def _dtype(dtype: Any, device: jax.Device) -> Any:
     with suppress(TypeError):
         if jnp.dtype(dtype) in map(jnp.dtype, DTYPES.values()):
             return jnp.dtype(dtype)
-    raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    raise RequestError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
 
 
 def _read_params(opened: OpenModel, specs: Params, where: Mesh | jax.Device, progress: Report | None) -> Params:
