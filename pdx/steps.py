@@ -20,7 +20,7 @@ from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
-from pdx.sharding import ArraySpec, constrain, constrain_rows
+from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
 
 # What `decode_many` gives for a row that has overflowed unchecked.
 NO_TOKEN = -1
@@ -124,6 +124,7 @@ def decode_many(
     steps = jnp.asarray(n if steps is None else steps, jnp.int32)
     if check:
         _check(cache, jnp.where(active, steps, 0))
+    sampling = place_rows(sampling, cache.mesh)  # as it will come back, so that the next call is the same program
     return _decode_many(params, cfg, tokens, cache, sampling, n, jnp.asarray(active), steps, num_logprobs, kernels)
 
 

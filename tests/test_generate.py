@@ -177,3 +177,23 @@ def test_mesh_gives_the_same_tokens(tmp_path, model, mesh):
         ours = pdx.generate(sharded, PROMPTS, max_tokens=20, ignore_eos=True, **settings)
         reference = pdx.generate(model, PROMPTS, max_tokens=20, ignore_eos=True, **settings)
         assert [c.token_ids for c in ours] == [c.token_ids for c in reference]
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,model=2"])
+def test_the_second_call_of_a_step_compiles_nothing_for_a_loaded_model(tmp_path, count_compiles, mesh):
+    model = pdx.load(tiny_model.make(tmp_path), mesh=mesh)
+    cache = pdx.init_cache(model.config, batch=2, capacity=128, mesh=model.mesh)
+    sampling = pdx.SamplingState.create([SamplingOptions()] * 2, model.config.vocab_size)
+    tokens = np.full((2, 16), 7, np.int32)
+    settings = {"check": False}
+
+    def once(cache, sampling):
+        _, cache = pdx.prefill(model.params, model.config, tokens, np.array([5, 9], np.int32), cache, **settings)
+        _, cache = pdx.decode_step(model.params, model.config, tokens[:, 0], np.array([True, True]), cache, **settings)
+        out = pdx.decode_many(model.params, model.config, tokens[:, 0], cache, sampling, 4, **settings)
+        return out.cache, out.sampling
+
+    cache, sampling = once(cache, sampling)
+    with count_compiles() as compiles:
+        once(cache, sampling)
+    assert compiles() == 0

@@ -99,7 +99,13 @@ def _read_params(opened: OpenModel, specs: Params, where: Mesh | jax.Device, pro
         nonlocal done
         source, spec = job
         array = read_tensor(opened.file, source, spec.shape, spec.dtype)
-        placed = jax.device_put(array, spec.sharding(where) if isinstance(where, Mesh) else where)
+        if isinstance(where, Mesh):
+            placed = jax.device_put(array, spec.sharding(where))
+        else:
+            # Not committed to the device, as the arrays that a caller makes are not: a step that took some of each
+            # would return a cache that the next call compiles anew for.
+            with jax.default_device(where):
+                placed = jax.device_put(array)
         placed.block_until_ready()  # so that host copies do not pile up before a slow device
         if progress is not None:
             with lock:
