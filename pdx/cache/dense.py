@@ -79,7 +79,7 @@ class DenseCache:
 
     def check_room(self, lengths) -> None:
         """Raise ContextLengthError where `lengths` [B] more tokens do not fit. Waits for the device."""
-        held, new = np.asarray(self.lengths), np.asarray(lengths)
+        held, new = np.asarray(self.lengths), np.asarray(lengths).astype(int)
         full = np.flatnonzero(held + new > self.capacity)
         if full.size:
             row = int(full[0])
