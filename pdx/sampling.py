@@ -96,7 +96,7 @@ class SamplingState:
             np.add.at(output_counts[row], ids, 1)
         return cls(
             temperature=column("temperature", jnp.float32),
-            top_k=jnp.asarray([min(o.top_k, vocab_size) for o in rows], jnp.int32),
+            top_k=jnp.asarray([o.top_k if o.top_k < vocab_size else 0 for o in rows], jnp.int32),
             top_p=column("top_p", jnp.float32),
             min_p=column("min_p", jnp.float32),
             repetition=column("repetition_penalty", jnp.float32),
@@ -112,8 +112,10 @@ class SamplingState:
 
     def observe(self, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> SamplingState:
         """The state after `tokens` were emitted in the rows that are active; in place where it is donated."""
-        rows = jnp.arange(tokens.shape[0])
-        return self.replace(output_counts=self.output_counts.at[rows, tokens].add(active.astype(jnp.int32)))
+        counts = self.output_counts
+        # A negative token is none, and an index past the end is dropped.
+        column = jnp.where(active & (tokens >= 0), tokens, counts.shape[1])
+        return self.replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
 
     def put(self, row: int | Int[Array, ""], one: SamplingState) -> SamplingState:
         """The state with row `row` replaced by the only row of `one`."""
@@ -122,7 +124,7 @@ class SamplingState:
 
 @struct.dataclass
 class SampleOutput:
-    """One token a row. Log-probabilities are NaN, and ids -1, in rows that did not ask for them."""
+    """One token a row. Where a row did not ask for log-probabilities they are inf, and the ids -1."""
 
     tokens: Int[Array, " B"]
     logprob: Float[Array, " B"]
@@ -148,8 +150,9 @@ def sample(
     Returns:
       Tokens int32. Log-probabilities are those of the logits as given, before any setting.
     """
-    if not 0 <= num_logprobs <= CANDIDATES:
-        raise ValueError(f"num_logprobs is {num_logprobs}: it must be from 0 to {CANDIDATES}")
+    most = min(CANDIDATES, logits.shape[1])
+    if not 0 <= num_logprobs <= most:
+        raise ValueError(f"num_logprobs is {num_logprobs}: it must be from 0 to {most}")
     logits = logits.astype(jnp.float32)
 
     def choose() -> Int[Array, " B"]:
@@ -240,15 +243,16 @@ def _logprobs(logits, tokens, asked: Bool[Array, " B"], n: int):
     """Log-probabilities of the chosen tokens, and ids and log-probabilities of the n best."""
     rows = logits.shape[0]
 
+    # inf is no log-probability, and unlike NaN it does not trip `jax_debug_nans`.
     def compute():
         norm = jax.nn.logsumexp(logits, axis=1)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - norm
         values, ids = (a[:, :n] for a in candidates(pad(logits), max(n, 1)))
-        return (jnp.where(asked, chosen, jnp.nan), jnp.where(asked[:, None], ids, -1),
-                jnp.where(asked[:, None], values - norm[:, None], jnp.nan))
+        return (jnp.where(asked, chosen, jnp.inf), jnp.where(asked[:, None], ids, -1),
+                jnp.where(asked[:, None], values - norm[:, None], jnp.inf))
 
     def nothing():
-        return jnp.full(rows, jnp.nan), jnp.full((rows, n), -1, jnp.int32), jnp.full((rows, n), jnp.nan)
+        return jnp.full(rows, jnp.inf), jnp.full((rows, n), -1, jnp.int32), jnp.full((rows, n), jnp.inf)
 
     return lax.cond(jnp.any(asked), compute, nothing)
 
