@@ -65,7 +65,7 @@ def _hub_cache() -> list[dict[str, Any]]:
     import huggingface_hub
 
     try:
-        cache = huggingface_hub.scan_cache_dir()
+        cache = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE)
     except huggingface_hub.errors.CacheNotFound:
         return []
     rows = []
