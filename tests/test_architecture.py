@@ -122,7 +122,7 @@ def test_every_public_name_is_there():
 
 
 def too_long(root: Path) -> list[str]:
-    """Files of the packages and the tests that are not read in one sitting: 330 lines, or 400 of a kernel or of tests."""
+    """Files that are not read in one sitting: above 330 lines, or 400 for a kernel or for tests."""
     paths = [(folder, path) for folder in (*PACKAGES, "tests") for path in (root / folder).rglob("*.py")]
     lines = [(folder, path, len(path.read_text(encoding="utf-8").splitlines())) for folder, path in paths]
     return [f"{path.name} has {n} lines: split it by what changes together"
