@@ -105,6 +105,16 @@ def greedy(model, prompt: list[int], n: int) -> Greedy:
     return Greedy(np.array(tokens), np.stack(logits))
 
 
+def nats(logits: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood [B, T] of each following token; summed in f64: f32 sums of whole vocabularies differ."""
+    out = np.empty(following.shape)
+    for at in np.ndindex(following.shape):
+        x = logits[at]
+        top = x.max()
+        out[at] = top + np.log(np.exp(x - top).sum(dtype=np.float64)) - x[following[at]]
+    return out
+
+
 def negative_log_likelihood(model, windows: np.ndarray) -> np.ndarray:
     """Nats of each token behind the first, [count, length - 1], by transformers in one pass a window."""
     import torch
@@ -112,6 +122,6 @@ def negative_log_likelihood(model, windows: np.ndarray) -> np.ndarray:
     rows = []
     with torch.inference_mode():
         for window in torch.from_numpy(windows.astype(np.int64)):
-            logits = model(window[None], use_cache=False).logits[0, :-1]
-            rows.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").numpy())
-    return np.stack(rows)
+            logits = model(window[None], use_cache=False).logits[:, :-1]
+            rows.append(nats(logits.numpy(), window[None, 1:].numpy()))
+    return np.concatenate(rows)

@@ -25,6 +25,8 @@ TIE = 1e-3
 # Text windows: about 2000 tokens; those of Gemma reach past its sliding window of 512.
 WINDOWS = {"smollm2-135m-instruct": (4, 512), "gemma-3-270m": (2, 1024)}
 CHUNK = 256
+# Of the 0.1% that is asked for, both sides in f32 use next to nothing.
+PERPLEXITY = 1e-5
 
 
 @pytest.fixture(scope="module", params=list(real.CONFIGS))
@@ -90,16 +92,6 @@ def test_greedy_tokens_are_those_of_transformers(pair, measured):
     assert near < 0.02 * len(prompts) * TOKENS, "so many ties would excuse anything"
 
 
-def nats(logits: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood [B, T] of each following token; summed in f64, row by row for memory."""
-    out = np.empty(following.shape)
-    for at in np.ndindex(following.shape):
-        x = logits[at]
-        top = x.max()
-        out[at] = top + np.log(np.exp(x - top).sum(dtype=np.float64)) - x[following[at]]
-    return out
-
-
 def test_perplexity_is_that_of_transformers(pair, measured):
     windows = real.text_windows(pair.model.tokenizer, *WINDOWS[pair.name])
     theirs = real.negative_log_likelihood(pair.theirs, windows)
@@ -108,14 +100,14 @@ def test_perplexity_is_that_of_transformers(pair, measured):
     for start in range(0, windows.shape[1], CHUNK):
         logits, cache = verify(pair.model.params, pair.model.config, jnp.asarray(windows[:, start : start + CHUNK]),
                                full, cache)  # fmt: skip
-        parts.append(nats(np.asarray(logits), windows[:, start + 1 : start + CHUNK + 1]))
+        parts.append(real.nats(np.asarray(logits), windows[:, start + 1 : start + CHUNK + 1]))
     ours = np.concatenate(parts, axis=1)
     mine, reference = (float(np.exp(x.mean(dtype=np.float64))) for x in (ours, theirs))
     measured(f"{pair.name}: perplexity over {theirs.size} tokens in windows of {windows.shape[1]}: pdx {mine:.5f}, "
              f"transformers {reference:.5f} ({abs(mine / reference - 1):.1e} apart; "
              f"token by token up to {np.abs(ours - theirs).max():.1e} nats)")
     assert ours.shape == theirs.shape
-    assert abs(mine / reference - 1) < 1e-3
+    assert abs(mine / reference - 1) < PERPLEXITY
 
 
 def test_transformers_reads_the_file_to_the_same_model(pair):
