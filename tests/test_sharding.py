@@ -165,7 +165,7 @@ def run(cfg, mesh=None, batch=B):
         best = seen[-1].argmax(-1).astype(np.int32)
         logits, store = steps.decode_step(weights, cfg, best, np.ones(batch, bool), in_place(store))
         seen.append(np.asarray(logits))
-    in_place(store)
+    in_place(in_place(store).truncate(lengths))
     return np.stack(seen)
 
 
