@@ -1,0 +1,33 @@
+"""The built-in models generate what transformers generates from the same files: committed tokens, no torch needed.
+
+`tests/golden/make_tokens.py` made them; `tests/parity/test_real.py` makes the same comparison live.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import pdx
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokens.json").read_text())
+# Below this distance of transformers' two best logits either token is right.
+TIE = 1e-3
+
+
+@pytest.mark.parametrize("name", [key for key in GOLDEN if key != "made_by"])
+def test_generate_gives_the_golden_tokens(name):
+    """Short prompts as one ragged batch, then one that is longer than Gemma's window."""
+    model = pdx.load(name, dtype="f32")
+    for rows in (lambda n: n <= 128, lambda n: n > 128):
+        chosen = {key: case for key, case in GOLDEN[name].items() if rows(len(case["prompt"]))}
+        assert chosen
+        assert all(case["smallest_gap"] > TIE for case in chosen.values()), "a prompt with a tie proves nothing"
+        count = len(next(iter(chosen.values()))["tokens"])
+        done = pdx.generate(model, [case["prompt"] for case in chosen.values()], max_tokens=count, ignore_eos=True)
+        for key, completion in zip(chosen, done, strict=True):
+            assert completion.token_ids == chosen[key]["tokens"], key
