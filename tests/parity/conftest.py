@@ -7,8 +7,13 @@ import pytest
 
 @pytest.fixture
 def measured(record_property):
-    """Call it with a line of text to have it in the summary."""
-    return lambda line: record_property("parity", line)
+    """Call it with a line of text to have it in the summary, and in the test's output for `-rP`."""
+
+    def say(line: str) -> None:
+        print(line)  # under xdist the process that writes the summary does not read this file
+        record_property("parity", line)
+
+    return say
 
 
 def pytest_terminal_summary(terminalreporter):
