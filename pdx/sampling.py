@@ -208,15 +208,20 @@ def _inverse_temperature(state: SamplingState) -> Float[Array, " B"]:
 
 
 def _weights(x, top, state: SamplingState) -> tuple[Float[Array, "B W"], Bool[Array, "B W"]]:
-    """Probabilities relative to the best token's, and which tokens the filters keep. Of the padded logits."""
+    """Probabilities relative to the best token's, of the padded logits, and which tokens the filters keep."""
     drawn, rows = _is_drawn(state, top), x.shape[0]
     by_k, by_p = drawn & (state.top_k > 0), drawn & (state.top_p < 1)
     everything = Boundary.everything(rows)
-    weights = jnp.exp((x - jnp.where(drawn, top, 0.0)[:, None]) * _inverse_temperature(state)[:, None])
+
+    def weigh(logits):
+        return jnp.exp((logits - jnp.where(drawn, top, 0.0)[:, None]) * _inverse_temperature(state)[:, None])
+
     k = lax.cond(jnp.any(by_k), lambda: first_k(x, state.top_k, by_k), lambda: everything)
-    weights = jnp.where(k.keeps(x), weights, 0.0)
-    p = lax.cond(jnp.any(by_p), lambda: nucleus(weights, state.top_p, by_p), lambda: everything)
-    return weights, k.keeps(x) & p.keeps(weights) & (weights >= state.min_p[:, None])
+    # -1 and not 0, so that the weights alone tell what top-k dropped: a pass over the logits less.
+    weights = jnp.where(k.keeps(x), weigh(x), -1.0)
+    least = weigh(k.value[:, None])[:, 0] * (1 - 1e-6)  # an exp of another shape may round otherwise
+    p = lax.cond(jnp.any(by_p), lambda: nucleus(weights, state.top_p, by_p, least), lambda: everything)
+    return weights, p.keeps(weights) & (weights >= state.min_p[:, None])
 
 
 def _draw(x, top, state: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:

@@ -98,14 +98,17 @@ def first_k(x: Float[Array, "B W"], k: Int[Array, " B"], rows: Bool[Array, " B"]
     return _prefix(x, jnp.ones_like, k.astype(jnp.float32), rows, jnp.full(x.shape[0], -jnp.inf), _halve_logits)
 
 
-def nucleus(weights: Float[Array, "B W"], p: Float[Array, " B"], rows: Bool[Array, " B"]) -> Boundary:
+def nucleus(
+    weights: Float[Array, "B W"], p: Float[Array, " B"], rows: Bool[Array, " B"], least: Float[Array, " B"]
+) -> Boundary:
     """The end of the smallest set with a share p of the weights of `rows`; elsewhere everything is kept.
 
-    Exact up to the f32 rounding of the sum.
+    Exact up to the f32 rounding of the sum. A negative weight is none, and none lies between 0 and `least`.
     """
-    mass = weights.reshape(weights.shape[0], -1, GROUP).sum(-1).sum(-1)
+    mass = jnp.maximum(weights, 0.0).reshape(weights.shape[0], -1, GROUP).sum(-1).sum(-1)
     # All weights below this add up to less than the share left out. Half of it: room for rounding.
-    low = 0.5 * (1 - p) * mass / weights.shape[1]
+    low = jnp.maximum(0.5 * (1 - p) * mass / weights.shape[1], least)
+    # Where a sum meets negative weights it has passed the target, or every other weight.
     return _prefix(weights, lambda w: w, p * mass, rows, low, _halve_floats)
 
 
@@ -117,7 +120,7 @@ def _prefix(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, halve) -> Bou
     missing = rows & ~found
 
     def search() -> Boundary:
-        return _search(x, weigh, target, missing, low, first[0][:, -1], halve).where(missing, near)
+        return _search(x, weigh, target, missing, low, first[0], halve).where(missing, near)
 
     return lax.cond(jnp.any(missing), search, lambda: near)
 
@@ -141,8 +144,8 @@ class _Bracket:
     weight_high: Float[Array, " B"]
 
 
-def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, beyond, halve) -> Boundary:
-    """The boundary of `rows` where it is neither below `low` nor above `beyond`, a score of the row."""
+def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, first, halve) -> Boundary:
+    """The boundary of `rows` where it is not below `low` and not among the best candidates, `first`."""
     def weight_from(key):
         return jnp.sum(jnp.where(x >= _value(key)[:, None], weigh(x), 0.0), axis=1)
 
@@ -161,8 +164,10 @@ def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, beyond, halve
             jnp.where(up, weight, b.weight_low), jnp.where(down, weight, b.weight_high),
         )
 
-    high = _key(beyond) + 1
-    start = _Bracket(jnp.int32(0), _key(low), high, jnp.full_like(target, jnp.inf), weight_from(high))
+    last = first[:, -1:]
+    above_last = jnp.sum(jnp.where(first > last, weigh(first), 0.0), axis=1)
+    high = _key(last[:, 0]) + 1
+    start = _Bracket(jnp.int32(0), _key(low), high, jnp.full_like(target, jnp.inf), above_last)
     b = lax.while_loop(lambda b: jnp.any(is_open(b)), narrow, start)
     low, high = _value(b.low), _value(b.high)
     found, boundary = _among(*candidates(x, below=high), weigh, b.weight_high, target)
@@ -171,8 +176,7 @@ def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, beyond, halve
     each = jnp.maximum(weigh(low), jnp.finfo(jnp.float32).tiny)
     tied = x == low[:, None]
     needed = jnp.ceil((target - b.weight_high) / each)
-    last = _nth(tied, needed)
-    return boundary.where(found, Boundary(low, last))
+    return boundary.where(found, Boundary(low, _nth(tied, needed)))
 
 
 def _nth(mask: Bool[Array, "B W"], n: Float[Array, " B"]) -> Int[Array, " B"]:
