@@ -162,11 +162,12 @@ def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, now: float) -> 
     for row, request in enumerate(requests):
         if request.finish_reason:
             continue
+        best = request.options.logprobs or 0  # a neighbour may have asked for more
         logprobs = (
             TokenLogprobs(
                 int(got.tokens[row, i]),
                 float(got.logprob[row, i]),
-                tuple(zip(got.top_ids[row, i].tolist(), got.top_logprobs[row, i].tolist(), strict=True)),
+                tuple(zip(got.top_ids[row, i, :best].tolist(), got.top_logprobs[row, i, :best].tolist(), strict=True)),
             )
             for i in range(n)
         )

@@ -1,5 +1,6 @@
 """The offline loop on a tiny model, through the loader: batches, chunks, stops, seeds, programs, meshes."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -98,6 +99,8 @@ def test_each_request_has_its_own_options(model):
     assert [c.completion_tokens for c in done] == [3, 40, 40]
     assert done[1].token_ids == greedy(model, model.tokenizer.encode(PROMPTS[1]), 40)
     assert done[0].logprobs is None
+    narrow = pdx.generate(model, PROMPTS, [options[0], replace(options[1], logprobs=1), options[2]])
+    assert [{len(t.top) for t in c.logprobs} for c in narrow[1:]] == [{1}, {2}]
     assert len(done[2].logprobs) == 40
     for token in done[2].logprobs:
         assert token.top[0][1] >= token.top[1][1]
