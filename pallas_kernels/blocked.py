@@ -59,7 +59,7 @@ def blocked_attention(
             key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
             # In a ring, a slot of this block may hold a newer position of a longer row.
             held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
-            mask = visible(positions, key_positions, lengths, window) & held[:, None, :]
+            mask = visible(positions, jnp.where(held, key_positions, -1), window)
             # What a slot's last request left there has weight zero, but zero times NaN is NaN.
             values = jnp.where(held[:, None, :, None], values, 0)
             logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, softcap)

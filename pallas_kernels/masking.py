@@ -13,15 +13,14 @@ MASKED = -1e30
 def visible(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
     window: int | None,
 ) -> Bool[Array, "B T S"]:
-    """Causal, within the row's length, and within the window where there is one.
+    """Causal, and within the window where there is one.
 
-    A key position below zero is a slot that holds nothing.
+    A key position below zero is a slot that holds nothing of this row.
     """
     q, k = query_positions[:, :, None], key_positions[:, None, :]
-    mask = (k <= q) & (k >= 0) & (k < lengths[:, None, None])
+    mask = (k <= q) & (k >= 0)
     return mask if window is None else mask & (k > q - window)
 
 

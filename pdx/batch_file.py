@@ -51,15 +51,9 @@ def _request(path: Path, number: int, line: str, defaults: SamplingOptions) -> R
     if not isinstance(prompt, str if "prompt" in row else list) or not prompt:
         raise RequestError(f"{where}: prompt must be a text and messages a list, neither of them empty")
     settings = {key: value for key, value in row.items() if key in SETTINGS}
-    if "stop" in settings:
-        settings["stop"] = (settings["stop"],) if isinstance(settings["stop"], str) else tuple(settings["stop"])
-    if settings.get("logit_bias"):
-        settings["logit_bias"] = {int(token): float(bias) for token, bias in settings["logit_bias"].items()}
-    if "stop_token_ids" in settings:
-        settings["stop_token_ids"] = tuple(settings["stop_token_ids"])
     try:
         return Request(number, row, prompt, dataclasses.replace(defaults, **settings))
-    except (RequestError, TypeError) as error:
+    except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pdx.errors import PdxError, RequestError
+from pdx.weights.builtin import DEFAULT_MODEL
 
 app = typer.Typer(
     help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
@@ -28,7 +29,6 @@ KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the paramet
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @app.command()

@@ -51,7 +51,6 @@ class Row:
     options: SamplingOptions
     decoder: Any
     ends: frozenset[int]
-    limit: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
@@ -78,7 +77,7 @@ class Row:
             self.finish_reason = "stop"
         else:
             self.text += self.decoder.push(token)
-            if len(self.token_ids) >= self.limit:
+            if len(self.token_ids) >= self.options.max_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
             self.text += self.decoder.flush()

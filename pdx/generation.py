@@ -70,8 +70,8 @@ class Generator:
         self, model: Model, *, rows: int = DEFAULT_ROWS, capacity: int, kernels: str = "auto", kv_dtype=None,
         chunk: int = DEFAULT_CHUNK, decode_tokens: int = DECODE_TOKENS, num_logprobs: int = 0,
     ):  # fmt: skip
-        self.config, self.params, self.tokenizer, self.mesh = model.config, model.params, model.tokenizer, model.mesh
-        self.paths = explain(kernels)
+        explain(kernels)  # raises before anything is made
+        self.config, self.params, self.mesh = model.config, model.params, model.mesh
         self.kernels, self.num_logprobs, self.decode_tokens = kernels, num_logprobs, decode_tokens
         self.rows = rows if self.mesh is None else round_up(rows, self.mesh.shape["data"])
         self.compile_s = 0.0
@@ -106,7 +106,7 @@ class Generator:
         got = jax.tree.map(lambda x: x[:, None], jax.device_get(first))
         yield from _deliver(requests, got, 1, now())
         while running := [r for r in requests if not r.finish_reason]:
-            n = min(self.decode_tokens, max(r.limit - len(r.token_ids) for r in running))
+            n = min(self.decode_tokens, max(r.options.max_tokens - len(r.token_ids) for r in running))
             tokens = np.zeros(self.rows, np.int32)
             tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
             out = self._call(
@@ -229,7 +229,7 @@ def requests_of(model: Model, prompts: Sequence[Prompt], options: Sequence[Sampl
                 f"{model.name} is {context}: ask for at most {context - len(ids)} (max_tokens)"
             )
         ends = frozenset(option.stop_token_ids) | (frozenset() if option.ignore_eos else model.tokenizer.eos_ids)
-        rows.append(Row(i, ids, option, model.tokenizer.stream(), ends, option.max_tokens))
+        rows.append(Row(i, ids, option, model.tokenizer.stream(), ends))
     return rows
 
 
@@ -259,7 +259,7 @@ def stream(
     rows = requests_of(model, prompts, options)
     if not rows:
         return
-    longest = max(len(r.prompt) + r.limit for r in rows)
+    longest = max(len(r.prompt) + r.options.max_tokens for r in rows)
     if capacity is not None and capacity < longest:
         raise ContextLengthError(f"a request needs {longest} tokens of capacity, {capacity} were asked for")
     run = generator(

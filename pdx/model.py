@@ -171,8 +171,8 @@ def forward(
     )
 
 
-# Jitted by itself so that layers of one kind are traced and lowered once, however many there are: the compiler
-# inlines the calls, but tracing thirty layers took longer than everything else at start-up.
+# Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler
+# inlines the calls.
 @partial(jax.jit, static_argnames=("cfg", "window", "kernels"))
 def _layer(p, x, cache, rotation, positions, valid, lengths, *, cfg: ModelConfig, window: int | None, kernels: Kernels):
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""

@@ -96,6 +96,8 @@ def test_a_file_of_requests(directory, tmp_path):
         ('{"prompt": ""}', "line 2"),
         ('{"prompt": "x", "top_p": 7}', "top_p"),
         ('{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
+        ('{"prompt": "x", "logit_bias": {"a": 1}}', "line 2"),
+        ('{"prompt": "x", "stop": 7}', "line 2"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_runs(directory, tmp_path, line, says):

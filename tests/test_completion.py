@@ -25,7 +25,7 @@ class Letters:
 
 
 def row(limit=100, ends=(), **options):
-    return Row(0, [1, 2], SamplingOptions(**options), Letters(), frozenset(ends), limit)
+    return Row(0, [1, 2], SamplingOptions(max_tokens=limit, **options), Letters(), frozenset(ends))
 
 
 def feed(r, tokens, now=1.0):

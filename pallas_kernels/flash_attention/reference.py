@@ -41,7 +41,7 @@ def attention(
     logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision)
     logits = soft_cap(logits * scale, softcap)
     key_positions = slot_positions(lengths, slots)
-    mask = visible(query_positions, key_positions, lengths, window)[:, None, None]
+    mask = visible(query_positions, key_positions, window)[:, None, None]
     v = jnp.where((key_positions >= 0)[:, None, :, None], v, 0)  # a slot that holds nothing may hold NaN
     logits = jnp.where(mask, logits, MASKED)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True)) * mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pallas_kernels.blocked import blocked_attention
 
-# Of the sizes tried on a CPU at 1024 tokens (128, 256 and 512 either way), 256 by 256 was the fastest.
+# At 1024 tokens on a CPU, blocks of 256 keys were a little faster than blocks of 128.
 QUERY_BLOCK = 256
 KEY_BLOCK = 256
 # A short prompt must not pay for keys behind it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +92,7 @@ def _read_params(opened: OpenModel, specs: Params, where: Mesh | jax.Device, pro
     paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     jobs = [(_source(opened, path), spec) for path, spec in paths]
     check_names(opened, {source.name for source, _ in jobs})
-    total, done, lock = sum(_size(spec) for _, spec in jobs), 0, threading.Lock()
+    total, done, lock = sum(spec.size_bytes for _, spec in jobs), 0, threading.Lock()
 
     def one(job: tuple[Source, ArraySpec]) -> jax.Array:
         nonlocal done
@@ -109,12 +108,12 @@ def _read_params(opened: OpenModel, specs: Params, where: Mesh | jax.Device, pro
         placed.block_until_ready()  # so that host copies do not pile up before a slow device
         if progress is not None:
             with lock:
-                done += _size(spec)
+                done += spec.size_bytes
                 progress("loading", done, total)
         return placed
 
     # Largest first, so that no thread is left alone with an embedding at the end.
-    order = sorted(range(len(jobs)), key=lambda i: -_size(jobs[i][1]))
+    order = sorted(range(len(jobs)), key=lambda i: -jobs[i][1].size_bytes)
     leaves: list[Any] = [None] * len(jobs)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         for i, leaf in zip(order, pool.map(one, (jobs[i] for i in order)), strict=True):
@@ -126,8 +125,3 @@ def _source(opened: OpenModel, path: tuple) -> Source:
     """The tensor of a parameter at a path of the tree: `embed`, or `layers`, 3, `q_proj`."""
     keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]
     return opened.source(keys[2], keys[1]) if keys[0] == "layers" else opened.source(keys[0], None)
-
-
-def _size(spec: ArraySpec) -> int:
-    """Bytes."""
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
