@@ -66,7 +66,7 @@ def attention(
         q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     settings = {
-        "query_positions": positions,
+        "starts": positions[:, 0],
         "lengths": lengths,
         "scale": cfg.attn_scale,
         "window": window,
