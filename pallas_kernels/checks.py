@@ -2,6 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Call:
+    """The static facts of a call."""
+
+    batch: int
+    queries: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    slots: int
+    dtype: object
+    kv_dtype: object
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: bool
+    tree: bool
+    lengths: bool
+    return_lse: bool
+    layout: str
+
 
 def check_attention(op: str, q, k, v, query_positions, lengths, window, softcap) -> None:
     """Raise ValueError, naming the argument and what it should be, for shapes that do not fit."""
