@@ -21,7 +21,7 @@ from pdx import steps
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.completion import Completion, Row, TokenLogprobs
 from pdx.errors import ContextLengthError, RequestError
-from pdx.layers.attention import explain
+from pdx.layers.attention import explain, layout_for
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.shapes import bucket, round_up
@@ -78,7 +78,7 @@ class Generator:
         self._programs: dict[object, Callable] = {}
         self._make_cache = partial(
             init_cache, self.config, self.rows, capacity, chunk=chunk, mesh=self.mesh,
-            dtype=cache_dtype(kv_dtype, model),
+            dtype=cache_dtype(kv_dtype, model), layout=layout_for(kernels),
         )  # fmt: skip
         self._cache: DenseCache | None = self._make_cache()
         self.capacity, self.chunk = self._cache.capacity, self._cache.chunk
@@ -110,8 +110,8 @@ class Generator:
             tokens = np.zeros(self.rows, np.int32)
             tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
             out = self._call(
-                "decode", steps._decode_many, params=self.params, tokens=tokens, cache=cache, sampling=sampling,
-                active=self._mask(requests), steps=np.int32(n),
+                "decode", steps.PROGRAMS["decode_many"], params=self.params, tokens=tokens, cache=cache,
+                sampling=sampling, active=self._mask(requests), steps=np.int32(n),
                 static={"cfg": self.config, "n": self.decode_tokens, "num_logprobs": self.num_logprobs,
                         "kernels": self.kernels},
             )  # fmt: skip
@@ -134,8 +134,8 @@ class Generator:
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
             new, cache = self._call(
-                ("prefill", width), steps._prefill, params=self.params, tokens=tokens, lengths=lengths, cache=cache,
-                static={"cfg": self.config, "kernels": self.kernels},
+                ("prefill", width), steps.PROGRAMS["prefill"], params=self.params, tokens=tokens, lengths=lengths,
+                cache=cache, static={"cfg": self.config, "kernels": self.kernels},
             )  # fmt: skip
             # A row whose prompt ended in an earlier chunk keeps the logits it had there.
             logits = new if logits is None else self._call("keep", _keep, old=logits, new=new, took_part=lengths > 0)
