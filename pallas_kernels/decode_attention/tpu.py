@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.checks import Call
+from pallas_kernels.checks import Call, describe
 from pallas_kernels.decode_attention.merge import merge, raising_under_grad
-from pallas_kernels.decode_attention.tpu_kernel import LANES, Plan, Refs, body
+from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
+from pallas_kernels.layouts import LANES, SUBLANES, Layout, fold, folded_width, round_up, unfold
 
 MAX_QUERIES = 16
 TILE = {4: 8, 2: 16, 1: 32}  # slots of a tile in HBM by the bytes of an element
@@ -43,10 +44,6 @@ class Config:
             raise ValueError(f"{self}: blocks must be multiples of {LANES}, and compute_block must divide key_block")
         if self.splits < 1:
             raise ValueError(f"{self}: splits must be at least 1")
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def supported(call: Call) -> str | None:
@@ -78,7 +75,7 @@ def heuristic(call: Call, chip) -> Config:
     over, stay below 8 of the 16 MiB.
     """
     name = getattr(chip, "name", chip)
-    width = _round_up(call.kv_heads * call.head_dim, LANES) + _round_up(call.kv_heads * call.value_dim, LANES)
+    width = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
     token = width * jnp.dtype(call.kv_dtype).itemsize
     wanted = max(LANES, min((1 << 20) // token, 2048) // LANES * LANES)
     # A ring wraps between blocks only if they divide it; a cache that never wraps may take any block.
@@ -98,7 +95,7 @@ def plan_for(call: Call, config: Config, scale: float) -> Plan:
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
     shared |= {f.name: getattr(config, f.name) for f in fields(config)}
     return Plan(**shared | {
-        "group": call.heads // call.kv_heads, "tile": TILE[jnp.dtype(call.kv_dtype).itemsize], "scale": scale,
+        "tile": TILE[jnp.dtype(call.kv_dtype).itemsize], "scale": scale,
         "full": not call.lengths, "scaled": jnp.dtype(call.kv_dtype) == jnp.int8,
         "dtype": jnp.dtype(jnp.float32 if wide else jnp.bfloat16)})  # fmt: skip
 
@@ -108,12 +105,12 @@ def cost(plan: Plan, call: Call) -> pl.CostEstimate:
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
     seen = plan.slots
     if plan.window:
-        seen = min(seen, _round_up(plan.window + plan.queries - 1, plan.tile) + plan.tile // 2)
-    k_width = _round_up(plan.kv_heads * plan.head_dim, LANES)
-    v_width = _round_up(plan.kv_heads * plan.value_dim, LANES)
+        seen = min(seen, round_up(plan.window + plan.queries - 1, plan.tile) + plan.tile // 2)
+    k_width = folded_width(plan.kv_heads, plan.head_dim)
+    v_width = folded_width(plan.kv_heads, plan.value_dim)
     row = seen * (k_width + v_width) * kv + plan.rows * (k_width * io * plan.splits + v_width * io)
     if plan.scaled:
-        row += 2 * 4 * _round_up(plan.kv_heads, 8) * min(plan.slots, _round_up(seen, LANES))
+        row += 2 * 4 * round_up(plan.kv_heads, SUBLANES) * min(plan.slots, round_up(seen, LANES))
     if plan.splits > 1:
         row += plan.rows * (plan.splits * (v_width + LANES) * 4 - v_width * io)
     elif call.return_lse:
@@ -138,7 +135,7 @@ def attention(
     k_scale: Float[Array, "B Kp S"] | None = None,
     v_scale: Float[Array, "B Kp S"] | None = None,
     tree: Bool[Array, "B T T"] | None = None,
-    layout: str = "folded",
+    layout: Layout = "folded",
     kv_heads: int,
     value_dim: int | None = None,
     return_lse: bool = False,
@@ -147,24 +144,16 @@ def attention(
 ):
     """See `api.decode_attention`; K and V in the layout `folded`.
 
-    `value_dim`: Hv, which a folded V does not tell; None: H where V's lanes agree with it, else all of them over K.
-
     Raises:
-      ValueError: a cache that is not folded as the layout says.
+      ValueError: shapes that do not fit, or a Config that does not.
       NotImplementedError: a call that `supported` refuses, or a derivative.
     """
-    b, t, n, h = q.shape
-    if value_dim is None:
-        value_dim = h if _round_up(kv_heads * h, LANES) == v.shape[2] else v.shape[2] // kv_heads
-    call = Call(
-        batch=b, queries=t, heads=n, kv_heads=kv_heads, head_dim=h, value_dim=value_dim, slots=k.shape[1],
-        dtype=q.dtype, kv_dtype=k.dtype, causal=causal, window=window, softcap=softcap, sinks=sinks is not None,
-        tree=tree is not None, lengths=lengths is not None, return_lse=return_lse, layout=layout)  # fmt: skip
+    call = describe(
+        "decode_attention", q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap,
+        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads,
+        value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
-        raise NotImplementedError(f"decode_attention: {reason}")
-    widths = tuple(_round_up(kv_heads * d, LANES) for d in (h, value_dim))
-    if k.shape != (b, k.shape[1], widths[0]) or v.shape != (b, k.shape[1], widths[1]):
-        raise ValueError(f"decode_attention: folded K {k.shape} and V {v.shape} should be [B, S, C] with C {widths}")
+        raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
     plan = plan_for(call, config or heuristic(call, None), scale)
 
     def run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree):
@@ -179,8 +168,7 @@ def _run(plan: Plan, call: Call, q, k, v, starts, lengths, sinks, k_scale, v_sca
     b, t, n, h = q.shape
     heads, group, rows = plan.kv_heads, plan.group, plan.rows
     width, value_width = k.shape[2], v.shape[2]
-    folded = q.reshape(b, t, heads, group, h).swapaxes(2, 3).reshape(b, rows, heads * h)
-    folded = jnp.pad(folded, ((0, 0), (0, 0), (0, width - heads * h)))
+    folded = fold(q.reshape(b, t, heads, group, h).swapaxes(2, 3)).reshape(b, rows, width)
     scalars = {"starts": starts.astype(jnp.int32)}
     if lengths is not None:
         scalars["lengths"] = lengths.astype(jnp.int32)
@@ -219,8 +207,7 @@ def _run(plan: Plan, call: Call, q, k, v, starts, lengths, sinks, k_scale, v_sca
     names = [*scalars, *inputs, *outputs, *scratch]
 
     def kernel(*refs):
-        body(plan, Refs(**dict.fromkeys((f.name for f in fields(Refs)))
-                        | dict(zip(names, refs, strict=True))))  # fmt: skip
+        body(plan, Refs(**dict.fromkeys(f.name for f in fields(Refs)) | dict(zip(names, refs, strict=True))))
 
     call_kernel = pl.pallas_call(
         kernel,
@@ -234,12 +221,12 @@ def _run(plan: Plan, call: Call, q, k, v, starts, lengths, sinks, k_scale, v_sca
         cost_estimate=cost(plan, call), interpret=interpret, name="decode_attention")  # fmt: skip
     found = call_kernel(*scalars.values(), *(x for x, _ in inputs.values()))
 
-    def unfold(x, dim):
-        x = x[..., : heads * dim].reshape(plan.splits, b, t, group, heads, dim)
+    def spread(x, dim):
+        x = unfold(x, heads, dim).reshape(plan.splits, b, t, group, heads, dim)
         return x.swapaxes(3, 4).reshape(plan.splits, b, t, n, dim)
 
-    out = unfold(found[0], plan.value_dim)
-    lse = unfold(found[1], 1)[..., 0] if len(found) > 1 else None
+    out = spread(found[0], plan.value_dim)
+    lse = spread(found[1], 1)[..., 0] if len(found) > 1 else None
     if partial:
         out, lse = merge(out, lse)
         return out.astype(q.dtype), lse
@@ -252,4 +239,5 @@ def _packed_sinks(plan: Plan, sinks: Float[Array, " N"]) -> Float[Array, "packs 
     each = each.reshape(plan.kv_heads, plan.rows)
     padding = ((0, len(plan.packs) * plan.pack - plan.kv_heads), (0, plan.padded_rows - plan.rows))
     each = jnp.pad(each, padding, constant_values=-jnp.inf)
-    return jnp.broadcast_to(each.reshape(len(plan.packs), -1, 1), (len(plan.packs), plan.pack * plan.padded_rows, LANES))
+    each = each.reshape(len(plan.packs), plan.pack * plan.padded_rows, 1)
+    return jnp.broadcast_to(each, (*each.shape[:2], LANES))

@@ -15,15 +15,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.masking import MASKED, soft_cap
-
-LANES, SUBLANES = 128, 8
+from pallas_kernels.layouts import LANES, SUBLANES, round_up
+from pallas_kernels.masking import MASKED, precision_of, soft_cap
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Plan:
     @property
     def padded_rows(self) -> int:
         """Rows of one head in a pack: whole sublanes where heads stand below each other."""
-        return -(-self.rows // SUBLANES) * SUBLANES if self.pack > 1 else self.rows
+        return round_up(self.rows, SUBLANES) if self.pack > 1 else self.rows
 
     @property
     def packs(self) -> list[range]:
@@ -73,7 +71,7 @@ class Plan:
 
     @property
     def precision(self):
-        return lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
+        return precision_of(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _span(plan: Plan, refs: Refs, row, split):
 
         def cut(s):
             part = (high - low) * s // plan.splits
-            return jnp.minimum(high, (low + part + LANES - 1) // LANES * LANES)
+            return jnp.minimum(high, round_up(low + part, LANES))
 
         low, high = jnp.where(split == 0, low, cut(split)), cut(split + 1)
     return low, high
