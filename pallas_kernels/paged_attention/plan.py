@@ -28,8 +28,14 @@ def count(tokens: int, rows: int, block: int) -> int:
 
 
 def pieces(
-    query_starts: Int[Array, " R1"], lengths: Int[Array, " R"], *, tokens: int, block: int, window: int | None, unit: int,
-) -> Pieces:  # fmt: skip
+    query_starts: Int[Array, " R1"],
+    lengths: Int[Array, " R"],
+    *,
+    tokens: int,
+    block: int,
+    window: int | None,
+    unit: int,
+) -> Pieces:
     """Cut at every start of a block of `block` queries and of a row; keys are counted in units of `unit` tokens."""
     rows, blocks = lengths.shape[0], -(-tokens // block)
     edge = jnp.int32(blocks * block)

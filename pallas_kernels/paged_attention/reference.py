@@ -33,7 +33,7 @@ def attention(
 ):  # fmt: skip
     """Softmax attention of packed queries over what their rows hold; the contract is in `api.py`."""
     t, n, h = q.shape
-    rows, width = block_tables.shape
+    rows = block_tables.shape[0]
     row = query_rows(query_starts, t)
     own = jnp.clip(row, 0, rows - 1)
     position = lengths[own] - query_starts[own + 1] + jnp.arange(t)
