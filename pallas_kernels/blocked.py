@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.layouts import Layout, head_axes, slot_axis, slot_block
 from pallas_kernels.masking import MASKED, precision_of, soft_cap, visible
 
 
@@ -21,60 +22,90 @@ def block_size(slots: int, wanted: int) -> int:
 
 def blocked_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Array,
+    v: Array,
     *,
-    query_positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
     scale: float,
+    causal: bool,
     window: int | None,
     softcap: float | None,
+    sinks: Float[Array, " N"] | None,
+    k_scale: Float[Array, "B Kp S"] | None,
+    v_scale: Float[Array, "B Kp S"] | None,
+    tree: Bool[Array, "B T T"] | None,
+    layout: Layout,
+    kv_heads: int,
+    value_dim: int,
+    return_lse: bool,
     query_block: int,
     key_block: int,
-) -> Float[Array, "B T N H"]:
+):
     """The same function as `flash_attention.reference.attention`, in blocks of at most the given sizes."""
     b, t, n, h = q.shape
-    kv_heads, slots = k.shape[1], k.shape[2]
+    slots = k.shape[slot_axis(layout)]
     group = n // kv_heads
     precision = precision_of(q.dtype)
+    axes = head_axes(layout)
     bs, bq = block_size(slots, key_block), min(t, query_block)
     blocks = -(-t // bq)
     padding = blocks * bq - t
+    if lengths is None:
+        lengths = jnp.full((b,), slots, jnp.int32)
+    query_positions = starts[:, None] + jnp.arange(t, dtype=jnp.int32)
     if padding:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
+        tree = None if tree is None else jnp.pad(tree, ((0, 0), (0, padding), (0, 0)))
     # Rows of G*bq queries for each KV head: one matmul reads a block of K once for the whole group.
     rows = q.reshape(b, blocks, bq, kv_heads, group, h).transpose(1, 0, 3, 4, 2, 5)  # [blocks, B, K, G, bq, H]
     position_rows = query_positions.reshape(b, blocks, bq).transpose(1, 0, 2)
+    tree_rows = None if tree is None else tree.reshape(b, blocks, bq, t).transpose(1, 0, 2, 3)
+    integer = jnp.issubdtype(k.dtype, jnp.integer)
 
-    def attend_block(rows, positions):
+    def scales(x, slot):
+        return lax.dynamic_slice_in_dim(x, slot, bs, axis=2)[:, :kv_heads]
+
+    def attend_block(rows, positions, branches):
         rows = rows.reshape(b, kv_heads, group * bq, h)
 
         def body(i, carry):
             top, total, acc = carry
             slot = (i * bs) % slots
-            keys = lax.dynamic_slice_in_dim(k, slot, bs, axis=2)
-            values = lax.dynamic_slice_in_dim(v, slot, bs, axis=2)
-            logits = jnp.einsum("bkmh,bksh->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32)
+            keys = slot_block(k, layout, slot, bs, kv_heads, h)
+            values = slot_block(v, layout, slot, bs, kv_heads, value_dim)
+            if integer:  # widened block by block: the cache itself is never dequantized
+                keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+            logits = jnp.einsum(
+                f"bkmh,{axes}->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32)
+            if integer:
+                logits *= scales(k_scale, slot)[:, :, None]
             key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
             # In a ring, a slot of this block may hold a newer position of a longer row.
             held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
-            mask = visible(positions, jnp.where(held, key_positions, -1), window)
+            mask = visible(
+                positions, jnp.where(held, key_positions, -1), causal=causal, window=window, tree=branches,
+                starts=starts)  # fmt: skip
             # What a slot's last request left there has weight zero, but zero times NaN is NaN.
-            values = jnp.where(held[:, None, :, None], values, 0)
+            values = jnp.where(held[:, None, :, None] if axes == "bksh" else held[:, :, None, None], values, 0)
             logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, softcap)
             logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * bq, bs)
             new_top = jnp.maximum(top, logits.max(-1))
             weights = jnp.exp(logits - new_top[..., None])
             fade = jnp.exp(top - new_top)
+            total = total * fade + weights.sum(-1)
+            if integer:
+                weights *= jnp.where(held[:, None], scales(v_scale, slot), 0)[:, :, None]
             acc = acc * fade[..., None] + jnp.einsum(
-                "bkms,bksh->bkmh", weights.astype(v.dtype), values, precision=precision,
+                f"bkms,{axes}->bkmh", weights.astype(values.dtype), values, precision=precision,
                 preferred_element_type=jnp.float32)  # fmt: skip
-            return new_top, total * fade + weights.sum(-1), acc
+            return new_top, total, acc
 
         # Queries of padding and of inactive rows lie outside their row: no block is read for them.
         real = (positions >= 0) & (positions < lengths[:, None])
-        last = jnp.max(jnp.where(real, positions, -1))
+        ends = positions if causal else jnp.broadcast_to(lengths[:, None] - 1, positions.shape)
+        last = jnp.max(jnp.where(real, ends, -1))
         first = jnp.zeros((), jnp.int32)
         if window is not None:
             earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
@@ -84,15 +115,28 @@ def blocked_attention(
             # Equal to a masked logit: what a query gathers before it sees anything fades to exactly zero later.
             jnp.full((b, kv_heads, m), MASKED, jnp.float32),
             jnp.zeros((b, kv_heads, m), jnp.float32),
-            jnp.zeros((b, kv_heads, m, h), jnp.float32),
+            jnp.zeros((b, kv_heads, m, value_dim), jnp.float32),
         )
         top, total, acc = lax.fori_loop(first, last // bs + 1, body, start)
-        saw = (top != MASKED)[..., None]  # true for NaN, which must come out as NaN
-        out = jnp.where(saw, acc / jnp.where(saw, total[..., None], 1.0), 0.0)
-        return out.reshape(b, kv_heads, group, bq, h).astype(q.dtype)
+        saw = top != MASKED  # true for NaN, which must come out as NaN
+        if sinks is not None:
+            sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
+            new_top = jnp.maximum(top, sink)
+            fade = jnp.where(saw, jnp.exp(top - new_top), 0)
+            total, acc = total * fade + jnp.exp(sink - new_top), acc * fade[..., None]
+            top, saw = new_top, jnp.ones_like(saw)
+        total = jnp.where(saw, total, 1.0)
+        out = jnp.where(saw[..., None], acc / total[..., None], 0.0)
+        out = out.reshape(b, kv_heads, group, bq, value_dim).astype(q.dtype)
+        lse = jnp.where(saw, top + jnp.log(total), -jnp.inf).reshape(b, kv_heads, group, bq)
+        return out, lse if return_lse else None
 
     if t == bq:
-        out = attend_block(rows[0], position_rows[0])[None]
+        out, lse = attend_block(rows[0], position_rows[0], None if tree is None else tree_rows[0])
+        out, lse = out[None], None if lse is None else lse[None]
     else:
-        out = lax.map(lambda args: attend_block(*args), (rows, position_rows))
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * bq, n, h)[:, :t]
+        out, lse = lax.map(lambda args: attend_block(*args), (rows, position_rows, tree_rows))
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * bq, n, value_dim)[:, :t]
+    if not return_lse:
+        return out
+    return out, lse.transpose(1, 0, 4, 2, 3).reshape(b, blocks * bq, n)[:, :t]

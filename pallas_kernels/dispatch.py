@@ -2,17 +2,29 @@
 
 `auto` takes the best one that exists for the device and can say which and why; a named implementation
 never falls back: what it cannot do raises NotImplementedError with the reason and what to use instead.
+
+For experiments, the environment variable PDX_KERNELS, or `with use("xla"):` around the call, says what `auto`
+means; a name that the caller gives stands. Both are read while a function is traced: a function that was jitted
+before keeps the path that it was traced with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, get_args
 
 import jax
 
+from pallas_kernels.checks import Call
+
 Implementation = Literal["auto", "xla", "tpu", "gpu"]
+ENVIRONMENT = "PDX_KERNELS"
+_override: ContextVar[str | None] = ContextVar("pallas_kernels_override", default=None)
 
 
 @dataclass(frozen=True)
@@ -27,30 +39,61 @@ class Choice:
         return f"{self.op}: {self.implementation} ({self.reason})"
 
 
-def choose(op: str, implementation: str, available: Mapping[str, object], platform: str | None = None) -> Choice:
+@contextmanager
+def use(implementation: Implementation) -> Iterator[None]:
+    """Inside, `auto` means this implementation."""
+    token = _override.set(_known(implementation, "implementation"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose(
+    op: str,
+    implementation: Implementation,
+    modules: Mapping[str, ModuleType],
+    call: Call | None = None,
+    platform: str | None = None,
+) -> Choice:
     """Decide for one op.
 
     Args:
       op: its name, for messages.
       implementation: what the caller asked for.
-      available: the implementations this op has; `xla` is always among them.
+      modules: the implementations this op has; `xla` is always among them.
+      call: the static facts of the call, to ask each implementation whether it can do it. None: what
+        a call without rarer features would take.
       platform: `cpu`, `gpu` or `tpu`; None asks JAX for its default backend.
 
     Raises:
-      ValueError: `implementation` is not a known name.
-      NotImplementedError: a named implementation that this op does not have.
+      ValueError: `implementation` (or PDX_KERNELS) is not a known name.
+      NotImplementedError: a named implementation that this op does not have, or that cannot do this call.
     """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(get_args(Implementation))}")
+    why = "named by the caller"
+    if _known(implementation, "implementation") == "auto":
+        if _override.get():
+            implementation, why = _override.get(), "chosen by use()"
+        elif os.environ.get(ENVIRONMENT):
+            implementation, why = _known(os.environ[ENVIRONMENT], ENVIRONMENT), f"chosen by {ENVIRONMENT}"
     if implementation != "auto":
-        if implementation not in available:
-            raise NotImplementedError(
-                f"{op} has no {implementation} implementation; it has {', '.join(available)}: "
-                f"use implementation='xla', which runs on every device"
-            )
-        return Choice(op, implementation, "named by the caller")
+        if implementation not in modules:
+            reason = f"it has {', '.join(modules)}"
+        else:
+            reason = call and modules[implementation].supported(call)
+        if reason:
+            raise NotImplementedError(f"{op} has no {implementation} implementation for this call: {reason}; "
+                                      f"use implementation='xla', which takes every call on every device")
+        return Choice(op, implementation, why)
     platform = platform or jax.default_backend()
     platform = "gpu" if platform in ("cuda", "rocm") else platform
-    if platform in available:
-        return Choice(op, platform, f"Pallas kernel for {platform}")
-    return Choice(op, "xla", f"no Pallas kernel of {op} for {platform}")
+    if platform not in modules:
+        return Choice(op, "xla", f"no Pallas kernel of {op} for {platform}")
+    reason = call and modules[platform].supported(call)
+    return Choice(op, "xla", reason) if reason else Choice(op, platform, f"Pallas kernel for {platform}")
+
+
+def _known(name: str, where: str) -> str:
+    if name not in get_args(Implementation):
+        raise ValueError(f"{where} {name!r} is not one of {', '.join(get_args(Implementation))}")
+    return name

@@ -13,15 +13,29 @@ MASKED = -1e30
 def visible(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
-    window: int | None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    tree: Bool[Array, "B T C"] | None = None,
+    starts: Int[Array, " B"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Causal, and within the window where there is one.
+    """Causal, within the window and as the tree says, where there are such.
 
-    A key position below zero is a slot that holds nothing of this row.
+    A key position below zero is a slot that holds nothing of this row. The tree speaks of the C positions from
+    `starts` on, the chunk's own.
     """
     q, k = query_positions[:, :, None], key_positions[:, None, :]
-    mask = (k <= q) & (k >= 0)
-    return mask if window is None else mask & (k > q - window)
+    mask = k >= 0
+    if causal:
+        mask &= k <= q
+    if window is not None:
+        mask &= k > q - window
+    if tree is not None:
+        place = key_positions - starts[:, None]
+        own = (place >= 0) & (place < tree.shape[2])
+        place = jnp.broadcast_to(jnp.clip(place, 0, tree.shape[2] - 1)[:, None, :], mask.shape)
+        mask &= ~own[:, None, :] | jnp.take_along_axis(tree, place, axis=2)
+    return mask
 
 
 def soft_cap(logits: Float[Array, ...], cap: float | None) -> Float[Array, ...]:

@@ -21,7 +21,7 @@ from pdx import steps
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.completion import Completion, Row, TokenLogprobs
 from pdx.errors import ContextLengthError, RequestError
-from pdx.layers.attention import explain
+from pdx.layers.attention import explain, layout_for
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.shapes import bucket, round_up
@@ -78,7 +78,7 @@ class Generator:
         self._programs: dict[object, Callable] = {}
         self._make_cache = partial(
             init_cache, self.config, self.rows, capacity, chunk=chunk, mesh=self.mesh,
-            dtype=cache_dtype(kv_dtype, model),
+            dtype=cache_dtype(kv_dtype, model), layout=layout_for(kernels),
         )  # fmt: skip
         self._cache: DenseCache | None = self._make_cache()
         self.capacity, self.chunk = self._cache.capacity, self._cache.chunk

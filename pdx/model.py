@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pdx.cache.dense import DenseCache
@@ -157,7 +158,7 @@ def forward(
     for i, p in enumerate(params["layers"]):
         x, layer_cache = _layer(
             p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid, total,
-            cfg=cfg, window=cfg.windows[i], kernels=kernels,
+            cfg=cfg, window=cfg.windows[i], mesh=cache.mesh if cache is not None else None, kernels=kernels,
         )  # fmt: skip
         layers.append(layer_cache)
         if i + 1 in hidden_layers:
@@ -173,12 +174,15 @@ def forward(
 
 # Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler
 # inlines the calls.
-@partial(jax.jit, static_argnames=("cfg", "window", "kernels"))
-def _layer(p, x, cache, rotation, positions, valid, lengths, *, cfg: ModelConfig, window: int | None, kernels: Kernels):
+@partial(jax.jit, static_argnames=("cfg", "window", "mesh", "kernels"))
+def _layer(
+    p, x, cache, rotation, positions, valid, lengths, *, cfg: ModelConfig, window: int | None, mesh: Mesh | None,
+    kernels: Kernels,
+):  # fmt: skip
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
     y, cache = attention(
         p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
-        valid=valid, lengths=lengths, cache=cache, kernels=kernels,
+        valid=valid, lengths=lengths, cache=cache, mesh=mesh, kernels=kernels,
     )  # fmt: skip
     x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
     y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))

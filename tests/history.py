@@ -19,9 +19,9 @@ DRAFT = 5
 class History:
     """A cache and, for each row, the tokens that should be in it."""
 
-    def __init__(self, cfg: ModelConfig, rows: int = 4, seed: int = 0):
+    def __init__(self, cfg: ModelConfig, rows: int = 4, seed: int = 0, layout=None, kernels="auto"):
         self.cfg, self.rng = cfg, np.random.default_rng(seed)
-        self.cache = init_cache(cfg, rows, CAPACITY, chunk=CHUNK)
+        self.cache, self.kernels = init_cache(cfg, rows, CAPACITY, chunk=CHUNK, layout=layout), kernels
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self._answers: list[tuple[int, int, np.ndarray]] = []  # row, position, logits behind it
 
@@ -32,17 +32,20 @@ class History:
     def prefill(self, counts) -> None:
         """Random new tokens, `counts` a row."""
         ids, counts = self._new(CHUNK, counts)
-        logits, self.cache = steps.prefill(params(self.cfg), self.cfg, ids, counts, self.cache)
+        logits, self.cache = steps.prefill(params(self.cfg), self.cfg, ids, counts, self.cache, kernels=self.kernels)
         self._note(np.asarray(logits)[:, None], np.minimum(counts, 1))
 
     def decode(self, active) -> None:
         ids, counts = self._new(1, np.array(active, int))
-        logits, self.cache = steps.decode_step(params(self.cfg), self.cfg, ids[:, 0], np.array(active), self.cache)
+        active = np.array(active)
+        logits, self.cache = steps.decode_step(
+            params(self.cfg), self.cfg, ids[:, 0], active, self.cache, kernels=self.kernels
+        )
         self._note(np.asarray(logits)[:, None], counts)
 
     def verify(self, counts) -> None:
         ids, counts = self._new(DRAFT, counts)
-        logits, self.cache = steps.verify(params(self.cfg), self.cfg, ids, counts, self.cache)
+        logits, self.cache = steps.verify(params(self.cfg), self.cfg, ids, counts, self.cache, kernels=self.kernels)
         self._note(np.asarray(logits), counts)
 
     def truncate(self, lengths) -> None:

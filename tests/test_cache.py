@@ -51,11 +51,11 @@ def test_generation_far_past_the_window():
 
 
 def lose_a_token(cache):
-    return cache.replace(layers=tuple(LayerCache(c.k, c.v.at[0, :, 20].set(0.0)) for c in cache.layers))
+    return cache.replace(layers=tuple(c.replace(v=c.v.at[0, :, 20].set(0.0)) for c in cache.layers))
 
 
 def mistake_rows(cache):
-    return cache.replace(layers=tuple(LayerCache(jnp.roll(c.k, 1, axis=0), c.v) for c in cache.layers))
+    return cache.replace(layers=tuple(c.replace(k=jnp.roll(c.k, 1, axis=0)) for c in cache.layers))
 
 
 @pytest.mark.parametrize("damage", [lose_a_token, mistake_rows])

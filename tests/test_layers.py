@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pdx.config import RopeConfig
-from pdx.layers.attention import explain, implementation
+from pdx.layers.attention import explain, implementation, layout_for
 from pdx.layers.linear import embed, linear, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
@@ -103,11 +102,17 @@ def test_unembed_is_f32_and_capped(cap):
 
 
 def test_the_choice_of_kernels_is_explained():
-    assert implementation("auto") == "auto"
-    assert implementation("xla") == "xla"
-    assert implementation("pallas") == ("tpu" if jax.default_backend() == "tpu" else "gpu")
+    assert implementation("auto", "heads_first") == ("auto", False)
+    assert implementation("xla", "folded") == ("xla", False)
+    assert implementation("pallas", "folded") == ("tpu", True)
+    assert implementation("pallas", "heads_last") == ("gpu", True)
+    assert implementation("tpu", "folded") == ("tpu", False)
+    assert [layout_for(k) for k in ("auto", "xla", "pallas", "tpu", "gpu")] == [
+        "heads_first", "heads_first", "folded", "folded", "heads_last"]  # fmt: skip
+    with pytest.raises(NotImplementedError, match="this one lies heads_first"):
+        implementation("pallas", "heads_first")
     with pytest.raises(ValueError, match="'triton' is not one of auto, xla, pallas"):
-        implementation("triton")
+        implementation("triton", "folded")
     said = explain("xla")
     assert set(said) == {"prefill", "decode"}
     assert "flash_attention: xla" in said["prefill"]

@@ -147,10 +147,10 @@ def test_an_array_in_the_wrong_place_is_noticed():
 
 
 @cache
-def run(cfg, mesh=None, batch=B):
+def run(cfg, mesh=None, batch=B, layout=None, kernels="auto"):
     """Prefill of a ragged batch and four greedy tokens; on a mesh, where everything lies is looked at."""
-    specs = jax.tree.leaves(cache_specs(cfg, batch, 256, chunk=CHUNK), is_leaf=is_spec)
-    store = init_cache(cfg, batch, 256, chunk=CHUNK, mesh=mesh)
+    specs = jax.tree.leaves(cache_specs(cfg, batch, 256, chunk=CHUNK, mesh=mesh, layout=layout), is_leaf=is_spec)
+    store = init_cache(cfg, batch, 256, chunk=CHUNK, mesh=mesh, layout=layout)
     weights = params(cfg) if mesh is None else place(params(cfg), param_specs(cfg), mesh)
     lengths = np.array([24, 1, 9, 0, 17, 24, 3, 12])[:batch]
 
@@ -159,11 +159,12 @@ def run(cfg, mesh=None, batch=B):
             _lies(x, spec, mesh)
         return store
 
-    logits, store = steps.prefill(weights, cfg, tokens(cfg, batch, CHUNK), lengths, in_place(store))
+    ids = tokens(cfg, batch, CHUNK)
+    logits, store = steps.prefill(weights, cfg, ids, lengths, in_place(store), kernels=kernels)
     seen = [np.where(lengths[:, None] > 0, logits, 0.0)]
     for _ in range(4):
         best = seen[-1].argmax(-1).astype(np.int32)
-        logits, store = steps.decode_step(weights, cfg, best, np.ones(batch, bool), in_place(store))
+        logits, store = steps.decode_step(weights, cfg, best, np.ones(batch, bool), in_place(store), kernels=kernels)
         seen.append(np.asarray(logits))
     in_place(in_place(store).truncate(lengths))
     return np.stack(seen)
@@ -181,6 +182,14 @@ MESHES = {
                          ids=[f"{name} {m}" for name, (_, meshes) in MESHES.items() for m in meshes])
 def test_a_mesh_answers_as_one_device_and_keeps_the_cache_in_its_place(cfg, mesh):
     close(run(cfg, make_mesh(mesh)), run(cfg))  # the tokens too: each step is given the one before's
+
+
+@pytest.mark.filterwarnings("error:Some donated buffers were not usable")
+@pytest.mark.parametrize("layout", ["folded", "heads_last"])
+@pytest.mark.parametrize("cfg", [EIGHT, NINE, GEMMA], ids=MESHES)
+def test_every_layout_of_the_cache_answers_the_same(cfg, layout):
+    close(run(cfg, layout=layout), run(cfg))
+    close(run(cfg, make_mesh("data=2,model=4"), layout=layout), run(cfg))
 
 
 def test_a_batch_that_does_not_divide_is_replicated():

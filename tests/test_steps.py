@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdx import steps
-from pdx.cache.dense import LayerCache, init_cache
+from pdx.cache.dense import init_cache
 from pdx.errors import ContextLengthError
 from pdx.sampling import SamplingOptions, SamplingState
 from tests.history import CHUNK, DRAFT, history_of
@@ -181,7 +181,7 @@ def test_nan_stays_in_its_row_and_goes_when_the_row_is_emptied():
     cache = filled(QWEN)
     bad = jnp.arange(B)[:, None, None, None] == 1
     cache = cache.replace(layers=tuple(
-        LayerCache(jnp.where(bad, jnp.nan, c.k), jnp.where(bad, jnp.nan, c.v)) for c in cache.layers))  # fmt: skip
+        c.replace(k=jnp.where(bad, jnp.nan, c.k), v=jnp.where(bad, jnp.nan, c.v)) for c in cache.layers))  # fmt: skip
     logits, cache = decode(QWEN, ids[:, 0], active, cache)
     assert np.isnan(logits[1]).all()
     np.testing.assert_array_equal(bits(logits)[[0, 2, 3]], bits(clean)[[0, 2, 3]])

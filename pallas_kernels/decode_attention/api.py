@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.checks import check_attention
+from pallas_kernels import dense
+from pallas_kernels.checks import Call
 from pallas_kernels.decode_attention import xla
 from pallas_kernels.dispatch import Choice, Implementation, choose
+from pallas_kernels.layouts import Layout
 
 MAX_QUERIES = 16
-IMPLEMENTATIONS = {"xla": xla.attention}
+IMPLEMENTATIONS = {"xla": xla}
 
 
-def explain(implementation: Implementation = "auto", platform: str | None = None) -> Choice:
+def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
     """Which path a call takes, and why. Raises as `decode_attention` does."""
-    return choose("decode_attention", implementation, IMPLEMENTATIONS, platform)
+    return choose("decode_attention", implementation, IMPLEMENTATIONS, call, platform)
 
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Array,
+    v: Array,
     *,
-    query_positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    k_scale: Float[Array, "B Kp S"] | None = None,
+    v_scale: Float[Array, "B Kp S"] | None = None,
+    tree: Bool[Array, "B T T"] | None = None,
+    layout: Layout = "heads_first",
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
+    return_lse: bool = False,
     implementation: Implementation = "auto",
-) -> Float[Array, "B T N H"]:
+    interpret=False,
+    config=None,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Softmax attention of 1 to 16 queries a row; bound by the reading of K and V.
 
-    The arguments are those of `flash_attention`; the G query heads of a KV head share one read of it,
-    and what is read follows the longest row, not the capacity.
+    The arguments are those of `flash_attention`; the G query heads of a KV head share one read of it, and
+    what is read follows what the rows hold, not the capacity.
 
     Raises:
       ValueError: shapes that do not fit, or more than 16 queries a row.
-      NotImplementedError: a named implementation that does not exist for this call.
+      NotImplementedError: a named implementation that does not exist for this call, or its gradient.
 
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """
-    check_attention("decode_attention", q, k, v, query_positions, lengths, window, softcap)
-    if q.shape[1] > MAX_QUERIES:
+    if q.ndim == 4 and q.shape[1] > MAX_QUERIES:
         raise ValueError(f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: "
                          f"use flash_attention")
-    run = IMPLEMENTATIONS[explain(implementation).implementation]
-    return run(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale, window=window, softcap=softcap)
+    return dense.attend(
+        "decode_attention", IMPLEMENTATIONS, q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal,
+        window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout,
+        kv_heads=kv_heads, value_dim=value_dim, return_lse=return_lse, implementation=implementation,
+        interpret=interpret, config=config,
+    )  # fmt: skip

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pallas_kernels.blocked import blocked_attention
+from pallas_kernels.checks import Call
 
 # What a step reads too much is at most one block a row; smaller ones pay in loop overhead.
 KEY_BLOCK = 128
 
 
-def attention(q, k, v, **kwargs):
-    """See `api.decode_attention`."""
+def supported(call: Call) -> str | None:
+    """Every call."""
+    return None
+
+
+def attention(q, k, v, *, config=None, interpret=False, **kwargs):
+    """See `api.decode_attention`. There are no tiles to set, and nothing to interpret."""
+    if config is not None:
+        raise ValueError("decode_attention: the XLA path takes no config")
     return blocked_attention(q, k, v, query_block=q.shape[1], key_block=KEY_BLOCK, **kwargs)

@@ -2,57 +2,84 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.checks import check_attention
+from pallas_kernels import dense
+from pallas_kernels.checks import Call
 from pallas_kernels.dispatch import Choice, Implementation, choose
 from pallas_kernels.flash_attention import xla
+from pallas_kernels.layouts import Layout
 
-IMPLEMENTATIONS = {"xla": xla.attention}
+IMPLEMENTATIONS = {"xla": xla}
 
 
-def explain(implementation: Implementation = "auto", platform: str | None = None) -> Choice:
+def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
     """Which path a call takes, and why. Raises as `flash_attention` does."""
-    return choose("flash_attention", implementation, IMPLEMENTATIONS, platform)
+    return choose("flash_attention", implementation, IMPLEMENTATIONS, call, platform)
 
 
 def flash_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Array,
+    v: Array,
     *,
-    query_positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    k_scale: Float[Array, "B Kp S"] | None = None,
+    v_scale: Float[Array, "B Kp S"] | None = None,
+    tree: Bool[Array, "B T T"] | None = None,
+    layout: Layout = "heads_first",
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
+    return_lse: bool = False,
     implementation: Implementation = "auto",
-) -> Float[Array, "B T N H"]:
-    """Causal softmax attention of a chunk of queries against what each row's cache holds.
+    interpret=False,
+    config=None,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Softmax attention of a chunk of queries against what each row's cache holds.
 
     Args:
       q: T queries a row; N = K * G query heads, G to a KV head.
-      k, v: the cache as stored, S slots a row; position p lies in slot p mod S (a ring; a cache that
-        is never longer than S does not wrap). This chunk's own keys and values are in it already.
-        Slots that hold none of the row's positions may hold anything, NaN included.
-      query_positions: absolute position of each query. A query outside its row (below 0, or at or past
-        `lengths`) is padding: it is given zeros or finite values, and nothing is read for it.
-      lengths: tokens each row holds, this chunk included; 0 for a row that takes no part.
+      k, v: the cache as stored in `layout` (`pallas_kernels.layouts`), S slots a row; position p lies in slot
+        p mod S (a ring; a cache that is never longer than S does not wrap). This chunk's own keys and
+        values are in it already. Slots that hold none of the row's positions may hold anything, NaN
+        included. The head size of v may differ from that of k.
+      starts: position of each row's first query; query t stands at starts + t.
+      lengths: tokens each row holds, this chunk included; 0 for a row that takes no part. A query at or past
+        its row's length is padding: it is given zeros or finite values, and nothing is read for it.
+        None: every row holds S tokens.
       scale: multiplies the logits.
+      causal: a query sees the positions up to its own; False: all that its row holds.
       window: a query sees this many positions, itself included; None: all before it. A ring must hold
         at least window - 1 + T of them.
       softcap: bounds the logits to cap * tanh(logits / cap).
+      sinks: a logit for each query head that joins the softmax and has no value (gpt-oss).
+      k_scale, v_scale: f32 scales of int8 keys and values, one a token and head: the first multiply the logits,
+        the second the probabilities.
+      tree: among the chunk's own tokens, query i sees key j only where tree[b, i, j].
+      kv_heads, value_dim: what a folded array does not tell: KV heads, and the head size of v (None: that of q).
+      return_lse: return the log-sum-exp of the logits too, f32; -inf where a query sees nothing.
       implementation: see `pallas_kernels.dispatch`.
+      interpret: run a Pallas kernel interpreted on the CPU: True, or `pltpu.InterpretParams` for TPU kernels.
+      config: tiles of a Pallas kernel, its module's `Config`; None: tuned, else by its heuristic.
 
     Returns:
       One vector a query and head, in the dtype of q; softmax and accumulation are in f32.
 
     Raises:
       ValueError: shapes that do not fit.
-      NotImplementedError: a named implementation that does not exist for this call.
+      NotImplementedError: a named implementation that does not exist for this call, or its gradient.
 
     Source: Dao et al. 2022 (FlashAttention); the meaning is `reference.attention`.
     """
-    check_attention("flash_attention", q, k, v, query_positions, lengths, window, softcap)
-    run = IMPLEMENTATIONS[explain(implementation).implementation]
-    return run(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale, window=window, softcap=softcap)
+    return dense.attend(
+        "flash_attention", IMPLEMENTATIONS, q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal,
+        window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout,
+        kv_heads=kv_heads, value_dim=value_dim, return_lse=return_lse, implementation=implementation,
+        interpret=interpret, config=config,
+    )  # fmt: skip

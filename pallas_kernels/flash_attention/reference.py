@@ -6,8 +6,9 @@ Plain array operations with static shapes, so it differentiates and vmaps; its m
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.layouts import Layout, from_layout
 from pallas_kernels.masking import MASKED, precision_of, soft_cap, visible
 
 
@@ -22,29 +23,61 @@ def slot_positions(lengths: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Array,
+    v: Array,
     *,
-    query_positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
+    sinks: Float[Array, " N"] | None = None,
+    k_scale: Float[Array, "B Kp S"] | None = None,
+    v_scale: Float[Array, "B Kp S"] | None = None,
+    tree: Bool[Array, "B T T"] | None = None,
+    layout: Layout = "heads_first",
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
+    return_lse: bool = False,
+):
     """Softmax attention of T queries a row over what the row's cache holds; the contract is in `api.py`."""
     b, t, n, h = q.shape
-    kv_heads, slots = k.shape[1], k.shape[2]
+    if layout == "heads_first":
+        kv_heads, k, v = k.shape[1], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    else:
+        kv_heads = kv_heads if layout == "folded" else k.shape[2]
+        k, v = from_layout(k, layout, kv_heads, h), from_layout(v, layout, kv_heads, value_dim or h)
+    slots = k.shape[1]
     precision = precision_of(q.dtype)
     # Widening is exact, and XLA on the CPU has no kernel for this product of bf16; at bf16's precision an
     # accelerator multiplies the f32 copies in bf16 all the same.
     grouped, k, v = (x.astype(jnp.float32) for x in (q.reshape(b, t, kv_heads, n // kv_heads, h), k, v))
-    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, precision=precision)
+    if k_scale is not None:
+        logits *= k_scale[:, :kv_heads, None, None, :]
     logits = soft_cap(logits * scale, softcap)
+    if lengths is None:
+        lengths = jnp.full((b,), slots, jnp.int32)
     key_positions = slot_positions(lengths, slots)
-    mask = visible(query_positions, key_positions, window)[:, None, None]
-    v = jnp.where((key_positions >= 0)[:, None, :, None], v, 0)  # a slot that holds nothing may hold NaN
+    positions = starts[:, None] + jnp.arange(t)
+    mask = visible(positions, key_positions, causal=causal, window=window, tree=tree, starts=starts)[:, None, None]
+    held = key_positions >= 0  # a slot that holds nothing may hold NaN
+    v = jnp.where(held[:, :, None, None], v, 0)
     logits = jnp.where(mask, logits, MASKED)
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True)) * mask
-    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision=precision)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    top = logits.max(-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+        top = jnp.maximum(top, sink)
+    weights = jnp.exp(logits - top) * mask
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sink - top)
+    shares = weights / jnp.maximum(total, 1e-30)
+    if v_scale is not None:
+        shares *= jnp.where(held[:, None], v_scale[:, :kv_heads], 0)[:, :, None, None, :]
+    out = jnp.einsum("bkgts,bskh->btkgh", shares, v, precision=precision)
+    out = out.reshape(b, t, n, v.shape[-1]).astype(q.dtype)
+    if not return_lse:
+        return out
+    return out, (top + jnp.log(total)).reshape(b, n, t).transpose(0, 2, 1)

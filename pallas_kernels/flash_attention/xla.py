@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.blocked import blocked_attention
+from pallas_kernels.checks import Call
 
 # At 1024 tokens on a CPU, blocks of 256 keys were a little faster than blocks of 128.
 QUERY_BLOCK = 256
@@ -11,7 +12,14 @@ KEY_BLOCK = 256
 SMALLEST_KEY_BLOCK = 128
 
 
-def attention(q, k, v, **kwargs):
-    """See `api.flash_attention`."""
+def supported(call: Call) -> str | None:
+    """Every call."""
+    return None
+
+
+def attention(q, k, v, *, config=None, interpret=False, **kwargs):
+    """See `api.flash_attention`. There are no tiles to set, and nothing to interpret."""
+    if config is not None:
+        raise ValueError("flash_attention: the XLA path takes no config")
     key_block = KEY_BLOCK if q.shape[1] > SMALLEST_KEY_BLOCK else SMALLEST_KEY_BLOCK
     return blocked_attention(q, k, v, query_block=QUERY_BLOCK, key_block=key_block, **kwargs)

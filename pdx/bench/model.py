@@ -19,6 +19,7 @@ from pdx.bench.peer import transformers_or_reason
 from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.generation import DEFAULT_CHUNK
+from pdx.layers.attention import layout_for
 from pdx.report_text import device_name
 from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions
@@ -162,7 +163,7 @@ def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
 
 def prefill_work(model: Model, batch: int, tokens: int, kernels: str = "auto") -> Callable[[], Timing]:
     """A contestant: `batch` prompts of `tokens` tokens into an empty cache; seconds until their logits are there."""
-    state = {"cache": _cache(model, batch, max(tokens, 256))}
+    state = {"cache": _cache(model, batch, max(tokens, 256), kernels)}
     chunk = min(tokens, DEFAULT_CHUNK)
     ids = np.arange(batch * tokens, dtype=np.int32).reshape(batch, -1) % 1000 + 100
 
@@ -188,7 +189,7 @@ def decode_work(
     """A contestant: greedy (or sampled) decoding of `batch` rows behind a prompt; seconds a step."""
     vocab = model.config.vocab_size
     state: dict[str, Any] = {
-        "cache": _cache(model, batch, capacity),
+        "cache": _cache(model, batch, capacity, kernels),
         "sampling": SamplingState.create([options or SamplingOptions()] * batch, vocab, batch=batch),
     }
     ids = np.arange(batch * DECODE_CONTEXT, dtype=np.int32).reshape(batch, -1) % 1000 + 100
@@ -212,8 +213,11 @@ def decode_work(
     return work
 
 
-def _cache(model: Model, batch: int, capacity: int) -> DenseCache:
-    return init_cache(model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=model.dtype, mesh=model.mesh)
+def _cache(model: Model, batch: int, capacity: int, kernels: str) -> DenseCache:
+    return init_cache(
+        model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=model.dtype, mesh=model.mesh,
+        layout=layout_for(kernels),
+    )  # fmt: skip
 
 
 def _emptied(cache: DenseCache) -> DenseCache:

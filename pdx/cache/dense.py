@@ -1,8 +1,8 @@
 """The dense KV-cache: a row of slots for each request, a pytree that is passed in and returned.
 
 A layer with a window keeps only its window, as a ring: slot = position mod slots. Full layers are the
-same ring that never wraps. Layout in memory: ``[B, K, S, H]``, which XLA on the CPU reads several times
-faster than ``[B, S, K, H]``.
+same ring that never wraps. How keys and values lie in memory is the device's matter
+(`pallas_kernels.layouts`): what its attention reads without a copy.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.layouts import Layout, cache_shape, fold, folded_width, slot_axis
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError
 from pdx.shapes import round_up
-from pdx.sharding import ArraySpec, constrain, is_spec
+from pdx.sharding import ArraySpec, constrain, is_spec, mesh_axis, row_spec
 
 SLOT_MULTIPLE = 128
 # A draft and its verified token: what `truncate` must be able to take back at any time.
@@ -27,25 +28,41 @@ DEFAULT_CHUNK = 512
 
 @struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, as they lie in memory."""
+    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all."""
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Array
+    v: Array
+    layout: Layout = struct.field(pytree_node=False, default="heads_first")
+    kv_heads: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[slot_axis(self.layout)]
+
+    def specs(self) -> LayerCache:
+        """What the leaves are, as declared."""
+        return jax.tree.map(lambda x: _spec(x.shape, x.dtype, self.layout, self.kv_heads), self, is_leaf=is_spec)
 
     def append(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
     ) -> LayerCache:  # fmt: skip
-        """Write the valid tokens at their positions; the others write nothing anywhere."""
-        slots = self.k.shape[2]
+        """Write the valid tokens at their positions; the others write nothing anywhere.
+
+        On a mesh this is called on each device's own heads (`layers.attention`).
+        """
+        slots = self.slots
         # An index past the end is dropped by the scatter: padding and inactive rows cost no write.
         slot = jnp.where(valid, positions % slots, slots)
         rows = jnp.arange(k.shape[0])[:, None]
 
         def write(store, new):
-            return store.at[rows, :, slot].set(new.astype(store.dtype), mode="drop")
+            new = new.astype(store.dtype)
+            if self.layout == "heads_first":
+                return store.at[rows, :, slot].set(new, mode="drop")
+            return store.at[rows, slot].set(fold(new) if self.layout == "folded" else new, mode="drop")
 
-        return LayerCache(write(self.k, k), write(self.v, v))
+        return self.replace(k=write(self.k, k), v=write(self.v, v))
 
 
 @struct.dataclass
@@ -75,7 +92,16 @@ class DenseCache:
 
     def placed(self) -> DenseCache:
         """The cache held to its placement on the mesh, inside a jitted function: how it must be returned."""
-        return jax.tree.map(lambda x: constrain(x, _spec(x.shape, x.dtype), self.mesh), self)
+        if self.mesh is None:
+            return self
+        return jax.tree.map(lambda s, x: constrain(x, s, self.mesh), self.specs(), self, is_leaf=is_spec)
+
+    def specs(self) -> DenseCache:
+        """What the leaves are, as declared."""
+        return self.replace(
+            layers=tuple(layer.specs() for layer in self.layers),
+            lengths=row_spec(self.lengths), written=row_spec(self.written),
+        )  # fmt: skip
 
     def check_room(self, lengths) -> None:
         """Raise ContextLengthError where `lengths` [B] more tokens do not fit. Waits for the device."""
@@ -104,7 +130,7 @@ class DenseCache:
     def _check_held(self, lengths: np.ndarray) -> None:
         written = np.asarray(self.written)
         for layer, window in zip(self.layers, self.windows, strict=True):
-            slots = layer.k.shape[2]
+            slots = layer.slots
             if window is None or slots >= self.capacity:
                 continue
             # The next query, at position `lengths`, sees from lengths - window + 1 on.
@@ -119,10 +145,20 @@ class DenseCache:
                 )
 
 
-def _spec(shape: tuple[int, ...], dtype) -> ArraySpec:
-    """What a leaf of the cache is: [B, K, S, H] keys or values, or a count a row."""
-    axes = ("batch", "kv_heads", None, None)[: len(shape)]
-    return ArraySpec(shape, axes, dtype, init="zeros")
+def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int) -> ArraySpec:
+    """Keys or values of a layer. In `folded`, heads are dealt out whole, each device's rounded up to whole lanes."""
+    axes = {
+        "heads_first": ("batch", "kv_heads", None, None),
+        "heads_last": ("batch", None, "kv_heads", None),
+        "folded": ("batch", None, "kv_heads"),
+    }[layout]
+    units = (*shape[:2], kv_heads) if layout == "folded" else None
+    return ArraySpec(shape, axes, dtype, units=units, init="zeros")
+
+
+def default_layout(platform: str | None = None) -> Layout:
+    """What the attention of a platform (None: JAX's default backend) reads without a copy."""
+    return {"tpu": "folded", "gpu": "heads_last"}.get(platform or jax.default_backend(), "heads_first")
 
 
 def layer_slots(window: int | None, capacity: int, chunk: int) -> int:
@@ -134,31 +170,39 @@ def layer_slots(window: int | None, capacity: int, chunk: int) -> int:
 
 def cache_specs(
     cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, layout: Layout | None = None,
 ) -> DenseCache:  # fmt: skip
     """The cache as declared: a `DenseCache` whose leaves are `ArraySpec`s."""
     if batch < 1 or capacity < 1 or chunk < 1:
         raise ValueError(f"batch {batch}, capacity {capacity} and chunk {chunk} must be at least 1")
     capacity = round_up(capacity, SLOT_MULTIPLE)
 
-    def layer(window):
-        shape = (batch, cfg.num_kv_heads, layer_slots(window, capacity, chunk), cfg.head_dim)
-        return LayerCache(_spec(shape, dtype), _spec(shape, dtype))
+    layout, heads = layout or default_layout(), cfg.num_kv_heads
+    axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
+    shards = mesh.shape[axis] if axis else 1
 
-    count, layers = _spec((batch,), jnp.int32), tuple(layer(w) for w in cfg.windows)
+    def layer(window):
+        shape = cache_shape(layout, batch, layer_slots(window, capacity, chunk), heads, cfg.head_dim)
+        if layout == "folded":
+            shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
+        spec = _spec(shape, dtype, layout, heads)
+        return LayerCache(spec, spec, layout, heads)
+
+    count, layers = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros"), tuple(layer(w) for w in cfg.windows)
     return DenseCache(layers, count, count, capacity, min(chunk, capacity), cfg.windows, mesh)
 
 
 def init_cache(
     cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, layout: Layout | None = None,
 ) -> DenseCache:  # fmt: skip
     """An empty cache for `batch` requests of up to `capacity` tokens (rounded up to a multiple of 128).
 
     `chunk` is the most tokens one prefill call may append: window layers are laid out for it.
-    With a `mesh`, rows go over `data` and KV heads over `model`.
+    With a `mesh`, rows go over `data` and KV heads over `model`. `layout`: how it lies in memory; None:
+    as this device's attention reads it best.
     """
-    specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh)
+    specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout)
 
     def zeros(spec: ArraySpec):
         return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding(mesh) if mesh else None)

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import decode_attention, flash_attention, reference_attention
 from pallas_kernels.decode_attention.api import MAX_QUERIES
 from pallas_kernels.decode_attention.api import explain as explain_decode
 from pallas_kernels.flash_attention.api import explain as explain_flash
-from pdx.cache.dense import LayerCache
+from pallas_kernels.layouts import Layout
+from pdx.cache.dense import LayerCache, default_layout
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.layers.linear import linear
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotate
+from pdx.sharding import is_spec, mesh_axis
 
-Kernels = Literal["auto", "xla", "pallas"]
+# The user chooses among auto, xla and pallas; tpu and gpu name a target that is compiled for but is not here.
+Kernels = Literal["auto", "xla", "pallas", "tpu", "gpu"]
+PALLAS_OF_LAYOUT: dict[Layout, str] = {"folded": "tpu", "heads_last": "gpu"}
 
 
-def implementation(kernels: Kernels) -> str:
-    """The kernel library's name for a choice of the user: `pallas` is the one of this device."""
-    if kernels == "pallas":
-        platform = jax.default_backend()
-        return "tpu" if platform == "tpu" else "gpu"
-    if kernels not in ("auto", "xla"):
+def layout_for(kernels: Kernels) -> Layout:
+    """How a cache for these kernels lies in memory. Pallas kernels on a CPU, interpreted, are those of the TPU."""
+    if kernels in ("tpu", "gpu"):
+        return default_layout(kernels)
+    layout = default_layout()
+    return "folded" if kernels == "pallas" and layout not in PALLAS_OF_LAYOUT else layout
+
+
+def implementation(kernels: Kernels, layout: Layout) -> tuple[str, bool]:
+    """The kernel library's name for a choice over a cache of this layout, and whether it runs interpreted."""
+    if kernels not in get_args(Kernels):
         raise RequestError(f"kernels {kernels!r} is not one of auto, xla, pallas")
-    return kernels
+    if kernels != "pallas":
+        return kernels, False
+    if layout not in PALLAS_OF_LAYOUT:
+        raise NotImplementedError(
+            f"the Pallas kernels read a cache that lies {' or '.join(PALLAS_OF_LAYOUT)}, this one lies {layout}: "
+            f"make it with init_cache(..., layout={layout_for(kernels)!r}), or use kernels='xla'"
+        )
+    return PALLAS_OF_LAYOUT[layout], jax.default_backend() == "cpu"
 
 
 def explain(kernels: Kernels) -> dict[str, str]:
     """Which path each phase's attention takes, and why. Raises NotImplementedError as the kernels would."""
-    name = implementation(kernels)
-    return {"prefill": str(explain_flash(name)), "decode": str(explain_decode(name))}
+    name, interpreted = implementation(kernels, layout_for(kernels))
+    note = ", interpreted on the CPU" if interpreted else ""
+    return {"prefill": f"{explain_flash(name)}{note}", "decode": f"{explain_decode(name)}{note}"}
 
 
 def attention(
@@ -48,12 +68,14 @@ def attention(
     valid: Bool[Array, "B T"],
     lengths: Int[Array, " B"],
     cache: LayerCache | None,
+    mesh: Mesh | None,
     kernels: Kernels,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """Project, rotate, append to the cache and attend over what it holds.
 
     `lengths` are the tokens a row holds with this chunk. Without a cache the chunk attends to itself
-    through the dense reference, which differentiates.
+    through the dense reference, which differentiates. On a `mesh` each device appends and attends to
+    its own rows and heads.
     """
     b, t, _ = x.shape
     h = cfg.head_dim
@@ -65,17 +87,40 @@ def attention(
     if cfg.qk_norm:
         q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
-    settings = {
-        "query_positions": positions,
-        "lengths": lengths,
-        "scale": cfg.attn_scale,
-        "window": window,
-        "softcap": cfg.attn_softcap,
-    }
+    settings = {"scale": cfg.attn_scale, "window": window, "softcap": cfg.attn_softcap}
     if cache is None:
-        out = reference_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), **settings)
+        out = reference_attention(q, k, v, starts=positions[:, 0], lengths=lengths, layout="heads_last", **settings)
     else:
-        cache = cache.append(k, v, positions, valid)
-        op = decode_attention if t <= MAX_QUERIES else flash_attention
-        out = op(q, cache.k, cache.v, **settings, implementation=implementation(kernels))
+        name, interpret = implementation(kernels, cache.layout)
+        settings |= {"implementation": name, "interpret": interpret, "layout": cache.layout}
+        run = partial(_append_and_attend, **settings)
+        if mesh is not None and mesh.size > 1:
+            run = _sharded(run, mesh, cfg, cache)
+        out, cache = run(q, k, v, positions, valid, lengths, cache)
     return linear(out.reshape(b, t, cfg.num_heads * h), p["o_proj"], p.get("o_bias")), cache
+
+
+def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **settings):
+    """Write the chunk's keys and values, and attend over all that the rows hold."""
+    cache = cache.append(k, v, positions, valid)
+    op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
+    out = op(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2], **settings)
+    return out, cache
+
+
+def _sharded(run: Callable, mesh: Mesh, cfg: ModelConfig, cache: LayerCache) -> Callable:
+    """`run` on each device's own rows and heads: Mosaic kernels cannot be partitioned by the compiler.
+
+    Nothing is communicated. Heads that do not divide over the mesh are on every device; the query
+    heads of a single KV head are dealt out all the same.
+    """
+    specs = cache.specs()
+    rows = mesh_axis("batch", specs.k.shape[0], mesh)
+    kv_heads = mesh_axis("kv_heads", cfg.num_kv_heads, mesh)
+    heads = kv_heads or (mesh_axis("heads", cfg.num_heads, mesh) if cfg.num_kv_heads == 1 else None)
+    q, kv = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None, kv_heads, None)
+    row = PartitionSpec(rows)
+    stored = jax.tree.map(lambda spec: spec.partition(mesh), specs, is_leaf=is_spec)
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(q, kv, kv, row, row, row, stored), out_specs=(q, stored), check_vma=False
+    )

@@ -4,19 +4,38 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention, flash_attention, reference_attention
-from tests.kernels.cases import CHUNKS, FEW, make
+from pallas_kernels.decode_attention import cases as decode_cases
+from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.layouts import LAYOUTS
+from tests.kernels.cases import make
 
 OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
-RUNS = [(op, case) for op in OPS for case in (FEW if op == "decode" else FEW + CHUNKS)]
+FEW, CHUNKS = flash_cases.FEW, flash_cases.CHUNKS
+CASES = {
+    "reference": decode_cases.CASES + flash_cases.CHUNKS + flash_cases.FEATURES + flash_cases.SHAPES,
+    "flash": flash_cases.CASES,
+    "decode": decode_cases.CASES,
+}
+RUNS = [(op, case) for op in OPS for case in CASES[op]]
 RUN_IDS = [f"{op}: {case.name}, T={case.queries}" for op, case in RUNS]
 
 
 @pytest.mark.parametrize(("op", "case"), RUNS, ids=RUN_IDS)
 def test_agrees_with_float64(op, case):
     problem = make(case)
-    out = problem.run(OPS[op])
-    assert out.dtype == problem.q.dtype
-    problem.check(out)
+    out, lse = problem.run(OPS[op], return_lse=True)
+    assert out.dtype == problem.arrays["q"].dtype
+    problem.check(out, lse)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_layout_gives_the_same(op, layout):
+    named = [c for c in CASES[op] if c.name in ("int8", "values of another size", "SmolLM2 135M, float32")]
+    assert len(named) >= 3
+    for case in named:
+        problem = make(case, layout=layout)
+        problem.check(problem.run(OPS[op]))
 
 
 @pytest.mark.parametrize("op", ["flash", "decode"])
@@ -30,7 +49,7 @@ def test_rows_that_take_no_part_get_zeros(op, case):
 
 def test_the_reference_takes_bf16_without_jit():
     problem = make(next(c for c in FEW if c.name == "bf16"))
-    problem.check(reference_attention(problem.q, problem.k, problem.v, **problem.case.settings()))
+    problem.check(reference_attention(**problem.arguments()))
 
 
 # --- the check itself: each wrong answer fails wherever the case has what it gets wrong
@@ -41,40 +60,62 @@ def zeros(problem):
 
 
 def swapped(problem):
-    return problem.float64(keys=problem.values, values=problem.keys)
+    keys, values = problem.drawn.histories()
+    return problem.float64(keys=values, values=keys)[0]
 
 
 def shifted_heads(problem):
-    return problem.float64(keys=np.roll(problem.keys, 1, axis=2), values=np.roll(problem.values, 1, axis=2))
+    keys, values = (np.roll(x, 1, axis=2) for x in problem.drawn.histories())
+    return problem.float64(keys=keys, values=values)[0]
 
 
 def own_key_hidden(problem):
-    return problem.float64(positions=problem.case.positions - 1)
+    return problem.float64(positions=problem.case.positions - 1)[0]
 
 
 def next_key_shown(problem):
     case = problem.case
-    return problem.float64(positions=np.minimum(case.positions + 1, case.lengths[:, None] - 1))
+    return problem.float64(positions=np.minimum(case.positions + 1, case.lengths[:, None] - 1))[0]
 
 
 def no_window(problem):
-    return problem.float64(window=None)
+    return problem.float64(window=None)[0]
 
 
 def narrow_window(problem):
-    return problem.float64(window=problem.case.window - 1)
+    return problem.float64(window=problem.case.window - 1)[0]
 
 
 def wide_window(problem):
-    return problem.float64(window=problem.case.window + 1)
+    return problem.float64(window=problem.case.window + 1)[0]
 
 
 def no_softcap(problem):
-    return problem.float64(softcap=None)
+    return problem.float64(softcap=None)[0]
 
 
 def no_scale(problem):
-    return problem.float64(scale=1.0)
+    return problem.float64(scale=1.0)[0]
+
+
+def no_sinks(problem):
+    return problem.float64(sinks=None)[0]
+
+
+def no_tree(problem):
+    return problem.float64(tree=None)[0]
+
+
+def only_causal(problem):
+    return problem.float64(causal=True)[0]
+
+
+def no_key_scales(problem):
+    return problem.float64(keys=problem.drawn.keys / 73)[0]
+
+
+def no_value_scales(problem):
+    return problem.float64(values=problem.drawn.values / 73)[0]
 
 
 def some(rows):
@@ -86,6 +127,7 @@ def some(rows):
             and any(n and rows(c, h, n) for h, n in zip(c.held, c.new, strict=True))]
 
 
+RARE = decode_cases.FEATURES + flash_cases.FEATURES
 WRONG = [
     (zeros, [c for c in FEW + CHUNKS if any(c.new)]),
     (swapped, [c for c in FEW + CHUNKS if any(c.new)]),
@@ -97,12 +139,17 @@ WRONG = [
     (wide_window, some(lambda c, h, n: c.window and h + n > c.window)),
     (no_softcap, [c for c in FEW + CHUNKS if c.softcap]),
     (no_scale, some(lambda c, h, n: h + n > 1 and c.window != 1)),
+    (no_sinks, [c for c in RARE if c.sinks and c.dtype == "float32"]),
+    (no_tree, [c for c in RARE if c.tree]),
+    (only_causal, [c for c in RARE if not c.causal]),
+    (no_key_scales, [c for c in RARE if c.quantized]),
+    (no_value_scales, [c for c in RARE if c.quantized]),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "cases"), WRONG, ids=[wrong.__name__ for wrong, _ in WRONG])
 def test_a_wrong_answer_fails(wrong, cases):
-    assert len(cases) >= 4
+    assert len(cases) >= 2
     for case in cases:
         problem = make(case)
         problem.check(problem.answer)

@@ -1,5 +1,7 @@
 """Who runs: auto says which path and why, a named implementation never falls back, bad arguments are named."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,7 +17,7 @@ EXPLAIN = {"flash_attention": explain_flash, "decode_attention": explain_decode}
 def arguments(**changes) -> dict:
     k = jnp.zeros((2, 2, 128, 8))
     return {
-        "q": jnp.zeros((2, 1, 4, 8)), "k": k, "v": k, "query_positions": jnp.zeros((2, 1), jnp.int32),
+        "q": jnp.zeros((2, 1, 4, 8)), "k": k, "v": k, "starts": jnp.zeros((2,), jnp.int32),
         "lengths": jnp.ones((2,), jnp.int32), "scale": 1.0,
     } | changes  # fmt: skip
 
@@ -58,14 +60,41 @@ def test_a_named_implementation_that_is_missing_never_falls_back(op, name):
 
 
 def test_choose_takes_the_kernel_of_the_device_where_there_is_one():
-    have = {"xla": 0, "gpu": 1}
-    assert dispatch.choose("op", "auto", have, "gpu").implementation == "gpu"
-    assert dispatch.choose("op", "auto", have, "cuda").implementation == "gpu"
-    assert dispatch.choose("op", "auto", have, "tpu").implementation == "xla"
-    assert "no Pallas kernel of op for tpu" in dispatch.choose("op", "auto", have, "tpu").reason
-    assert dispatch.choose("op", "gpu", have, "cpu").implementation == "gpu"
+    module = SimpleNamespace(supported=lambda call: call)
+    have = {"xla": module, "gpu": module}
+    assert dispatch.choose("op", "auto", have, platform="gpu").implementation == "gpu"
+    assert dispatch.choose("op", "auto", have, platform="cuda").implementation == "gpu"
+    assert dispatch.choose("op", "auto", have, platform="tpu").implementation == "xla"
+    assert "no Pallas kernel of op for tpu" in dispatch.choose("op", "auto", have, platform="tpu").reason
+    assert dispatch.choose("op", "gpu", have, platform="cpu").implementation == "gpu"
     with pytest.raises(NotImplementedError, match="it has xla, gpu"):
-        dispatch.choose("op", "tpu", have, "tpu")
+        dispatch.choose("op", "tpu", have)
+
+
+def test_a_call_that_a_kernel_cannot_do():
+    """The stand-in for a call is the reason that its module gives."""
+    have = {"xla": SimpleNamespace(supported=lambda call: None), "gpu": SimpleNamespace(supported=lambda call: call)}
+    choice = dispatch.choose("op", "auto", have, "heads of 7", platform="gpu")
+    assert (choice.implementation, choice.reason) == ("xla", "heads of 7")
+    with pytest.raises(NotImplementedError, match="op has no gpu implementation for this call: heads of 7; use"):
+        dispatch.choose("op", "gpu", have, "heads of 7")
+
+
+def test_what_auto_means_can_be_set(monkeypatch):
+    have = {name: SimpleNamespace(supported=lambda call: None) for name in ("xla", "gpu", "tpu")}
+
+    def chosen(name="auto"):
+        return dispatch.choose("op", name, have, platform="tpu").implementation
+
+    assert chosen() == "tpu"
+    monkeypatch.setenv("PDX_KERNELS", "gpu")
+    assert (chosen(), chosen("tpu")) == ("gpu", "tpu")
+    with dispatch.use("xla"):
+        assert (chosen(), chosen("tpu")) == ("xla", "tpu")
+    assert chosen() == "gpu"
+    monkeypatch.setenv("PDX_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="PDX_KERNELS 'cuda' is not one of"):
+        chosen()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -76,10 +105,18 @@ def test_choose_takes_the_kernel_of_the_device_where_there_is_one():
         ({"k": jnp.zeros((3, 2, 128, 8))}, r"k \(3, 2, 128, 8\) does not fit"),
         ({"k": jnp.zeros((2, 3, 128, 8))}, "N a multiple of K"),
         ({"k": jnp.zeros((2, 2, 128, 16))}, "does not fit"),
-        ({"v": jnp.zeros((2, 2, 64, 8))}, "must have the shape of k"),
-        ({"query_positions": jnp.zeros((2, 3), jnp.int32)}, r"query_positions must be \[B, T\] = \(2, 1\)"),
+        ({"v": jnp.zeros((2, 2, 64, 8))}, r"v must be .* beside k = \(2, 2, 128, 8\)"),
+        ({"v": jnp.zeros((2, 2, 128, 8), jnp.bfloat16)}, "of one type"),
+        ({"k": jnp.zeros((2, 2, 128, 8), jnp.int8), "v": jnp.zeros((2, 2, 128, 8), jnp.int8)}, "come with k_scale"),
+        ({"k_scale": jnp.zeros((2, 2, 128))}, "come with k_scale"),
+        ({"layout": "heads"}, "not one of heads_first"),
+        ({"layout": "folded", "k": jnp.zeros((2, 128, 128)), "v": jnp.zeros((2, 128, 128))}, "give kv_heads"),
+        ({"starts": jnp.zeros((2, 3), jnp.int32)}, r"starts must be \[B\] = \(2,\)"),
+        ({"tree": jnp.zeros((2, 3, 3), bool)}, r"tree must be \[B, T, T\] = \(2, 1, 1\)"),
+        ({"sinks": jnp.zeros((3,))}, r"sinks must be \[N\] = \(4,\)"),
+        ({"window": 3, "causal": False}, "window must be at least 1 and causal"),
         ({"lengths": jnp.zeros((3,), jnp.int32)}, r"lengths must be \[B\] = \(2,\)"),
-        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 0}, "window must be at least 1 and causal, got window 0"),
         ({"softcap": 0.0}, "softcap must be positive"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -91,7 +128,7 @@ def test_bad_arguments_are_named(op, changes, says):
 
 def test_decode_takes_a_draft_but_not_a_prompt():
     for queries in (16, 17):
-        changed = arguments(q=jnp.zeros((2, queries, 4, 8)), query_positions=jnp.zeros((2, queries), jnp.int32))
+        changed = arguments(q=jnp.zeros((2, queries, 4, 8)))
         if queries == 16:
             assert shape(decode_attention, changed) == (2, 16, 4, 8)
         else:

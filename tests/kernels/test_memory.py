@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import blocked, decode_attention, flash_attention, reference_attention
-from tests.kernels.cases import Case, make
+from pallas_kernels.attention_cases import Case
+from tests.kernels.cases import make
 
 OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
 GARBAGE = {"nan": np.nan, "infinity": np.inf, "large": 1e30}
@@ -26,9 +27,9 @@ GARBAGE = {"nan": np.nan, "infinity": np.inf, "large": 1e30}
 )
 def test_slots_that_hold_nothing_may_hold_anything(op, case, garbage):
     clean, dirty = make(case, unwritten=0.0), make(case, unwritten=GARBAGE[garbage])
-    assert not np.array_equal(clean.v, dirty.v)
+    assert not np.array_equal(clean.arrays["v"], dirty.arrays["v"])
     # An idle row may even hold nothing but garbage: its length says 0.
-    k, v = (x.at[3].set(GARBAGE[garbage]) for x in (dirty.k, dirty.v))
+    k, v = (x.at[3].set(GARBAGE[garbage]) for x in (dirty.arrays["k"], dirty.arrays["v"]))
     np.testing.assert_array_equal(np.asarray(dirty.run(OPS[op], k=k, v=v)), np.asarray(clean.run(OPS[op])))
 
 
@@ -36,8 +37,8 @@ def test_slots_that_hold_nothing_may_hold_anything(op, case, garbage):
 def test_the_garbage_would_be_seen(op):
     """The test above can fail: one slot further is enough."""
     case = Case("full", (60, 0, 200, 9), (2, 1, 1, 0), 2, 256)
-    lengths = case.settings()["lengths"].at[0].add(1)
-    out = np.asarray(make(case).run(OPS[op], lengths=lengths, query_positions=jnp.asarray(case.positions + 1)))
+    lengths = jnp.asarray(case.lengths).at[0].add(1)
+    out = np.asarray(make(case).run(OPS[op], lengths=lengths, starts=jnp.asarray(case.held) + 1))
     assert np.isnan(out[0]).any()
     assert np.isfinite(out[2]).all()
 
@@ -46,7 +47,7 @@ def test_the_garbage_would_be_seen(op):
 def test_a_row_does_not_see_its_neighbours_garbage(op):
     case = Case("three rows", (60, 20, 100), (2, 2, 2), 2, 128)
     problem = make(case, unwritten=0.0)
-    k, v = problem.k.at[1].set(jnp.nan), problem.v.at[1].set(jnp.nan)
+    k, v = (problem.arrays[name].at[1].set(jnp.nan) for name in "kv")
     out, clean = np.asarray(problem.run(OPS[op], k=k, v=v)), np.asarray(problem.run(OPS[op]))
     assert np.isnan(out[1]).all()
     np.testing.assert_array_equal(out[[0, 2]], clean[[0, 2]])
@@ -64,7 +65,7 @@ def trips(monkeypatch, op, case: Case) -> int:
     with monkeypatch.context() as patch:
         patch.setattr(blocked, "lax", proxy)
         problem = make(case)
-        problem.check(op(problem.q, problem.k, problem.v, **case.settings()))
+        problem.check(op(**problem.arguments()))
     (blocks,) = ranges
     return len(blocks)
 

@@ -1,0 +1,27 @@
+"""One call of an attention op over a dense cache: described, checked, dispatched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+from pallas_kernels.checks import describe
+from pallas_kernels.dispatch import Implementation, choose
+
+
+def attend(
+    op: str, modules: Mapping[str, ModuleType], q, k, v, *, starts, lengths, scale, causal, window, softcap, sinks,
+    k_scale, v_scale, tree, layout, kv_heads, value_dim, return_lse, implementation: Implementation, interpret, config,
+):  # fmt: skip
+    """Run `op`, whose implementations are `modules`; the arguments are those of `flash_attention`."""
+    call = describe(
+        op, q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads, value_dim=value_dim,
+        return_lse=return_lse,
+    )  # fmt: skip
+    module = modules[choose(op, implementation, modules, call).implementation]
+    return module.attention(
+        q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal, window=window, softcap=softcap,
+        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=call.kv_heads,
+        value_dim=call.value_dim, return_lse=return_lse, config=config, interpret=interpret,
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""How keys and values lie in memory: one array of a cache, [batch, slots, KV heads, head size] in some order.
+
+A layout is a property of the device: what its kernels read without a copy. `folded` keeps a head size below 128 from
+being padded to 128 head by head: only K*H is rounded up to whole lanes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Layout = Literal["heads_first", "folded", "heads_last"]
+LAYOUTS = get_args(Layout)
+LANES = 128  # the last axis of a TPU array comes in whole registers of this many
+SUBLANES = 8
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def folded_width(heads: int, dim: int) -> int:
+    """Length of the last axis of a folded array: `heads` heads of `dim`, rounded up to whole lanes."""
+    return round_up(heads * dim, LANES)
+
+
+def cache_shape(layout: Layout, batch: int, slots: int, heads: int, dim: int) -> tuple[int, ...]:
+    """Shape of K or V: [B, K, S, H], [B, S, C] or [B, S, K, H]. Pages: P for B and p for S."""
+    if layout == "heads_first":
+        return (batch, heads, slots, dim)
+    if layout == "heads_last":
+        return (batch, slots, heads, dim)
+    if layout == "folded":
+        return (batch, slots, folded_width(heads, dim))
+    raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+
+
+def slot_axis(layout: Layout) -> int:
+    return 2 if layout == "heads_first" else 1
+
+
+def fold(x: Float[Array, "*n K H"]) -> Float[Array, "*n C"]:
+    """Heads side by side in one axis of whole lanes; the lanes behind the last head are zero."""
+    *n, heads, dim = x.shape
+    x = x.reshape(*n, heads * dim)
+    padding = folded_width(heads, dim) - heads * dim
+    return jnp.pad(x, [(0, 0)] * len(n) + [(0, padding)]) if padding else x
+
+
+def unfold(x: Float[Array, "*n C"], heads: int, dim: int) -> Float[Array, "*n K H"]:
+    """The heads of a folded array; what lies behind the last one is dropped."""
+    return x[..., : heads * dim].reshape(*x.shape[:-1], heads, dim)
+
+
+def to_layout(x: Float[Array, "B S K H"], layout: Layout) -> Array:
+    """Lay `heads_last` values out as `layout`: a copy, for tests and for small arrays."""
+    if layout == "heads_first":
+        return x.transpose(0, 2, 1, 3)
+    return fold(x) if layout == "folded" else x
+
+
+def from_layout(x: Array, layout: Layout, heads: int, dim: int) -> Float[Array, "B S K H"]:
+    """The inverse of `to_layout`."""
+    if layout == "heads_first":
+        return x.transpose(0, 2, 1, 3)
+    return unfold(x, heads, dim) if layout == "folded" else x
+
+
+def slot_block(x: Array, layout: Layout, start, size: int, heads: int, dim: int) -> Array:
+    """`size` slots from `start` on: [B, K, size, H] of `heads_first`, else [B, size, K, H]."""
+    block = lax.dynamic_slice_in_dim(x, start, size, axis=slot_axis(layout))
+    return unfold(block, heads, dim) if layout == "folded" else block
+
+
+def head_axes(layout: Layout) -> str:
+    """The einsum letters of what `slot_block` returns."""
+    return "bksh" if layout == "heads_first" else "bskh"
