@@ -5,15 +5,16 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Choice, Implementation, choose
+from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention import xla
-from pallas_kernels.paged_attention.call import PageLayout, make_call
+from pallas_kernels.paged_attention.call import Call, make_call
 
 IMPLEMENTATIONS = {"xla": xla}
 
 
-def explain(implementation: Implementation = "auto", platform: str | None = None) -> Choice:
+def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
     """Which path a call takes, and why. Raises as `paged_attention` does."""
-    return choose("paged_attention", implementation, IMPLEMENTATIONS, platform)
+    return choose("paged_attention", implementation, IMPLEMENTATIONS, call, platform)
 
 
 def paged_attention(
@@ -30,7 +31,7 @@ def paged_attention(
     sinks: Float[Array, " N"] | None = None,
     k_scale: Float[Array, "P Kp p"] | None = None,
     v_scale: Float[Array, "P Kp p"] | None = None,
-    layout: PageLayout,
+    layout: Layout,
     kv_heads: int | None = None,
     value_dim: int | None = None,
     decode_rows: int = 0,
@@ -45,7 +46,7 @@ def paged_attention(
     Args:
       q: the queries of all rows, one row behind the other; N = K * G heads, G to a KV head.
       k_pages, v_pages: the pool, with this step's keys and values in it; V's head size Hv may differ. By `layout`:
-        "folded" [P, p, C], C at least K*H, head h in lanes h*H to (h+1)*H, a multiple of 128 for the TPU;
+        "folded" [P, p, C], the TPU's: head h in lanes h*H to (h+1)*H, C is K*H rounded up to 128;
         "heads_last" [P, p, K, H], the GPU's; "heads_first" [P, K, p, H], for XLA on a CPU.
       block_tables: position t of row r lies in page block_tables[r, t // p] at t % p. Rows may share pages.
         Entries for positions that no query of the row sees (past the row's length, before every window) may
@@ -72,7 +73,7 @@ def paged_attention(
 
     Raises:
       ValueError: shapes or settings that do not fit.
-      NotImplementedError: a named implementation that cannot take this call.
+      NotImplementedError: a named implementation that cannot take this call, or its gradient.
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
     """
@@ -81,19 +82,9 @@ def paged_attention(
         softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,
         value_dim=value_dim, return_lse=return_lse, decode_rows=decode_rows, max_queries=max_queries,
     )  # fmt: skip
-    module = IMPLEMENTATIONS[pick(call, implementation)]
+    module = IMPLEMENTATIONS[explain(implementation, call=call).implementation]
     return module.attention(
         q, k_pages, v_pages, call=call, block_tables=block_tables, lengths=lengths, query_starts=query_starts,
         scale=scale, sinks=sinks, k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,
     )  # fmt: skip
 
-
-def pick(call, implementation: Implementation) -> str:
-    """The implementation that takes this call: a named one never falls back, `auto` does."""
-    name = explain(implementation).implementation
-    reason = IMPLEMENTATIONS[name].supported(call)
-    if reason is None:
-        return name
-    if implementation == "auto":
-        return "xla"
-    raise NotImplementedError(f"paged_attention: {name} cannot take this call: {reason}; use implementation='xla'")

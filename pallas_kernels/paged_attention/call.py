@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-PageLayout = Literal["folded", "heads_last", "heads_first"]
+from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
+
 SHAPES = {"folded": "[P, p, C]", "heads_last": "[P, p, K, H]", "heads_first": "[P, K, p, H]"}
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Call:
     scale_heads: int  # Kp, 0 without scales
     dtype: str
     kv_dtype: str
-    layout: PageLayout
+    layout: Layout
     window: int | None
     softcap: float | None
     sinks: bool
@@ -46,36 +42,37 @@ class Call:
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token's K and V in memory, scales included."""
-        size = jnp.dtype(self.kv_dtype).itemsize
-        columns = [self.kv_heads * self.head_dim, self.kv_heads * self.value_dim]
-        if self.layout == "folded":
-            columns = [round_up(c, 128) for c in columns]
-        return size * sum(columns) + 2 * 4 * self.scale_heads
+        width = folded_width if self.layout == "folded" else int.__mul__
+        columns = width(self.kv_heads, self.head_dim) + width(self.kv_heads, self.value_dim)
+        return jnp.dtype(self.kv_dtype).itemsize * columns + 2 * 4 * self.scale_heads
 
 
-def page_size(pages, layout: PageLayout) -> int:
-    return pages.shape[2] if layout == "heads_first" else pages.shape[1]
+def page_size(pages, layout: Layout) -> int:
+    return pages.shape[slot_axis(layout)]
 
 
-def check_layout(op: str, layout: str) -> None:
-    if layout not in get_args(PageLayout):
-        raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(get_args(PageLayout))}")
+def check_layout(op: str, layout: Layout, *pools) -> None:
+    """Raise ValueError for an unknown layout, or for pages whose rank is not that layout's."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if {x.ndim for x in pools} != {3 if layout == "folded" else 4}:
+        raise ValueError(f"{op}: pages must be {SHAPES[layout]} in layout {layout!r}, "
+                         f"got {' and '.join(str(x.shape) for x in pools)}")
 
 
-def check_pages(op: str, name: str, pages, layout: PageLayout, heads: int, size: int) -> None:
-    """Raise ValueError unless `pages` hold `heads` heads of `size` in `layout`."""
-    if pages.ndim != len(SHAPES[layout].split(",")):
-        raise ValueError(f"{op}: {name} must be {SHAPES[layout]} in layout {layout!r}, got {pages.shape}")
-    if layout == "folded":
-        if pages.shape[2] < heads * size:
-            raise ValueError(f"{op}: {name} {pages.shape} has no room for {heads} heads of {size} in its last axis")
-        return
-    stored = pages.shape[2 if layout == "heads_last" else 1], pages.shape[3]
-    if stored != (heads, size):
-        raise ValueError(f"{op}: {name} {pages.shape} holds heads and head size {stored}, expected {(heads, size)}")
+def check_pages(op: str, k_pages, v_pages, layout: Layout, heads: int, size: int, value_size: int) -> None:
+    """Raise ValueError unless the pages hold `heads` heads of these sizes in `layout`."""
+    pages, page = k_pages.shape[0], page_size(k_pages, layout)
+    for name, x, dim in (("k_pages", k_pages, size), ("v_pages", v_pages, value_size)):
+        shape = cache_shape(layout, pages, page, heads, dim)
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name} must be {SHAPES[layout]} = {shape} for {heads} heads of {dim}, "
+                             f"got {x.shape}")
+    if v_pages.dtype != k_pages.dtype:
+        raise ValueError(f"{op}: k_pages are {k_pages.dtype} and v_pages {v_pages.dtype}: they must be of one type")
 
 
-def check_scales(op: str, k_pages, k_scale, v_scale, layout: PageLayout, heads: int) -> None:
+def check_scales(op: str, k_pages, k_scale, v_scale, layout: Layout, heads: int) -> None:
     """Raise ValueError unless there are scales exactly where the pages are int8, and they fit."""
     if (k_scale is None) != (v_scale is None):
         raise ValueError(f"{op}: k_scale and v_scale go together")
@@ -91,7 +88,7 @@ def check_scales(op: str, k_pages, k_scale, v_scale, layout: PageLayout, heads: 
                              f"got {x.shape}")
 
 
-def heads_of(op: str, pages, layout: PageLayout, kv_heads: int | None) -> int:
+def heads_of(op: str, pages, layout: Layout, kv_heads: int | None) -> int:
     """How many heads pages hold: read from their shape, or told for folded ones."""
     stored = None if layout == "folded" else pages.shape[2 if layout == "heads_last" else 1]
     if stored is None and kv_heads is None:
@@ -107,23 +104,16 @@ def make_call(
 ) -> Call:  # fmt: skip
     """Check the arguments of `api.paged_attention` and gather their static facts. Raises ValueError."""
     op = "paged_attention"
-    check_layout(op, layout)
+    check_layout(op, layout, k_pages, v_pages)
     if q.ndim != 3:
         raise ValueError(f"{op}: q must be [T, N, H], got {q.shape}")
     tokens, heads, size = q.shape
-    if {k_pages.ndim, v_pages.ndim} != {len(SHAPES[layout].split(","))}:
-        raise ValueError(f"{op}: pages must be {SHAPES[layout]} in layout {layout!r}, "
-                         f"got {k_pages.shape} and {v_pages.shape}")
     kv_heads = heads_of(op, k_pages, layout, kv_heads)
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: {heads} query heads are no multiple of {kv_heads} KV heads")
     value_dim = value_dim or (size if layout == "folded" else v_pages.shape[-1])
-    check_pages(op, "k_pages", k_pages, layout, kv_heads, size)
-    check_pages(op, "v_pages", v_pages, layout, kv_heads, value_dim)
+    check_pages(op, k_pages, v_pages, layout, kv_heads, size, value_dim)
     page = page_size(k_pages, layout)
-    if v_pages.shape[0] != k_pages.shape[0] or page_size(v_pages, layout) != page or v_pages.dtype != k_pages.dtype:
-        raise ValueError(f"{op}: v_pages {v_pages.shape} {v_pages.dtype} must have the pages, page size and dtype "
-                         f"of k_pages {k_pages.shape} {k_pages.dtype}")
     check_scales(op, k_pages, k_scale, v_scale, layout, kv_heads)
     rows = lengths.shape[0] if lengths.ndim == 1 else -1
     if rows < 1 or block_tables.ndim != 2 or block_tables.shape[0] != rows or query_starts.shape != (rows + 1,):

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.layouts import unfold
 from pallas_kernels.masking import soft_cap
 
 
 def split_heads(pages: Array, layout: str, kv_heads: int, size: int) -> Array:
     """Pages of any layout, with anything in front, as [..., p, K, H]."""
     if layout == "folded":
-        return pages[..., : kv_heads * size].reshape(*pages.shape[:-1], kv_heads, size)
+        return unfold(pages, kv_heads, size)
     return jnp.swapaxes(pages, -2, -3) if layout == "heads_first" else pages
 
 
