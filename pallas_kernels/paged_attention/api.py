@@ -6,10 +6,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Choice, Implementation, choose
 from pallas_kernels.layouts import Layout
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import tpu, xla
 from pallas_kernels.paged_attention.call import Call, make_call
 
-IMPLEMENTATIONS = {"xla": xla}
+IMPLEMENTATIONS = {"xla": xla, "tpu": tpu}
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

@@ -1,6 +1,6 @@
 """How packed queries are cut into work: pieces of one row within one block of queries.
 
-Both Pallas kernels walk this list, and `fetched_tokens` counts from it what they move.
+Both Pallas kernels walk this list, and their bytes are counted from it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
+
+from pallas_kernels.paged_attention.call import Call
 
 
 class Pieces(NamedTuple):
@@ -37,23 +40,33 @@ def pieces(
     unit: int,
 ) -> Pieces:
     """Cut at every start of a block of `block` queries and of a row; keys are counted in units of `unit` tokens."""
+    xp = np if isinstance(query_starts, np.ndarray) else jnp  # numpy counts what a concrete call moves
     rows, blocks = lengths.shape[0], -(-tokens // block)
-    edge = jnp.int32(blocks * block)
-    starts = query_starts.astype(jnp.int32)
-    cuts = jnp.sort(jnp.concatenate([jnp.arange(blocks, dtype=jnp.int32) * block, jnp.minimum(starts, edge)]))
-    stops = jnp.concatenate([cuts[1:], edge[None]])
-    row = jnp.searchsorted(starts, cuts, side="right", method="compare_all").astype(jnp.int32) - 1
-    own = jnp.clip(row, 0, rows - 1)
-    length = lengths.astype(jnp.int32)[own]
+    starts = query_starts.astype(xp.int32)
+    edge = xp.full((1,), blocks * block, xp.int32)
+    cuts = xp.sort(xp.concatenate([xp.arange(blocks, dtype=xp.int32) * block, xp.minimum(starts, edge)]))
+    stops = xp.concatenate([cuts[1:], edge])
+    row = (starts[None] <= cuts[:, None]).sum(1, dtype=xp.int32) - 1
+    own = xp.clip(row, 0, rows - 1)
+    length = lengths.astype(xp.int32)[own]
     active = (stops > cuts) & (row >= 0) & (row < rows) & (length > 0)
     position = length - (starts[own + 1] - cuts)
     last = position + (stops - cuts) - 1
-    oldest = jnp.zeros_like(position) if window is None else jnp.maximum(position - (window - 1), 0)
+    oldest = xp.zeros_like(position) if window is None else xp.maximum(position - (window - 1), 0)
     first = oldest // unit
-    end = jnp.where(active & (last >= oldest), last // unit + 1, first)
+    end = xp.where(active & (last >= oldest), last // unit + 1, first)
     return Pieces(own, cuts, stops, position, first, end)
 
 
-def fetched_tokens(plan: Pieces, unit: int) -> int:
-    """Tokens of K and V that a kernel fetches for a concrete plan."""
-    return int((plan.end - plan.first).sum()) * unit
+def full_rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """(query_starts, lengths) of the most a call can be asked: every row full, T queries spread over all rows."""
+    decode = min(call.decode_rows, call.tokens)
+    others = call.rows - call.decode_rows
+    queries = np.zeros(call.rows, np.int32)
+    queries[:decode] = 1
+    if others:
+        left = min(call.tokens - decode, others * call.max_queries)
+        queries[call.decode_rows :] = left // others
+        queries[call.decode_rows : call.decode_rows + left % others] += 1
+    lengths = np.full(call.rows, call.width * call.page, np.int32)
+    return np.concatenate([[0], np.cumsum(queries)]).astype(np.int32), lengths
