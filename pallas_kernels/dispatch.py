@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -37,6 +38,24 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.op}: {self.implementation} ({self.reason})"
+
+
+class Implementations(Mapping[str, ModuleType]):
+    """The modules of an op's package by name, imported when one is asked for: Pallas itself takes a while."""
+
+    def __init__(self, package: str, names: tuple[str, ...]):
+        self._package, self._names = package, names
+
+    def __getitem__(self, name: str) -> ModuleType:
+        if name not in self._names:
+            raise KeyError(name)
+        return import_module(f"{self._package}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextmanager

@@ -110,8 +110,8 @@ class Generator:
             tokens = np.zeros(self.rows, np.int32)
             tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
             out = self._call(
-                "decode", steps._decode_many, params=self.params, tokens=tokens, cache=cache, sampling=sampling,
-                active=self._mask(requests), steps=np.int32(n),
+                "decode", steps.PROGRAMS["decode_many"], params=self.params, tokens=tokens, cache=cache,
+                sampling=sampling, active=self._mask(requests), steps=np.int32(n),
                 static={"cfg": self.config, "n": self.decode_tokens, "num_logprobs": self.num_logprobs,
                         "kernels": self.kernels},
             )  # fmt: skip
@@ -134,8 +134,8 @@ class Generator:
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
             new, cache = self._call(
-                ("prefill", width), steps._prefill, params=self.params, tokens=tokens, lengths=lengths, cache=cache,
-                static={"cfg": self.config, "kernels": self.kernels},
+                ("prefill", width), steps.PROGRAMS["prefill"], params=self.params, tokens=tokens, lengths=lengths,
+                cache=cache, static={"cfg": self.config, "kernels": self.kernels},
             )  # fmt: skip
             # A row whose prompt ended in an earlier chunk keeps the logits it had there.
             logits = new if logits is None else self._call("keep", _keep, old=logits, new=new, took_part=lengths > 0)

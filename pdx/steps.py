@@ -214,3 +214,7 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
     # What comes out of the loop is placed anew: a constraint inside it does not reach its result.
     last, sampling, rows = constrain_rows((last, sampling, rows), cache.mesh)
     return Decoded(rows.tokens, rows.logprob, rows.top_ids, rows.top_logprobs, last, sampling, cache.placed())
+
+
+# The jitted programs behind the steps, for `.lower(...)`: they take every argument by name and check nothing.
+PROGRAMS = {"prefill": _prefill, "decode_step": _decode_step, "decode_many": _decode_many, "verify": _verify}

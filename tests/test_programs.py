@@ -34,11 +34,12 @@ def arguments(cfg, dtype=jnp.float32):
     ids, flags = partial(jax.ShapeDtypeStruct, dtype=jnp.int32), partial(jax.ShapeDtypeStruct, dtype=bool)
     sampling = jax.eval_shape(lambda: SamplingState.create([SamplingOptions(seed=0)] * B, cfg.vocab_size))
     return {
-        "prefill": (steps._prefill, (weights, cfg, ids((B, CHUNK)), ids((B,)), cache, "auto")),
-        "decode": (steps._decode_step, (weights, cfg, ids((B,)), flags((B,)), cache, "auto")),
-        "verify": (steps._verify, (weights, cfg, ids((B, 5)), ids((B,)), cache, "auto")),
+        "prefill": (steps.PROGRAMS["prefill"], (weights, cfg, ids((B, CHUNK)), ids((B,)), cache, "auto")),
+        "decode": (steps.PROGRAMS["decode_step"], (weights, cfg, ids((B,)), flags((B,)), cache, "auto")),
+        "verify": (steps.PROGRAMS["verify"], (weights, cfg, ids((B, 5)), ids((B,)), cache, "auto")),
         "decode_many": (
-            steps._decode_many, (weights, cfg, ids((B,)), cache, sampling, 8, flags((B,)), ids(()), 0, "auto")
+            steps.PROGRAMS["decode_many"],
+            (weights, cfg, ids((B,)), cache, sampling, 8, flags((B,)), ids(()), 0, "auto"),
         ),
     }, cache, sampling  # fmt: skip
 

@@ -224,9 +224,9 @@ def test_on_a_mesh_nothing_of_the_cache_is_gathered_or_copied(step):
     weights, store = jax.tree.map(lambda s: s.abstract(mesh), specs, is_leaf=is_spec)
     ids, counts = jax.ShapeDtypeStruct((B, CHUNK), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
     if step == "prefill":
-        lowered = steps._prefill.lower(weights, EIGHT, ids, counts, store, "auto")
+        lowered = steps.PROGRAMS["prefill"].lower(weights, EIGHT, ids, counts, store, "auto")
     else:
-        lowered = steps._decode_step.lower(weights, EIGHT, counts, counts, store, "auto")
+        lowered = steps.PROGRAMS["decode_step"].lower(weights, EIGHT, counts, counts, store, "auto")
     compiled = lowered.compile()
     assert len(aliased_parameters(compiled)) == len(jax.tree.leaves(store))
     share = min(x.size * x.dtype.itemsize for x in jax.tree.leaves(store.layers[1])) // 8

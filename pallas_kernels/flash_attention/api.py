@@ -6,11 +6,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dense
 from pallas_kernels.checks import Call
-from pallas_kernels.dispatch import Choice, Implementation, choose
-from pallas_kernels.flash_attention import xla
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
 
-IMPLEMENTATIONS = {"xla": xla}
+IMPLEMENTATIONS = Implementations("pallas_kernels.flash_attention", ("xla",))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

@@ -1,0 +1,28 @@
+"""Every difference between the supported JAX versions (0.10.2 to 0.12), and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from jax.sharding import AbstractDevice
+
+
+def abstract_device(kind: str, cores: int, platform: str, **facts) -> AbstractDevice:
+    """A device that is not here. `facts` become attributes of it, such as the `compute_capability` Mosaic asks for."""
+    wanted = {"device_kind": kind, "num_cores": cores, "platform": platform}
+    known = inspect.signature(AbstractDevice).parameters
+    cls = type("AbstractDevice", (AbstractDevice,), facts) if facts else AbstractDevice
+    return cls(**{name: value for name, value in wanted.items() if name in known})
+
+
+def topology_arguments(platform: str) -> dict[str, object]:
+    """What `get_topology_desc` needs beside the name: JAX 0.10 asks for the host's bounds, later ones accept them."""
+    return {"chips_per_host_bounds": (1, 1, 1)} if platform == "tpu" else {}
+
+
+def cost_dict(analysis: object) -> Mapping[str, float]:
+    """`Compiled.cost_analysis()` as one mapping: some versions give a list with one entry a program."""
+    if isinstance(analysis, list | tuple):
+        analysis = analysis[0] if analysis else {}
+    return analysis or {}

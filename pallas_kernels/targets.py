@@ -1,0 +1,258 @@
+"""Chips that are not here: compile a function for one with its real compiler, on a CPU.
+
+    target = Target.get("v5e")                       # "v5e:2x4", "7x", "h100", "h100:8", ...
+    compiled = target.compile(fn, jax.ShapeDtypeStruct((8, 128), jnp.bfloat16), donate_argnums=0)
+    compiled.vmem_bytes, compiled.memory, compiled.text, compiled.kernels
+
+libtpu compiles for every TPU generation, ptxas for every GPU from Ampere. A compiler can end the process, and libtpu
+reads its environment once: run this in a subprocess started with `environment(...)`. Nothing here measures a time on
+a device; `seconds` is how long compiling took.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding, use_abstract_mesh
+
+from pallas_kernels import compat, hlo, ptx
+from pallas_kernels.hardware import Chip, chip
+
+TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
+GPUS = ("a100", "l4", "h100", "b200")
+NAMES = TPUS + GPUS
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # a hit would leave no dump to read
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+_ONE_CHIP = {"v4": "1x1x1", "v5p": "1x1x1", "7x": "1x1x1"}  # three axes; the others have two
+# What XLA's CUDA backend asks beyond the chip table: f32 lanes an SM, L2, shared memory and threads an SM, bytes.
+_GPU_FACTS = {
+    "a100": (64, 41943040, 167936, 2048, 85100068864),
+    "a100-40": (64, 41943040, 167936, 2048, 42331013120),
+    "l4": (128, 50331648, 102400, 1536, 23580639232),
+    "h100": (128, 52428800, 233472, 2048, 84942979072),
+    "h200": (128, 62914560, 233472, 2048, 150109880320),
+    "b200": (128, 132644864, 233472, 2048, 191514411008),
+}
+
+
+class CompilerMissing(RuntimeError):
+    """The compiler of a target is not installed; the message says what to install."""
+
+
+def environment(*, profile: str | os.PathLike | None = None) -> dict[str, str]:
+    """What a process that compiles for absent chips must find in `os.environ` before it imports jax.
+
+    Args:
+      profile: a folder for libtpu's static profiles; with it compiled texts hold `estimated_cycles`. It can abort
+        the process (all of v4, some DMAs on v5e): one subprocess a kernel then.
+    """
+    said = dict(_ENVIRONMENT)
+    if profile is not None:
+        said["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={os.fspath(profile)}"
+    return said
+
+
+def missing(name: str) -> str | None:
+    """Why this installation cannot compile for the target, and what to install; None if it can."""
+    target = Target.get(name)
+    if target.chip.platform == "tpu":
+        if not _installed("libtpu"):
+            return f"compiling for {name} needs libtpu: pip install 'pdx-inference[aot-tpu]'"
+        return None
+    if not _installed("jax_plugins.xla_cuda12"):
+        return f"compiling for {name} needs JAX's CUDA plugin: pip install 'pdx-inference[aot-gpu]'"
+    if ptx.tool("ptxas") is None:
+        return f"compiling for {name} needs ptxas: pip install 'pdx-inference[aot-gpu]'"
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is absent too
+        return False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one function for one target."""
+
+    target: str
+    seconds: float  # lowering and compiling, on this machine
+    text: str  # the optimized HLO
+    memory: Mapping[str, int]  # bytes a device: argument, output, temp, alias, code
+    cost: Mapping[str, float]  # XLA's own analysis: a Pallas call counts as its CostEstimate says
+    vmem_bytes: int = 0  # TPU: the most scoped VMEM that one kernel uses
+    kernels: tuple[ptx.Kernel, ...] = ()  # GPU: registers, spills, shared memory and tensor-core instructions
+    executable: Any = field(default=None, repr=False, compare=False)  # jax.stages.Compiled
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip, or a slice of them, to compile for."""
+
+    name: str
+    chip: Chip
+    topology: str  # the shape of the slice, such as 2x4
+
+    @staticmethod
+    def get(name: str) -> Target:
+        """`v5e`, `7x`, `h100`, ...; `v5e:2x4`, `v5p:2x2x2` or `h100:8` for several chips.
+
+        Raises:
+          ValueError: the chip is unknown, or nothing compiles Pallas kernels for it.
+        """
+        model, _, shape = name.partition(":")
+        known = chip(model)
+        if known.platform == "gpu":
+            if known.name not in _GPU_FACTS:
+                raise ValueError(f"{known.name} has no Pallas compiler; targets are {', '.join(NAMES)}")
+            shape = f"1x1x{shape or 1}"
+        return Target(name, known, shape or _ONE_CHIP.get(known.name, "1x1"))
+
+    def devices(self) -> list[Any]:
+        """The topology's devices.
+
+        Raises:
+          CompilerMissing: libtpu or the CUDA plugin is not installed.
+          RuntimeError: the environment of this process was not set before jax started.
+        """
+        if (why := missing(self.name)) is not None:
+            raise CompilerMissing(why)
+        if self.chip.platform == "gpu":
+            jax.devices("cpu")  # discovers the plugin
+            config = _gpu_config(self.chip)
+            described = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=config, topology=self.topology
+            )
+            return list(described.devices)
+        lacking = [key for key in _ENVIRONMENT if key.startswith("TPU_") and key not in os.environ]
+        if lacking:
+            raise RuntimeError(
+                f"{', '.join(lacking)} must be set before jax starts: run this in a process that was started with "
+                f"the variables of pallas_kernels.targets.environment()"
+            )
+        name = f"{'tpu7x' if self.chip.name == '7x' else self.chip.name}:{self.topology}"
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **compat.topology_arguments("tpu")
+        )
+        return list(described.devices)
+
+    def mesh(self, axes: Mapping[str, int]) -> Mesh:
+        """A mesh over the first devices of the slice, for NamedShardings of the arguments of `compile`."""
+        devices = self.devices()[: prod(axes.values())]
+        return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
+
+    @contextmanager
+    def tracing(self):
+        """Code traced inside sees this chip: `hardware.detect()`, Mosaic's and Triton's own questions."""
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=self._abstract(self.devices()[0]))):
+            yield
+
+    def compile(
+        self,
+        fn: Callable,
+        *args: Any,
+        donate_argnums: int | tuple[int, ...] = (),
+        static_argnums: int | tuple[int, ...] = (),
+        static_argnames: str | tuple[str, ...] = (),
+        **kwargs: Any,
+    ) -> Compiled:
+        """Compile `fn(*args, **kwargs)`.
+
+        Args:
+          fn: what to compile; a jitted function is taken as it is, with its own donated and static arguments.
+          args: pytrees of arrays or ShapeDtypeStructs; one with a sharding keeps it, all others live on the slice's
+            first device.
+          donate_argnums, static_argnums, static_argnames: as of `jax.jit`.
+
+        Raises:
+          CompilerMissing: see `devices`.
+          jax.errors.JaxRuntimeError: the compiler refuses (too much VMEM or HBM, ...), with its own message.
+        """
+        first = self.devices()[0]
+        if not hasattr(fn, "lower"):
+            fn = jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums,
+                         static_argnames=static_argnames)  # fmt: skip
+        numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
+        names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+        args = tuple(a if i in numbers else _abstract(a, first) for i, a in enumerate(args))
+        kwargs = {k: v if k in names else _abstract(v, first) for k, v in kwargs.items()}
+        started = time.perf_counter()
+        with self.tracing(), tempfile.TemporaryDirectory() as dump:
+            gpu = self.chip.platform == "gpu"
+            options = {"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"} if gpu else None
+            executable = fn.lower(*args, **kwargs).compile(compiler_options=options)
+            seconds = time.perf_counter() - started
+            kernels = ptx.read(Path(dump)) if gpu else ()
+        text = executable.as_text()
+        return Compiled(
+            self.name, seconds, text, _memory(executable), compat.cost_dict(executable.cost_analysis()),
+            hlo.vmem_bytes(text), kernels, executable,
+        )  # fmt: skip
+
+    def _abstract(self, device: Any):
+        if self.chip.platform == "gpu":
+            return compat.abstract_device(
+                self.chip.kinds[0], device.core_count, "gpu", compute_capability=device.compute_capability
+            )
+        return compat.abstract_device(device.device_kind, device.num_cores, "tpu")
+
+
+def _abstract(tree: Any, device: Any) -> Any:
+    def one(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            return leaf
+        if not hasattr(leaf, "shape"):
+            leaf = np.asarray(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
+
+    return jax.tree.map(one, tree)
+
+
+def _memory(executable: Any) -> dict[str, int]:
+    stats = executable.memory_analysis()
+    parts = {"argument": "argument", "output": "output", "temp": "temp", "alias": "alias", "code": "generated_code"}
+    return {name: getattr(stats, f"{part}_size_in_bytes") for name, part in parts.items()}
+
+
+def _gpu_config(c: Chip) -> str:
+    """XLA's `GpuTargetConfigProto` as text."""
+    lanes, l2, shared, threads, memory = _GPU_FACTS[c.name]
+    major, minor = c.capability
+    accelerated = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {c.smem_bytes} shared_memory_per_core: {shared}
+      core_count: {c.cores} fpus_per_core: {lanes} clock_rate_ghz: {c.clock_ghz} l2_cache_size: {l2}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {int(c.hbm_gbps * 1e9)} device_memory_size: {memory}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      cuda_compute_capability {{ major: {major} minor: {minor}{accelerated} }}
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+    device_description_str: "{c.kinds[0]}" """
