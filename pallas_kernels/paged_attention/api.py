@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Choice, Implementation, choose
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
-from pallas_kernels.paged_attention import tpu, xla
 from pallas_kernels.paged_attention.call import Call, make_call
 
-IMPLEMENTATIONS = {"xla": xla, "tpu": tpu}
+IMPLEMENTATIONS = Implementations("pallas_kernels.paged_attention", ("xla", "tpu"))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels.hardware import Chip, detect
 from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import plan as plans
 from pallas_kernels.paged_attention.call import Call, raising_under_grad
@@ -24,7 +25,6 @@ from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Static, body, wide
 
 TILE = {4: 8, 2: 16, 1: 32}  # rows of a tile by the bytes of an element
 SMEM_BYTES = 1 << 20
-VMEM_BYTES = {"v4": 16 << 20, "7x": 64 << 20, "v5p": 64 << 20}  # of a core; the others have 127 MiB or more
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _sub(call: Call) -> int:
     return TILE[jnp.dtype(call.dtype).itemsize]
 
 
-def heuristic(call: Call, chip=None) -> Config:
-    """Tiles for a chip (a `hardware.Chip`, its name, or None: any).
+def heuristic(call: Call, chip: Chip | None) -> Config:
+    """Tiles for a chip; None: for any.
 
     Bytes: decode rows cost the units of tokens they hold, whatever the tiles are; a chunk costs its context once a
     block of queries, so the block is as large as VMEM allows, up to 256 queries. From some 240 (v5e) to 560 (v6e)
@@ -79,8 +79,7 @@ def heuristic(call: Call, chip=None) -> Config:
     and a unit be so small that what is read past a row's end is small.
     VMEM: two steps of K and V; Q and the result twice; and a head's queries, state and accumulator in whole registers.
     """
-    name = getattr(chip, "name", chip)
-    capacity = VMEM_BYTES.get(name, 96 << 20) if name else 16 << 20
+    capacity = (chip.vmem_capacity_mib if chip else 16) << 20
     size = jnp.dtype(call.kv_dtype).itemsize
     token = folded_width(call.kv_heads, call.head_dim) * size
     if call.kv_dtype == "int8":
@@ -160,7 +159,7 @@ def attention(
       ValueError: a config that does not fit the call.
       NotImplementedError: a derivative.
     """
-    config = config or heuristic(call)
+    config = config or heuristic(call, detect())
     if config.block % _sub(call) or call.page % config.unit or config.key_block % config.unit:
         raise ValueError(f"paged_attention: {config} does not fit: block must be a multiple of {_sub(call)}, and unit "
                          f"divide the page of {call.page} and key_block")

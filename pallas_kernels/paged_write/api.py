@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.dispatch import Choice, Implementation, choose
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
-from pallas_kernels.paged_write import xla
 from pallas_kernels.paged_write.call import Call, make_call
 
-IMPLEMENTATIONS = {"xla": xla}
+IMPLEMENTATIONS = Implementations("pallas_kernels.paged_write", ("xla",))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
