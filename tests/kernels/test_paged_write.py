@@ -30,7 +30,7 @@ def tokens(rng, count, dtype):
     made = [rng.standard_normal((count, HEADS, s)).astype(np.float32) for s in (SIZE, VALUE)]
     if dtype == "int8":
         quantized = [quantize_kv(jnp.asarray(x)) for x in made]
-        return [np.asarray(x) for x, _ in quantized] + [np.asarray(s) for _, s in quantized]
+        return [np.array(x) for x, _ in quantized] + [np.array(s) for _, s in quantized]
     return [x.astype(jnp.dtype(dtype)) for x in made]
 
 
@@ -145,3 +145,35 @@ def test_bad_arguments_are_named(changes, says):
               "slots": jnp.zeros(2, jnp.int32), "layout": "folded"}  # fmt: skip
     with pytest.raises(ValueError, match=says):
         write_pages(**given_ | changes)
+
+
+# --- the kernel of int8 pages
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_tpu(name):
+    rng = np.random.default_rng(0)
+    slots = [s * 4 + 1 if 0 <= s < 192 else s if s < 0 else s + 4 * 192 for s in SLOTS[name]]
+    slots = list(range(250, 300)) if name == "a run over pages" else [min(s, 2**31 - 1) for s in slots]
+    before, new = pools(rng, "int8", 128), tokens(rng, len(slots), "int8")
+    new[2][0] = np.nan  # another token's scale must not suffer from it
+    found = run(before, new, slots, "folded", implementation="tpu", interpret=True)
+    check(found, expected(before, new, slots, 128), "folded")
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.permutations(range(-3, PAGES * 128 + 3)))
+def test_tpu_takes_any_distinct_slots(order):
+    slots = order[:40]
+    rng = np.random.default_rng(1)
+    before, new = pools(rng, "int8", 128), tokens(rng, len(slots), "int8")
+    found = run(before, new, slots, "folded", implementation="tpu", interpret=True)
+    check(found, expected(before, new, slots, 128), "folded")
+
+
+def test_the_kernel_says_what_it_cannot_do():
+    rng = np.random.default_rng(0)
+    for dtype, page, says in (("bfloat16", 128, "XLA writes bfloat16 ones in place"), ("int8", 32, "multiple of 128")):
+        before, new = pools(rng, dtype, page), tokens(rng, 1, dtype)
+        with pytest.raises(NotImplementedError, match=says):
+            run(before, new, [3], "folded", implementation="tpu", interpret=True)
