@@ -8,7 +8,7 @@ from pallas_kernels.dispatch import Choice, Implementation, Implementations, cho
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.call import Call, make_call
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.paged_attention", ("xla", "tpu"))
+IMPLEMENTATIONS = Implementations("pallas_kernels.paged_attention", ("xla", "tpu", "gpu"))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

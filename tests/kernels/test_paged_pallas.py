@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import tpu
+from pallas_kernels.paged_attention import gpu, tpu
 from pallas_kernels.paged_attention.cases import SMALL
 from tests.kernels.test_paged import ids, make_once, run
 
@@ -22,5 +22,14 @@ def test_tpu(case):
     problem = make_once(case)
     tiles = small_tiles(case)
     out, lse = run(problem, "folded", implementation="tpu", interpret=True, return_lse=True, config=tiles)
+    problem.check(out, lse)
+    assert (np.asarray(out, np.float64)[~problem.real] == 0).all()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids)
+def test_gpu(case):
+    problem = make_once(case)
+    settings = {"implementation": "gpu", "interpret": True, "return_lse": True}
+    out, lse = run(problem, "heads_last", **settings, config=gpu.Config(block=8, key_block=16))
     problem.check(out, lse)
     assert (np.asarray(out, np.float64)[~problem.real] == 0).all()
