@@ -17,7 +17,6 @@ from math import gcd
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
@@ -25,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.checks import Call
 from pallas_kernels.flash_attention.tpu_kernel import Plan, body
 from pallas_kernels.hardware import Chip, chip, detect
-from pallas_kernels.layouts import LANES, SUBLANES, round_up
+from pallas_kernels.layouts import LANES, round_up
 
 MIB = 2**20
 SMALLEST = 16  # queries: rows of a bf16 register
