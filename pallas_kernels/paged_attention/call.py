@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
@@ -136,14 +135,3 @@ def make_call(
         0 if k_scale is None else k_scale.shape[1], str(q.dtype), str(k_pages.dtype), layout, window, softcap,
         sinks is not None, return_lse, rows if most == 1 else decode_rows, most,
     )  # fmt: skip
-
-
-def raising_under_grad(run, op: str):
-    """`run`, with a derivative that says where to find one."""
-    wrapped = jax.custom_jvp(run)
-
-    @wrapped.defjvp
-    def _(primals, tangents):
-        raise NotImplementedError(f"{op}: the Pallas kernels have no derivative: use implementation='xla'")
-
-    return wrapped
