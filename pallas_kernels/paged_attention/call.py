@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
 
+# Where a running maximum starts, and a masked logit: so far below it that its weight exp(MASKED - START) is exactly
+# zero, also before a query has seen a key.
+START, MASKED = -1e30, -2e30
 SHAPES = {"folded": "[P, p, C]", "heads_last": "[P, p, K, H]", "heads_first": "[P, K, p, H]"}
 
 

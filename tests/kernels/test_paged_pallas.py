@@ -12,7 +12,7 @@ from pallas_kernels.layouts import SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import gpu, tpu, tpu_kernel
 from pallas_kernels.paged_attention.api import explain, paged_attention
 from pallas_kernels.paged_attention.call import Call
-from pallas_kernels.paged_attention.cases import LARGE, SMALL, Case
+from pallas_kernels.paged_attention.cases import CASES, LARGE, Case
 from pallas_kernels.paged_attention.plan import full_rows
 from tests.kernels.paged import make
 from tests.kernels.test_paged import ids, make_once, run
@@ -30,7 +30,7 @@ def small_tiles(name, case):
             "bfloat16": tpu.Config(32, 32, 16)}[case.dtype]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SMALL, ids=ids)
+@pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("name", LAYOUT)
 def test_agrees_with_float64(name, case):
     problem = make_once(case)
@@ -42,7 +42,7 @@ def test_agrees_with_float64(name, case):
 
 
 @pytest.mark.parametrize("name", LAYOUT)
-@pytest.mark.parametrize("case", [SMALL[3], SMALL[20], SMALL[22]], ids=ids)
+@pytest.mark.parametrize("case", [CASES[3], CASES[20], CASES[22]], ids=ids)
 def test_the_tiles_of_the_heuristic(name, case):
     problem = make_once(case)
     problem.check(run(problem, LAYOUT[name], implementation=name, interpret=True))
@@ -58,7 +58,7 @@ def test_gpu_parts_of_a_context_are_merged(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
-@pytest.mark.parametrize("case", [SMALL[3], SMALL[14], SMALL[22]], ids=ids)
+@pytest.mark.parametrize("case", [CASES[3], CASES[14], CASES[22]], ids=ids)
 def test_tpu_without_races_and_unwritten_memory(case, mode):
     """The TPU interpreter: memory starts as NaN, what is out of bounds raises, a missing wait shows."""
     problem = make_once(case)
@@ -74,7 +74,7 @@ def test_a_missing_wait_would_be_seen(monkeypatch, mode):
     """The test above can fail: a kernel that reads a buffer before its fetches have come."""
     transfer = tpu_kernel.transfer
     monkeypatch.setattr(tpu_kernel, "transfer", lambda *a, start: transfer(*a, start=True) if start else None)
-    problem = make_once(SMALL[3])
+    problem = make_once(CASES[3])
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan")
     given = problem.arguments("folded") | {"config": tpu.Config(16, 32, 16)}
 
@@ -101,7 +101,7 @@ def test_a_row_ignores_its_neighbours_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", LAYOUT)
 def test_what_a_kernel_cannot_do_it_says(name):
-    problem = make_once(SMALL[3])
+    problem = make_once(CASES[3])
     with pytest.raises(NotImplementedError, match=f"reads the layout '{LAYOUT[name]}'.*use implementation='xla'"):
         run(problem, "heads_first", implementation=name, interpret=True)
 
@@ -120,7 +120,7 @@ def test_tpu_pages_and_tiles_that_do_not_fit():
     with pytest.raises(NotImplementedError, match="multiple of 16 tokens for bfloat16, not 24"):
         run(problem, "folded", implementation="tpu", interpret=True)
     with pytest.raises(ValueError, match="does not fit"):
-        run(make_once(SMALL[3]), "folded", implementation="tpu", interpret=True, config=tpu.Config(16, 32, 12))
+        run(make_once(CASES[3]), "folded", implementation="tpu", interpret=True, config=tpu.Config(16, 32, 12))
 
 
 # --- bytes
