@@ -18,7 +18,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import hardware
-from pallas_kernels.decode_attention.merge import merge, raising_under_grad
+from pallas_kernels.decode_attention.merge import merge
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.paged_attention import plan as plans
 from pallas_kernels.paged_attention.call import Call

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.decode_attention.merge import raising_under_grad
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, detect
 from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import plan as plans
