@@ -1,14 +1,16 @@
 """Each layer against its formula in float64 numpy."""
 
+import os
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pdx.config import RopeConfig
 from pdx.layers.attention import explain, implementation, layout_for
-from pdx.layers.linear import embed, linear, unembed
+from pdx.layers.linear import embed, linear, parts_for, product, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import frequencies, rotate, rotation
@@ -84,6 +86,27 @@ def test_mlp(activation, bias):
         act = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
     expected = (act * up) @ p["down_proj"].T + p.get("down_bias", 0)
     close(mlp(layer, replace(cfg, activation=activation), f32(X)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_a_product_in_blocks_is_the_product(parts):
+    weight = RNG.standard_normal((40, 32))
+    close(product(f32(X), f32(weight), parts), X @ weight.T, 1e-5)
+    assert product(f32(X), f32(weight), parts, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_a_cpu_alone_multiplies_a_few_rows_in_blocks(monkeypatch):
+    weight = jnp.zeros((40, 32))
+
+    def parts(rows, dtype=jnp.float32):
+        return parts_for(jnp.zeros((rows, 1, 32), dtype), weight)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert [parts(n) for n in (1, 2, 32, 33)] == [1, 5, 5, 1]
+    assert parts(8, jnp.bfloat16) == 1
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert parts(8) == 1
 
 
 def test_embed_scales_and_clips():

@@ -1,0 +1,38 @@
+"""What the Pallas decode kernels share outside of the kernel: the merge of splits, and a refusal to differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def merge(
+    out: Float[Array, "P B T N H"], lse: Float[Array, "P B T N"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """One softmax from the P parts of a context, each normalized by itself; f32.
+
+    A part that saw nothing has a log-sum-exp of -inf, and its output may be anything.
+    Source: Dao et al. 2023 (Flash-Decoding).
+    """
+    top = lse.max(0)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(lse - top)
+    total = weights.sum(0)
+    saw = total != 0
+    parts = jnp.where((lse == -jnp.inf)[..., None], 0.0, out.astype(jnp.float32))
+    merged = (weights[..., None] * parts).sum(0) / jnp.where(saw, total, 1.0)[..., None]
+    return merged, jnp.where(saw, top + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
+
+
+def raising_under_grad(function: Callable, op: str) -> Callable:
+    """`function`, with NotImplementedError in place of a derivative. Its arguments are arrays or None."""
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(f"{op}: the Pallas kernels have no derivative: use implementation='xla'")
+
+    return wrapped

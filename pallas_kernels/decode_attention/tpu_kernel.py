@@ -1,0 +1,357 @@
+"""The body of decode attention on TPU: one row of the batch a grid step, its K and V fetched by the kernel's own DMAs.
+
+The cache stays in HBM. Blocks of `key_block` slots go into two buffers in turn; while one is computed the next
+is fetched, and while the row's last is computed the next row's first. Of a block only the tiles that the row's
+queries can see are fetched, as copies of 2^i tiles: sizes of DMAs are static, and the binary digits of a number of
+tiles give it exactly.
+
+Heads lie side by side in the lanes. The fewest heads that fill whole registers of 128 lanes are a *pack*: their
+queries stand below each other, each zero outside its own head's lanes, so that one matmul over the pack's lanes
+gives the scores of all, and nothing is shifted along the lanes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.layouts import LANES, SUBLANES, round_up
+from pallas_kernels.masking import MASKED, precision_of, soft_cap
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernel is built from: static facts of a call, its tiles, and what follows from both."""
+
+    batch: int
+    queries: int
+    group: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    slots: int
+    key_block: int
+    compute_block: int
+    tile: int  # slots of one tile of K and V in HBM: the least that a DMA can fetch
+    splits: int
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    full: bool  # every row holds all slots
+    tree: bool
+    sinks: bool
+    scaled: bool
+    dtype: jnp.dtype  # what the MXU multiplies
+
+    @property
+    def rows(self) -> int:
+        """Queries of one KV head: row t * G + g."""
+        return self.queries * self.group
+
+    @property
+    def pack(self) -> int:
+        """KV heads of a pack."""
+        whole = math.lcm(*(LANES // math.gcd(d, LANES) for d in (self.head_dim, self.value_dim)))
+        return min(whole, self.kv_heads)
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows of one head in a pack: whole sublanes where heads stand below each other."""
+        return round_up(self.rows, SUBLANES) if self.pack > 1 else self.rows
+
+    @property
+    def packs(self) -> list[range]:
+        return [range(h, min(h + self.pack, self.kv_heads)) for h in range(0, self.kv_heads, self.pack)]
+
+    @property
+    def precision(self):
+        return precision_of(self.dtype)
+
+
+@dataclass(frozen=True)
+class Refs:
+    """The kernel's operands and scratch by name; None where the call has none."""
+
+    starts: object
+    lengths: object
+    bits: object
+    q: object
+    k: object
+    v: object
+    k_scale: object
+    v_scale: object
+    sinks: object
+    out: object
+    lse: object
+    k_buffer: object
+    v_buffer: object
+    k_scales: object
+    v_scales: object
+    queries: object
+    top: object
+    total: object
+    acc: object
+    slot: object
+    arrived: object
+
+
+def _span(plan: Plan, refs: Refs, row, split):
+    """The positions [low, high) that this split reads of a row; it depends on nothing but the row."""
+    start = refs.starts[row]
+    if plan.full:
+        low, high = jnp.int32(0) if plan.window else 0, plan.slots
+    else:
+        length = refs.lengths[row]
+        end = jnp.minimum(length, start + plan.queries) if plan.causal else length
+        high = jnp.where(start < length, end, 0)
+        low = jnp.maximum(length - plan.slots, 0)
+    if plan.window:
+        low = jnp.maximum(low, start - plan.window + 1)
+    if plan.splits > 1:
+
+        def cut(s):
+            part = (high - low) * s // plan.splits
+            return jnp.minimum(high, round_up(low + part, LANES))
+
+        low, high = jnp.where(split == 0, low, cut(split)), cut(split + 1)
+    return low, high
+
+
+def _count(plan: Plan, low, high):
+    """Blocks that a span touches."""
+    touched = pl.cdiv(high, plan.key_block) - low // plan.key_block
+    return touched if isinstance(touched, int) else jnp.where(high > low, touched, 0)
+
+
+def _transfer(plan: Plan, refs: Refs, row, split, index, slot, act):
+    """Call `act` on each DMA of the `index`-th block of a row's span into buffer `slot`."""
+    low, high = _span(plan, refs, row, split)
+    base = (low // plan.key_block + index) * plan.key_block
+    place = base % plan.slots
+    streams = [(refs.k, refs.k_buffer, 0), (refs.v, refs.v_buffer, 1)]
+
+    def pieces(unit, move):
+        begin = jnp.maximum(low - base, 0) // unit
+        count = pl.cdiv(jnp.minimum(high - base, plan.key_block), unit) - begin
+        for level in reversed(range((plan.key_block // unit).bit_length())):
+            @pl.when((count >> level) & 1 == 1)
+            def _(level=level):
+                offset = (begin + ((count >> (level + 1)) << (level + 1))) * unit
+                move(pl.multiple_of(place + offset, unit), pl.multiple_of(offset, unit), unit << level)
+
+    def rows(source, target, size):
+        for ref, buffer, stream in streams:
+            act(pltpu.make_async_copy(ref.at[row, pl.ds(source, size)], buffer.at[slot, pl.ds(target, size)],
+                                      refs.arrived.at[slot, stream]))
+
+    def scales(source, target, size):
+        for ref, buffer, stream in ((refs.k_scale, refs.k_scales, 2), (refs.v_scale, refs.v_scales, 3)):
+            act(pltpu.make_async_copy(ref.at[row, :, pl.ds(source, size)], buffer.at[slot, :, pl.ds(target, size)],
+                                      refs.arrived.at[slot, stream]))
+
+    pieces(plan.tile, rows)
+    if plan.scaled:
+        pieces(LANES, scales)
+
+
+def _lanes(heads: range, dim: int) -> slice:
+    return slice(heads.start * dim, heads.stop * dim)
+
+
+def _own_lanes(plan: Plan, head: int, heads: range, dim: int):
+    """[rows, lanes of the pack]: true in the lanes of its `head`-th head."""
+    lane = lax.broadcasted_iota(jnp.int32, (plan.rows, len(heads) * dim), 1)
+    return (lane >= head * dim) & (lane < (head + 1) * dim)
+
+
+def _begin(plan: Plan, refs: Refs, split):
+    """Queries into packs; an empty softmax, or one that holds the sink."""
+    if plan.padded_rows != plan.rows or plan.kv_heads % plan.pack:
+        refs.queries[...] = jnp.zeros_like(refs.queries)
+    for p, heads in enumerate(plan.packs):
+        q = refs.q[0, :, _lanes(heads, plan.head_dim)].astype(jnp.float32)
+        for i in range(len(heads)):
+            own = q if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, plan.head_dim), q, 0.0)
+            refs.queries[p, pl.ds(i * plan.padded_rows, plan.rows), : q.shape[1]] = own
+    refs.acc[...] = jnp.zeros_like(refs.acc)
+    if plan.sinks:
+        # Only one split may hold the sink: it enters the denominator once.
+        top = jnp.where(split == 0, jnp.maximum(refs.sinks[...], MASKED), MASKED)
+        refs.top[...] = top
+        refs.total[...] = jnp.where(split == 0, jnp.exp(refs.sinks[...] - top), 0.0)
+    else:
+        refs.top[...] = jnp.full_like(refs.top, MASKED)
+        refs.total[...] = jnp.zeros_like(refs.total)
+
+
+def _stacked(plan: Plan, values):
+    """One array for each head of a pack, below each other."""
+    return values[0] if len(values) == 1 else jnp.concatenate(values, axis=0)
+
+
+def _mask(plan: Plan, refs: Refs, row, low, high, position):
+    """[rows of a pack, compute_block]: what each query sees of the keys from `position` on."""
+    start = refs.starts[row]
+    shape = (plan.padded_rows, plan.compute_block)
+    key = position + lax.broadcasted_iota(jnp.int32, shape, 1)
+    line = lax.broadcasted_iota(jnp.int32, shape, 0)
+    query = jnp.zeros(shape, jnp.int32)
+    for t in range(1, plan.queries):
+        query = query + (line >= t * plan.group).astype(jnp.int32)
+    seen = (key >= low) & (key < high)
+    if plan.causal:
+        seen = seen & (key <= start + query)
+    if plan.window:
+        seen = seen & (key > start + query - plan.window)
+    if plan.tree:
+        bits = jnp.full(shape, refs.bits[row, 0], jnp.int32)
+        for t in range(1, plan.queries):
+            bits = jnp.where(query == t, refs.bits[row, t], bits)
+        among = key - start
+        chosen = lax.shift_right_logical(bits, jnp.clip(among, 0, 31)) & 1
+        seen = seen & ((among < 0) | (among >= plan.queries) | (chosen == 1))
+    return seen.astype(jnp.int32)
+
+
+def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, masked: bool):
+    """One step of the online softmax: the keys from `position` on, which lie at `offset` in their buffer."""
+    keys = pl.ds(offset, plan.compute_block)
+    if masked:
+        mask = _mask(plan, refs, row, low, high, position)
+        mask = _stacked(plan, [mask] * plan.pack) == 1
+        line = position + lax.broadcasted_iota(jnp.int32, (plan.compute_block, 1), 0)
+        held = (line >= low) & (line < high)
+    for p, heads in enumerate(plan.packs):
+        k = refs.k_buffer[slot, keys, _lanes(heads, plan.head_dim)].astype(plan.dtype)
+        v = refs.v_buffer[slot, keys, _lanes(heads, plan.value_dim)].astype(plan.dtype)
+        q = refs.queries[p, :, : k.shape[1]].astype(plan.dtype)
+
+        def scales(buffer, heads=heads):
+            each = [jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.padded_rows, plan.compute_block))
+                    for h in heads]
+            return _stacked(plan, each + each[:1] * (plan.pack - len(heads)))
+
+        logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=plan.precision,
+                                 preferred_element_type=jnp.float32) * plan.scale  # fmt: skip
+        if plan.scaled:
+            logits = logits * scales(refs.k_scales)
+        logits = soft_cap(logits, plan.softcap)
+        if masked:
+            logits = jnp.where(mask, logits, MASKED)
+            v = jnp.where(held, v, jnp.zeros_like(v))  # a weight of zero does not silence NaN
+        before = refs.top[p]
+        top = jnp.maximum(before, logits.max(axis=1, keepdims=True))
+        fade = jnp.exp(before - top)
+        weights = jnp.exp(logits - top[:, :1])
+        refs.top[p] = top
+        refs.total[p] = refs.total[p] * fade + weights.sum(axis=1, keepdims=True)
+        if plan.scaled:
+            weights = weights * scales(refs.v_scales)
+            if masked:
+                weights = jnp.where(mask, weights, 0.0)
+        width = v.shape[1]
+        refs.acc[p, :, :width] = refs.acc[p, :, :width] * fade[:, :1] + lax.dot_general(
+            weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=plan.precision,
+            preferred_element_type=jnp.float32)  # fmt: skip
+
+
+def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
+    """Attend to what the buffer `slot` holds: the `index`-th block of the row's span."""
+    base = (low // plan.key_block + index) * plan.key_block
+    size = plan.compute_block
+    start = refs.starts[row]
+    # Keys in [from, to) are seen by every query of the row: they need no mask.
+    everyone_from = jnp.maximum(low, start + plan.queries - plan.window) if plan.window else low
+    everyone_to = high
+    if plan.causal:
+        everyone_to = jnp.minimum(high, start + 1)
+    if plan.tree:
+        everyone_to = jnp.minimum(everyone_to, start)
+
+    def step(j, _):
+        offset = pl.multiple_of(j * size, size)
+        position = base + offset
+        whole = (position >= everyone_from) & (position + size <= everyone_to)
+        for masked in (False, True):
+            @pl.when(whole != masked)
+            def _(masked=masked):
+                _attend(plan, refs, row, low, high, position, slot, offset, masked)
+        return 0
+
+    lax.fori_loop(jnp.maximum(low - base, 0) // size, pl.cdiv(jnp.minimum(high - base, plan.key_block), size), step, 0)
+
+
+def _finish(plan: Plan, refs: Refs):
+    """Divide, and lay the heads side by side again."""
+    lane = lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
+    lse = jnp.full((plan.rows, LANES), -jnp.inf, jnp.float32)
+    for p, heads in enumerate(plan.packs):
+        width = len(heads) * plan.value_dim
+        out = jnp.zeros((plan.rows, width), jnp.float32)
+        for i, h in enumerate(heads):
+            rows = pl.ds(i * plan.padded_rows, plan.rows)
+            top, total = refs.top[p, rows], refs.total[p, rows]
+            saw = top != MASKED  # true for NaN, which must come out as NaN
+            share = jnp.where(saw, 1.0 / jnp.where(saw, total, 1.0), 0.0)
+            one = refs.acc[p, rows, :width] * share[:, :1]
+            one = jnp.where(saw[:, :1], one, 0.0)
+            out = one if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, plan.value_dim), one, out)
+            if refs.lse is not None:
+                lse = jnp.where((lane == h) & saw, top + jnp.log(jnp.where(saw, total, 1.0)), lse)
+        refs.out[0, 0, :, _lanes(heads, plan.value_dim)] = out.astype(refs.out.dtype)
+    if refs.out.shape[-1] > plan.kv_heads * plan.value_dim:
+        padding = slice(plan.kv_heads * plan.value_dim, refs.out.shape[-1])
+        refs.out[0, 0, :, padding] = jnp.zeros_like(refs.out[0, 0, :, padding])
+    if refs.lse is not None:
+        refs.lse[0, 0] = lse
+
+
+def body(plan: Plan, refs: Refs) -> None:
+    """One grid step: split `program_id(0)` of row `program_id(1)`."""
+    split, row = pl.program_id(0), pl.program_id(1)
+    following = jnp.minimum(row + 1, plan.batch - 1)
+
+    def count_of(row):
+        return _count(plan, *_span(plan, refs, row, split))
+
+    def start(row, index, slot):
+        _transfer(plan, refs, row, split, index, slot, lambda copy: copy.start())
+
+    low, high = _span(plan, refs, row, split)
+    count = count_of(row)
+    next_has = (row + 1 < plan.batch) & (count_of(following) > 0)
+
+    @pl.when(row == 0)
+    def _():
+        refs.slot[0] = 0
+
+        @pl.when(count > 0)
+        def _():
+            start(row, 0, 0)
+
+    slot = refs.slot[0]
+    _begin(plan, refs, split)
+
+    @pl.when((count == 0) & next_has)
+    def _():
+        start(following, 0, slot)
+
+    def step(i, slot):
+        last = i + 1 == count
+
+        @pl.when(~last | next_has)
+        def _():
+            start(jnp.where(last, following, row), jnp.where(last, 0, i + 1), 1 - slot)
+
+        _transfer(plan, refs, row, split, i, slot, lambda copy: copy.wait())
+        _block(plan, refs, row, low, high, i, slot)
+        return 1 - slot
+
+    refs.slot[0] = lax.fori_loop(0, count, step, slot)
+    _finish(plan, refs)

@@ -1,0 +1,92 @@
+"""Compile the steps for a chip that is not here: does it fit, what does it move, which kernels does it run?
+
+The real compilers (libtpu; XLA and ptxas for GPUs) run on a CPU; `pallas_kernels.targets` says what they need to be
+installed and what the environment must hold before jax starts. Nothing here is a measured time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from pallas_kernels.targets import Compiled, Target
+
+from pdx import steps
+from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
+from pdx.config import ModelConfig
+from pdx.model import param_specs
+from pdx.sharding import ArraySpec, is_spec
+
+Step = Literal["prefill", "decode_step", "verify"]
+
+
+def compile_step(
+    step: Step,
+    cfg: ModelConfig,
+    target: str,
+    *,
+    batch: int = 1,
+    capacity: int = 2048,
+    tokens: int = DEFAULT_CHUNK,
+    dtype=jnp.bfloat16,
+    kv_dtype=None,
+    mesh: Mapping[str, int] | None = None,
+    kernels: Literal["pallas", "xla"] = "pallas",
+) -> Compiled:
+    """Compile one step of a model for `target`.
+
+    Args:
+      step: `prefill` and `verify` take `tokens` tokens a row, `decode_step` one.
+      cfg: any model's; weights are not needed.
+      target: a chip (`v5e`, `h100`, ...) or a slice of several (`v5e:2x4`).
+      batch, capacity: rows of the cache and tokens that each can hold.
+      dtype, kv_dtype: of parameters and cache (None: dtype).
+      mesh: sizes of the axes `data` and `model` over the slice's chips; None: one chip.
+      kernels: the target's Pallas kernels, or XLA over a cache that lies the same way.
+
+    Raises:
+      ValueError: an unknown step or target.
+      pallas_kernels.targets.CompilerMissing: the target's compiler is not installed.
+      NotImplementedError: a Pallas kernel that does not take this model.
+      jax.errors.JaxRuntimeError: what the compiler refuses: too little memory, for one.
+    """
+    function, arguments = step_arguments(
+        step, cfg, target, batch=batch, capacity=capacity, tokens=tokens, dtype=dtype, kv_dtype=kv_dtype, mesh=mesh
+    )
+    name = Target.get(target).chip.platform if kernels == "pallas" else kernels
+    return Target.get(target).compile(
+        function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels")
+    )
+
+
+def step_arguments(
+    step: Step, cfg: ModelConfig, target: str, *, batch: int, capacity: int, tokens: int, dtype, kv_dtype=None,
+    mesh: Mapping[str, int] | None = None,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """The jitted step and its array arguments as shapes, placed on `target`'s chips."""
+    if step not in get_args(Step):
+        raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
+    chips = Target.get(target)
+    devices = chips.mesh({"data": 1, "model": 1} | dict(mesh)) if mesh else None
+    layout = default_layout(chips.chip.platform)
+    cache = cache_specs(
+        cfg, batch, capacity, chunk=tokens, dtype=kv_dtype or dtype, mesh=devices, layout=layout
+    )
+
+    def rows(dtype, *shape):
+        return ArraySpec((batch, *shape), ("batch", *[None] * len(shape)), dtype)
+
+    declared = {"params": param_specs(cfg, dtype), "cache": cache}
+    if step == "decode_step":
+        declared |= {"tokens": rows(jnp.int32), "active": rows(jnp.bool_)}
+    else:
+        declared |= {"tokens": rows(jnp.int32, min(tokens, cache.chunk)), "lengths": rows(jnp.int32)}
+    arguments = jax.tree.map(lambda spec: spec.abstract(devices), declared, is_leaf=is_spec)
+    return steps.PROGRAMS[step], arguments
+
+
+def declared_bytes(arguments: Mapping[str, Any]) -> int:
+    """Bytes that weights and cache take by their declaration."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments["params"], arguments["cache"])))
