@@ -14,9 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from pallas_kernels import hardware
 from pallas_kernels.checks import Call, describe
 from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body
 from pallas_kernels.decode_attention.merge import merge, raising_under_grad
+from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import Layout
 
 MAX_QUERIES = 16
@@ -26,10 +28,8 @@ MOST_ELEMENTS = 2**31
 # beside 4 * 64 T*G*H bytes of K and V in bf16 is 3%.
 KEYS_OF_A_ROW = 64
 LEAST_KEYS = 256
-# Of a kernel whose programs hold 64 KiB of shared memory, L4 runs one on a multiprocessor and H100 three; two of
-# them a multiprocessor keep the last wave of programs small.
-PROGRAMS_A_CORE = 2
-CORES = {"a100": 108, "l4": 58, "h100": 132, "b200": 148}
+# A program holds about 40 KiB of shared memory and 4 warps: L4 runs two on a multiprocessor, A100 four, H100 five.
+PROGRAMS_A_CORE = 4
 
 
 @dataclass(frozen=True)
@@ -76,27 +76,36 @@ def supported(call: Call) -> str | None:
     return None
 
 
-def heuristic(call: Call, chip) -> Config:
-    """Tiles for a chip (a `hardware.Chip`, its name, or None).
+def heuristic(call: Call, chip: Chip | None) -> Config:
+    """Tiles for a chip; None: as for an A100.
 
     Bytes: only what a row holds is read, so that the block costs nothing but masked work in the last one. FLOPs: the
-    tensor cores multiply 16 rows at least; T*G of them count, and at 16 rows they keep up with memory. Shared
-    memory: a stage of K and V is 32 KiB at 64 keys of 128 in bf16, and two stages fit the 99 KiB of L4 beside q;
-    wider heads and types take fewer keys. Splits: programs for every multiprocessor, PROGRAMS_A_CORE of them, as
-    long as a part is worth its own result.
+    tensor cores multiply 16 rows at least, T*G of which count, and at 16 rows they keep up with memory. Shared
+    memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that two stages and q fit the 99 KiB of L4
+    even at 64 rows of 256. Registers: f32 has no tensor core and no room for more than 16 KiB a stage, and a program
+    of 64 rows needs 8 warps: with 4, ptxas gave all 255 registers or spilled. Splits: PROGRAMS_A_CORE programs for
+    every multiprocessor, as long as a part is worth its own result.
     """
-    cores = getattr(chip, "cores", CORES.get(chip, CORES["a100"]))
-    kv = 2 if call.kv_dtype == "int8" else jnp.dtype(call.kv_dtype).itemsize  # int8 is widened
+    cores = chip.cores if chip else hardware.chip("a100").cores
+    dtype = compute_dtype(call)
     width = pl.next_power_of_2(call.head_dim) + pl.next_power_of_2(call.value_dim)
-    block = 16
-    while block < 128 and 2 * block * width * kv <= 32 << 10:
+    block, stage = 16, (16 if dtype == jnp.float32 else 32) << 10
+    while block < 128 and 2 * block * width * dtype.itemsize <= stage:
         block *= 2
     rows = call.queries * call.group
-    row_block = min(128 if width <= 256 else 64, max(16, pl.next_power_of_2(rows)))
+    most = 32 if dtype == jnp.float32 else 128 if width <= 256 else 64
+    row_block = min(most, max(16, pl.next_power_of_2(rows)))
     programs = call.batch * call.kv_heads * -(-rows // row_block)
     visible = min(call.slots, call.window + call.queries - 1) if call.window else call.slots
     splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), visible // _least_keys(call)))
-    return Config(block, splits, row_block, num_warps=8 if row_block > 64 else 4, num_stages=2)
+    many = row_block >= 64 or dtype == jnp.float32
+    return Config(block, splits, row_block, num_warps=8 if many else 4, num_stages=2)
+
+
+def compute_dtype(call: Call) -> jnp.dtype:
+    """What the dots multiply: the queries' type, f32 where K and V are f32 or another 16-bit type."""
+    same = call.kv_dtype in (call.dtype, "int8")
+    return jnp.dtype(call.dtype if same else jnp.float32)
 
 
 def _least_keys(call: Call) -> int:
@@ -105,14 +114,12 @@ def _least_keys(call: Call) -> int:
 
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
-    wide = "float32" in (call.dtype, call.kv_dtype) or {call.dtype, call.kv_dtype} == {"bfloat16", "float16"}
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
     return Plan(**shared | {
         "key_block": config.key_block, "splits": config.splits,
         "row_block": min(config.row_block, max(16, pl.next_power_of_2(call.queries * call.group))),
         "least_blocks": -(-_least_keys(call) // config.key_block), "scale": scale, "full": not call.lengths,
-        "scaled": call.kv_dtype == "int8",
-        "dtype": jnp.dtype(jnp.float32 if wide else call.dtype)})  # fmt: skip
+        "scaled": call.kv_dtype == "int8", "dtype": compute_dtype(call)})  # fmt: skip
 
 
 def cost(plan: Plan, call: Call) -> pl.CostEstimate:
@@ -165,7 +172,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    config = config or heuristic(call, None)
+    config = config or heuristic(call, hardware.detect())
     plan = plan_for(call, config, scale)
 
     def run(*arrays):

@@ -14,15 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from pallas_kernels import hardware
 from pallas_kernels.checks import Call, describe
 from pallas_kernels.decode_attention.merge import merge, raising_under_grad
 from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
+from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SUBLANES, Layout, fold, folded_width, round_up, unfold
 
 MAX_QUERIES = 16
 TILE = {4: 8, 2: 16, 1: 32}  # slots of a tile in HBM by the bytes of an element
-# Chips whose two cores are one device: a row's context is split over them.
-TWO_CORES = ("v4", "v5p")
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ def supported(call: Call) -> str | None:
     return None
 
 
-def heuristic(call: Call, chip) -> Config:
-    """Tiles for a chip (a `hardware.Chip`, its name, or None).
+def heuristic(call: Call, chip: Chip | None) -> Config:
+    """Tiles for a chip; None: as for a v5e.
 
     Bytes: neither block changes what is read, since only a row's own tiles are fetched. FLOPs: 2 T N (H + Hv) a key,
     for T*N/K up to some tens far below what the bandwidth leaves time for. What is left is latency: a step of the
     online softmax is one chain of matmul, maximum, exponential, matmul of some thousand cycles that nothing
     overlaps but the fetch of the next block. So a block should hold about 1 MiB of K and V, which takes 0.3 us
     (7x) to 1.3 us (v5e) to arrive. VMEM: two such blocks, and scores [rows of a pack, block] in f32 several times
-    over, stay below 8 of the 16 MiB.
+    over, stay below 8 of the 16 MiB. Splits: where one device is several cores (v5p), each takes its part of every
+    row, so that one long row fills the chip.
     """
-    name = getattr(chip, "name", chip)
     width = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
     token = width * jnp.dtype(call.kv_dtype).itemsize
     wanted = max(LANES, min((1 << 20) // token, 2048) // LANES * LANES)
@@ -86,7 +86,7 @@ def heuristic(call: Call, chip) -> Config:
     rows = call.queries * call.heads
     compute = max(n for n in range(LANES, block + 1, LANES)
                   if block % n == 0 and (n == LANES or rows * n * 4 <= 1 << 19))  # fmt: skip
-    return Config(block, compute, splits=2 if name in TWO_CORES else 1)
+    return Config(block, compute, splits=chip.cores // chip.devices if chip else 1)
 
 
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
@@ -154,7 +154,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    plan = plan_for(call, config or heuristic(call, None), scale)
+    plan = plan_for(call, config or heuristic(call, hardware.detect()), scale)
 
     def run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree):
         return _run(plan, call, q, k, v, starts, lengths, sinks, k_scale, v_scale, tree, interpret)
