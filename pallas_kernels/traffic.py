@@ -38,6 +38,7 @@ class Call:
     operands: Counter = field(default_factory=Counter)  # bytes by operand or by its DMAs
     dots: Counter = field(default_factory=Counter)  # FLOPs by the dtype of the operands
     precisions: set = field(default_factory=set)  # of dots with f32 operands
+    dynamic: bool = False  # whether it has loops whose length the compiler cannot know
 
     @property
     def bytes(self) -> int:
@@ -117,7 +118,7 @@ def dot_flops(eqn) -> int:
 def _pallas_call(eqn, operands: list, platform: str) -> Call:
     p, mapping = eqn.params, eqn.params["grid_mapping"]
     name = getattr(p.get("name"), "name", None) or p.get("name") or p["jaxpr"].debug_info.func_name
-    call = Call(str(name), tuple(mapping.grid), platform, p["cost_estimate"])
+    call = Call(str(name), tuple(mapping.grid), platform, p["cost_estimate"], dynamic=_has_while(p["jaxpr"]))
     if not all(isinstance(n, int) for n in mapping.grid):
         raise ValueError(f"{call.name}: the grid {mapping.grid} is not static")
     lifted = mapping.num_index_operands
@@ -138,6 +139,10 @@ def _pallas_call(eqn, operands: list, platform: str) -> Call:
     for block in blocks:
         block.leave(call)
     return call
+
+
+def _has_while(jaxpr) -> bool:
+    return any(e.primitive.name == "while" or any(map(_has_while, inside(e))) for e in jaxpr.eqns)
 
 
 def _operand(known: Known | None, aval, space: str, name: str) -> Ref:
