@@ -8,7 +8,6 @@ unknown value raises, since nothing could be said about it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -20,6 +19,7 @@ from jax import tree_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from pallas_kernels import compat
+from pallas_kernels.evaluate import evaluator
 
 LISTENED = ("dma_start", "dot_general", "masked_load", "masked_swap", "get", "swap", "addupdate", "pallas_call")
 NOTHING = frozenset()
@@ -56,23 +56,32 @@ class Interpreter:
 
     listen: Callable[[Any, list], Any]
     limit: int = 1 << 20  # elements; larger values are not followed
+    kernel: bool = False
     program: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
     # The axes that decided anything so far: programs that agree in them take the same path.
     decided: set[int] = field(default_factory=set)
     _busy: dict[int, bool] = field(default_factory=dict)
+    _ways: dict[int, Callable] = field(default_factory=dict)
+    _literals: dict[int, Known] = field(default_factory=dict)
 
     def run(self, jaxpr: Jaxpr, consts, args) -> list:
         """The outputs of a jaxpr: Known, None or Ref each."""
         known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         known.update(zip(jaxpr.invars, args, strict=True))
+        literals = self._literals
 
         def read(v):
-            return Known(np.asarray(v.val)) if isinstance(v, Literal) else known.get(v)
+            if not isinstance(v, Literal):
+                return known.get(v)
+            if id(v) not in literals:
+                literals[id(v)] = Known(np.asarray(v.val, getattr(v.aval, "dtype", None)))
+            return literals[id(v)]
 
         for eqn in jaxpr.eqns:
-            out = self.step(eqn, [read(v) for v in eqn.invars])
-            known.update((v, x) for v, x in zip(eqn.outvars, out, strict=True) if x is not None)
+            for v, x in zip(eqn.outvars, self.step(eqn, [read(v) for v in eqn.invars]), strict=True):
+                if x is not None:
+                    known[v] = x
         return [read(v) for v in jaxpr.outvars]
 
     def closed(self, closed: ClosedJaxpr | Jaxpr, args) -> list:
@@ -83,25 +92,47 @@ class Interpreter:
 
     def step(self, eqn, args: list) -> list:
         """One equation."""
+        way = self._ways.get(id(eqn))
+        if way is None:
+            way = self._ways[id(eqn)] = self._way(eqn)
+        return way(self, eqn, args)
+
+    def _way(self, eqn) -> Callable:
+        """How an equation is run: decided once, since loops come back to it."""
         name, params = eqn.primitive.name, eqn.params
         if name in _CONTROL:
-            return _CONTROL[name](self, eqn, args)
+            return _CONTROL[name]
         if name in LISTENED:
-            return self._memory(eqn, name, args)
+            return lambda run, eqn, args: run._memory(eqn, name, args)
         if name == "program_id":
             axis = params["axis"]
-            return [Known(np.int32(self.program[axis]), frozenset({axis}))]
+            return lambda run, eqn, args: [Known(np.int32(run.program[axis]), frozenset({axis}))]
         if name == "num_programs":
-            return [Known(np.int32(self.grid[params["axis"]]))]
+            return lambda run, eqn, args: [Known(np.int32(run.grid[params["axis"]]))]
         inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
         if isinstance(inner, ClosedJaxpr | Jaxpr) and not name.startswith("reduce"):
-            return self.closed(inner, args)
-        if not all(isinstance(a, Known) for a in args) or not all(
-            hasattr(v.aval, "shape") and prod(v.aval.shape) <= self.limit for v in eqn.outvars
-        ):
-            return [None] * len(eqn.outvars)
-        axes = NOTHING.union(*(a.axes for a in args))
-        return [Known(x, axes) for x in _evaluate(eqn, [a.value for a in args])]
+            return lambda run, eqn, args: run.closed(inner, args)
+        nothing = [None] * len(eqn.outvars)
+        if not all(self._follows(v.aval) for v in eqn.outvars):
+            return lambda run, eqn, args: nothing
+        evaluate = evaluator(eqn)
+
+        def pure(run, eqn, args):
+            axes, values = NOTHING, []
+            for a in args:
+                if not isinstance(a, Known):
+                    return nothing
+                axes = axes | a.axes if a.axes else axes
+                values.append(a.value)
+            return [Known(x, axes) for x in evaluate(values)]
+
+        return pure
+
+    def _follows(self, aval) -> bool:
+        """Large values are not followed, nor real numbers in a kernel: they decide nothing."""
+        if not hasattr(aval, "shape") or prod(aval.shape) > self.limit:
+            return False
+        return not self.kernel or not aval.shape or not jax.dtypes.issubdtype(aval.dtype, np.floating)
 
     def _memory(self, eqn, name: str, args: list) -> list:
         if name in ("get", "masked_load"):
@@ -266,36 +297,3 @@ def indices(eqn, args: list, shape: tuple[int, ...]):
     if arrays:  # what a mask hides may point anywhere
         index = [np.clip(i, 0, n - 1) for i, n in zip(index, shape, strict=True)]
     return tuple(index), axes
-
-
-def _divide(a, b):
-    if np.issubdtype(np.asarray(a).dtype, np.integer):
-        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))).astype(np.asarray(a).dtype)
-    return a / b
-
-
-_NUMPY = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "max": np.maximum, "min": np.minimum,
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": np.invert, "neg": operator.neg,
-    "sign": np.sign, "abs": np.abs, "div": _divide, "rem": np.fmod,
-    "select_n": lambda which, *cases: np.where(which, cases[1], cases[0]) if len(cases) == 2 else cases[int(which)],
-    "multiple_of": lambda x: x, "stop_gradient": lambda x: x,
-}  # fmt: skip
-
-
-def _evaluate(eqn, values: list) -> list:
-    name = eqn.primitive.name
-    if name in _NUMPY:
-        with np.errstate(all="ignore"):
-            return [np.asarray(_NUMPY[name](*values), dtype=eqn.outvars[0].aval.dtype)]
-    if name == "convert_element_type":
-        return [np.asarray(values[0]).astype(eqn.params["new_dtype"])]
-    if name == "broadcast_in_dim":
-        shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-        lifted = [1] * len(shape)
-        for axis, size in zip(dims, np.shape(values[0]), strict=True):
-            lifted[axis] = size
-        return [np.broadcast_to(np.reshape(values[0], lifted), shape)]
-    out = eqn.primitive.bind(*(jax.numpy.asarray(v) for v in values), **eqn.params)
-    return [np.asarray(x) for x in (out if eqn.primitive.multiple_results else [out])]

@@ -95,7 +95,8 @@ def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Cou
             calls.append(_pallas_call(eqn, operands, platform))
 
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else Known(np.asarray(x)) for x in leaves]
-    Interpreter(listen).closed(closed, known)
+    with np.errstate(all="ignore"):
+        Interpreter(listen).closed(closed, known)
     return Counted(tuple(calls))
 
 
@@ -229,7 +230,7 @@ class Runs:
         self.heard: list[tuple[Counter, str, int]] = []
         self.sizes: dict[int, int] = {}
         # On a TPU only scalars decide; index arrays and masks of a GPU kernel are about so large.
-        self.interpreter = Interpreter(self.listen, limit=1 << 16 if call.platform == "gpu" else 256)
+        self.interpreter = Interpreter(self.listen, 1 << 16 if call.platform == "gpu" else 256, kernel=True)
         self.silent = not self.interpreter.busy(jaxpr)
 
     def step(self, step: tuple[int, ...], refs: list[Ref]) -> None:
