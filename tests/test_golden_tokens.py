@@ -31,3 +31,12 @@ def test_generate_gives_the_golden_tokens(name):
         done = pdx.generate(model, [case["prompt"] for case in chosen.values()], max_tokens=count, ignore_eos=True)
         for key, completion in zip(chosen, done, strict=True):
             assert completion.token_ids == chosen[key]["tokens"], key
+
+
+@pytest.mark.parametrize("name", [key for key in GOLDEN if key != "made_by"])
+def test_pallas_kernels_give_the_golden_tokens(name):
+    """The TPU's, interpreted: the first tokens behind the shortest prompt."""
+    case = min(GOLDEN[name].values(), key=lambda case: len(case["prompt"]))
+    model = pdx.load(name, dtype="f32")
+    (done,) = pdx.generate(model, [case["prompt"]], max_tokens=8, ignore_eos=True, kernels="pallas")
+    assert done.token_ids == case["tokens"][:8]

@@ -192,6 +192,14 @@ def test_every_layout_of_the_cache_answers_the_same(cfg, layout):
     close(run(cfg, make_mesh("data=2,model=4"), layout=layout), run(cfg))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [EIGHT, GEMMA], ids=["eight heads", "one KV head, windows"])
+def test_pallas_kernels_answer_as_xla_on_one_device_and_on_a_mesh(cfg):
+    """The TPU's, interpreted."""
+    close(run(cfg, layout="folded", kernels="pallas"), run(cfg))
+    close(run(cfg, make_mesh("data=2,model=4"), layout="folded", kernels="pallas"), run(cfg))
+
+
 def test_a_batch_that_does_not_divide_is_replicated():
     close(run(LLAMA, make_mesh("data=2,model=2"), batch=3), run(LLAMA, batch=3))
 
