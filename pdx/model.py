@@ -152,7 +152,7 @@ def forward(
     total = jnp.where(lengths > 0, held + lengths, 0)  # a row that takes no part is not read
     rotations = {r: rotation(r, cfg.head_dim, positions) for r in {cfg.layer_rope(i) for i in range(cfg.num_layers)}}
 
-    x = embed(params["embed"], tokens, cfg.embed_scale)
+    x = embed(params["embed"], tokens, cfg.embed_scale, cache.mesh if cache is not None else None)
     hidden = {0: x} if 0 in hidden_layers else {}
     layers = []
     for i, p in enumerate(params["layers"]):

@@ -10,7 +10,7 @@ import pytest
 
 from pdx.config import RopeConfig
 from pdx.layers.attention import explain, implementation, layout_for
-from pdx.layers.linear import embed, linear, parts_for, product, unembed
+from pdx.layers.linear import _embed_columns, embed, linear, parts_for, product, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import frequencies, rotate, rotation
@@ -114,6 +114,11 @@ def test_embed_scales_and_clips():
     close(embed(table, jnp.array([[3, 9]]), 1.0), table[jnp.array([[3, 9]])], 0)
     close(embed(table, jnp.array([[3, 9]]), 2.5), 2.5 * np.asarray(table)[[[3, 9]]], 1e-6)
     close(embed(table, jnp.array([[-1, 10]]), 1.0), table[jnp.array([[0, 9]])], 0)
+
+
+def test_columns_are_the_lookup():
+    table, ids = f32(RNG.standard_normal((10, 4))), jnp.array([[3, -1], [10, 0]])
+    np.testing.assert_array_equal(_embed_columns(table, ids), embed(table, ids, 1.0))
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])

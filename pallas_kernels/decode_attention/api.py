@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Choice, Implementation, Implementations, cho
 from pallas_kernels.layouts import Layout
 
 MAX_QUERIES = 16
-IMPLEMENTATIONS = Implementations("pallas_kernels.decode_attention", ("xla",))
+IMPLEMENTATIONS = Implementations("pallas_kernels.decode_attention", ("xla", "tpu", "gpu"))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

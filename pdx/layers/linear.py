@@ -7,9 +7,12 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hardware import platform_of
+from pallas_kernels.layouts import LANES
 from pallas_kernels.masking import precision_of, soft_cap
 
 # Rows up to which the CPU's form below pays: 1.5x at 8, 2x at 16, nothing at 64; one row has a path of its own.
@@ -51,10 +54,28 @@ def linear(
     return y if bias is None else y + bias
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], scale: float) -> Float[Array, "B T D"]:
+# Tokens up to which a lookup on a TPU is made of slices, where it would otherwise copy the table.
+FEW_TOKENS = 64
+
+
+def embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], scale: float, mesh: Mesh | None = None
+) -> Float[Array, "B T D"]:
     """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
-    x = jnp.take(table, tokens, axis=0, mode="clip")
+    alone, narrow = mesh is None or mesh.size == 1, table.shape[1] % LANES > 0
+    if alone and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
+        x = _embed_columns(table, tokens)
+    else:
+        x = jnp.take(table, tokens, axis=0, mode="clip")
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
+def _embed_columns(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """A width that is no multiple of 128 lies vocabulary-minor on a TPU, and a gather would first copy the table to
+    the other order, each step: columns are sliced out of it as it lies."""
+    columns, ids = table.T, jnp.clip(tokens.reshape(-1), 0, table.shape[0] - 1)
+    found = [lax.dynamic_slice_in_dim(columns, ids[i], 1, axis=1) for i in range(tokens.size)]
+    return jnp.concatenate(found, axis=1).T.reshape(*tokens.shape, table.shape[1])
 
 
 def unembed(x: Float[Array, "*b D"], table: Float[Array, "V D"], cap: float | None) -> Float[Array, "*b V"]:

@@ -1,0 +1,222 @@
+"""Prefill attention on TPU, in Pallas: the grid, what each step of it fetches, and the choice of its tiles.
+
+The cache is read as it lies: `folded`, [B, S, C]. A block of keys is `block_k` slots of as many lanes as hold whole
+heads (one head of 128, two of 64, eight of 80; the whole row where none do). The G query heads of a KV head stand
+below one another, so that a block of keys is read and loaded into the matrix unit once for all of them. Queries and
+result are [B, T, N*H], as projections make and take them.
+
+The grid is (row, lanes, query block, key block). Its index maps stop at the blocks that a query block can see: what
+lies after its last query, before its window or behind its row's end is neither fetched nor computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import gcd
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.checks import Call
+from pallas_kernels.flash_attention.tpu_kernel import Plan, body
+from pallas_kernels.hardware import Chip, chip, detect
+from pallas_kernels.layouts import LANES, round_up
+
+MIB = 2**20
+SMALLEST = 16  # queries: rows of a bf16 register
+LONGEST_TREE = 512
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles."""
+
+    block_q: int  # queries of one block; its matrices have G times as many rows
+    block_k: int  # slots fetched at once
+    chunk: int  # keys of one matrix of logits; divides block_k
+    ones: bool = False  # row sums by columns of ones behind the values, in the matrix unit; False: by the vector unit
+    vmem_mib: int | None = None  # what the kernel may use; None: the compiler's limit
+
+
+def supported(call: Call) -> str | None:
+    """None, or why this kernel cannot do the call."""
+    if call.layout != "folded":
+        return f"the TPU kernel reads the layout 'folded', not {call.layout!r}"
+    if call.slots % LANES:
+        return f"the TPU kernel takes slots in multiples of {LANES}, got {call.slots}"
+    if call.dtype not in ("float32", "bfloat16") or call.kv_dtype not in ("float32", "bfloat16", "int8"):
+        return f"the TPU kernel takes float32 and bfloat16, and int8 keys, got {call.dtype} and {call.kv_dtype}"
+    if call.tree and call.queries > LONGEST_TREE:
+        return f"the TPU kernel takes trees of up to {LONGEST_TREE} tokens, got {call.queries}"
+    return None
+
+
+def lane_heads(call: Call) -> int:
+    """KV heads in one block of lanes: as few as fill whole registers of K and of V, or all of them."""
+    fewest = max(LANES // gcd(LANES, call.head_dim), LANES // gcd(LANES, call.value_dim))
+    return fewest if fewest < call.kv_heads else call.kv_heads
+
+
+def heuristic(call: Call, on: Chip | None) -> Config:
+    """Tiles for a chip; None: a v5e."""
+    on = on or chip("v5e")
+    heads = lane_heads(call)
+    rows = 2048 // heads
+    block_q = min(max(rows // call.group // SMALLEST * SMALLEST, SMALLEST), round_up(call.queries, SMALLEST))
+    block_k = _divisor(call.slots, 2048)
+    chunk = _divisor(block_k, 512)
+    return Config(block_q, block_k, chunk, vmem_mib=48 if on.vmem_capacity_mib >= 64 else None)
+
+
+def _divisor(slots: int, most: int) -> int:
+    """The largest multiple of LANES up to `most` that divides `slots`."""
+    return max(n for n in range(LANES, min(slots, most) + 1, LANES) if slots % n == 0)
+
+
+def plan_of(call: Call, config: Config, scale: float, mxu: int) -> Plan:
+    """Everything static of the kernel for this call."""
+    heads = lane_heads(call)
+    steps = call.slots // config.block_k
+    if call.window is not None:
+        # A ring's oldest and newest positions may share a block, hence one block more than it has.
+        steps = min(steps + 1, (config.block_q + call.window - 2) // config.block_k + 2)
+    compute = jnp.promote_types(call.dtype, "bfloat16" if call.kv_dtype == "int8" else call.kv_dtype)
+    extra = 0
+    if config.ones and call.kv_dtype != "int8":
+        extra = round_up(call.value_dim + 1, mxu if call.value_dim % LANES == 0 else LANES) - call.value_dim
+    return Plan(
+        call.kv_heads, heads, call.group, call.head_dim, call.value_dim, call.slots, config.block_q, config.block_k,
+        config.chunk, steps, extra, jnp.dtype(compute), scale, call.causal, call.window, call.softcap, call.lengths,
+        round_up(call.queries, LANES) if call.tree else 0, call.kv_dtype == "int8", call.sinks, call.return_lse,
+    )  # fmt: skip
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S C"],
+    v: Float[Array, "B S Cv"],
+    *,
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Float[Array, " N"] | None,
+    k_scale: Float[Array, "B Kp S"] | None,
+    v_scale: Float[Array, "B Kp S"] | None,
+    tree: Bool[Array, "B T T"] | None,
+    layout: str,
+    kv_heads: int,
+    value_dim: int,
+    return_lse: bool,
+    config: Config | None,
+    interpret,
+):
+    """See `api.flash_attention`."""
+    b, t, n, h = q.shape
+    call = Call(
+        "flash_attention", b, t, n, kv_heads, h, value_dim, k.shape[1], str(q.dtype), str(k.dtype), layout, causal,
+        window, softcap, sinks is not None, tree is not None, lengths is not None, return_lse,
+    )  # fmt: skip
+    on = detect()
+    config = config or heuristic(call, on)
+    plan = plan_of(call, config, float(scale), on.mxu if on and on.mxu else 128)
+    arrays = {"starts": starts, "lengths": jnp.zeros_like(starts) if lengths is None else lengths, "sinks": sinks,
+              "q": q, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "tree": tree}  # fmt: skip
+    return _run(arrays, plan, config, interpret)
+
+
+def _run(arrays: dict, plan: Plan, config: Config, interpret):
+    """Lay queries out, call the kernel, and lay its results out."""
+    q = arrays["q"]
+    b, t, n, _ = q.shape
+    queries = max(t, SMALLEST)
+    q = jnp.pad(q, ((0, 0), (0, queries - t), (0, 0), (0, 0))).reshape(b, queries, -1)
+    inputs = {"q": q, "k": arrays["k"], "v": arrays["v"]}
+    if plan.scales:
+        inputs |= {"k_scale": arrays["k_scale"], "v_scale": arrays["v_scale"]}
+    if plan.tree:
+        edges = ((0, 0), (0, queries - t), (0, plan.tree - t))
+        inputs["tree"] = jnp.pad(arrays["tree"].astype(jnp.bfloat16), edges)
+    scalars = {"starts": arrays["starts"], "lengths": arrays["lengths"]}
+    if plan.sinks:
+        scalars["sinks"] = arrays["sinks"].astype(jnp.float32)
+    groups = -(-plan.kv_heads // plan.heads)
+    grid = (b, groups, pl.cdiv(queries, plan.block_q), plan.steps)
+    specs = _specs(plan, inputs)
+    outputs = {"out": jax.ShapeDtypeStruct((b, queries, n * plan.value_dim), q.dtype)}
+    if plan.lse:
+        outputs["lse"] = jax.ShapeDtypeStruct((b, groups, queries, plan.heads * plan.group), jnp.float32)
+    scratch = {
+        "queries": pltpu.VMEM((plan.heads, plan.rows, plan.head_dim), plan.compute),
+        "top": pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32),
+        "acc": pltpu.VMEM((plan.heads, plan.rows, plan.value_dim + plan.extra), jnp.float32),
+    }
+    if not plan.extra:
+        scratch["total"] = pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)
+    results = pl.pallas_call(
+        partial(body, plan, (*scalars, *inputs, *outputs, *scratch)),
+        out_shape=tuple(outputs.values()),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=[specs[name] for name in inputs],
+            out_specs=tuple(specs[name] for name in outputs),
+            scratch_shapes=list(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=config.vmem_mib and config.vmem_mib * MIB,
+        ),
+        cost_estimate=None,
+        interpret=interpret,
+        name="flash_attention",
+    )(*scalars.values(), *inputs.values())
+    out = results[0][:, :t].reshape(b, t, n, plan.value_dim)
+    if not plan.lse:
+        return out
+    lse = results[1].transpose(0, 2, 1, 3).reshape(b, queries, -1)
+    return out, lse[:, :t, :n]
+
+
+def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
+    """What each grid step fetches and writes."""
+    blocks = plan.slots // plan.block_k
+    width = plan.heads * plan.group
+
+    def slot_block(b, i, j, starts, lengths):
+        if plan.static:
+            return j
+        first, last, _ = plan.key_blocks(starts[b], plan.length(lengths, b), i)
+        return jnp.minimum(first + j, last) % blocks
+
+    def queries(b, g, i, j, *_):
+        return b, i, g
+
+    def keys(b, g, i, j, starts, lengths, *_):
+        return b, slot_block(b, i, j, starts, lengths), g
+
+    def scales(b, g, i, j, starts, lengths, *_):
+        return b, 0, slot_block(b, i, j, starts, lengths)
+
+    def lanes(name, dim):
+        return plan.heads * dim if plan.heads < plan.kv_heads else inputs[name].shape[2]
+
+    specs = {
+        "q": pl.BlockSpec((1, plan.block_q, width * plan.head_dim), queries),
+        "k": pl.BlockSpec((1, plan.block_k, lanes("k", plan.head_dim)), keys),
+        "v": pl.BlockSpec((1, plan.block_k, lanes("v", plan.value_dim)), keys),
+        "out": pl.BlockSpec((1, plan.block_q, width * plan.value_dim), queries),
+        "lse": pl.BlockSpec((1, 1, plan.block_q, width), lambda b, g, i, j, *_: (b, g, i, 0)),
+    }
+    if plan.scales:
+        shape = (1, inputs["k_scale"].shape[1], plan.block_k)
+        specs |= {"k_scale": pl.BlockSpec(shape, scales), "v_scale": pl.BlockSpec(shape, scales)}
+    if plan.tree:
+        specs["tree"] = pl.BlockSpec((1, plan.block_q, plan.tree), lambda b, g, i, j, *_: (b, i, 0))
+    return specs

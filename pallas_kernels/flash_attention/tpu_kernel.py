@@ -1,0 +1,304 @@
+"""The body of the TPU prefill kernel: what one grid step does with a block of queries and a block of keys.
+
+Logits live in the base of exp2: softmax(x) = exp2(x * log2(e) - top) / sum, which saves a multiplication for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.layouts import LANES
+from pallas_kernels.masking import MASKED, precision_of
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is static about one kernel. Rows are the G query heads of a KV head times the block's queries."""
+
+    kv_heads: int
+    heads: int  # KV heads in one block of lanes
+    group: int
+    head_dim: int
+    value_dim: int
+    slots: int
+    block_q: int
+    block_k: int
+    chunk: int
+    steps: int  # key blocks that one query block walks over
+    extra: int  # columns of ones behind the values, whose products are the row sums; 0: summed by lanes
+    compute: jnp.dtype
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    lengths: bool
+    tree: int  # columns of the tree; 0: none
+    scales: bool
+    sinks: bool
+    lse: bool
+
+    @property
+    def static(self) -> bool:
+        """Every query sees every slot: no loop depends on a number, nothing is masked."""
+        return not (self.lengths or self.causal)
+
+    @property
+    def rows(self) -> int:
+        return self.group * self.block_q
+
+    def length(self, lengths, row):
+        return lengths[row] if self.lengths else self.slots
+
+    def key_blocks(self, start, length, i):
+        """The first and the last block of positions that query block i sees, and whether it holds a real query.
+
+        A block of padding behind a row's end is given the last blocks of the row, so that nothing is fetched for it.
+        """
+        if self.static:
+            return 0, self.slots // self.block_k - 1, True
+        low = start + i * self.block_q
+        live = low < length
+        low = start + jnp.minimum(i, jnp.maximum(length - 1 - start, 0) // self.block_q) * self.block_q
+        last = jnp.minimum(low + self.block_q, length) - 1 if self.causal else length - 1
+        first = jnp.maximum(length - self.slots, 0)
+        if self.window is not None:
+            first = jnp.maximum(low - (self.window - 1), first)
+        last = jnp.maximum(last, 0) // self.block_k
+        return jnp.minimum(first // self.block_k, last), last, live
+
+
+class Step:
+    """One grid step: its references by name, and where its queries and keys stand."""
+
+    def __init__(self, plan: Plan, refs: dict):
+        self.plan, self.refs = plan, refs
+        row, self.lane_group, self.i, self.j = (pl.program_id(axis) for axis in range(4))
+        self.start = refs["starts"][row]
+        self.length = plan.length(refs["lengths"], row)
+        self.first, self.last, self.live = plan.key_blocks(self.start, self.length, self.i)
+        self.low = self.start + self.i * plan.block_q  # position of the first query
+        self.key = (self.first + self.j) * plan.block_k  # position of the first key
+
+    def real_head(self, h: int):
+        """Whether KV head h of this block of lanes exists: the last block may hold fewer."""
+        return self.lane_group * self.plan.heads + h < self.plan.kv_heads
+
+    def begin(self):
+        """Stack the G heads' queries, and start the softmax: from nothing, or from the sinks."""
+        plan, refs = self.plan, self.refs
+        d = plan.head_dim
+        for h in range(plan.heads):
+            for g in range(plan.group):
+                n, rows = h * plan.group + g, pl.ds(g * plan.block_q, plan.block_q)
+                refs["queries"][h, rows, :] = refs["q"][0, :, n * d : (n + 1) * d].astype(plan.compute)
+                top = MASKED
+                if plan.sinks:
+                    # Lanes of a block's last heads may belong to no head: any finite number will do there.
+                    n = jnp.minimum(self.lane_group * plan.heads * plan.group + n, plan.kv_heads * plan.group - 1)
+                    top = refs["sinks"][n] * LOG2_E
+                refs["top"][h, rows, :] = jnp.full((plan.block_q, LANES), top, jnp.float32)
+        total = 1.0 if plan.sinks else 0.0
+        refs["acc"][...] = jnp.zeros_like(refs["acc"])
+        if plan.extra:
+            if plan.sinks:
+                refs["acc"][:, :, plan.value_dim :] = jnp.ones((plan.heads, plan.rows, plan.extra), jnp.float32)
+        else:  # a sum is spread over the lanes: each holds its share
+            refs["total"][...] = jnp.full_like(refs["total"], total / LANES)
+
+    def walk(self):
+        """Attend to what this block of keys shows to this block of queries."""
+        plan = self.plan
+        chunks = plan.block_k // plan.chunk
+        if plan.static:
+            for c in range(chunks):
+                self.attend(c * plan.chunk, None)
+            return
+        clean = self.clean(self.key, plan.block_k)
+
+        @pl.when(clean)
+        def _():
+            for c in range(chunks):
+                self.attend(c * plan.chunk, None)
+
+        @pl.when(jnp.logical_not(clean))
+        def _():
+            if chunks == 1:
+                self.attend(0, self.key)
+            else:
+                lax.fori_loop(*self.chunks_seen(), self.attend_chunk, None)
+
+    def clean(self, key, size: int):
+        """Whether every query of the block sees all `size` keys from position `key` on."""
+        plan = self.plan
+        end = key + size  # one past the last
+        seen = (end <= self.length) & (key >= self.length - plan.slots)
+        if plan.causal:
+            seen &= end - 1 <= self.low
+        if plan.window is not None:
+            seen &= key > self.low + plan.block_q - 1 - plan.window
+        if plan.tree:
+            seen &= end <= self.start
+        return seen
+
+    def chunks_seen(self):
+        """The range of chunks of this block that hold a key some query sees."""
+        plan = self.plan
+        end = jnp.minimum(self.length, self.key + plan.block_k)
+        if plan.causal:
+            end = jnp.minimum(end, self.low + plan.block_q)
+        begin = jnp.maximum(self.length - plan.slots, 0)
+        if plan.window is not None:
+            begin = jnp.maximum(begin, self.low - (plan.window - 1))
+        begin = jnp.maximum(begin - self.key, 0)
+        return begin // plan.chunk, (end - self.key + plan.chunk - 1) // plan.chunk
+
+    def attend_chunk(self, c, carry):
+        offset = pl.multiple_of(c * self.plan.chunk, self.plan.chunk)
+        clean = self.clean(self.key + offset, self.plan.chunk)
+
+        @pl.when(clean)
+        def _():
+            self.attend(offset, None)
+
+        @pl.when(jnp.logical_not(clean))
+        def _():
+            self.attend(offset, self.key + offset)
+
+        return carry
+
+    def attend(self, offset, key):
+        """One chunk for every head. `key`: position of its first key where it has to be masked, else None."""
+        mask = None if key is None else self.mask(key)
+        for h in range(self.plan.heads):
+            self.attend_head(h, offset, key, mask)
+
+    def mask(self, key):
+        """[block_q or 1, chunk]: which keys of a chunk each query sees."""
+        plan = self.plan
+        place = key + lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
+        held = (place < self.length) & (place >= self.length - plan.slots)
+        if not plan.causal:
+            return held
+        query = self.low + lax.broadcasted_iota(jnp.int32, (plan.block_q, 1), 0)
+        place_or_never = jnp.where(held, place, jnp.iinfo(jnp.int32).max)
+        mask = place_or_never <= query
+        if plan.window is not None:
+            mask &= place > query - plan.window
+        if plan.tree:
+            # Column place - start of the tree for each key: picked by a product with ones at those places.
+            column = lax.broadcasted_iota(jnp.int32, (plan.tree, plan.chunk), 0)
+            pick = (column == place - self.start).astype(jnp.float32).astype(jnp.bfloat16)
+            picked = jnp.dot(self.refs["tree"][0], pick, preferred_element_type=jnp.float32)
+            mask &= (picked > 0.5) | (place < self.start)
+        return mask
+
+    def logits(self, h: int, offset, mask):
+        """[rows, chunk], in the base of exp2."""
+        plan, refs = self.plan, self.refs
+        d = plan.head_dim
+        k = refs["k"][0, pl.ds(offset, plan.chunk), h * d : (h + 1) * d].astype(plan.compute)
+        s = lax.dot_general(
+            refs["queries"][h], k, (((1,), (1,)), ((), ())), precision=precision_of(plan.compute),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        scale = plan.scale * LOG2_E if plan.softcap is None else plan.scale / plan.softcap
+        s = s * (self.scale_row("k_scale", h, offset) * scale) if plan.scales else s * scale
+        if plan.softcap is not None:
+            s = jnp.tanh(s) * (plan.softcap * LOG2_E)
+        if mask is not None:
+            s = jnp.where(mask[None], s.reshape(plan.group, plan.block_q, plan.chunk), MASKED)
+            s = s.reshape(plan.rows, plan.chunk)
+        return s
+
+    def scale_row(self, name: str, h: int, offset):
+        head = jnp.minimum(self.lane_group * self.plan.heads + h, self.plan.kv_heads - 1)
+        return self.refs[name][0, pl.ds(head, 1), pl.ds(offset, self.plan.chunk)]
+
+    def values(self, h: int, offset, key):
+        """[chunk, value_dim + extra]: zero behind the row's end, for what lies there may be NaN."""
+        plan = self.plan
+        d = plan.value_dim
+        v = self.refs["v"][0, pl.ds(offset, plan.chunk), h * d : (h + 1) * d].astype(plan.compute)
+        if key is not None and plan.lengths:
+            place = key + lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
+            v = jnp.where(place < self.length, v, jnp.zeros_like(v))
+        if plan.extra:
+            v = jnp.concatenate([v, jnp.ones((plan.chunk, plan.extra), plan.compute)], axis=1)
+        return v
+
+    def attend_head(self, h: int, offset, key, mask):
+        """Online softmax over one chunk."""
+        plan, refs = self.plan, self.refs
+        s = self.logits(h, offset, mask)
+        before = refs["top"][h]
+        top = jnp.maximum(before, s.max(axis=1, keepdims=True))
+        weights = jnp.exp2(s - _lanes(top, plan.chunk))
+        fade = jnp.exp2(before - top)
+        refs["top"][h] = top
+        if not plan.extra:
+            by_lane = sum(weights[:, at : at + LANES] for at in range(0, plan.chunk, LANES))
+            refs["total"][h] = refs["total"][h] * fade + by_lane
+        if plan.scales:
+            row = self.scale_row("v_scale", h, offset)
+            if key is not None:
+                place = key + lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
+                row = jnp.where(place < self.length, row, 0.0)
+            weights = weights * row
+        product = jnp.dot(
+            weights.astype(plan.compute), self.values(h, offset, key), precision=precision_of(plan.compute),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        refs["acc"][h] = refs["acc"][h] * _lanes(fade, plan.value_dim + plan.extra) + product
+
+    def finish(self):
+        """Divide by the sums, and lay the heads side by side again."""
+        plan, refs = self.plan, self.refs
+        d = plan.value_dim
+        for h in range(plan.heads):
+            acc, top = refs["acc"][h], refs["top"][h][:, :1]
+            total = acc[:, d : d + 1] if plan.extra else refs["total"][h].sum(axis=1, keepdims=True)
+            saw = top != MASKED  # true for NaN, which must come out as NaN
+            out = jnp.where(saw, acc[:, :d] / jnp.where(saw, total, 1.0), 0.0).astype(refs["out"].dtype)
+            lse = jnp.where(saw, top * LN_2 + jnp.log(total), -jnp.inf) if plan.lse else None
+            for g in range(plan.group):
+                n, rows = h * plan.group + g, slice(g * plan.block_q, (g + 1) * plan.block_q)
+                refs["out"][0, :, n * d : (n + 1) * d] = out[rows]
+                if plan.lse:
+                    refs["lse"][0, 0, :, n : n + 1] = lse[rows]
+
+
+def _lanes(x: jax.Array, width: int) -> jax.Array:
+    """[rows, LANES] of equal lanes -> [rows, width]."""
+    if width <= LANES:
+        return x[:, :width]
+    whole = jnp.concatenate([x] * (-(-width // LANES)), axis=1)
+    return whole[:, :width]
+
+
+def body(plan: Plan, names: tuple[str, ...], *refs):
+    """The kernel: `names` are those of the references, in their order."""
+    step = Step(plan, dict(zip(names, refs, strict=True)))
+
+    @pl.when(step.j == 0)
+    def _():
+        step.begin()
+
+    if plan.static:
+        step.walk()
+    else:
+
+        @pl.when(step.live & (step.first + step.j <= step.last))
+        def _():
+            step.walk()
+
+    @pl.when(step.j == plan.steps - 1)
+    def _():
+        step.finish()

@@ -1,0 +1,195 @@
+"""Paged attention as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
+
+The packed queries are cut into pieces (`plan.pieces`), the queries of one row within one block of queries. A program
+attends one piece for one KV head, or one part of its context: decode rows and chunks run side by side, a decode
+row in a tile of 16 rows, a chunk in a larger one. Parts are merged by their log-sum-exp outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels import hardware
+from pallas_kernels.decode_attention.merge import merge, raising_under_grad
+from pallas_kernels.hardware import Chip
+from pallas_kernels.paged_attention import plan as plans
+from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.gpu_kernel import Static, body
+
+# Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
+MOST_ELEMENTS = 2**31
+# The least context of a part: beside it the part's f32 result, written and read again, is a few percent.
+LEAST_KEYS = 512
+PROGRAMS_A_CORE = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles.
+
+    Attributes:
+      block: queries of a block; a piece has at most so many, times G rows in a program.
+      key_block: keys attended to at once, a power of two, at least 16.
+      splits: the most parts that a row's context is cut into; a short row is cut into fewer.
+      num_warps, num_stages: of Triton; a stage holds key_block keys and values in shared memory.
+    """
+
+    block: int
+    key_block: int
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self):
+        if self.key_block < 16 or self.key_block & (self.key_block - 1):
+            raise ValueError(f"{self}: key_block must be a power of two and at least 16")
+        if self.block < 1 or self.splits < 1:
+            raise ValueError(f"{self}: block and splits must be at least 1")
+
+
+def supported(call: Call) -> str | None:
+    """None, or the reason why the GPU kernel cannot do the call."""
+    if call.layout != "heads_last":
+        return f"the GPU kernel reads the layout 'heads_last', not {call.layout!r}"
+    if call.dtype not in ("bfloat16", "float16", "float32"):
+        return f"the GPU kernel takes queries in bfloat16, float16 or float32, not {call.dtype}"
+    if call.kv_dtype not in ("bfloat16", "float16", "float32", "int8"):
+        return f"the GPU kernel takes pages in bfloat16, float16, float32 or int8, not {call.kv_dtype}"
+    if max(call.head_dim, call.value_dim) > 256:
+        return f"the GPU kernel takes heads of at most 256, not {max(call.head_dim, call.value_dim)}"
+    elements = call.pages * call.page * call.kv_heads * max(call.head_dim, call.value_dim)
+    if elements > MOST_ELEMENTS and elements * jnp.dtype(call.kv_dtype).itemsize <= 2**32:
+        return f"offsets into {elements} elements of K or V do not fit the 32 bits that Pallas gives them"
+    return None
+
+
+def compute_dtype(call: Call) -> jnp.dtype:
+    """What the dots multiply: the queries' type, f32 where K and V are f32 or another 16-bit type."""
+    return jnp.dtype(call.dtype if call.kv_dtype in (call.dtype, "int8") else jnp.float32)
+
+
+def heuristic(call: Call, chip: Chip | None) -> Config:
+    """Tiles for a chip; None: as for an A100.
+
+    Bytes: only what a row holds is read, once a block of its queries; the blocks of a chunk run at the same time and
+    meet in the L2 cache. FLOPs: at 64 rows a tensor core does 64 FLOPs a byte of bf16, more than 16 rows need and
+    enough with the L2's bandwidth. Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that
+    two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: with 4 warps, ptxas gave 64 rows of 128
+    keys or of heads of 128 all 255 registers, so those get 64 keys or 8 warps; f32 has no tensor core, spilled at 32
+    rows and gets 16, smaller stages, and 8 warps where it is converted to.
+    Splits: only where all rows are decode rows, PROGRAMS_A_CORE programs for every multiprocessor, as long as a part
+    is worth its own result.
+    """
+    cores = chip.cores if chip else hardware.chip("a100").cores
+    dtype = compute_dtype(call)
+    width = pl.next_power_of_2(call.head_dim) + pl.next_power_of_2(call.value_dim)
+    wide = dtype == jnp.float32
+    rows = 16 if wide else 64
+    block = max(1, min(call.max_queries, rows // call.group))
+    many = block * call.group > 16
+    key_block, stage = 16, (16 if wide else 32) << 10
+    while key_block < (64 if many else 128) and 2 * key_block * width * dtype.itemsize <= stage:
+        key_block *= 2
+    splits = 1
+    if call.decode_rows == call.rows:
+        seen = min(call.width * call.page, call.window or call.width * call.page)
+        programs = call.rows * call.kv_heads
+        splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), seen // LEAST_KEYS))
+    converted = wide and call.kv_dtype != "float32"
+    return Config(block, key_block, splits, num_warps=8 if converted or (many and width >= 256) else 4)
+
+
+def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
+    """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
+    found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
+                         window=call.window, unit=1)  # fmt: skip
+    tokens = found.end - found.first
+    parts = np.minimum(config.splits, -(-tokens // least_keys(config)))
+    size = jnp.dtype(call.dtype).itemsize
+    pair = 2 * 4 if call.scale_heads else 0
+    kv = call.kv_heads * ((call.head_dim + call.value_dim) * jnp.dtype(call.kv_dtype).itemsize + pair)
+    total = int(tokens.sum()) * kv + call.tokens * call.heads * call.head_dim * size * config.splits
+    if config.splits > 1:
+        wrote = int((parts * (found.stop - found.start)).sum())
+        return total + wrote * call.heads * call.value_dim * 4 + call.tokens * call.heads * 4 * config.splits
+    return total + call.tokens * call.heads * (call.value_dim * size + (4 if call.return_lse else 0))
+
+
+def least_keys(config: Config) -> int:
+    return max(LEAST_KEYS, config.key_block)
+
+
+def cost(call: Call, config: Config) -> pl.CostEstimate:
+    """Of full rows that share the queries evenly."""
+    starts, lengths = plans.full_rows(call)
+    seen = np.minimum(lengths, call.window or lengths)
+    pairs = int(((starts[1:] - starts[:-1]) * seen).sum()) * call.heads
+    return pl.CostEstimate(flops=2 * pairs * (call.head_dim + call.value_dim), transcendentals=pairs,
+                           bytes_accessed=moved_bytes(call, config, starts, lengths))  # fmt: skip
+
+
+def attention(
+    q: Float[Array, "T N H"],
+    k_pages: Num[Array, "P p K H"],
+    v_pages: Num[Array, "P p K Hv"],
+    *,
+    call: Call,
+    block_tables: Int[Array, "R M"],
+    lengths: Int[Array, " R"],
+    query_starts: Int[Array, " R1"],
+    scale: float,
+    sinks: Float[Array, " N"] | None = None,
+    k_scale: Float[Array, "P Kp p"] | None = None,
+    v_scale: Float[Array, "P Kp p"] | None = None,
+    config: Config | None = None,
+    interpret=False,
+):
+    """See `api.paged_attention`. Raises NotImplementedError for a derivative."""
+    config = config or heuristic(call, hardware.detect())
+
+    def run(*arrays):
+        return _run(call, config, float(scale), interpret, *arrays)
+
+    out, lse = raising_under_grad(run, "paged_attention")(
+        q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale
+    )
+    return (out, lse) if call.return_lse else out
+
+
+def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths, query_starts, sinks, k_scale, v_scale):
+    """Plan the pieces, call the kernel and merge its parts."""
+    found = plans.pieces(query_starts, lengths, tokens=call.tokens, block=config.block, window=call.window, unit=1)
+    pieces = jnp.stack([x.astype(jnp.int32) for x in found])
+    static = Static(call, config.block, config.key_block, config.splits, -(-least_keys(config) // config.key_block),
+                    scale, compute_dtype(call))  # fmt: skip
+    inputs = {"pieces": pieces, "tables": tables.astype(jnp.int32), "q": q, "k": k, "v": v, "k_scale": k_scale,
+              "v_scale": v_scale, "sinks": sinks}  # fmt: skip
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    partial = config.splits > 1
+    shape = (config.splits, call.tokens, call.heads)
+    outputs = {"out": jax.ShapeDtypeStruct((*shape, call.value_dim), jnp.float32 if partial else q.dtype)}
+    if partial or call.return_lse:
+        outputs["lse"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    names = [*inputs, *outputs]
+    absent = dict.fromkeys(("k_scale", "v_scale", "sinks", "lse"))
+
+    def kernel(*refs):
+        body(static, SimpleNamespace(**absent | dict(zip(names, refs, strict=True))))
+
+    results = pl.pallas_call(
+        kernel, grid=(pieces.shape[1], call.kv_heads, config.splits), out_shape=list(outputs.values()),
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        cost_estimate=cost(call, config), interpret=interpret, name="paged_attention",
+    )(*inputs.values())  # fmt: skip
+    if partial:
+        out, lse = merge(*(x[:, None] for x in results))
+        return out[0].astype(q.dtype), lse[0]
+    return results[0][0], results[1][0] if call.return_lse else None

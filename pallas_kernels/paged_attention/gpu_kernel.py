@@ -1,0 +1,133 @@
+"""The body of the paged kernel for GPU (Triton): one piece, one KV head and one part of the context a program.
+
+K, V and the queries are read where they lie, through arrays of indices with a mask: what no query sees is not read,
+block-table entries neither, and head sizes that are no power of two are padded in registers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.masking import precision_of, soft_cap
+from pallas_kernels.paged_attention.call import MASKED, START, Call
+
+SMALL_ROWS = 16  # the fewest that a tensor core multiplies
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the kernel is built from."""
+
+    call: Call
+    block: int
+    key_block: int
+    splits: int
+    least_blocks: int
+    scale: float
+    dtype: jnp.dtype  # what the tensor cores multiply
+
+
+def body(static: Static, r) -> None:
+    """Grid (pieces, K, splits); `r` holds the refs, None for those that the call does not need."""
+    item = pl.program_id(0)
+    group = static.call.group
+    row, start, stop, position, first, end = (r.pieces[i, item] for i in range(6))
+    piece = (row, start, stop, position, first, end, pl.program_id(1), pl.program_id(2))
+    rows = pl.next_power_of_2(max(SMALL_ROWS, static.block * group))
+    few = max(1, SMALL_ROWS // group)
+    if static.block <= few:
+        attend(static, r, piece, rows)
+        return
+    small = stop - start <= few
+
+    @pl.when(small & (stop > start))
+    def _():
+        attend(static, r, piece, pl.next_power_of_2(max(SMALL_ROWS, few * group)))
+
+    @pl.when(~small)
+    def _():
+        attend(static, r, piece, rows)
+
+
+def part(static: Static, first, end, split):
+    """The blocks of a split: equal parts, fewer for a short row; they depend on no neighbour."""
+    low, high = first // static.key_block, pl.cdiv(end, static.key_block)
+    high = jnp.where(end > first, high, low)
+    if static.splits == 1:
+        return low, high
+    size = jnp.maximum(pl.cdiv(high - low, static.splits), static.least_blocks)
+    return low + split * size, jnp.minimum(low + (split + 1) * size, high)
+
+
+def attend(static: Static, r, piece, rows: int) -> None:
+    """Attend with the piece's queries; row i of the tile is query i div G, query head i mod G."""
+    call = static.call
+    row, start, stop, position, first, end, head, split = piece
+    line = jnp.arange(rows, dtype=jnp.int32)
+    token = start + line // call.group
+    heads = head * call.group + line % call.group
+    real = token < jnp.minimum(stop, call.tokens)
+    own = position + line // call.group  # where each query stands
+    lanes = jnp.arange(pl.next_power_of_2(call.head_dim), dtype=jnp.int32)
+    value_lanes = jnp.arange(pl.next_power_of_2(call.value_dim), dtype=jnp.int32)
+    q = plgpu.load(r.q.at[token[:, None], heads[:, None], lanes[None, :]],
+                   mask=real[:, None] & (lanes < call.head_dim)[None, :], other=0.0).astype(static.dtype)  # fmt: skip
+    low, high = part(static, first, end, split)
+
+    def fetch(ref, page, offset, held, lanes, size):
+        """[key_block, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
+        return plgpu.load(ref.at[page[:, None], offset[:, None], head, lanes[None, :]],
+                          mask=held[:, None] & (lanes < size)[None, :], other=0).astype(static.dtype)  # fmt: skip
+
+    def step(i, carry):
+        top, total, acc = carry
+        key = i * static.key_block + jnp.arange(static.key_block, dtype=jnp.int32)
+        held = (key >= first) & (key < end)
+        page = plgpu.load(r.tables.at[row, key // call.page], mask=held, other=0)
+        offset = key % call.page
+        k = fetch(r.k, page, offset, held, lanes, call.head_dim)
+        logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=precision_of(static.dtype),
+                                 preferred_element_type=jnp.float32) * static.scale  # fmt: skip
+        if call.scale_heads:
+            logits = logits * plgpu.load(r.k_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
+        logits = soft_cap(logits, call.softcap)
+        seen = held[None, :] & (key[None, :] <= own[:, None])
+        if call.window:
+            seen = seen & (key[None, :] > own[:, None] - call.window)
+        logits = jnp.where(seen, logits, MASKED)
+        higher = jnp.maximum(top, logits.max(axis=1))
+        fade = jnp.exp(top - higher)
+        weights = jnp.exp(logits - higher[:, None])
+        total = total * fade + weights.sum(axis=1)
+        if call.scale_heads:
+            weights = weights * plgpu.load(r.v_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
+        v = fetch(r.v, page, offset, held, value_lanes, call.value_dim)
+        acc = acc * fade[:, None] + lax.dot_general(
+            weights.astype(static.dtype), v, (((1,), (0,)), ((), ())), precision=precision_of(static.dtype),
+            preferred_element_type=jnp.float32)  # fmt: skip
+        return higher, total, acc
+
+    top = jnp.full((rows,), START, jnp.float32)
+    total = jnp.zeros((rows,), jnp.float32)
+    if call.sinks:
+        # Only one split may hold the sink: it enters the denominator once.
+        sink = plgpu.load(r.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
+        top, total = jnp.where(split == 0, sink, top), jnp.where(split == 0, 1.0, total)
+    acc = jnp.zeros((rows, value_lanes.shape[0]), jnp.float32)
+    top, total, acc = lax.fori_loop(low, jnp.maximum(low, high), step, (top, total, acc))
+
+    empty = total == 0
+    divisor = jnp.where(empty, 1.0, total)
+    # A part without blocks writes no result, only that it saw nothing; padding gets zeros.
+    wrote = real & ((split == 0) | (low < high))
+    plgpu.store(r.out.at[split, token[:, None], heads[:, None], value_lanes[None, :]],
+                (acc / divisor[:, None]).astype(r.out.dtype),
+                mask=wrote[:, None] & (value_lanes < call.value_dim)[None, :])  # fmt: skip
+    if r.lse is not None:
+        lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
+        plgpu.store(r.lse.at[split, token, heads], lse, mask=real)

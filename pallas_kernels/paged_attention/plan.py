@@ -1,0 +1,72 @@
+"""How packed queries are cut into work: pieces of one row within one block of queries.
+
+Both Pallas kernels walk this list, and their bytes are counted from it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pallas_kernels.paged_attention.call import Call
+
+
+class Pieces(NamedTuple):
+    """One entry a piece, in the order of the packed queries; a piece that reads no keys has first == end."""
+
+    row: Int[Array, " I"]
+    start: Int[Array, " I"]  # its first packed query
+    stop: Int[Array, " I"]  # one past its last
+    position: Int[Array, " I"]  # of its first query
+    first: Int[Array, " I"]  # first unit of keys that its queries see
+    end: Int[Array, " I"]  # one past the last
+
+
+def count(tokens: int, rows: int, block: int) -> int:
+    """How many pieces a call can have: each begins where a block, a row or the padding begins."""
+    return -(-tokens // block) + rows + 1
+
+
+def pieces(
+    query_starts: Int[Array, " R1"],
+    lengths: Int[Array, " R"],
+    *,
+    tokens: int,
+    block: int,
+    window: int | None,
+    unit: int,
+) -> Pieces:
+    """Cut at every start of a block of `block` queries and of a row; keys are counted in units of `unit` tokens."""
+    xp = np if isinstance(query_starts, np.ndarray) else jnp  # numpy counts what a concrete call moves
+    rows, blocks = lengths.shape[0], -(-tokens // block)
+    starts = query_starts.astype(xp.int32)
+    edge = xp.full((1,), blocks * block, xp.int32)
+    cuts = xp.sort(xp.concatenate([xp.arange(blocks, dtype=xp.int32) * block, xp.minimum(starts, edge)]))
+    stops = xp.concatenate([cuts[1:], edge])
+    row = (starts[None] <= cuts[:, None]).sum(1, dtype=xp.int32) - 1
+    own = xp.clip(row, 0, rows - 1)
+    length = lengths.astype(xp.int32)[own]
+    active = (stops > cuts) & (row >= 0) & (row < rows) & (length > 0)
+    position = length - (starts[own + 1] - cuts)
+    last = position + (stops - cuts) - 1
+    oldest = xp.zeros_like(position) if window is None else xp.maximum(position - (window - 1), 0)
+    first = oldest // unit
+    end = xp.where(active & (last >= oldest), last // unit + 1, first)
+    return Pieces(own, cuts, stops, position, first, end)
+
+
+def full_rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """(query_starts, lengths) of the most a call can be asked: every row full, T queries spread over all rows."""
+    decode = min(call.decode_rows, call.tokens)
+    others = call.rows - call.decode_rows
+    queries = np.zeros(call.rows, np.int32)
+    queries[:decode] = 1
+    if others:
+        left = min(call.tokens - decode, others * call.max_queries)
+        queries[call.decode_rows :] = left // others
+        queries[call.decode_rows : call.decode_rows + left % others] += 1
+    lengths = np.full(call.rows, call.width * call.page, np.int32)
+    return np.concatenate([[0], np.cumsum(queries)]).astype(np.int32), lengths

@@ -1,0 +1,249 @@
+"""The body of the paged kernel for TPU: one grid step is a piece, the queries of one row in one block of queries.
+
+Keys and values of a piece arrive in steps of `key_block` tokens, fetched page by page into one of two buffers while
+the other is attended to; the last step of a piece fetches the first one of the next. A piece of few queries (a decode
+row) is computed in a tile of `sub` queries, others in the whole block.
+
+A head's lanes in a folded page need not begin at a whole register. So that K and V are never shifted, the queries are:
+they stand at their head's place among zeros in the registers that the head touches, and of the result the
+head's own lanes are taken at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.layouts import LANES, round_up
+from pallas_kernels.masking import precision_of, soft_cap
+from pallas_kernels.paged_attention.call import MASKED, START, Call
+
+FIELDS = ("row", "block", "start", "stop", "position", "first", "end", "before", "next")
+
+
+class Lanes(NamedTuple):
+    """Where a head lies in a folded axis: whole registers from `base` on, the head `offset` lanes into them."""
+
+    base: int
+    width: int
+    offset: int
+
+
+def lanes_of(head: int, heads: int, size: int) -> Lanes:
+    """The registers that a head touches, less the padding behind the last head, which may hold anything."""
+    base = head * size // LANES * LANES
+    return Lanes(base, min(round_up((head + 1) * size, LANES), heads * size) - base, head * size - base)
+
+
+def widest(heads: int, size: int) -> int:
+    return round_up(max(lanes_of(h, heads, size).width for h in range(heads)), LANES)
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the kernel is built from."""
+
+    call: Call
+    block: int  # queries of a block
+    sub: int  # queries of a small tile
+    key_block: int
+    unit: int  # tokens a DMA
+    items: int
+    scale: float
+
+    @property
+    def units(self) -> int:
+        """DMAs of K a step."""
+        return self.key_block // self.unit
+
+    @property
+    def dtype(self):
+        """Of the products' operands."""
+        wide = "float32" in (self.call.dtype, self.call.kv_dtype)
+        return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+
+
+def body(static: Static, r: SimpleNamespace) -> None:
+    """One grid step; `r` holds the refs, None for those that the call does not need."""
+    item = pl.program_id(0)
+    field = lambda name, i=item: r.plan[FIELDS.index(name) * static.items + i]  # noqa: E731
+
+    @pl.when((item == 0) | (field("block") != field("block", jnp.maximum(item - 1, 0))))
+    def _():
+        r.out[...] = jnp.zeros_like(r.out)
+        if r.lse is not None:
+            r.lse[...] = jnp.full_like(r.lse, -jnp.inf)
+
+    steps = -(-(field("end") - field("first")) // static.units)
+
+    @pl.when((steps > 0) & (field("before") == 0))
+    def _():
+        transfer(static, r, field, item, 0, 0, start=True)
+
+    first_tile = field("start") // static.sub
+    small = (field("stop") - 1) // static.sub == first_tile
+    if static.block > static.sub:
+        @pl.when((steps > 0) & small)
+        def _():
+            attend(static, r, field, item, steps, pl.multiple_of(first_tile * static.sub, static.sub), static.sub)
+
+        @pl.when((steps > 0) & ~small)
+        def _():
+            attend(static, r, field, item, steps, 0, static.block)
+    else:
+        @pl.when(steps > 0)
+        def _():
+            attend(static, r, field, item, steps, 0, static.block)
+
+
+def transfer(static: Static, r, field, item, step, slot, *, start: bool) -> None:
+    """Start, or wait for, the fetches of one step of an item: its units that its queries see, and no others."""
+    call, unit = static.call, static.unit
+    per_page = call.page // unit
+    first = field("first", item) + step * static.units
+    row = field("row", item)
+
+    def one(u, _):
+        place = first + u
+        source = r.tables[row * call.width + place // per_page] * per_page + place % per_page
+        rows = pl.ds(pl.multiple_of(u * unit, unit), unit)
+        copies = [(r.k.at[source], r.k_buffer.at[slot, rows]), (r.v.at[source], r.v_buffer.at[slot, rows])]
+        if call.scale_heads:
+            copies += [(r.k_scale.at[source], r.k_scales.at[slot, :, rows]),
+                       (r.v_scale.at[source], r.v_scales.at[slot, :, rows])]  # fmt: skip
+        for i, (there, here) in enumerate(copies):
+            copy = pltpu.make_async_copy(there, here, r.arrived.at[slot, i])
+            copy.start() if start else copy.wait()
+        return 0
+
+    lax.fori_loop(0, jnp.minimum(static.units, field("end", item) - first), one, 0)
+
+
+def attend(static: Static, r, field, item, steps, base, count: int) -> None:
+    """Attend with the `count` queries from `base` on, and keep the results of those that are the item's."""
+    call = static.call
+    rows = count * call.group
+    load_queries(static, r, base, count)
+    # Row i of a head's tile is query i mod count of query head i div count.
+    token = base + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % count
+    oldest = field("position") - (call.window - 1) if call.window else 0
+    newest = field("position") + field("stop") - field("start") - 1
+    position = field("position") + token - field("start")
+
+    def step(j, _):
+        slot = (field("before") + j) % 2
+
+        @pl.when(j + 1 < steps)
+        def _():
+            transfer(static, r, field, item, j + 1, 1 - slot, start=True)
+
+        @pl.when((j + 1 == steps) & (field("next") < static.items))
+        def _():
+            transfer(static, r, field, field("next"), 0, 1 - slot, start=True)
+
+        transfer(static, r, field, item, j, slot, start=False)
+        begin = (field("first") + j * static.units) * static.unit
+        if not call.scale_heads:
+            # What the row does not hold has weight zero, but zero times NaN is NaN.
+            @pl.when((begin < oldest) | (begin + static.key_block > newest + 1))
+            def _():
+                at = begin + lax.broadcasted_iota(jnp.int32, (static.key_block, 1), 0)
+                v = r.v_buffer[slot]
+                r.v_buffer[slot] = jnp.where((at >= oldest) & (at <= newest), v, jnp.zeros_like(v))
+        key = begin + lax.broadcasted_iota(jnp.int32, (1, static.key_block), 1)
+        mask = key <= position
+        if call.window:
+            mask &= key > position - call.window
+        held = (key >= oldest) & (key <= newest)
+        for head in range(call.kv_heads):
+            update(static, r, head, rows, slot, mask, held)
+        return 0
+
+    lax.fori_loop(0, steps, step, 0)
+    store(static, r, field, base, count)
+
+
+def load_queries(static: Static, r, base, count: int) -> None:
+    """Lay each head's queries into the scratch, among zeros; begin the softmax with nothing, or with the sink."""
+    call = static.call
+    h = call.head_dim
+    for head in range(call.kv_heads):
+        lanes = lanes_of(head, call.kv_heads, h)
+        for g in range(call.group):
+            n = head * call.group + g
+            rows = slice(g * count, (g + 1) * count)
+            q = r.q[pl.ds(base, count), n * h : (n + 1) * h].astype(static.dtype)
+            before, behind = lanes.offset, lanes.width - lanes.offset - h
+            parts = [jnp.zeros((count, before), q.dtype)] * (before > 0) + [q]
+            parts += [jnp.zeros((count, behind), q.dtype)] * (behind > 0)
+            r.queries[head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
+            sink = START if r.sinks is None else r.sinks[n]
+            total = 0.0 if r.sinks is None else 1.0
+            r.state[head, rows] = pack_state(jnp.full((count, 1), sink), jnp.full((count, 1), total))
+        r.acc[head, : call.group * count] = jnp.zeros((call.group * count, r.acc.shape[2]), jnp.float32)
+
+
+def pack_state(top, total):
+    """Running maximum and sum of a row [rows, 1] in the two halves of one register row."""
+    lane = lax.broadcasted_iota(jnp.int32, (top.shape[0], LANES), 1)
+    return jnp.where(lane < LANES // 2, top, total)
+
+
+def update(static: Static, r, head: int, rows: int, slot, mask, held) -> None:
+    """One step of the online softmax for one KV head."""
+    call = static.call
+    precision = precision_of(static.dtype)
+    at, to = lanes_of(head, call.kv_heads, call.head_dim), lanes_of(head, call.kv_heads, call.value_dim)
+    k = r.k_buffer[slot, :, at.base : at.base + at.width].astype(static.dtype)
+    v = r.v_buffer[slot, :, to.base : to.base + to.width].astype(static.dtype)
+    logits = lax.dot_general(r.queries[head, :rows, : at.width], k, (((1,), (1,)), ((), ())), precision=precision,
+                             preferred_element_type=jnp.float32)  # fmt: skip
+    if call.scale_heads:
+        logits = logits * r.k_scales[slot, head : head + 1]
+    logits = jnp.where(mask, soft_cap(logits * static.scale, call.softcap), MASKED)
+    state = r.state[head, :rows]
+    top, total = state[:, :1], state[:, LANES // 2 : LANES // 2 + 1]
+    new_top = jnp.maximum(top, logits.max(1, keepdims=True))
+    weights = jnp.exp(logits - new_top)
+    fade = jnp.exp(top - new_top)
+    r.state[head, :rows] = pack_state(new_top, total * fade + weights.sum(1, keepdims=True))
+    if call.scale_heads:  # what is not held may have NaN for a scale
+        weights = weights * jnp.where(held, r.v_scales[slot, head : head + 1], 0.0)
+    product = lax.dot_general(weights.astype(static.dtype), v, (((1,), (0,)), ((), ())), precision=precision,
+                              preferred_element_type=jnp.float32)  # fmt: skip
+    r.acc[head, :rows, : to.width] = r.acc[head, :rows, : to.width] * fade + product
+
+
+def store(static: Static, r, field, base, count: int) -> None:
+    """Divide, put the heads side by side, and keep other rows' results where they are."""
+    call = static.call
+    token = base + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    own = (token >= field("start")) & (token < field("stop"))
+    lane = lax.broadcasted_iota(jnp.int32, (count, LANES), 1)
+    at = pl.ds(base, count)
+    results = []
+    for head in range(call.kv_heads):
+        lanes = lanes_of(head, call.kv_heads, call.value_dim)
+        for g in range(call.group):
+            rows = slice(g * count, (g + 1) * count)
+            state = r.state[head, rows]
+            total = state[:, LANES // 2 : LANES // 2 + 1]
+            saw = total > 0
+            part = r.acc[head, rows, : lanes.width][:, lanes.offset : lanes.offset + call.value_dim]
+            results.append(part / jnp.where(saw, total, 1.0))
+            if r.lse is not None:
+                n = head * call.group + g
+                lse = jnp.where(saw, state[:, :1] + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
+                where = slice(n // LANES * LANES, (n // LANES + 1) * LANES)
+                r.lse[at, where] = jnp.where(own & (lane == n % LANES), lse, r.lse[at, where])
+    padding = r.out.shape[1] - call.heads * call.value_dim
+    if padding:
+        results.append(jnp.zeros((count, padding), jnp.float32))
+    out = jnp.concatenate(results, 1).astype(r.out.dtype)
+    r.out[at] = jnp.where(own, out, r.out[at])

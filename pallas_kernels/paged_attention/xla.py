@@ -1,0 +1,168 @@
+"""Paged attention in XLA: an online softmax over blocks of pages, whose time follows the longest row.
+
+Rows of one query each are one batched computation over rows; the others go one row and one block of
+queries at a time, so that nothing is computed for queries that a row does not have. All loops have
+dynamic bounds: neither the width of the block tables nor the padding of the packed queries costs anything.
+Milakov & Gimelshein 2018 (online softmax).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.masking import precision_of, soft_cap
+from pallas_kernels.paged_attention.call import MASKED, START, Call
+from pallas_kernels.paged_attention.reference import split_heads
+
+# Keys a step: smaller blocks pay in loop overhead, larger ones in keys read past a row's end.
+KEY_BLOCK = 128
+QUERY_BLOCK = 128
+
+
+def supported(call: Call) -> str | None:
+    """None: XLA takes every call."""
+    return None
+
+
+def gather(pages, ids, layout: str, kv_heads: int, size: int):
+    """Pages `ids` [B, n] as one run of keys [B, K, n*p, H]."""
+    block = pages[jnp.clip(ids, 0, pages.shape[0] - 1)]
+    if layout == "heads_first":
+        block = block.transpose(0, 2, 1, 3, 4)
+        return block.reshape(*block.shape[:2], -1, size)
+    block = split_heads(block, layout, kv_heads, size)  # [B, n, p, K, H]
+    return block.reshape(block.shape[0], -1, kv_heads, size).swapaxes(1, 2)
+
+
+def gather_scale(scales, ids, kv_heads: int):
+    """Scales of pages `ids` [B, n] as [B, K, n*p]."""
+    block = scales[jnp.clip(ids, 0, scales.shape[0] - 1), :kv_heads].swapaxes(1, 2)
+    return block.reshape(*block.shape[:2], -1)
+
+
+def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale, sinks, value_dim):
+    """Online softmax of B rows with t queries each: (out [B, t, N, Hv] f32, lse [B, t, N]).
+
+    positions [B, t], below zero for queries that are none; row b reads pages first[b] to end[b] - 1 of its table.
+    """
+    b, t, n, h = q.shape
+    kv_heads, group, p = call.kv_heads, call.group, call.page
+    per_step = max(1, KEY_BLOCK // p)
+    keys_a_step = per_step * p
+    dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
+    precision = precision_of(dtype)
+    rows = q.astype(dtype).reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, h)
+    newest = positions.max(1)
+    oldest = jnp.zeros_like(newest) if call.window is None else positions.min(1) - (call.window - 1)
+
+    def body(step, carry):
+        top, total, acc = carry
+        columns = first[:, None] + step * per_step + jnp.arange(per_step)
+        ids = jnp.take_along_axis(tables, jnp.minimum(columns, call.width - 1), axis=1)
+        k = gather(arrays["k_pages"], ids, call.layout, kv_heads, h)
+        v = gather(arrays["v_pages"], ids, call.layout, kv_heads, value_dim)
+        key = ((first + step * per_step) * p)[:, None] + jnp.arange(keys_a_step)  # [B, S]
+        held = (key >= oldest[:, None]) & (key <= newest[:, None])
+        logits = jnp.einsum("bkmh,bksh->bkms", rows, k.astype(rows.dtype), precision=precision,
+                            preferred_element_type=jnp.float32)  # fmt: skip
+        if call.scale_heads:
+            logits = logits * gather_scale(arrays["k_scale"], ids, kv_heads)[:, :, None]
+        logits = soft_cap(logits.reshape(b, kv_heads, group, t, keys_a_step) * scale, call.softcap)
+        mask = key[:, None] <= positions[..., None]
+        if call.window is not None:
+            mask &= key[:, None] > positions[..., None] - call.window
+        logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * t, keys_a_step)
+        new_top = jnp.maximum(top, logits.max(-1))
+        weights = jnp.exp(logits - new_top[..., None])
+        fade = jnp.exp(top - new_top)
+        total = total * fade + weights.sum(-1)
+        if call.scale_heads:  # what is not held may have NaN for a scale
+            v_scale = jnp.where(held[:, None], gather_scale(arrays["v_scale"], ids, kv_heads), 0.0)
+            weights = weights * v_scale[:, :, None]
+        v = jnp.where(held[:, None, :, None], v, jnp.zeros((), v.dtype)).astype(rows.dtype)
+        acc = acc * fade[..., None] + jnp.einsum("bkms,bksh->bkmh", weights.astype(rows.dtype), v,
+                                                 precision=precision, preferred_element_type=jnp.float32)  # fmt: skip
+        return new_top, total, acc
+
+    m = group * t
+    if sinks is None:
+        top, total = jnp.full((b, kv_heads, m), START), jnp.zeros((b, kv_heads, m))
+    else:
+        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), t, axis=1)
+        top, total = jnp.broadcast_to(sink, (b, kv_heads, m)), jnp.ones((b, kv_heads, m))
+    start = (top.astype(jnp.float32), total.astype(jnp.float32), jnp.zeros((b, kv_heads, m, value_dim), jnp.float32))
+    top, total, acc = lax.fori_loop(0, jnp.max(-(-(end - first) // per_step)), body, start)
+    out = acc / jnp.where(total == 0, 1.0, total)[..., None]
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))
+    out = out.reshape(b, kv_heads, group, t, value_dim).transpose(0, 3, 1, 2, 4).reshape(b, t, n, value_dim)
+    return out, lse.reshape(b, kv_heads, group, t).transpose(0, 3, 1, 2).reshape(b, t, n)
+
+
+def span(positions, real, call: Call):
+    """Per row [B], the pages from the first to past the last that its real queries [B, t] see."""
+    end = jnp.max(jnp.where(real, positions, -1), 1) // call.page + 1
+    if call.window is None:
+        return jnp.zeros_like(end), end
+    earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max), 1)
+    return jnp.minimum(jnp.maximum(earliest - (call.window - 1), 0) // call.page, end), end
+
+
+def attention(
+    q, k_pages, v_pages, *, call: Call, block_tables, lengths, query_starts, scale, sinks, k_scale, v_scale,
+    config=None, interpret=False,
+):  # fmt: skip
+    """See `api.paged_attention`."""
+    t, n, _ = q.shape
+    hv = call.value_dim
+    arrays = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
+    run = partial(attend, call=call, arrays=arrays, scale=scale, sinks=sinks, value_dim=hv)
+    asked = jnp.where(lengths > 0, query_starts[1:] - query_starts[:-1], 0)
+    block = min(QUERY_BLOCK, call.max_queries)
+    nothing = jnp.full((t + block, n), -jnp.inf)
+    if sinks is not None:
+        nothing = jnp.broadcast_to(sinks.astype(jnp.float32), nothing.shape)
+    results = jnp.zeros((t + block, n, hv), q.dtype), nothing.astype(jnp.float32)
+    d = call.decode_rows
+    if d:
+        at = query_starts[:d]
+        positions = jnp.where(asked[:d] > 0, lengths[:d] - 1, -1)[:, None]
+        first, end = span(positions, positions >= 0, call)
+        parts = run(q[jnp.clip(at, 0, t - 1)][:, None], positions, block_tables[:d], first, end)
+        target = jnp.where(asked[:d] > 0, at, t + block)
+        results = tuple(r.at[target].set(x[:, 0].astype(r.dtype), mode="drop")
+                        for r, x in zip(results, parts, strict=True))  # fmt: skip
+    if d < call.rows:
+        results = chunks(jnp.pad(q, ((0, block), (0, 0), (0, 0))), results, asked, block, run, call=call,
+                         block_tables=block_tables, lengths=lengths, query_starts=query_starts)  # fmt: skip
+    out, lse = (x[:t] for x in results)
+    return (out, lse) if call.return_lse else out
+
+
+def chunks(q, results, asked, block, run, *, call: Call, block_tables, lengths, query_starts):
+    """The rows after the decode rows: a loop over rows, in it one over blocks of the row's queries."""
+
+    def one_block(row, i, results):
+        at = query_starts[row] + i * block
+        inside = i * block + jnp.arange(block) < asked[row]
+        positions = jnp.where(inside, lengths[row] - asked[row] + i * block + jnp.arange(block), -1)[None]
+        if call.window is not None:
+            # A query that is none must not widen what is read: it stands where the last one does.
+            positions = jnp.where(inside, positions, lengths[row] - 1)
+        first, end = span(positions, inside[None], call)
+        table = lax.dynamic_slice_in_dim(block_tables, row, 1)
+        parts = run(lax.dynamic_slice_in_dim(q, at, block)[None], positions, table, first, end)
+
+        def merge(old, new):
+            kept = lax.dynamic_slice_in_dim(old, at, block)
+            new = jnp.where(inside.reshape(-1, *[1] * (old.ndim - 1)), new[0].astype(old.dtype), kept)
+            return lax.dynamic_update_slice_in_dim(old, new, at, 0)
+
+        return tuple(merge(old, new) for old, new in zip(results, parts, strict=True))
+
+    def one_row(row, results):
+        return lax.fori_loop(0, -(-asked[row] // block), partial(one_block, row), results)
+
+    return lax.fori_loop(call.decode_rows, call.rows, one_row, results)

@@ -1,0 +1,42 @@
+"""The page write as XLA scatters: in place under donation, for every type but int8 on a TPU."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.layouts import Layout, fold
+from pallas_kernels.paged_write.call import Call
+
+
+def supported(call: Call) -> str | None:
+    """None: XLA takes every call. (On a TPU an int8 scatter re-lays the pool: `auto` takes the kernel there.)"""
+    return None
+
+
+def place(slots, pages: int, page: int):
+    """Page and offset of each token; those to be dropped get a page behind the pool."""
+    kept = (slots >= 0) & (slots < pages * page)
+    return jnp.where(kept, slots // page, pages), jnp.where(kept, slots % page, 0)
+
+
+def scatter(pages, new, at, offset, layout: Layout):
+    """Tokens `new` [T, K, H] at (page, offset)."""
+    new = new.astype(pages.dtype)
+    if layout == "heads_first":
+        return pages.at[at, :, offset].set(new, mode="drop")
+    return pages.at[at, offset].set(fold(new) if layout == "folded" else new, mode="drop")
+
+
+def scatter_scale(scales, new, at, offset):
+    """Scales `new` [T, K] at (page, :, offset); the heads that pad the pool's scales get 1."""
+    padding = scales.shape[1] - new.shape[1]
+    new = jnp.pad(new.astype(scales.dtype), ((0, 0), (0, padding)), constant_values=1)
+    return scales.at[at, :, offset].set(new, mode="drop")
+
+
+def write(pools, new, slots, *, call: Call, interpret=False):
+    """See `api.write_pages`; pools and new tokens as tuples: K, V and for int8 their scales."""
+    at, offset = place(slots, call.pages, call.page)
+    written = [scatter(pool, x, at, offset, call.layout) for pool, x in zip(pools[:2], new[:2], strict=True)]
+    written += [scatter_scale(pool, x, at, offset) for pool, x in zip(pools[2:], new[2:], strict=True)]
+    return tuple(written)

@@ -1,0 +1,85 @@
+"""Compile whole steps for one target and print what the compiler made of them, a JSON object a line.
+
+`python -m tests.aot.step_child TARGET NAME ...`, in a process started with `targets.environment()`.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hlo
+from pdx import aot
+from pdx.config import ModelConfig, RopeConfig
+
+# Moves from this size on are looked for in a step of few tokens: its activations are smaller. A chunk's are not:
+# there only moves as large as a layer's cache count.
+LARGE = 4 << 20
+
+
+def model(family, layers, **changes) -> ModelConfig:
+    shapes = {
+        "smollm2": {"vocab_size": 49152, "d_model": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64,
+                    "d_ff": 1536, "tie_embeddings": True},
+        "llama3-8b": {"vocab_size": 128256, "d_model": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
+                      "d_ff": 14336, "tie_embeddings": False},
+        "gemma3": {"vocab_size": 32768, "d_model": 640, "num_heads": 4, "num_kv_heads": 1, "head_dim": 256,
+                   "d_ff": 2048, "tie_embeddings": True},
+    }[family]  # fmt: skip
+    shapes |= {"windows": (None,) * layers, "attn_scale": shapes["head_dim"] ** -0.5, "norm_eps": 1e-5} | changes
+    return ModelConfig(family="llama", num_layers=layers, rope=RopeConfig(5e5), max_context=8192, **shapes)
+
+
+GEMMA = {"windows": (512, 512, None)}
+# Caches of a layer are larger than VMEM, or the compiler may keep some there for a while, which tells nothing.
+# 24 of Llama's 32 layers are what 16 GiB hold in bf16.
+CASES = {
+    "smollm2": ("decode_step", model("smollm2", 30), {"batch": 48, "capacity": 8192}),
+    "llama3-8b": ("decode_step", model("llama3-8b", 24), {"batch": 1, "capacity": 8192}),
+    "gemma3": ("decode_step", model("gemma3", 3, **GEMMA), {"batch": 288, "capacity": 8192}),
+    "prefill": ("prefill", model("smollm2", 2), {"batch": 48, "capacity": 8192, "tokens": 512}),
+    "verify": ("verify", model("smollm2", 2), {"batch": 48, "capacity": 8192, "tokens": 5}),
+    "float32": ("decode_step", model("smollm2", 2), {"batch": 48, "capacity": 8192, "dtype": jnp.float32}),
+    "mesh": ("decode_step", model("llama3-8b", 2), {"batch": 80, "capacity": 8192, "mesh": {"data": 2, "model": 4}}),
+    "mesh prefill": ("prefill", model("llama3-8b", 2),
+                     {"batch": 80, "capacity": 8192, "tokens": 512, "mesh": {"data": 2, "model": 4}}),
+    "smoke": ("decode_step", model("smollm2", 1), {"batch": 4, "capacity": 1024}),
+    "smoke prefill": ("prefill", model("smollm2", 1), {"batch": 1, "capacity": 1024, "tokens": 256}),
+}  # fmt: skip
+
+
+def facts(target: str, name: str) -> dict:
+    step, cfg, settings = CASES[name]
+    compiled = aot.compile_step(step, cfg, target, **settings)
+    settings = {"tokens": 512, "dtype": jnp.bfloat16} | settings
+    _, arguments = aot.step_arguments(step, cfg, target, **settings)
+    devices = 1
+    for size in (settings.get("mesh") or {}).values():
+        devices *= size
+    text, leaf = compiled.text, arguments["cache"].layers[0].k
+    leaf = leaf.size * leaf.dtype.itemsize // devices
+    return {
+        "name": name,
+        "seconds": compiled.seconds,
+        "memory": dict(compiled.memory),
+        "declared": aot.declared_bytes(arguments) / devices,
+        "cache": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments["cache"])) / devices,
+        "kernels": len(text.split('custom_call_target="tpu_custom_call"')) - 1 + len(compiled.kernels),
+        "layers": cfg.num_layers,
+        "moved": [str(i) for i in hlo.moved(text, LARGE if step != "prefill" else leaf)],
+        "collectives": hlo.collectives(text),
+        "not_ieee": [d.name for d in hlo.dots(text) if not d.ieee],
+        "vmem_bytes": compiled.vmem_bytes,
+        "spills": sum(k.spill_bytes for k in compiled.kernels),
+    }
+
+
+if __name__ == "__main__":
+    target, *names = sys.argv[1:]
+    for name in names:
+        try:
+            found = facts(target, name)
+        except Exception as error:  # each case is a test of its own: the others go on
+            found = {"name": name, "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)

@@ -1,0 +1,250 @@
+"""Paged attention against float64 numpy: the reference and the XLA path, on every case; and the check itself."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.cases import CASES, Case
+from tests.kernels.paged import make
+
+LAYOUTS = ("folded", "heads_last", "heads_first")
+STATIC = ("scale", "window", "softcap", "layout", "kv_heads", "value_dim", "decode_rows", "max_queries", "return_lse",
+          "implementation", "interpret", "config")  # fmt: skip
+make_once = cache(make)
+
+
+@cache
+def jitted(op):
+    return jax.jit(op, static_argnames=[s for s in STATIC if op is paged_attention or s in STATIC[:6] + STATIC[8:9]])
+
+
+def run(problem, layout, **changes):
+    hints = {"decode_rows": problem.case.decode_rows, "max_queries": problem.case.max_queries}
+    return jitted(paged_attention)(**problem.arguments(layout) | hints | {"implementation": "xla"} | changes)
+
+
+def ids(case):
+    return case.name
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_reference(case):
+    problem = make_once(case)
+    out, lse = jitted(reference.attention)(**problem.arguments("folded"), return_lse=True)
+    problem.check(out, lse)
+    problem.check(jitted(reference.attention)(**problem.arguments("heads_first")))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_xla(case):
+    problem = make_once(case)
+    for layout in LAYOUTS:
+        problem.check(*run(problem, layout, return_lse=True))
+    # The hints change how it is computed, not what.
+    problem.check(run(problem, "heads_last", decode_rows=0, max_queries=None))
+    out = np.asarray(run(problem, "heads_last"), np.float64)
+    assert (out[~problem.real] == 0).all()
+
+
+# --- the check itself
+
+
+def zeros(problem):
+    return np.zeros_like(problem.answer)
+
+
+def swapped(problem):
+    return problem.wrong(keys=problem.values, values=problem.keys)
+
+
+def own_key_hidden(problem):
+    shorter = [max(n - 1, 0) for n in problem.case.lengths]
+    return problem.wrong(lengths=[max(n, q) for n, q in zip(shorter, problem.case.queries, strict=True)])
+
+
+def no_window(problem):
+    return problem.wrong(window=None)
+
+
+def wide_window(problem):
+    return problem.wrong(window=problem.case.window + 1)
+
+
+def narrow_window(problem):
+    return problem.wrong(window=problem.case.window - 1)
+
+
+def no_softcap(problem):
+    return problem.wrong(softcap=None)
+
+
+def no_sinks(problem):
+    return problem.wrong(sinks=None)
+
+
+def no_scale(problem):
+    return problem.wrong(scale=1.0)
+
+
+def shifted_heads(problem):
+    return problem.wrong(keys=[np.roll(k, 1, axis=1) for k in problem.keys])
+
+
+F32 = [c for c in CASES if c.dtype == "float32" and c.stored == "float32" and any(c.queries)]
+WINDOWS = [c for c in F32 if c.window]
+WRONG = [
+    (zeros, [c for c in CASES if any(c.queries)]),
+    (swapped, [c for c in CASES if any(c.queries) and c.value_size == c.head_dim]),
+    (own_key_hidden, F32),
+    (no_window, WINDOWS),
+    (wide_window, WINDOWS),
+    (narrow_window, [c for c in WINDOWS if c.window > 1]),
+    (no_softcap, [c for c in F32 if c.softcap]),
+    (no_sinks, [c for c in F32 if c.sinks]),
+    (no_scale, [c for c in F32 if c.window != 1]),
+    (shifted_heads, [c for c in F32 if c.kv_heads > 1 and c.window != 1]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "cases"), WRONG, ids=[wrong.__name__ for wrong, _ in WRONG])
+def test_a_wrong_answer_fails(wrong, cases):
+    assert len(cases) >= 2
+    for case in cases:
+        problem = make_once(case)
+        problem.check(problem.answer, problem.lse)
+        with pytest.raises(AssertionError, match="differs by"):
+            problem.check(wrong(problem))
+
+
+def test_ignored_scales_fail():
+    for case in (c for c in CASES if c.stored == "int8"):
+        problem = make_once(case)
+        for name in ("k_scale", "v_scale"):
+            ones = jnp.full_like(problem.arguments("folded")[name], 1 / 60)
+            with pytest.raises(AssertionError, match="differs by"):
+                problem.check(run(problem, "heads_last", **{name: ones}))
+
+
+def test_an_unheld_key_would_be_seen():
+    problem = make_once(CASES[0])
+    lengths = jnp.asarray(problem.case.lengths, jnp.int32).at[3].add(1)
+    assert np.isnan(np.asarray(run(problem, "heads_last", lengths=lengths))[3]).any()
+
+
+# --- pages and rows
+
+
+def test_shared_pages_and_their_order_do_not_matter():
+    case = Case("shared", (40, 55, 33), (1, 9, 2))
+    problem = make(case, shared=2)
+    assert len({int(t[0]) for t in problem.tables}) == 1
+    out = np.asarray(run(problem, "folded"))
+    problem.check(out)
+    order = np.random.default_rng(1).permutation(len(problem.pools["k_pages"]))
+    changed = problem.arguments("folded")
+    where = np.argsort(order)
+    tables = np.where(problem.tables >= 0, where[np.clip(problem.tables, 0, len(order) - 1)], -1)
+    pools = {name: changed[name][order] for name in ("k_pages", "v_pages")}
+    np.testing.assert_array_equal(np.asarray(run(problem, "folded", block_tables=jnp.asarray(tables), **pools)), out)
+
+
+@pytest.mark.parametrize("decode_rows", [0, 3])
+def test_a_row_ignores_its_neighbours(decode_rows):
+    case = Case("three rows", (40, 20, 33), (1, 1, 1), page=16)
+    problem = make(case)
+    clean = np.asarray(run(problem, "heads_last", decode_rows=decode_rows))
+    given_ = problem.arguments("heads_last")
+    own = jnp.asarray(problem.tables[1, :2])
+    spoiled = {name: given_[name].at[own].set(jnp.nan) for name in ("k_pages", "v_pages")}
+    out = np.asarray(run(problem, "heads_last", decode_rows=decode_rows, **spoiled))
+    assert np.isnan(out[1]).all()
+    np.testing.assert_array_equal(out[[0, 2]], clean[[0, 2]])
+
+
+def test_chunks_equal_the_whole():
+    """The same queries in one chunk, or as three rows that share all pages."""
+    whole = make(Case("whole", (60,), (30,)))
+    tables = np.repeat(whole.tables, 3, axis=0)
+    parts = whole.arguments("folded") | {
+        "block_tables": jnp.asarray(tables), "lengths": jnp.asarray([40, 41, 60], jnp.int32),
+        "query_starts": jnp.asarray([0, 10, 11, 30], jnp.int32),
+    }  # fmt: skip
+    whole.check(jitted(paged_attention)(**parts, implementation="xla"))
+
+
+@st.composite
+def drawn(draw):
+    """A few compiled shapes; lengths, pages and their sharing are values."""
+    shape = draw(st.sampled_from([
+        {"page": 8, "group": 3, "kv_heads": 1, "head_dim": 8, "window": None},
+        {"page": 16, "group": 1, "kv_heads": 2, "head_dim": 8, "window": 19, "softcap": 3.0},
+        {"page": 4, "group": 2, "kv_heads": 2, "head_dim": 8, "window": None, "sinks": True},
+    ]))  # fmt: skip
+    rows = draw(st.tuples(*[st.tuples(st.integers(0, 50), st.integers(0, 9))] * 4))
+    lengths = tuple(n for n, _ in rows)
+    queries = tuple(min(n, q) for n, q in rows)
+    tables_width = -(-50 // shape["page"])
+    case = Case("drawn", lengths, queries, tokens=40, width=tables_width, **shape)
+    needed = sum(-(-n // case.page) for n in lengths)
+    case = Case(**{**case.__dict__, "spare": 4 * tables_width + 1 - needed})
+    return make(case, seed=draw(st.integers(0, 1000)), shared=draw(st.integers(0, 2)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(drawn())
+def test_any_rows_agree_with_float64(problem):
+    problem.check(*run(problem, "heads_last", return_lse=True))
+
+
+# --- arguments
+
+
+def arguments(**changes):
+    pages = jnp.zeros((4, 16, 128))
+    return {
+        "q": jnp.zeros((3, 4, 64)), "k_pages": pages, "v_pages": pages, "block_tables": jnp.zeros((2, 2), jnp.int32),
+        "lengths": jnp.ones(2, jnp.int32), "query_starts": jnp.arange(3, dtype=jnp.int32), "scale": 1.0,
+        "layout": "folded", "kv_heads": 2,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"q": jnp.zeros((3, 64))}, r"q must be \[T, N, H\]"),
+        ({"layout": "flat"}, "'flat' is not one of heads_first, folded, heads_last"),
+        ({"layout": "heads_last"}, r"pages must be \[P, p, K, H\] in layout 'heads_last'"),
+        ({"kv_heads": None}, "give kv_heads"),
+        ({"kv_heads": 3}, "no multiple of 3"),
+        ({"kv_heads": 4}, r"k_pages must be \[P, p, C\] = \(4, 16, 256\)"),
+        ({"value_dim": 96}, "v_pages must be .* for 2 heads of 96"),
+        ({"v_pages": jnp.zeros((4, 8, 128))}, "v_pages must be"),
+        ({"k_scale": jnp.zeros((4, 8, 16))}, "go together"),
+        ({"k_scale": jnp.zeros((4, 8, 16)), "v_scale": jnp.zeros((4, 8, 16))}, "int8 pages need"),
+        ({"query_starts": jnp.zeros(2, jnp.int32)}, "must agree"),
+        ({"decode_rows": 3}, "decode_rows must be 0 to R = 2"),
+        ({"max_queries": 0}, "max_queries must be at least 1"),
+        ({"sinks": jnp.zeros(3)}, r"sinks must be \[N\]"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"implementation": "cuda"}, "'cuda' is not one of"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_arguments_are_named(changes, says):
+    with pytest.raises(ValueError, match=says):
+        paged_attention(**arguments(**changes))
+
+
+def test_the_result_has_the_values_size():
+    shape = jax.eval_shape(partial(paged_attention, scale=1.0, layout="heads_last"),
+                           *[jnp.zeros(s) for s in ((3, 4, 64), (4, 16, 2, 64), (4, 16, 2, 32))],
+                           **{k: arguments()[k] for k in ("block_tables", "lengths", "query_starts")})  # fmt: skip
+    assert shape.shape == (3, 4, 32)

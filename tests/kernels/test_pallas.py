@@ -1,0 +1,80 @@
+"""Every case of every op through its Pallas kernels, interpreted, against float64; and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import decode_attention, flash_attention
+from pallas_kernels.attention_cases import Case
+from pallas_kernels.checks import describe
+from pallas_kernels.decode_attention import api as decode_api
+from pallas_kernels.decode_attention import cases as decode_cases
+from pallas_kernels.flash_attention import api as flash_api
+from pallas_kernels.flash_attention import cases as flash_cases
+from tests.kernels.cases import make
+
+LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
+OPS = {
+    "decode": (decode_attention, decode_api, decode_cases.CASES),
+    "flash": (flash_attention, flash_api, flash_cases.CASES),
+}
+KERNELS = [(op, name) for op, (_, api, _) in OPS.items() for name in api.IMPLEMENTATIONS if name != "xla"]
+# An interpreted kernel takes seconds to compile: of the ordinary cases every fourth runs by default, all with `slow`.
+FEATURES = decode_cases.FEATURES + flash_cases.FEATURES
+RUNS = [
+    pytest.param(op, name, case, id=f"{op} {name}: {case.name}, T={case.queries}",
+                 marks=[] if i % 4 == 0 or case in FEATURES else pytest.mark.slow)
+    for op, name in KERNELS for i, case in enumerate(OPS[op][2])
+]  # fmt: skip
+
+
+def refusal(op, name, problem) -> str | None:
+    """Why the implementation says it cannot do the problem."""
+    given = dict.fromkeys(("sinks", "tree", "k_scale", "v_scale")) | problem.arguments() | {"return_lse": True}
+    del given["scale"]
+    return OPS[op][1].IMPLEMENTATIONS[name].supported(describe(op, **given))
+
+
+@pytest.mark.parametrize(("op", "name", "case"), RUNS)
+def test_agrees_with_float64(op, name, case):
+    problem = make(case, layout=LAYOUT[name])
+    settings = {"return_lse": True, "implementation": name, "interpret": True}
+    if reason := refusal(op, name, problem):
+        assert case.slots % 128, f"{name} refuses an ordinary case: {reason}"
+        with pytest.raises(NotImplementedError, match="use implementation='xla'"):
+            problem.run(OPS[op][0], **settings)
+        return
+    out, lse = problem.run(OPS[op][0], **settings)
+    assert out.dtype == problem.arrays["q"].dtype
+    problem.check(out, lse)
+
+
+@pytest.mark.parametrize(("op", "name"), KERNELS)
+def test_a_row_ignores_its_neighbours_bit_for_bit(op, name):
+    case = Case("three rows", (60, 200, 100), (2, 2, 2), 2, 256, group=3, head_dim=64)
+    problem, settings = make(case, layout=LAYOUT[name]), {"implementation": name, "interpret": True}
+    out = np.asarray(problem.run(OPS[op][0], **settings))
+    k, v = (problem.arrays[x].at[1].set(jnp.nan) for x in "kv")
+    beside = np.asarray(problem.run(OPS[op][0], k=k, v=v, **settings))
+    np.testing.assert_array_equal(out[[0, 2]], beside[[0, 2]])
+    swapped = {x: jnp.flip(problem.arrays[x], 0) for x in ("q", "k", "v", "starts", "lengths")}
+    np.testing.assert_array_equal(out, np.asarray(problem.run(OPS[op][0], **swapped, **settings))[::-1])
+
+
+@pytest.mark.parametrize(("op", "name"), KERNELS)
+def test_a_derivative_is_refused_and_xla_named(op, name):
+    problem = make(Case("small", (60,), (2,), 2, 128), layout=LAYOUT[name])
+
+    def loss(q):
+        return OPS[op][0](**problem.arguments(q=q), implementation=name, interpret=True).sum()
+
+    with pytest.raises(NotImplementedError, match="xla"):
+        jax.grad(loss)(problem.arrays["q"])
+
+
+@pytest.mark.parametrize(("op", "name"), KERNELS)
+def test_another_layout_is_refused(op, name):
+    problem = make(Case("small", (60,), (2,), 2, 128), layout="heads_first")
+    with pytest.raises(NotImplementedError, match=f"{LAYOUT[name]}.*use implementation='xla'"):
+        problem.run(OPS[op][0], implementation=name, interpret=True)
