@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels import hardware
 from pallas_kernels.checks import Call, describe
-from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body
+from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body, padded
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
@@ -89,13 +89,13 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     """
     cores = chip.cores if chip else hardware.chip("a100").cores
     dtype = compute_dtype(call)
-    width = pl.next_power_of_2(call.head_dim) + pl.next_power_of_2(call.value_dim)
+    width = padded(call.head_dim) + padded(call.value_dim)
     block, stage = 16, (16 if dtype == jnp.float32 else 32) << 10
     while block < 128 and 2 * block * width * dtype.itemsize <= stage:
         block *= 2
     rows = call.queries * call.group
     most = 32 if dtype == jnp.float32 else 128 if width <= 256 else 64
-    row_block = min(most, max(16, pl.next_power_of_2(rows)))
+    row_block = min(most, padded(rows))
     programs = call.batch * call.kv_heads * -(-rows // row_block)
     visible = min(call.slots, call.window + call.queries - 1) if call.window else call.slots
     splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), visible // _least_keys(call)))
@@ -118,7 +118,7 @@ def plan_for(call: Call, config: Config, scale: float) -> Plan:
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
     return Plan(**shared | {
         "key_block": config.key_block, "splits": config.splits,
-        "row_block": min(config.row_block, max(16, pl.next_power_of_2(call.queries * call.group))),
+        "row_block": min(config.row_block, padded(call.queries * call.group)),
         "least_blocks": -(-_least_keys(call) // config.key_block), "scale": scale, "full": not call.lengths,
         "scaled": call.kv_dtype == "int8", "dtype": compute_dtype(call)})  # fmt: skip
 

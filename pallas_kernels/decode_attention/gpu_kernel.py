@@ -64,6 +64,11 @@ class Refs:
     lse: object
 
 
+def padded(n: int) -> int:
+    """What n rows or lanes take in registers: a power of two, and no less than a dot multiplies."""
+    return max(16, pl.next_power_of_2(n))
+
+
 def _span(plan: Plan, start, length):
     """The positions [low, high) that some query of the row sees."""
     if plan.full:
@@ -115,8 +120,8 @@ def body(plan: Plan, refs: Refs) -> None:
     lines = pl.program_id(1) % row_blocks * plan.row_block + jnp.arange(plan.row_block, dtype=jnp.int32)
     real = lines < plan.rows
     queries, heads = lines // plan.group, head * plan.group + lines % plan.group
-    lanes = jnp.arange(pl.next_power_of_2(plan.head_dim), dtype=jnp.int32)
-    value_lanes = jnp.arange(pl.next_power_of_2(plan.value_dim), dtype=jnp.int32)
+    lanes = jnp.arange(padded(plan.head_dim), dtype=jnp.int32)
+    value_lanes = jnp.arange(padded(plan.value_dim), dtype=jnp.int32)
     q = plgpu.load(refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
                    mask=real[:, None] & (lanes < plan.head_dim)[None, :], other=0.0).astype(plan.dtype)  # fmt: skip
     bits = plgpu.load(refs.bits.at[row, queries], mask=real, other=0) if plan.tree else None
