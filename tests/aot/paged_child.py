@@ -69,7 +69,7 @@ def facts(target: str, name: str) -> dict:
         "pools": sum(sizes),
         "aliases": len(hlo.aliases(compiled.text)),
         "arrays": len(sizes),
-        "moved": [str(i) for i in hlo.moved(compiled.text, min(sizes) // 2)],
+        "moved": [str(i) for i in hlo.moved(compiled.text, min(sizes))],
         "vmem_bytes": compiled.vmem_bytes,
         "spills": sum(k.spill_bytes for k in compiled.kernels),
     }
