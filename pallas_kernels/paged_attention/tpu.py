@@ -190,7 +190,7 @@ def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths,
     def block_of(i, plan, *_):
         return plan[FIELDS.index("block") * items + i], 0
 
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # `pl.ANY` lets XLA move small pools of scales to VMEM and back
     folded = fold(q, n, call.head_dim)
     inputs = {"q": (folded, pl.BlockSpec((block, folded.shape[1]), block_of))}
     for name, x in {"k": k, "v": v}.items():  # a page as its units: the same bytes

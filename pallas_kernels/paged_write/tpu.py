@@ -60,6 +60,8 @@ def write(pools, new, slots, *, call: Call, interpret=False):
         arrays += [x, x]
         specs += [pl.BlockSpec((1, *x.shape[1:]), index) for index in (near, behind)]
     scalars = (first, tiles, sorted_slots)
+    if not interpret:  # else XLA moves whole pools of scales to VMEM and back
+        pools = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in pools]
     written = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -1,0 +1,85 @@
+"""Compile a step over donated pages, write then attend, for one target; print a JSON object a line.
+
+`python -m tests.aot.paged_child TARGET NAME ...`, in a process started with `targets.environment()`.
+"""
+
+import json
+import sys
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hlo, paged_attention, quantize_kv, write_pages
+from pallas_kernels.layouts import cache_shape, round_up
+from pallas_kernels.targets import Target
+
+PAGE, ROWS, WIDTH, POOL = 128, 34, 64, 640 << 20
+# KV heads, group, head size, type of the pages.
+CASES = {
+    "bf16": (8, 4, 128, "bfloat16"),
+    "three heads of 64": (3, 3, 64, "bfloat16"),
+    "f32": (8, 4, 128, "float32"),
+    "int8": (8, 4, 128, "int8"),
+    "int8, three heads of 64": (3, 3, 64, "int8"),
+}
+
+
+def step_of(name: str, platform: str):
+    """The step and its abstract arguments, the pools first; 32 decode rows and chunks of 512 and 256 tokens."""
+    heads, group, size, dtype = CASES[name]
+    layout = "folded" if platform == "tpu" else "heads_last"
+    int8, tokens = dtype == "int8", 1024
+    compute = "float32" if dtype == "float32" else "bfloat16"
+    token = prod(cache_shape(layout, 1, 1, heads, size)) * jnp.dtype(dtype).itemsize
+    pages = POOL // (2 * PAGE * token)
+    pool = jax.ShapeDtypeStruct(cache_shape(layout, pages, PAGE, heads, size), dtype)
+    scale = jax.ShapeDtypeStruct((pages, round_up(heads, 8), PAGE), jnp.float32)
+    pools = (pool, pool, scale, scale) if int8 else (pool, pool)
+
+    def step(pools, q, k, v, slots, tables, lengths, starts):
+        named = {}
+        if int8:
+            (k, ks), (v, vs) = quantize_kv(k), quantize_kv(v)
+            named = {"k_scale": pools[2], "v_scale": pools[3], "new_k_scale": ks, "new_v_scale": vs}
+        write = "tpu" if int8 and platform == "tpu" else "xla"
+        pools = write_pages(*pools[:2], k, v, slots=slots, layout=layout, implementation=write, **named)
+        scales = dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
+        out = paged_attention(q, *pools[:2], block_tables=tables, lengths=lengths, query_starts=starts, scale=0.1,
+                              layout=layout, kv_heads=heads, decode_rows=32, implementation=platform, **scales)
+        return pools, out
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    new = jax.ShapeDtypeStruct((tokens, heads, size), compute)
+    q = jax.ShapeDtypeStruct((tokens, heads * group, size), compute)
+    return step, (pools, q, new, new, ints(tokens), ints(ROWS, WIDTH), ints(ROWS), ints(ROWS + 1))
+
+
+def facts(target: str, name: str) -> dict:
+    chip = Target.get(target)
+    step, arguments = step_of(name, chip.chip.platform)
+    compiled = chip.compile(step, *arguments, donate_argnums=0)
+    sizes = [x.size * x.dtype.itemsize for x in arguments[0]]
+    return {
+        "name": name,
+        "seconds": compiled.seconds,
+        "memory": dict(compiled.memory),
+        "pools": sum(sizes),
+        "aliases": len(hlo.aliases(compiled.text)),
+        "arrays": len(sizes),
+        "moved": [str(i) for i in hlo.moved(compiled.text, min(sizes))],
+        "vmem_bytes": compiled.vmem_bytes,
+        "spills": sum(k.spill_bytes for k in compiled.kernels),
+    }
+
+
+if __name__ == "__main__":
+    target, *names = sys.argv[1:]
+    for name in names:
+        try:
+            found = facts(target, name)
+        except Exception as error:  # each case is a test of its own: the others go on
+            found = {"name": name, "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
