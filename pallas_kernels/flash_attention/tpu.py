@@ -17,19 +17,20 @@ from math import gcd
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.checks import Call
+from pallas_kernels.checks import Call, describe
 from pallas_kernels.flash_attention.tpu_kernel import Plan, body
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip, detect
-from pallas_kernels.layouts import LANES, SUBLANES, round_up
+from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
 
 MIB = 2**20
 SMALLEST = 16  # queries: rows of a bf16 register
 LONGEST_TREE = 512
+OPERANDS = ("starts", "lengths", "sinks", "q", "k", "v", "k_scale", "v_scale", "tree")
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,35 @@ def lane_heads(call: Call) -> int:
 
 
 def heuristic(call: Call, on: Chip | None) -> Config:
-    """Tiles for a chip; None: a v5e."""
+    """Tiles for a chip; None: a v5e.
+
+    FLOPs: the matrix unit keeps its weights, a tile of K or V, while `rows` lines pass it: 2048 of them hide the
+    loading. Bytes: every block of K and V is read once for `rows` lines, `rows` FLOPs a byte in bf16, above the 240
+    (v5e) to 560 (v6e) that a chip needs to be bound by arithmetic. VMEM: a matrix of logits of 2048 x 512 is 4 MiB in
+    f32, and its weights and the accumulators as much again; K and V of 2048 slots of 128 are 2 MiB with both buffers.
+    Where loops are static, longer ones let the vector unit work on one chunk while the matrix unit has the next.
+    Where they follow the rows, smaller blocks leave fewer of them to be masked. On 256 x 256 units the sums come
+    free, as columns of the product with V that a head of 128 leaves empty.
+    Ranked by the compiler's static cycles on v5e and v6e; not measured on a device.
+    """
     on = on or chip("v5e")
     heads = lane_heads(call)
-    rows = 2048 // heads
+    small = on.vmem_capacity_mib < 32
+    rows = 2048 // min(heads, 4)
+    if small or "float32" in (call.dtype, call.kv_dtype):
+        rows //= 2
+    # Columns of ones fill up what the last tile of V leaves empty, if it leaves any.
+    ones = call.value_dim % on.mxu != 0
+    fixed = not (call.causal or call.lengths)
+    wanted_k, wanted_chunk = (2048, 512) if fixed else (1024, 512)
+    if fixed and on.mxu == 128 and not small and heads == 1 and call.dtype == "bfloat16":
+        rows, wanted_k, wanted_chunk = rows // 2, 4096, 1024
+    if call.window is not None and call.window < wanted_k:
+        wanted_k = wanted_chunk = max(LANES, min(512, call.window // LANES * LANES))
     block_q = min(max(rows // call.group // SMALLEST * SMALLEST, SMALLEST), round_up(call.queries, SMALLEST))
-    block_k = _divisor(call.slots, 2048)
-    chunk = _divisor(block_k, 512)
-    return Config(block_q, block_k, chunk, vmem_mib=48 if on.vmem_capacity_mib >= 64 else None)
+    block_k = _divisor(call.slots, wanted_k // 2 if small else wanted_k)
+    vmem = None if small else 48 if on.vmem_capacity_mib >= 96 else 32
+    return Config(block_q, block_k, _divisor(block_k, wanted_chunk), ones, vmem)
 
 
 def _divisor(slots: int, most: int) -> int:
@@ -96,6 +118,43 @@ def plan_of(call: Call, config: Config, scale: float, mxu: int) -> Plan:
     )  # fmt: skip
 
 
+def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
+    """Key blocks that one full row's query blocks compute, and those that are fetched: not twice in a run."""
+    blocks, computed, fetched, before = plan.slots // plan.block_k, 0, 0, None
+    for i in range(query_blocks):
+        low = start + i * plan.block_q
+        first, last = 0, blocks - 1
+        if plan.causal:
+            last = min(low + plan.block_q - 1, plan.slots - 1) // plan.block_k
+        if plan.window is not None:
+            first = min(max(low - plan.window + 1, 0) // plan.block_k, last)
+        for block in range(first, last + 1):
+            computed += 1
+            fetched += block != before
+            before = block
+    return computed, fetched
+
+
+def cost(plan: Plan, call: Call) -> pl.CostEstimate:
+    """Of full rows, whose queries are their last: the blocks that the grid fetches and writes."""
+    queries = max(call.queries, SMALLEST)
+    groups = -(-plan.kv_heads // plan.heads)
+    query_blocks = pl.cdiv(queries, plan.block_q)
+    computed, fetched = fetches(plan, query_blocks, max(plan.slots - call.queries, 0))
+    io, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
+    lanes = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
+    moved = fetched * plan.block_k * (lanes * kv + (2 * 4 * groups * round_up(call.kv_heads, SUBLANES)
+                                                     if plan.scales else 0))  # fmt: skip
+    moved += queries * call.heads * (call.head_dim + call.value_dim) * io
+    if plan.lse:
+        moved += queries * groups * plan.heads * plan.group * 4
+    if plan.tree:
+        moved += groups * queries * plan.tree * 2
+    pairs = computed * plan.block_k * plan.block_q * call.heads
+    return pl.CostEstimate(flops=2 * call.batch * pairs * (call.head_dim + call.value_dim),
+                           transcendentals=call.batch * pairs, bytes_accessed=call.batch * moved)  # fmt: skip
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S C"],
@@ -118,21 +177,35 @@ def attention(
     config: Config | None,
     interpret,
 ):
-    """See `api.flash_attention`."""
-    b, t, n, h = q.shape
-    call = Call(
-        "flash_attention", b, t, n, kv_heads, h, value_dim, k.shape[1], str(q.dtype), str(k.dtype), layout, causal,
-        window, softcap, sinks is not None, tree is not None, lengths is not None, return_lse,
-    )  # fmt: skip
+    """See `api.flash_attention`; K and V in the layout `folded`.
+
+    Raises:
+      ValueError: shapes that do not fit, or a Config that does not.
+      NotImplementedError: a call that `supported` refuses, or a derivative.
+    """
+    call = describe(
+        "flash_attention", q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap,
+        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads,
+        value_dim=value_dim, return_lse=return_lse)  # fmt: skip
+    if (reason := supported(call)) is not None:
+        raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
     on = detect()
+    on = on if on and on.platform == "tpu" else None
     config = config or heuristic(call, on)
-    plan = plan_of(call, config, float(scale), on.mxu if on and on.mxu else 128)
-    arrays = {"starts": starts, "lengths": jnp.zeros_like(starts) if lengths is None else lengths, "sinks": sinks,
-              "q": q, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "tree": tree}  # fmt: skip
-    return _run(arrays, plan, config, interpret)
+    if call.slots % config.block_k or config.block_k % config.chunk or config.chunk % LANES:
+        raise ValueError(f"{config}: block_k must divide the {call.slots} slots, and chunk, in whole {LANES}, block_k")
+    if config.block_q % SMALLEST:
+        raise ValueError(f"{config}: block_q must be a multiple of {SMALLEST}")
+    plan = plan_of(call, config, float(scale), on.mxu if on else LANES)
+
+    def run(*arrays):
+        return _run(dict(zip(OPERANDS, arrays, strict=True)), call, plan, config, interpret)
+
+    lengths = jnp.zeros_like(starts) if lengths is None else lengths
+    return raising_under_grad(run, "flash_attention")(starts, lengths, sinks, q, k, v, k_scale, v_scale, tree)
 
 
-def _run(arrays: dict, plan: Plan, config: Config, interpret):
+def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
     """Lay queries out, call the kernel, and lay its results out."""
     q = arrays["q"]
     b, t, n, _ = q.shape
@@ -174,7 +247,7 @@ def _run(arrays: dict, plan: Plan, config: Config, interpret):
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=config.vmem_mib and config.vmem_mib * MIB,
         ),
-        cost_estimate=None,
+        cost_estimate=cost(plan, call),
         interpret=interpret,
         name="flash_attention",
     )(*scalars.values(), *inputs.values())

@@ -210,10 +210,7 @@ class Step:
             preferred_element_type=jnp.float32,
         )  # fmt: skip
         scale = plan.scale * LOG2_E if plan.softcap is None else plan.scale / plan.softcap
-        if plan.scales:
-            s = s * (self.scale_row("k_scale", h, offset) * scale)
-        else:
-            s = s * scale
+        s = s * (self.scale_row("k_scale", h, offset) * scale if plan.scales else scale)
         if plan.softcap is not None:
             s = jnp.tanh(s) * (plan.softcap * LOG2_E)
         if mask is not None:
