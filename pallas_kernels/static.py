@@ -73,7 +73,7 @@ def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
     }
 
 
-def cycles(problem: Problem, target: Target, config: Any = None, timeout: float = 300) -> int | None:
+def cycles(problem: Problem, target: Target, config: str | None = None, timeout: float = 300) -> int | None:
     """The compiler's static cycles of a problem's kernels, from a process of its own: asking can end it.
 
     Returns:
@@ -84,8 +84,7 @@ def cycles(problem: Problem, target: Target, config: Any = None, timeout: float 
     with tempfile.TemporaryDirectory() as profile:
         command = [sys.executable, "-m", "pallas_kernels.static", problem.op, "--target", target.name, "--exact",
                    problem.name, "--child", "cycles"]  # fmt: skip
-        if config is not None:
-            command += ["--config", _config_text(config)]
+        command += ["--config", config] if config else []
         try:
             done = subprocess.run(command, env=_environment(profile), capture_output=True, text=True, timeout=timeout,
                                   check=False)  # fmt: skip
@@ -95,8 +94,19 @@ def cycles(problem: Problem, target: Target, config: Any = None, timeout: float 
     return rows[0].get("cycles") if rows else None
 
 
+def row(problem: Problem, target: str, config: Any = None) -> dict[str, Any]:
+    """The row of one problem, compiled in subprocesses; `error` if it failed.
+
+    Raises:
+      CompilerMissing, RuntimeError: see `table`.
+    """
+    text = _config_text(config) if config is not None else None
+    rows = table(problem.op, target, problem.name, True, text, exact=True)
+    return rows[0] if rows else {"error": problem.unsupported or "no figures came back"}
+
+
 def table(op: str, target: str, case: str | None = None, small: bool = False, config: str | None = None,
-          timeout: float = 3000) -> list[dict[str, Any]]:  # fmt: skip
+          exact: bool = False, timeout: float = 3000) -> list[dict[str, Any]]:  # fmt: skip
     """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
 
     Raises:
@@ -106,7 +116,7 @@ def table(op: str, target: str, case: str | None = None, small: bool = False, co
     if (why := targets.missing(target)) is not None:
         raise targets.CompilerMissing(why)
     command = [sys.executable, "-m", "pallas_kernels.static", op, "--target", target, "--child", "facts"]
-    command += ["--case", case] if case else []
+    command += ["--exact" if exact else "--case", case] if case else []
     command += ["--config", config] if config else []
     command += ["--small"] if small else []
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False)
@@ -115,10 +125,9 @@ def table(op: str, target: str, case: str | None = None, small: bool = False, co
         raise RuntimeError(f"the compiler for {target} ended after {len(rows)} cases: {done.stderr[-2000:]}")
     known = Target.get(target)
     by_name = {p.name: p for p in problems.problems(op, known.chip.platform, large_only=not small)}
-    for row in rows:
-        if "error" not in row and not row["dynamic"]:
-            problem = by_name[row["case"]]
-            row["cycles"] = cycles(problem, known, _parse_config(problem, config))
+    for found in rows:
+        if "error" not in found and not found["dynamic"]:
+            found["cycles"] = cycles(by_name[found["case"]], known, config)
     return rows
 
 

@@ -1,0 +1,261 @@
+"""Tiles: explicit > tuned table > heuristic; and making the tables.
+
+A table is `tuned/<chip>.json`: op -> bucket -> the Config and how it was found. A bucket is a call with its sizes
+rounded up to powers of two, so that neighbours share an entry. `resolve` is what kernels ask: a dictionary look-up.
+
+    python -m pallas_kernels.tuning decode_attention --target v5e [--case NAME] [--write]
+
+measures on the device if this process has that chip. Elsewhere it ranks candidates by what compiles, the compiler's
+static cycles (where a kernel has them) and the bytes moved, and says so: such an entry's `rung` is "static", and a
+measured one replaces it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import hardware
+from pallas_kernels.hardware import Chip
+
+FOLDER = Path(__file__).parent / "tuned"
+_SIZES = ("batch", "queries", "slots", "tokens", "rows", "width", "pages", "max_queries", "decode_rows")
+_PLAIN = (None, False, 0)
+
+
+def bucket(call: Any) -> str:
+    """The name under which a call's tiles are kept: its static facts, sizes rounded up to powers of two."""
+    parts = []
+    for f in fields(call):
+        value = getattr(call, f.name)
+        if f.name == "op" or (value in _PLAIN and f.default in _PLAIN):
+            continue
+        if f.name in _SIZES and value:
+            value = 1 << (int(value) - 1).bit_length()
+        parts.append(f"{f.name}={value}")
+    return " ".join(parts)
+
+
+@cache
+def _table(path: str) -> dict[str, Any]:
+    file = Path(path)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) -> dict[str, Any] | None:
+    """The entry of a call's bucket: `config`, `rung`, `jax`, `date`, `figures`; None if there is none."""
+    if chip is None:
+        return None
+    return _table(str((folder or FOLDER) / f"{chip.name}.json")).get("ops", {}).get(op, {}).get(bucket(call))
+
+
+def resolve(op: str, module: ModuleType, call: Any, config: Any = None, chip: Chip | None = None,
+            folder: Path | None = None) -> tuple[Any, str]:  # fmt: skip
+    """The tiles of a call and where they come from: `explicit`, `tuned` or `heuristic`.
+
+    Args:
+      module: the kernel's, with `Config` and `heuristic(call, chip)`; a `fits(call, config) -> bool` is asked
+        whether a bucket's tiles suit this very call.
+      chip: None detects it.
+    """
+    if config is not None:
+        return config, "explicit"
+    chip = chip or hardware.detect()
+    entry = lookup(op, call, chip, folder)
+    if entry is not None:
+        found = module.Config(**entry["config"])
+        if getattr(module, "fits", lambda call, config: True)(call, found):
+            return found, "tuned"
+    return module.heuristic(call, chip), "heuristic"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One Config as it was judged: `score` in seconds, smaller is better; None if it does not compile or run."""
+
+    config: Any
+    score: float | None
+    figures: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+def measure(fn: Callable[..., Any], arrays: Sequence[jax.Array], loops: int = 20, repeats: int = 5) -> float:
+    """Median seconds of one call of `fn(*arrays)` on this process' device.
+
+    `loops` calls run inside one program, each with a first argument that depends on the result before, so that
+    nothing is hoisted, overlapped or left out, and the launch is paid once.
+    """
+
+    @jax.jit
+    def many(first, *rest):
+        def body(_, x):
+            leaf = jax.tree.leaves(fn(x, *rest))[0]
+            return x + (leaf.ravel()[0] * 1e-30).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, loops, body, first)
+
+    many(*arrays).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        many(*arrays).block_until_ready()
+        seconds.append((time.perf_counter() - started) / loops)
+    return statistics.median(seconds)
+
+
+def values(problem: Any, seed: int = 0) -> list[jax.Array]:
+    """Arrays of a problem: its scalars as they are, the rest random."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for x in problem.arguments():
+        if isinstance(x, jax.ShapeDtypeStruct):
+            whole = x.dtype == jnp.int8
+            drawn = rng.integers(-127, 128, x.shape) if whole else rng.standard_normal(x.shape, np.float32)
+            x = jnp.asarray(drawn, x.dtype)
+        found.append(jnp.asarray(x))
+    return found
+
+
+def candidates(problem: Any, chip: Chip) -> list[Any]:
+    """The heuristic's Config first, then what the kernel's module proposes, else its neighbours."""
+    module = problem.module
+    first = module.heuristic(problem.call, chip)
+    proposed = module.candidates(problem.call, chip) if hasattr(module, "candidates") else neighbours(first)
+    return list(dict.fromkeys([first, *proposed]))
+
+
+def neighbours(config: Any) -> list[Any]:
+    """Configs in which one number is half or twice as large, those that the Config itself allows."""
+    found = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            for other in (value // 2, value * 2):
+                try:
+                    found += [replace(config, **{f.name: other})] if other else []
+                except ValueError:
+                    continue
+    return found
+
+
+def tune(problem: Any, target: str | None = None) -> tuple[str, list[Candidate]]:
+    """Judge the candidates of a problem (`problems.Problem`).
+
+    Args:
+      target: a name of `targets`; None, or the chip of this process: measured here.
+
+    Returns:
+      The rung, `measured` or `static`, and the candidates, best first; those that failed come last.
+
+    Raises:
+      ValueError: no target given, and this process has no chip of the table.
+    """
+    here = hardware.detect()
+    if target is None and here is None:
+        raise ValueError("this process has no chip of the table to measure on: name a target to rank for")
+    chip = here if target is None else hardware.chip(target.partition(":")[0])
+    if here is not None and chip == here:
+        rung, judge = "measured", _measured(problem)
+    else:
+        rung, judge = "static", _static(problem, target)
+    judged = [judge(config) for config in candidates(problem, chip)]
+    return rung, sorted(judged, key=lambda c: (c.score is None, c.score or 0.0))
+
+
+def _measured(problem: Any) -> Callable[[Any], Candidate]:
+    arrays = values(problem)
+
+    def judge(config):
+        try:
+            seconds = measure(problem.fn(config), arrays)
+        except Exception as error:  # too much VMEM, tiles that do not fit: a candidate that is out
+            return Candidate(config, None, error=str(error).splitlines()[0])
+        return Candidate(config, seconds, {"seconds": seconds})
+
+    return judge
+
+
+def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
+    from pallas_kernels import static
+
+    chip = hardware.chip(target.partition(":")[0])
+
+    def judge(config):
+        try:
+            row = static.row(problem, target, config)
+        except Exception as error:
+            row = {"error": str(error)}
+        if "error" in row:
+            return Candidate(config, None, error=row["error"].splitlines()[0])
+        figures = {k: row.get(k) for k in ("bytes", "flops", "cycles", "vmem_bytes", "dynamic")}
+        # Dots that are done for masked tiles cost as much as the others; a core of several does its share of cycles.
+        score = max(row["moved_seconds"], row["flops"] / (chip.tflops(problem.call.dtype) * 1e12))
+        if row.get("cycles") and not row["dynamic"]:
+            score = max(score, row["cycles"] / (chip.clock_ghz * 1e9))
+        if any(k["spill_bytes"] for k in row["kernels"]):
+            return Candidate(config, None, figures, "spills registers")
+        return Candidate(config, score, figures)
+
+    return judge
+
+
+def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Path | None = None) -> Path:
+    """Keep the best candidate of a call's bucket; a static ranking does not replace a measurement."""
+    path = (folder or FOLDER) / f"{chip.name}.json"
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"device": chip.name, "ops": {}}
+    entries = table["ops"].setdefault(op, {})
+    before = entries.get(bucket(call))
+    if not (rung == "static" and before and before["rung"] == "measured"):
+        entries[bucket(call)] = {
+            "config": asdict(best.config), "rung": rung, "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(), "figures": best.figures | {"score_seconds": best.score},
+        }  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _table.cache_clear()
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    from pallas_kernels import problems, targets
+
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tuning", description=__doc__.split("\n")[0])
+    parser.add_argument("op")
+    parser.add_argument("--target", help="rank for this chip; without it, measure on this process' device")
+    parser.add_argument("--case", help="only cases whose name holds this; else all of real size")
+    parser.add_argument("--write", action="store_true", help="keep the best in pallas_kernels/tuned")
+    args = parser.parse_args(argv)
+    here = hardware.detect()
+    if args.target is None and here is None:
+        raise SystemExit("no chip to measure on here: --target NAME ranks for one by static figures")
+    chip = hardware.chip((args.target or here.name).partition(":")[0])
+    if chip != here and (why := targets.missing(args.target)):
+        raise SystemExit(why)
+    for problem in problems.problems(args.op, chip.platform, args.case, large_only=args.case is None):
+        if problem.unsupported:
+            continue
+        rung, judged = tune(problem, args.target)
+        told = "measured here" if rung == "measured" else "ranked by static figures: nothing was measured"
+        print(f"{args.op}, {problem.name}, {chip.name}: {told}")
+        for c in judged:
+            told = f"{c.score * 1e6:10.1f} us" if c.score is not None else c.error[:80]
+            print(f"  {told}  {c.config}")
+        if args.write and judged[0].score is not None:
+            print(f"  kept in {write(args.op, problem.call, chip, rung, judged[0])}")
+
+
+if __name__ == "__main__":
+    main()

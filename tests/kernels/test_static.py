@@ -1,0 +1,92 @@
+"""Static figures: a CostEstimate is held to the count of what moves, and the table says what it is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels import problems, static, targets, traffic
+from pallas_kernels.targets import Target
+
+CHIPS = {"tpu": "v5e", "gpu": "a100"}
+LARGE = [(op, platform, p.name) for platform in CHIPS for op in problems.ops(platform)
+         for p in problems.problems(op, platform, large_only=True)]  # fmt: skip
+
+
+def counted(op, platform, name, full):
+    problem = next(p for p in problems.problems(op, platform, large_only=True) if p.name == name)
+    with Target.get(CHIPS[platform]).tracing():
+        return problem, traffic.count(problem.fn(), *problem.arguments(full), platform=platform)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "platform", "name"), LARGE)
+def test_cost_estimates_equal_what_moves(op, platform, name):
+    _, found = counted(op, platform, name, full=True)
+    assert all(call.declared is not None for call in found.calls)
+    assert found.declared_bytes == pytest.approx(found.bytes, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "platform", "name"), [x for x in LARGE if x[0] == "decode_attention"])
+def test_decode_moves_what_the_rows_hold(op, platform, name):
+    problem, found = counted(op, platform, name, full=False)
+    # A KV head count whose lanes are not whole is stored rounded up: 3 heads of 64 in 256 lanes.
+    stored = problem.cache_bytes / (problem.cache_bytes if platform == "gpu" else _unpadded(problem))
+    assert found.bytes <= 1.05 * stored * problem.bytes_needed
+
+
+def _unpadded(problem):
+    width = problem.call.kv_heads * (problem.call.head_dim + problem.call.value_dim)
+    lanes = problem.arrays["k"].shape[2] + problem.arrays["v"].shape[2]
+    return problem.cache_bytes * width / lanes
+
+
+def test_a_row_is_traced_and_counted_without_a_compiler():
+    problem = problems.problems("decode_attention", "tpu", "draft of four, ragged")[0]
+    row = static.facts(problem, Target.get("v5e"), compile=False)
+    assert row["bytes"] > row["bytes_needed"] > 0
+    assert row["bytes_declared"] == pytest.approx(row["bytes_full"], rel=0.05)
+    assert row["dynamic"]
+    assert row["ieee"]
+    json.dumps(row)
+
+
+def test_needs_of_a_window_and_a_ring():
+    (problem,) = [p for p in problems.problems("decode_attention", "xla") if p.name == "window of one"]
+    assert problem.flops_needed == 2 * (3 + 3) * 4 * (8 + 8)  # two rows of three queries, one key each, four heads
+    assert problem.bytes_needed == (3 + 3) * 2 * 16 * 4 + (3 + 3) * 4 * 16 * 4
+
+
+def test_lines_and_configs():
+    problem = problems.problems("decode_attention", "tpu", "Llama 3 8B, bf16")[0]
+    config = static._parse_config(problem, "key_block=512,splits=2")
+    assert (config.key_block, config.splits) == (512, 2)
+    assert static._parse_config(problem, static._config_text(config)) == config
+    assert static._parse_config(problem, None) is None
+    row = static.facts(problems.problems("decode_attention", "tpu", "bf16")[-1], Target.get("v5e"), compile=False)
+    told = static.line(row | {"kernels": [], "vmem_bytes": 2**20, "cycles": 1000, "dynamic": False})
+    assert "1.00 MiB" in told
+    assert "1,000" in told
+    gpu = {"shared_bytes": 2048, "registers": 99, "spill_bytes": 0}
+    assert "2.0 KiB, 99 regs, 0 B spilled" in static.line(row | {"kernels": [gpu]})
+    assert "too much VMEM" in static.line({"case": "x", "error": "too much VMEM\nmore"})
+
+
+def test_a_missing_compiler_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(targets, "missing", lambda name: "needs libtpu: pip install x")
+    with pytest.raises(SystemExit, match="needs libtpu"):
+        static.main(["decode_attention", "--target", "v5e"])
+
+
+@pytest.mark.aot
+def test_the_command_prints_a_table():
+    if why := targets.missing("v5e"):
+        pytest.skip(why)
+    command = [sys.executable, "-m", "pallas_kernels.static", "decode_attention", "--target", "v5e", "--case", "draft"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing here was measured" in done.stdout
+    assert "a draft of eight, bf16" in done.stdout
+    assert "MiB" in done.stdout
