@@ -4,5 +4,8 @@ from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flash_attention.reference import attention as reference_attention
 from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_write.api import write_pages
+from pallas_kernels.quantize_kv import quantize_kv
 
-__all__ = ["decode_attention", "flash_attention", "paged_attention", "reference_attention"]
+__all__ = ["decode_attention", "flash_attention", "paged_attention", "quantize_kv", "reference_attention",
+           "write_pages"]  # fmt: skip

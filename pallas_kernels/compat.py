@@ -26,3 +26,11 @@ def cost_dict(analysis: object) -> Mapping[str, float]:
     if isinstance(analysis, list | tuple):
         analysis = analysis[0] if analysis else {}
     return analysis or {}
+
+
+def scan_sizes(params: Mapping[str, object]) -> tuple[int, int]:
+    """Constants and carried values of a `scan` equation, which come first among its operands in this order."""
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]

@@ -7,6 +7,7 @@ from types import ModuleType
 
 from pallas_kernels.checks import describe
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.gradients import raising_under_grad
 
 
 def attend(
@@ -19,9 +20,16 @@ def attend(
         k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads, value_dim=value_dim,
         return_lse=return_lse,
     )  # fmt: skip
-    module = modules[choose(op, implementation, modules, call).implementation]
-    return module.attention(
-        q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=call.kv_heads,
-        value_dim=call.value_dim, return_lse=return_lse, config=config, interpret=interpret,
-    )  # fmt: skip
+    chosen = choose(op, implementation, modules, call).implementation
+    module = modules[chosen]
+
+    def run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree):
+        return module.attention(
+            q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal, window=window, softcap=softcap,
+            sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=call.kv_heads,
+            value_dim=call.value_dim, return_lse=return_lse, config=config, interpret=interpret,
+        )  # fmt: skip
+
+    if chosen != "xla":
+        run = raising_under_grad(run, op)
+    return run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree)

@@ -169,8 +169,16 @@ class Target:
 
     @contextmanager
     def tracing(self):
-        """Code traced inside sees this chip: `hardware.detect()`, Mosaic's and Triton's own questions."""
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=self._abstract(self.devices()[0]))):
+        """Code traced inside sees this chip: `hardware.detect()`, Mosaic's and Triton's own questions.
+
+        Needs no compiler: kernels can be traced and counted for a chip wherever jax runs.
+        """
+        facts = {}
+        if self.chip.platform == "gpu":  # a plain device would make Mosaic assume Hopper
+            facts["compute_capability"] = ".".join(map(str, self.chip.capability))
+        cores = self.chip.cores // self.chip.devices
+        device = compat.abstract_device(self.chip.kinds[0], cores, self.chip.platform, **facts)
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             yield
 
     def compile(
@@ -214,13 +222,6 @@ class Target:
             self.name, seconds, text, _memory(executable), compat.cost_dict(executable.cost_analysis()),
             hlo.vmem_bytes(text), kernels, executable,
         )  # fmt: skip
-
-    def _abstract(self, device: Any):
-        if self.chip.platform == "gpu":
-            return compat.abstract_device(
-                self.chip.kinds[0], device.core_count, "gpu", compute_capability=device.compute_capability
-            )
-        return compat.abstract_device(device.device_kind, device.num_cores, "tpu")
 
 
 def _abstract(tree: Any, device: Any) -> Any:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pallas_kernels import hardware
 from pallas_kernels.checks import Call, describe
 from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body
-from pallas_kernels.decode_attention.merge import merge, raising_under_grad
+from pallas_kernels.decode_attention.merge import merge
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import Layout
 

@@ -1,10 +1,7 @@
-"""What the Pallas decode kernels share outside of the kernel: the merge of splits, and a refusal to differentiate."""
+"""What the Pallas decode kernels share outside of the kernel: the merge of splits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,14 +22,3 @@ def merge(
     parts = jnp.where((lse == -jnp.inf)[..., None], 0.0, out.astype(jnp.float32))
     merged = (weights[..., None] * parts).sum(0) / jnp.where(saw, total, 1.0)[..., None]
     return merged, jnp.where(saw, top + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
-
-
-def raising_under_grad(function: Callable, op: str) -> Callable:
-    """`function`, with NotImplementedError in place of a derivative. Its arguments are arrays or None."""
-    wrapped = jax.custom_jvp(function)
-
-    @wrapped.defjvp
-    def _(primals, tangents):
-        raise NotImplementedError(f"{op}: the Pallas kernels have no derivative: use implementation='xla'")
-
-    return wrapped

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels import hardware
 from pallas_kernels.checks import Call, describe
-from pallas_kernels.decode_attention.merge import merge, raising_under_grad
+from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SUBLANES, Layout, fold, folded_width, round_up, unfold
@@ -156,10 +156,7 @@ def attention(
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
     plan = plan_for(call, config or heuristic(call, hardware.detect()), scale)
 
-    def run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree):
-        return _run(plan, call, q, k, v, starts, lengths, sinks, k_scale, v_scale, tree, interpret)
-
-    out, lse = raising_under_grad(run, "decode_attention")(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree)
+    out, lse = _run(plan, call, q, k, v, starts, lengths, sinks, k_scale, v_scale, tree, interpret)
     return (out, lse) if return_lse else out
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
 
+# Where a running maximum starts, and a masked logit: so far below it that its weight exp(MASKED - START) is exactly
+# zero, also before a query has seen a key.
+START, MASKED = -1e30, -2e30
 SHAPES = {"folded": "[P, p, C]", "heads_last": "[P, p, K, H]", "heads_first": "[P, K, p, H]"}
 
 
@@ -136,14 +138,3 @@ def make_call(
         0 if k_scale is None else k_scale.shape[1], str(q.dtype), str(k_pages.dtype), layout, window, softcap,
         sinks is not None, return_lse, rows if most == 1 else decode_rows, most,
     )  # fmt: skip
-
-
-def raising_under_grad(run, op: str):
-    """`run`, with a derivative that says where to find one."""
-    wrapped = jax.custom_jvp(run)
-
-    @wrapped.defjvp
-    def _(primals, tangents):
-        raise NotImplementedError(f"{op}: the Pallas kernels have no derivative: use implementation='xla'")
-
-    return wrapped

@@ -28,6 +28,7 @@ class Case:
     max_queries: int | None = None
     width: int | None = None  # pages a table row can name; None: what the longest row needs and one more
     spare: int = 3  # pages that no row holds
+    smoke: bool = False  # one of the few that every run of the compilers takes
 
     @property
     def packed(self) -> int:
@@ -51,7 +52,7 @@ class Case:
 
 
 # Small enough to interpret.
-SMALL = (
+CASES = (
     Case("decode rows, ragged", (1, 6, 33, 70), (1, 1, 1, 1), group=3, max_queries=1),
     Case("three KV heads of 64, nine query heads", (5, 40), (1, 1), kv_heads=3, group=3, max_queries=1),
     Case("one KV head of 256", (20, 50), (1, 3), kv_heads=1, group=4, head_dim=256),
@@ -84,11 +85,12 @@ LARGE = (
     Case("llama-3-8b decode", (1000,) * 64, (1,) * 64, page=128, kv_heads=8, group=4, head_dim=128, max_queries=1,
          dtype="bfloat16", width=64, spare=1024),
     Case("llama-3-8b mixed", (1000,) * 32 + (2048, 512), (1,) * 32 + (512, 256), tokens=1024, page=128, kv_heads=8,
-         group=4, head_dim=128, dtype="bfloat16", decode_rows=32, width=64, spare=1024),
+         group=4, head_dim=128, dtype="bfloat16", decode_rows=32, width=64, spare=1024, smoke=True),
     Case("llama-3-8b mixed, int8", (1000,) * 32 + (2048, 512), (1,) * 32 + (512, 256), tokens=1024, page=128,
-         kv_heads=8, group=4, head_dim=128, dtype="bfloat16", kv_dtype="int8", decode_rows=32, width=64, spare=2048),
+         kv_heads=8, group=4, head_dim=128, dtype="bfloat16", kv_dtype="int8", decode_rows=32, width=64, spare=2048,
+         smoke=True),
     Case("smollm2 mixed", (900,) * 16 + (700,), (1,) * 16 + (240,), tokens=256, page=64, kv_heads=3, group=3,
-         dtype="bfloat16", decode_rows=16, width=64, spare=8192),
+         dtype="bfloat16", decode_rows=16, width=64, spare=8192, smoke=True),
     Case("gemma-3 window", (5000,) * 16 + (700,), (1,) * 16 + (240,), tokens=256, page=64, kv_heads=1, group=4,
          head_dim=256, dtype="bfloat16", window=512, decode_rows=16, width=128, spare=8192),
 )  # fmt: skip

@@ -18,9 +18,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import hardware
+from pallas_kernels.decode_attention.merge import merge
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.paged_attention import plan as plans
-from pallas_kernels.paged_attention.call import Call, raising_under_grad
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.gpu_kernel import Static, body
 
 # Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
@@ -81,26 +83,29 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     Bytes: only what a row holds is read, once a block of its queries; the blocks of a chunk run at the same time and
     meet in the L2 cache. FLOPs: at 64 rows a tensor core does 64 FLOPs a byte of bf16, more than 16 rows need and
     enough with the L2's bandwidth. Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that
-    two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: an accumulator of 64 x 128 in f32 is 64
-    registers a thread of 4 warps; f32 has no tensor core and gets smaller stages and 8 warps.
+    two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: with 4 warps, ptxas gave 64 rows of 128
+    keys or of heads of 128 all 255 registers, so those get 64 keys or 8 warps; f32 has no tensor core, spilled at 32
+    rows and gets 16, smaller stages, and 8 warps where it is converted to.
     Splits: only where all rows are decode rows, PROGRAMS_A_CORE programs for every multiprocessor, as long as a part
     is worth its own result.
     """
     cores = chip.cores if chip else hardware.chip("a100").cores
     dtype = compute_dtype(call)
     width = pl.next_power_of_2(call.head_dim) + pl.next_power_of_2(call.value_dim)
-    key_block, stage = 16, (16 if dtype == jnp.float32 else 32) << 10
-    while key_block < 128 and 2 * key_block * width * dtype.itemsize <= stage:
-        key_block *= 2
-    rows = 32 if dtype == jnp.float32 and width > 256 else 64
+    wide = dtype == jnp.float32
+    rows = 16 if wide else 64
     block = max(1, min(call.max_queries, rows // call.group))
+    many = block * call.group > 16
+    key_block, stage = 16, (16 if wide else 32) << 10
+    while key_block < (64 if many else 128) and 2 * key_block * width * dtype.itemsize <= stage:
+        key_block *= 2
     splits = 1
     if call.decode_rows == call.rows:
         seen = min(call.width * call.page, call.window or call.width * call.page)
         programs = call.rows * call.kv_heads
         splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), seen // LEAST_KEYS))
-    many = block * call.group > 16 or dtype == jnp.float32
-    return Config(block, key_block, splits, num_warps=8 if many and width >= 256 else 4)
+    converted = wide and call.kv_dtype != "float32"
+    return Config(block, key_block, splits, num_warps=8 if converted or (many and width >= 256) else 4)
 
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
@@ -186,21 +191,6 @@ def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths,
         cost_estimate=cost(call, config), interpret=interpret, name="paged_attention",
     )(*inputs.values())  # fmt: skip
     if partial:
-        out, lse = merge(*results)
-        return out.astype(q.dtype), lse
+        out, lse = merge(*(x[:, None] for x in results))
+        return out[0].astype(q.dtype), lse[0]
     return results[0][0], results[1][0] if call.return_lse else None
-
-
-def merge(out: Float[Array, "S T N Hv"], lse: Float[Array, "S T N"]):
-    """One softmax from parts that are each normalized; a part that saw nothing has -inf and any result.
-
-    Source: Dao et al. 2023 (Flash-Decoding).
-    """
-    top = lse.max(0)
-    top = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp(lse - top)
-    total = weights.sum(0)
-    divisor = jnp.where(total == 0, 1.0, total)
-    parts = jnp.where((lse == -jnp.inf)[..., None], 0.0, out)
-    merged = (weights[..., None] * parts).sum(0) / divisor[..., None]
-    return merged, jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))

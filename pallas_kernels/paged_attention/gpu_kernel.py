@@ -14,10 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.masking import precision_of, soft_cap
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import MASKED, START, Call
 
-# A masked logit lies so far below the first maximum that its weight is exactly zero, also before a key was seen.
-START, MASKED = -1e30, -2e30
 SMALL_ROWS = 16  # the fewest that a tensor core multiplies
 
 

@@ -17,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, detect
 from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import plan as plans
-from pallas_kernels.paged_attention.call import Call, raising_under_grad
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Static, body, widest
 
 TILE = {4: 8, 2: 16, 1: 32}  # rows of a tile by the bytes of an element

@@ -22,10 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layouts import LANES, round_up
 from pallas_kernels.masking import precision_of, soft_cap
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import MASKED, START, Call
 
-# A masked logit lies so far below the first maximum that its weight is exactly zero, also before a key was seen.
-START, MASKED = -1e30, -2e30
 FIELDS = ("row", "block", "start", "stop", "position", "first", "end", "before", "next")
 
 

@@ -14,14 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.masking import precision_of, soft_cap
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import MASKED, START, Call
 from pallas_kernels.paged_attention.reference import split_heads
 
 # Keys a step: smaller blocks pay in loop overhead, larger ones in keys read past a row's end.
 KEY_BLOCK = 128
 QUERY_BLOCK = 128
-# Below every masked logit's weight: exp(MASKED - START) is exactly zero, also before a query saw a key.
-START, MASKED = -1e30, -2e30
 
 
 def supported(call: Call) -> str | None:
@@ -54,8 +52,9 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
     kv_heads, group, p = call.kv_heads, call.group, call.page
     per_step = max(1, KEY_BLOCK // p)
     keys_a_step = per_step * p
-    precision = precision_of(q.dtype)
-    rows = q.reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, h)
+    dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
+    precision = precision_of(dtype)
+    rows = q.astype(dtype).reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, h)
     newest = positions.max(1)
     oldest = jnp.zeros_like(newest) if call.window is None else positions.min(1) - (call.window - 1)
 

@@ -62,7 +62,8 @@ def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], scale: float, mesh: Mesh | None = None
 ) -> Float[Array, "B T D"]:
     """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
-    if (mesh is None or mesh.size == 1) and table.shape[1] % LANES and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
+    alone, narrow = mesh is None or mesh.size == 1, table.shape[1] % LANES > 0
+    if alone and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
         x = _embed_columns(table, tokens)
     else:
         x = jnp.take(table, tokens, axis=0, mode="clip")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.api import paged_attention
-from pallas_kernels.paged_attention.cases import SMALL, Case
+from pallas_kernels.paged_attention.cases import CASES, Case
 from tests.kernels.paged import make
 
 LAYOUTS = ("folded", "heads_last", "heads_first")
@@ -34,7 +34,7 @@ def ids(case):
     return case.name
 
 
-@pytest.mark.parametrize("case", SMALL, ids=ids)
+@pytest.mark.parametrize("case", CASES, ids=ids)
 def test_reference(case):
     problem = make_once(case)
     out, lse = jitted(reference.attention)(**problem.arguments("folded"), return_lse=True)
@@ -42,7 +42,7 @@ def test_reference(case):
     problem.check(jitted(reference.attention)(**problem.arguments("heads_first")))
 
 
-@pytest.mark.parametrize("case", SMALL, ids=ids)
+@pytest.mark.parametrize("case", CASES, ids=ids)
 def test_xla(case):
     problem = make_once(case)
     for layout in LAYOUTS:
@@ -97,11 +97,11 @@ def shifted_heads(problem):
     return problem.wrong(keys=[np.roll(k, 1, axis=1) for k in problem.keys])
 
 
-F32 = [c for c in SMALL if c.dtype == "float32" and c.stored == "float32" and any(c.queries)]
+F32 = [c for c in CASES if c.dtype == "float32" and c.stored == "float32" and any(c.queries)]
 WINDOWS = [c for c in F32 if c.window]
 WRONG = [
-    (zeros, [c for c in SMALL if any(c.queries)]),
-    (swapped, [c for c in SMALL if any(c.queries) and c.value_size == c.head_dim]),
+    (zeros, [c for c in CASES if any(c.queries)]),
+    (swapped, [c for c in CASES if any(c.queries) and c.value_size == c.head_dim]),
     (own_key_hidden, F32),
     (no_window, WINDOWS),
     (wide_window, WINDOWS),
@@ -124,7 +124,7 @@ def test_a_wrong_answer_fails(wrong, cases):
 
 
 def test_ignored_scales_fail():
-    for case in (c for c in SMALL if c.stored == "int8"):
+    for case in (c for c in CASES if c.stored == "int8"):
         problem = make_once(case)
         for name in ("k_scale", "v_scale"):
             ones = jnp.full_like(problem.arguments("folded")[name], 1 / 60)
@@ -133,7 +133,7 @@ def test_ignored_scales_fail():
 
 
 def test_an_unheld_key_would_be_seen():
-    problem = make_once(SMALL[0])
+    problem = make_once(CASES[0])
     lengths = jnp.asarray(problem.case.lengths, jnp.int32).at[3].add(1)
     assert np.isnan(np.asarray(run(problem, "heads_last", lengths=lengths))[3]).any()
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # who keeps the races it found
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_write.api import write_pages
 from pallas_kernels.quantize_kv import quantize_kv
@@ -177,3 +179,14 @@ def test_the_kernel_says_what_it_cannot_do():
         before, new = pools(rng, dtype, page), tokens(rng, 1, dtype)
         with pytest.raises(NotImplementedError, match=says):
             run(before, new, [3], "folded", implementation="tpu", interpret=True)
+
+
+@pytest.mark.parametrize("mode", ["on_wait", "eager"])
+def test_tpu_without_races(mode):
+    rng = np.random.default_rng(0)
+    slots = [5, 40, 41, 300, 7, -1, 130, 767, 131]
+    before, new = pools(rng, "int8", 128), tokens(rng, len(slots), "int8")
+    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan")
+    found = run(before, new, slots, "folded", implementation="tpu", interpret=interpret)
+    check(found, expected(before, new, slots, 128), "folded")
+    assert not interpreter.races.races_found

@@ -20,7 +20,13 @@ OPS = {
     "flash": (flash_attention, flash_api, flash_cases.CASES),
 }
 KERNELS = [(op, name) for op, (_, api, _) in OPS.items() for name in api.IMPLEMENTATIONS if name != "xla"]
-RUNS = [(op, name, case) for op, name in KERNELS for case in OPS[op][2]]
+# An interpreted kernel takes seconds to compile: of the ordinary cases every fourth runs by default, all with `slow`.
+FEATURES = decode_cases.FEATURES + flash_cases.FEATURES
+RUNS = [
+    pytest.param(op, name, case, id=f"{op} {name}: {case.name}, T={case.queries}",
+                 marks=[] if i % 4 == 0 or case in FEATURES else pytest.mark.slow)
+    for op, name in KERNELS for i, case in enumerate(OPS[op][2])
+]  # fmt: skip
 
 
 def refusal(op, name, problem) -> str | None:
@@ -30,7 +36,7 @@ def refusal(op, name, problem) -> str | None:
     return OPS[op][1].IMPLEMENTATIONS[name].supported(describe(op, **given))
 
 
-@pytest.mark.parametrize(("op", "name", "case"), RUNS, ids=[f"{o} {n}: {c.name}, T={c.queries}" for o, n, c in RUNS])
+@pytest.mark.parametrize(("op", "name", "case"), RUNS)
 def test_agrees_with_float64(op, name, case):
     problem = make(case, layout=LAYOUT[name])
     settings = {"return_lse": True, "implementation": name, "interpret": True}

@@ -1,0 +1,215 @@
+"""The problems of every op in one form, for what compiles, counts and tunes them.
+
+An op's package has `cases.py` with `CASES` (small, for every test) and `LARGE` (real sizes, for compilers and
+counts). A case has `.name` and `.smoke` (bool, False if absent); what its arrays are is said here, op by op:
+`OPS[op](case, implementation)` gives a `Problem`. A new op needs its cases and an entry in OPS, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layouts import SUBLANES, cache_shape, round_up
+
+LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op by one implementation: shapes, the scalars that decide what is read, and what it needs."""
+
+    op: str
+    name: str
+    smoke: bool
+    implementation: str
+    arrays: Mapping[str, jax.ShapeDtypeStruct]
+    scalars: Mapping[str, np.ndarray]  # values of some of the arrays: lengths, tables
+    full: Mapping[str, np.ndarray]  # the same for full rows, which a CostEstimate speaks of
+    call: Any  # the op's static facts
+    run: Callable[..., Any]  # run(arrays, config)
+    bytes_needed: int  # the rows' own K, V, Q, O and scales, once
+    flops_needed: int
+    cache: tuple[str, ...] = ()  # arrays that must not be copied
+    donated: tuple[str, ...] = field(default=())
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"pallas_kernels.{self.op}.{self.implementation}")
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why the implementation refuses this call, None if it does not."""
+        return self.module.supported(self.call)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(prod(self.arrays[n].shape) * self.arrays[n].dtype.itemsize for n in self.cache)
+
+    def fn(self, config: Any = None) -> Callable:
+        """A function of the arrays' values, in their order."""
+        return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config)
+
+    def arguments(self, full: bool = False) -> list:
+        """The arrays: shapes, and values where they are known."""
+        known = self.full if full else self.scalars
+        return [known.get(name, x) for name, x in self.arrays.items()]
+
+    @property
+    def donate_argnums(self) -> tuple[int, ...]:
+        return tuple(i for i, name in enumerate(self.arrays) if name in self.donated)
+
+
+def _dense(op: str) -> Callable:
+    def make(case: Any, implementation: str) -> Problem:
+        from pallas_kernels.checks import describe
+
+        layout = LAYOUT[implementation]
+        arrays, settings = case.abstract(layout), case.settings(layout)
+        described = {k: v for k, v in settings.items() if k != "scale"}
+        absent = dict.fromkeys(("sinks", "k_scale", "v_scale", "tree"))
+        call = describe(op, **absent | arrays, **described, return_lse=False)
+        function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
+
+        def run(values, config):
+            rest = {k: v for k, v in values.items() if k not in "qkv"}
+            return function(values["q"], values["k"], values["v"], **rest, **settings, config=config,
+                            implementation=implementation)  # fmt: skip
+
+        rows = len(case.held)
+        scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
+        full = {"starts": np.full(rows, max(case.slots - case.queries, 0), np.int32),
+                "lengths": np.full(rows, case.slots, np.int32)}  # fmt: skip
+        tokens, queries, pairs = _dense_needs(case)
+        cache = tuple(n for n in ("k", "v", "k_scale", "v_scale") if n in arrays)
+        return Problem(op, case.name, case.smoke, implementation, arrays, scalars, full, call, run,
+                       *_needs(call, tokens, queries, pairs), cache)  # fmt: skip
+
+    return make
+
+
+def _dense_needs(case: Any) -> tuple[int, int, int]:
+    """Cached tokens that some query sees, real queries, and pairs of a query with a key it sees."""
+    tokens = queries = pairs = 0
+    for held, new in zip(case.held, case.new, strict=True):
+        if not new:
+            continue
+        positions, length = np.arange(held, held + new), held + new
+        low = np.full(new, max(0, length - case.slots))
+        if case.window:
+            low = np.maximum(low, positions - case.window + 1)
+        high = positions if case.causal else np.full(new, length - 1)
+        tokens, queries = tokens + int(high.max() - low.min() + 1), queries + new
+        pairs += int((high - low + 1).sum())
+    return tokens, queries, pairs
+
+
+def _paged(case: Any, implementation: str) -> Problem:
+    from pallas_kernels.paged_attention.api import paged_attention
+    from pallas_kernels.paged_attention.call import make_call
+
+    layout, rows, width = LAYOUT[implementation], len(case.lengths), case.table_width
+    # As the op's tests draw them: every row's own pages, and spare ones.
+    pages = sum(-(-n // case.page) for n in case.lengths) + case.spare
+    dtype, kv = jnp.dtype(case.dtype), jnp.dtype(case.stored)
+    shapes = {
+        "q": ((case.packed, case.kv_heads * case.group, case.head_dim), dtype),
+        "k_pages": (cache_shape(layout, pages, case.page, case.kv_heads, case.head_dim), kv),
+        "v_pages": (cache_shape(layout, pages, case.page, case.kv_heads, case.value_size), kv),
+        "block_tables": ((rows, width), jnp.int32), "lengths": ((rows,), jnp.int32),
+        "query_starts": ((rows + 1,), jnp.int32),
+    }  # fmt: skip
+    if case.sinks:
+        shapes["sinks"] = ((case.kv_heads * case.group,), jnp.float32)
+    if case.stored == "int8":
+        scale = ((pages, round_up(case.kv_heads, SUBLANES), case.page), jnp.float32)
+        shapes |= {"k_scale": scale, "v_scale": scale}
+    arrays = {name: jax.ShapeDtypeStruct(*x) for name, x in shapes.items()}
+    settings = {"window": case.window, "softcap": case.softcap, "layout": layout, "kv_heads": case.kv_heads,
+                "value_dim": case.value_size, "decode_rows": case.decode_rows,
+                "max_queries": case.max_queries}  # fmt: skip
+    absent = dict.fromkeys(("sinks", "k_scale", "v_scale"))
+    named = {k: v for k, v in (absent | arrays).items() if k not in ("q", "k_pages", "v_pages")}
+    call = make_call(*(arrays[n] for n in ("q", "k_pages", "v_pages")), **named, **settings, return_lse=False)
+
+    def run(values, config):
+        q, k, v, *rest = values.values()
+        named = dict(zip(list(values)[3:], rest, strict=True))
+        return paged_attention(q, k, v, **named, **settings, scale=case.logit_scale, config=config,
+                               implementation=implementation)  # fmt: skip
+
+    tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
+    starts = np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32)
+    scalars = {"block_tables": tables, "lengths": np.array(case.lengths, np.int32), "query_starts": starts}
+    even = np.linspace(0, case.packed, rows + 1).astype(np.int32)
+    full = {"block_tables": tables, "lengths": np.full(rows, width * case.page, np.int32), "query_starts": even}
+    tokens = pairs = 0
+    for length, n in zip(case.lengths, case.queries, strict=True):
+        if n:
+            positions = np.arange(length - n, length)
+            low = np.maximum(0, positions - case.window + 1) if case.window else np.zeros(n, int)
+            tokens, pairs = tokens + length - int(low.min()), pairs + int((positions - low + 1).sum())
+    cache = tuple(n for n in ("k_pages", "v_pages", "k_scale", "v_scale") if n in arrays)
+    return Problem("paged_attention", case.name, getattr(case, "smoke", False), implementation, arrays, scalars, full,
+                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache)  # fmt: skip
+
+
+def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
+    """Bytes and FLOPs of `tokens` cached tokens, `queries` queries, and `pairs` of a query and a key."""
+    kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
+    sizes = call.head_dim + call.value_dim
+    scales = 8 if call.kv_dtype == "int8" else 0
+    nbytes = tokens * call.kv_heads * (sizes * kv + scales) + queries * call.heads * sizes * io
+    return nbytes, 2 * pairs * call.heads * sizes
+
+
+OPS: dict[str, Callable[[Any, str], Problem]] = {
+    "flash_attention": _dense("flash_attention"),
+    "decode_attention": _dense("decode_attention"),
+    "paged_attention": _paged,
+}
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """What the op has, `xla` first."""
+    return tuple(import_module(f"pallas_kernels.{op}.api").IMPLEMENTATIONS)
+
+
+def ops(implementation: str | None = None) -> list[str]:
+    """The ops that are here, or those that have the implementation."""
+    here = [op for op in OPS if find_spec("pallas_kernels") and _exists(f"pallas_kernels.{op}")]
+    return [op for op in here if implementation is None or implementation in implementations(op)]
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def problems(op: str, implementation: str, name: str | None = None, large_only: bool = False) -> list[Problem]:
+    """The problems of an op for an implementation, real sizes first.
+
+    Args:
+      name: only cases whose name holds it.
+      large_only: without the small cases.
+
+    Raises:
+      ValueError: no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"no op {op!r}; there are {', '.join(ops())}")
+    cases = import_module(f"pallas_kernels.{op}.cases")
+    small = getattr(cases, "CASES", None) or getattr(cases, "SMALL", ())
+    found = [*cases.LARGE, *(() if large_only else [c for c in small if c not in cases.LARGE])]
+    return [OPS[op](c, implementation) for c in found if name is None or name in c.name]

@@ -1,0 +1,221 @@
+"""What can be said of an op's kernels without their chip.
+
+    python -m pallas_kernels.static decode_attention --target v5e [--case NAME] [--small] [--json] [--config A=1,B=2]
+
+For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
+hold; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the roofline time of what
+is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and the compiler's static cycles over
+those of the matrix units alone, for kernels without loops of dynamic length. These are static figures, not times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from pallas_kernels import hlo, problems, targets, traffic
+from pallas_kernels.problems import Problem
+from pallas_kernels.targets import Target
+
+_MARK = "STATIC "
+
+
+def facts(problem: Problem, target: Target, config: Any = None, compile: bool = True) -> dict[str, Any]:
+    """One row of the table, in a process that was started with `targets.environment()`.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses.
+      UnknownControl: the kernel decides by values that the case does not give.
+    """
+    chip = target.chip
+    with target.tracing():
+        counted = traffic.count(problem.fn(config), *problem.arguments(), platform=chip.platform)
+        full = traffic.count(problem.fn(config), *problem.arguments(full=True), platform=chip.platform)
+    dtype = problem.call.dtype
+    row = {
+        "op": problem.op,
+        "case": problem.name,
+        "target": target.name,
+        "bytes": counted.bytes,
+        "bytes_needed": problem.bytes_needed,
+        "bytes_full": full.bytes,
+        "bytes_declared": full.declared_bytes,
+        "flops": counted.flops,
+        "flops_needed": problem.flops_needed,
+        "roofline_seconds": chip.seconds(problem.flops_needed, problem.bytes_needed, dtype),
+        "moved_seconds": counted.bytes / (chip.hbm_gbps * 1e9),
+        "compute_bound": problem.flops_needed / (chip.tflops(dtype) * 1e3) > problem.bytes_needed / chip.hbm_gbps,
+        "floor_cycles": chip.floor_cycles(problem.flops_needed, dtype),
+        "dynamic": any(c.dynamic for c in counted.calls),
+        "ieee": all("HIGHEST" in p for c in counted.calls for p in c.precisions),
+    }
+    return row | (_compiled(problem, target, config) if compile else {})
+
+
+def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
+    c = target.compile(problem.fn(config), *problem.arguments(), donate_argnums=problem.donate_argnums)
+    cycles = hlo.estimated_cycles(c.text)
+    return {
+        "seconds": c.seconds,
+        "vmem_bytes": c.vmem_bytes,
+        "cycles": sum(cycles.values()) if cycles else None,
+        "temp": c.memory["temp"],
+        "cache": problem.cache_bytes,
+        "moved": [str(i) for i in hlo.moved(c.text, max(1 << 24, problem.cache_bytes // 8))],
+        "kernels": [{**asdict(k), "tensor_cores": k.tensor_cores} for k in c.kernels],
+    }
+
+
+def cycles(problem: Problem, target: Target, config: Any = None, timeout: float = 300) -> int | None:
+    """The compiler's static cycles of a problem's kernels, from a process of its own: asking can end it.
+
+    Returns:
+      None where the compiler gives none (GPUs, v4, some DMAs) or takes too long.
+    """
+    if target.chip.platform != "tpu":
+        return None
+    with tempfile.TemporaryDirectory() as profile:
+        command = [sys.executable, "-m", "pallas_kernels.static", problem.op, "--target", target.name, "--exact",
+                   problem.name, "--child", "cycles"]  # fmt: skip
+        if config is not None:
+            command += ["--config", _config_text(config)]
+        try:
+            done = subprocess.run(command, env=_environment(profile), capture_output=True, text=True, timeout=timeout,
+                                  check=False)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return None
+    rows = list(_rows(done.stdout))
+    return rows[0].get("cycles") if rows else None
+
+
+def table(op: str, target: str, case: str | None = None, small: bool = False, config: str | None = None,
+          timeout: float = 3000) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
+
+    Raises:
+      CompilerMissing: the target's compiler is not installed.
+      RuntimeError: the compiler ended the process.
+    """
+    if (why := targets.missing(target)) is not None:
+        raise targets.CompilerMissing(why)
+    command = [sys.executable, "-m", "pallas_kernels.static", op, "--target", target, "--child", "facts"]
+    command += ["--case", case] if case else []
+    command += ["--config", config] if config else []
+    command += ["--small"] if small else []
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    rows = list(_rows(done.stdout))
+    if done.returncode:
+        raise RuntimeError(f"the compiler for {target} ended after {len(rows)} cases: {done.stderr[-2000:]}")
+    known = Target.get(target)
+    by_name = {p.name: p for p in problems.problems(op, known.chip.platform, large_only=not small)}
+    for row in rows:
+        if "error" not in row and not row["dynamic"]:
+            problem = by_name[row["case"]]
+            row["cycles"] = cycles(problem, known, _parse_config(problem, config))
+    return rows
+
+
+def _environment(profile: str | None = None) -> dict[str, str]:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    return os.environ | targets.environment(profile=profile) | {"XLA_FLAGS": "", "PYTHONPATH": paths}
+
+
+def _rows(stdout: str) -> Iterator[dict[str, Any]]:
+    for line in stdout.splitlines():
+        if line.startswith(_MARK):
+            yield json.loads(line.removeprefix(_MARK))
+
+
+def _config_text(config: Any) -> str:
+    values = asdict(config) if is_dataclass(config) else config
+    return ",".join(f"{k}={v}" for k, v in values.items())
+
+
+def _parse_config(problem: Problem, text: str | None) -> Any:
+    """A Config from `a=1,b=2`: what is not named is the heuristic's. Values are Python literals."""
+    if not text:
+        return None
+    import ast
+    from dataclasses import replace
+
+    values = dict(part.split("=", 1) for part in text.split(","))
+    found = problem.module.heuristic(problem.call, None)
+    return replace(found, **{k: ast.literal_eval(v) for k, v in values.items()})
+
+
+def _child(args: argparse.Namespace) -> None:
+    target = Target.get(args.target)
+    for problem in _chosen(args, target):
+        row = {"op": problem.op, "case": problem.name, "target": target.name}
+        try:
+            config = _parse_config(problem, args.config)
+            if problem.unsupported:
+                continue
+            row |= facts(problem, target, config) if args.child == "facts" else _compiled(problem, target, config)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+        print(_MARK + json.dumps(row), flush=True)
+
+
+def _chosen(args: argparse.Namespace, target: Target) -> list[Problem]:
+    found = problems.problems(args.op, target.chip.platform, args.exact or args.case, not (args.small or args.exact))
+    return [p for p in found if args.exact is None or p.name == args.exact][: 1 if args.exact else None]
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the printed table."""
+    if "error" in row:
+        return f"{row['case'][:44]:44} {row['error'].splitlines()[0][:120]}"
+    need = max(row["bytes_needed"], 1)
+    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {row['bytes'] / need:7.3f} "
+            f"{row['bytes_declared'] / max(row['bytes_full'], 1):7.3f} {row['flops'] / 1e9:9.2f} "
+            f"{row['flops'] / max(row['flops_needed'], 1):6.2f} {row['roofline_seconds'] * 1e6:9.1f} "
+            f"{'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
+    if row["kernels"]:
+        most = max(row["kernels"], key=lambda k: k["registers"])
+        return text + (f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
+                       f"{sum(k['spill_bytes'] for k in row['kernels'])} B spilled")  # fmt: skip
+    text += f" {row['vmem_bytes'] / 2**20:6.2f} MiB"
+    if row.get("cycles") and not row["dynamic"]:
+        text += f" {row['cycles']:>11,} {row['floor_cycles'] / row['cycles']:6.2f}"
+    return text
+
+
+HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'decl/cnt':>7} {'GFLOP':>9} {'/need':>6} {'roofline':>9} "
+          f"{'bound':8} {'memory':>10} {'cycles':>11} {'floor/':>6}")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.static", description=__doc__.split("\n")[0])
+    parser.add_argument("op", help=f"one of {', '.join(problems.ops())}")
+    parser.add_argument("--target", required=True, help=f"{', '.join(targets.NAMES)}; slices such as v5e:2x4")
+    parser.add_argument("--case", help="only cases whose name holds this")
+    parser.add_argument("--small", action="store_true", help="the small cases too")
+    parser.add_argument("--config", help="tiles instead of the heuristic's, such as key_block=512,splits=2")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--exact", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("facts", "cycles"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        return _child(args)
+    try:
+        rows = table(args.op, args.target, args.case, args.small, args.config)
+    except (targets.CompilerMissing, ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{args.op} on {args.target}: static figures, nothing here was measured; roofline in us\n{HEADER}")
+        print("\n".join(line(row) for row in rows))
+
+
+if __name__ == "__main__":
+    main()
