@@ -17,8 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.checks import Call, describe
-from pallas_kernels.decode_attention.merge import raising_under_grad
 from pallas_kernels.flash_attention.gpu_kernel import Plan, Refs, body
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip, detect
 from pallas_kernels.layouts import Layout
 
@@ -83,9 +83,11 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     dtype = compute_dtype(call)
     widest = pl.next_power_of_2(max(call.head_dim, call.value_dim))
     if dtype == jnp.float32:
-        rows, keys = 32, 32 if widest <= 128 else 16
+        rows, keys = 32, 32 if widest <= 64 else 16
     else:
         rows, keys = (128, 64) if widest <= 128 else (64, 32)
+    if call.tree:  # its addresses take registers: 128 rows spilled
+        rows, keys = min(rows, 64), 32
     rows = min(rows, max(16, pl.next_power_of_2(call.queries * call.group)))
     keys = min(keys, max(16, pl.next_power_of_2(call.slots)))
     stages = 3 if on.smem_kib >= 160 and dtype != jnp.float32 and widest <= 128 else 2
