@@ -9,7 +9,7 @@ from pallas_kernels.checks import Call
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.flash_attention", ("xla", "tpu"))
+IMPLEMENTATIONS = Implementations("pallas_kernels.flash_attention", ("xla", "tpu", "gpu"))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

@@ -90,7 +90,7 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     if call.window is not None and call.window < wanted_k:
         wanted_k = wanted_chunk = max(LANES, min(512, call.window // LANES * LANES))
     block_q = min(max(rows // call.group // SMALLEST * SMALLEST, SMALLEST), round_up(call.queries, SMALLEST))
-    block_k = _divisor(call.slots, wanted_k // 2 if small else wanted_k)
+    block_k = _divisor(call.slots, max(LANES, wanted_k // 2) if small else wanted_k)
     vmem = None if small else 48 if on.vmem_capacity_mib >= 96 else 32
     return Config(block_q, block_k, _divisor(block_k, wanted_chunk), ones, vmem)
 
@@ -266,8 +266,8 @@ def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
     def slot_block(b, i, j, starts, lengths):
         if plan.static:
             return j
-        first, last, _ = plan.key_blocks(starts[b], plan.length(lengths, b), i)
-        return jnp.minimum(first + j, last) % blocks
+        first, last, live = plan.key_blocks(starts[b], plan.length(lengths, b), i)
+        return jnp.where(live, jnp.minimum(first + j, last), last) % blocks
 
     def queries(b, g, i, j, *_):
         return b, i, g

@@ -1,0 +1,166 @@
+"""The Pallas kernels of prefill attention beyond the shared cases: small tiles, what is fetched, races."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import flash_attention
+from pallas_kernels.attention_cases import Case
+from pallas_kernels.checks import describe
+from pallas_kernels.flash_attention import gpu, tpu
+from pallas_kernels.hardware import CHIPS
+from tests.kernels.cases import make
+
+TILES = {
+    "tpu": (tpu.Config(16, 128, 128), tpu.Config(16, 256, 128, ones=True), tpu.Config(32, 128, 128, ones=True)),
+    "gpu": (gpu.Config(16, 16), gpu.Config(32, 64)),
+}
+LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
+# Several query blocks and several key blocks of the tiles above, with ends and edges inside of them.
+CASES = (
+    Case("ragged chunks", (300, 0, 0, 71), (60, 60, 0, 5), 60, 512, group=3, head_dim=64),
+    Case("a window over many blocks", (390, 0), (70, 33), 70, 512, window=150, head_dim=64),
+    Case("a ring that wrapped, tiles across its seam", (1000, 200, 0), (60, 60, 9), 60, 256, window=190, head_dim=64),
+    Case("three KV heads in lanes of two, sinks", (300, 2), (40, 40), 40, 512, kv_heads=3, group=3, head_dim=64,
+         sinks=True),
+    Case("no mask but the rows' ends", (300, 2), (40, 40), 40, 512, causal=False, head_dim=64),
+    Case("values of 128 behind keys of 192", (300, 2), (40, 17), 40, 512, kv_heads=3, head_dim=192, value_dim=128),
+    Case("a tree over two blocks", (250, 2), (40, 17), 40, 512, tree=True, window=200, head_dim=64),
+    Case("int8, soft cap", (300, 2), (40, 17), 40, 512, kv_dtype="int8", kv_heads=3, softcap=5.0, head_dim=64),
+    Case("bf16, sixteen to one", (300, 2), (40, 17), 40, 512, kv_heads=1, group=16, head_dim=80, dtype="bfloat16"),
+)  # fmt: skip
+RUNS = [(name, config, case) for name, configs in TILES.items() for config in configs for case in CASES]
+
+
+def call_of(problem, **changes):
+    given = dict.fromkeys(("sinks", "tree", "k_scale", "v_scale")) | problem.arguments() | {"return_lse": False}
+    del given["scale"]
+    return replace(describe("flash_attention", **given), **changes)
+
+
+@pytest.mark.parametrize(("name", "config", "case"), RUNS, ids=[f"{n} {c.name} {t}" for n, t, c in RUNS])
+def test_small_tiles_agree_with_float64(name, config, case):
+    problem = make(case, layout=LAYOUT[name])
+    problem.check(*problem.run(flash_attention, implementation=name, interpret=True, config=config, return_lse=True))
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_full_rows_need_no_lengths(name, causal):
+    case = Case("full", (216, 216), (40, 40), 40, 256, head_dim=64, causal=causal)
+    problem = make(case, layout=LAYOUT[name])
+    settings = {"implementation": name, "interpret": True, "config": TILES[name][0]}
+    problem.check(problem.run(flash_attention, lengths=None, **settings))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[7]], ids=lambda c: c.name)
+def test_tpu_interpreter_finds_no_race_and_no_unwritten_memory(case):
+    problem = make(replace(case, queries=40, new=tuple(min(n, 40) for n in case.new)), layout="folded")
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    config = tpu.Config(32, 128, 128)
+    problem.check(problem.run(flash_attention, implementation="tpu", interpret=params, config=config))
+
+
+def fetched(case: Case, config: tpu.Config, starts, lengths) -> tuple[list, int]:
+    """The blocks of K in the order they are fetched, and all bytes moved: a block moves when its index changes."""
+    problem = make(case, layout="folded")
+    call = call_of(problem)
+    plan = tpu.plan_of(call, config, 1.0, 128)
+    b, t = call.batch, max(call.queries, tpu.SMALLEST)
+    arrays = {name: x for name, x in problem.arrays.items() if name in ("k", "v", "k_scale", "v_scale")}
+    arrays["q"] = jnp.zeros((b, t, call.heads * call.head_dim), call.dtype)
+    arrays["out"] = jnp.zeros((b, t, call.heads * call.value_dim), call.dtype)
+    specs = tpu._specs(plan, arrays)
+    grid = (b, -(-plan.kv_heads // plan.heads), -(-t // plan.block_q), plan.steps)
+    keys, moved, before = [], 0, {}
+    for step in itertools.product(*(range(n) for n in grid)):
+        for name, x in arrays.items():
+            index = tuple(int(i) for i in specs[name].index_map(*step, starts, lengths))
+            if index == before.get(name):
+                continue
+            before[name] = index
+            shape = specs[name].block_shape
+            held = [min(n, size - i * n) for i, n, size in zip(index, shape, x.shape, strict=True)]
+            moved += int(np.prod(held)) * x.dtype.itemsize
+            if name == "k":
+                keys.append((step[2], index[1]))
+    return keys, moved
+
+
+BIG = Case("full rows", (0, 0), (512, 512), 512, 512, kv_heads=3, head_dim=64, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"held": (512, 512), "slots": 1024}, {"window": 100}, {"kv_dtype": "int8"}, {"causal": False},
+     {"head_dim": 192, "value_dim": 128}],
+    ids=str,
+)  # fmt: skip
+def test_cost_is_what_the_grid_moves(changes):
+    case = replace(BIG, **changes)
+    config = tpu.Config(64, 128, 128)
+    starts, lengths = np.array(case.held, np.int32), np.full(2, case.slots, np.int32)
+    _, moved = fetched(case, config, starts, lengths)
+    call = call_of(make(case, layout="folded"))
+    said = tpu.cost(tpu.plan_of(call, config, 1.0, 128), call).bytes_accessed
+    assert abs(said / moved - 1) < 0.05, (said, moved)
+
+
+def test_only_visible_blocks_are_fetched():
+    case = replace(BIG, held=(0,), new=(512,), kv_heads=1)
+    starts, lengths = np.array([0], np.int32), np.array([512], np.int32)
+    tiles = tpu.Config(128, 128, 128)
+    keys, _ = fetched(case, tiles, starts, lengths)
+    # Block 0 is still there when the second query block wants it.
+    assert keys == [(0, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2), (3, 3)]
+    # A window of 100 reaches into one block before its own, which is there too.
+    keys, _ = fetched(replace(case, window=100), tiles, starts, lengths)
+    assert keys == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    # The padding behind a row of 200 fetches nothing.
+    keys, _ = fetched(case, tiles, starts, np.array([200], np.int32))
+    assert keys == [(0, 0), (1, 1)]
+
+
+def test_garbage_in_blocks_that_nobody_sees_is_harmless():
+    case = Case("window", (300,), (40,), 40, 512, window=20, head_dim=64)
+    for name, configs in TILES.items():
+        problem = make(case, layout=LAYOUT[name])
+        k, v = (problem.arrays[x].at[:, :256].set(jnp.nan) for x in "kv")
+        problem.check(problem.run(flash_attention, k=k, v=v, implementation=name, interpret=True, config=configs[0]))
+
+
+@pytest.mark.parametrize(("name", "make_config", "says"), [
+    ("tpu", lambda: tpu.Config(16, 384, 128), "block_k must divide"),
+    ("tpu", lambda: tpu.Config(16, 256, 96), "block_k must divide"),
+    ("tpu", lambda: tpu.Config(20, 256, 128), "multiple of 16"),
+    ("gpu", lambda: gpu.Config(48, 16), "power of two"),
+])  # fmt: skip
+def test_tiles_that_do_not_fit_are_named(name, make_config, says):
+    problem = make(Case("small", (60,), (2,), 2, 256), layout=LAYOUT[name])
+    with pytest.raises(ValueError, match=says):
+        problem.run(flash_attention, implementation=name, interpret=True, config=make_config())
+
+
+def test_heuristics_fit_their_chips():
+    for case in CASES:
+        problem = make(case, layout="folded")
+        for chip in CHIPS.values():
+            if chip.platform == "tpu":
+                config = tpu.heuristic(call_of(problem), chip)
+                assert case.slots % config.block_k == 0, (chip.name, config)
+                assert config.block_k % config.chunk == 0, (chip.name, config)
+            else:
+                gpu.heuristic(call_of(problem, layout="heads_last"), chip)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_a_derivative_is_refused(name):
+    problem = make(Case("small", (60,), (2,), 2, 128), layout=LAYOUT[name])
+    with pytest.raises(NotImplementedError, match="xla"):
+        jax.grad(lambda q: flash_attention(**problem.arguments(q=q), implementation=name, interpret=True).sum())(
+            problem.arrays["q"])
