@@ -30,6 +30,20 @@ def pytest_configure(config):
         _add_xla_flag("xla_backend_optimization_level", "0")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps():
+    """Drop compiled programs before they fill the process: each holds memory maps, of which Linux allows 65530.
+
+    Past that the compiler's next one is a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def count_compiles():
     """A context manager whose result, called, is how many programs were compiled (or fetched) inside it."""

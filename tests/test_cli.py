@@ -152,11 +152,10 @@ def test_models_lists_the_built_in_ones():
         (["--dtype", "f8"], "f32, bf16"),
         (["--kv-dtype", "int3"], "auto, f32, bf16"),
         (["--kernels", "cuda"], "auto, xla, pallas"),
-        (["--kernels", "pallas"], "implementation='xla'"),
     ],
 )
 def test_unknown_choices_are_errors_that_name_the_known_ones(directory, arguments, says):
     result = run("generate", "x", "-m", directory, *arguments)
     assert result.exit_code == 1
-    assert isinstance(result.exception, PdxError | NotImplementedError)
+    assert isinstance(result.exception, PdxError)
     assert says in str(result.exception)

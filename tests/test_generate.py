@@ -153,7 +153,6 @@ def test_chat_messages_go_through_the_template(model):
         ("x" * 500, {"max_tokens": 100}, ContextLengthError, "at most 12"),
         ("x", {"max_tokens": 100, "capacity": 64}, ContextLengthError, "capacity"),
         ("x", {"temperature": -1}, RequestError, "temperature"),
-        ("x", {"kernels": "pallas"}, NotImplementedError, "xla"),
         ("x", {"kernels": "cuda"}, ValueError, "kernels"),
     ],
 )
