@@ -67,7 +67,6 @@ def test_a_step_moves_nothing_but_what_it_needs(target, name):
         assert 0 < largest < found["cache"] / found["layers"] / 8, f"a cache is gathered: {found['collectives']}"
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["smoke", "smoke prefill"])
 @pytest.mark.parametrize("target", SMOKE)
 def test_smoke_every_target_compiles_both_phases(target, name):
