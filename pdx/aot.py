@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from pallas_kernels.targets import Compiled, Target
 
+from pallas_kernels.targets import Compiled, Target
 from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
 from pdx.config import ModelConfig
@@ -85,8 +85,3 @@ def step_arguments(
         declared |= {"tokens": rows(jnp.int32, min(tokens, cache.chunk)), "lengths": rows(jnp.int32)}
     arguments = jax.tree.map(lambda spec: spec.abstract(devices), declared, is_leaf=is_spec)
     return steps.PROGRAMS[step], arguments
-
-
-def declared_bytes(arguments: Mapping[str, Any]) -> int:
-    """Bytes that weights and cache take by their declaration."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments["params"], arguments["cache"])))
