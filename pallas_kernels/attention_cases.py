@@ -35,6 +35,7 @@ class Case:
     scale: float | None = None
     dtype: str = "float32"
     kv_dtype: str | None = None  # None: dtype
+    full: bool = False  # every row holds S tokens, and the op is told so: no lengths
     smoke: bool = False  # one of the few that every run of the compilers takes
 
     @property
@@ -80,8 +81,9 @@ class Case:
             "k": (cache_shape(layout, b, self.slots, self.kv_heads, self.head_dim), kv_dtype),
             "v": (cache_shape(layout, b, self.slots, self.kv_heads, self.value_dim or self.head_dim), kv_dtype),
             "starts": ((b,), jnp.int32),
-            "lengths": ((b,), jnp.int32),
         }
+        if not self.full:
+            shapes["lengths"] = ((b,), jnp.int32)
         if self.sinks:
             shapes["sinks"] = ((self.heads,), jnp.float32)
         if self.tree:
@@ -129,7 +131,8 @@ class Drawn:
 
         arrays = {
             "q": jnp.asarray(self.q, case.dtype), "k": cache(self.keys), "v": cache(self.values),
-            "starts": jnp.asarray(case.held, jnp.int32), "lengths": jnp.asarray(case.lengths),
+            "starts": jnp.asarray(case.held, jnp.int32),
+            "lengths": None if case.full else jnp.asarray(case.lengths),
         }  # fmt: skip
         if case.sinks:
             arrays["sinks"] = jnp.asarray(self.sinks)

@@ -76,12 +76,12 @@ def _dense(op: str) -> Callable:
         layout = LAYOUT[implementation]
         arrays, settings = case.abstract(layout), case.settings(layout)
         described = {k: v for k, v in settings.items() if k != "scale"}
-        absent = dict.fromkeys(("sinks", "k_scale", "v_scale", "tree"))
+        absent = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree"))
         call = describe(op, **absent | arrays, **described, return_lse=False)
         function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
 
         def run(values, config):
-            rest = {k: v for k, v in values.items() if k not in "qkv"}
+            rest = {"lengths": None} | {k: v for k, v in values.items() if k not in "qkv"}
             return function(values["q"], values["k"], values["v"], **rest, **settings, config=config,
                             implementation=implementation)  # fmt: skip
 

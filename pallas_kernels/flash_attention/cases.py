@@ -25,6 +25,7 @@ FEATURES = (
     Case("token tree", (60, 0), (40, 17), 40, 128, tree=True),
     Case("values of another size", (60, 0), (40, 17), 40, 128, head_dim=24, value_dim=16),
     Case("everything that is held, not only what came before", (60, 0), (40, 17), 40, 128, causal=False),
+    Case("every slot held, no mask", (88, 120), (40, 8), 40, 128, causal=False, full=True),
     Case("int8", (60, 200), (40, 20), 40, 256, kv_dtype="int8", group=3, head_dim=64),
     Case("int8, three KV heads, ring, soft cap, sinks", (300, 20, 7), (40, 20, 0), 40, 256, kv_dtype="int8", kv_heads=3,
          group=3, window=99, softcap=5.0, sinks=True),
@@ -44,6 +45,7 @@ SHAPES = tuple(
 
 # Real sizes, for the compilers.
 LARGE = (
+    Case("Llama 3 8B, bf16, no mask", (0,), (4096,), 4096, 4096, 8, 4, 128, dtype="bfloat16", causal=False, full=True),
     Case("Llama 3 8B, bf16", (0,), (4096,), 4096, 4096, 8, 4, 128, dtype="bfloat16", smoke=True),
     Case("Llama 3 8B, f32", (0,), (2048,), 2048, 2048, 8, 4, 128),
     Case("Llama 3 8B, int8", (0,), (2048,), 2048, 2048, 8, 4, 128, dtype="bfloat16", kv_dtype="int8", smoke=True),
