@@ -7,6 +7,7 @@ problem its name is printed, so that the parent knows which one ended the proces
 import json
 import sys
 from functools import cache
+from math import prod
 
 import jax
 
@@ -27,13 +28,15 @@ def facts(problem: problems.Problem, target: Target) -> dict:
         dots = list(traffic.dots(jax.make_jaxpr(problem.fn())(*problem.arguments())))
     wide = [d for d in dots if "float32" in {str(v.aval.dtype) for v in d.invars}]
     text = c.text
+    # From the smallest array of the cache on: queries and results are smaller, and may be laid out as a kernel likes.
+    smallest = min(prod(a.shape) * a.dtype.itemsize for a in (problem.arrays[n] for n in problem.cache))
     return {
         "seconds": c.seconds,
         "kernels": text.count('custom_call_target="tpu_custom_call"') + len([k for k in c.kernels if k.shared_bytes]),
         "vmem": c.vmem_bytes,
         "temp": c.memory["temp"],
         "cache": problem.cache_bytes,
-        "moved": [str(i) for i in hlo.moved(text, max(1 << 20, problem.cache_bytes // 64))],
+        "moved": [str(i) for i in hlo.moved(text, smallest)],
         "dtype": problem.call.dtype,
         "kv_dtype": problem.call.kv_dtype,
         "not_ieee": sum("HIGHEST" not in str(d.params["precision"]) for d in wide),
