@@ -116,6 +116,7 @@ def _dense_needs(case: Any) -> tuple[int, int, int]:
 def _paged(case: Any, implementation: str) -> Problem:
     from pallas_kernels.paged_attention.api import paged_attention
     from pallas_kernels.paged_attention.call import make_call
+    from pallas_kernels.paged_attention.plan import full_rows
 
     layout, rows, width = LAYOUT[implementation], len(case.lengths), case.table_width
     # As the op's tests draw them: every row's own pages, and spare ones.
@@ -150,8 +151,8 @@ def _paged(case: Any, implementation: str) -> Problem:
     tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
     starts = np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32)
     scalars = {"block_tables": tables, "lengths": np.array(case.lengths, np.int32), "query_starts": starts}
-    even = np.linspace(0, case.packed, rows + 1).astype(np.int32)
-    full = {"block_tables": tables, "lengths": np.full(rows, width * case.page, np.int32), "query_starts": even}
+    most_starts, most_lengths = full_rows(call)
+    full = {"block_tables": tables, "lengths": most_lengths, "query_starts": most_starts}
     tokens = pairs = 0
     for length, n in zip(case.lengths, case.queries, strict=True):
         if n:
