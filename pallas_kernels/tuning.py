@@ -1,9 +1,6 @@
-"""Tiles: explicit > tuned table > heuristic; and making the tables.
+"""Making the tables of tiles that `tiles.resolve` reads.
 
-A table is `tuned/<chip>.json`: op -> bucket -> the Config and how it was found. A bucket is a call with its sizes
-rounded up to powers of two, so that neighbours share an entry. `resolve` is what kernels ask: a dictionary look-up.
-
-    python -m pallas_kernels.tuning decode_attention --target v5e [--case NAME] [--write]
+    python -m pallas_kernels.tuning decode_attention --target v5e [--case NAME] [--write] [--folder DIR]
 
 measures on the device if this process has that chip. Elsewhere it ranks candidates by what compiles, the compiler's
 static cycles (where a kernel has them) and the bytes moved, and says so: such an entry's `rung` is "static", and a
@@ -19,67 +16,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hardware
+from pallas_kernels import hardware, tiles
 from pallas_kernels.hardware import Chip
-
-FOLDER = Path(__file__).parent / "tuned"
-_SIZES = ("batch", "queries", "slots", "tokens", "rows", "width", "pages", "max_queries", "decode_rows")
-_PLAIN = (None, False, 0)
-
-
-def bucket(call: Any) -> str:
-    """The name under which a call's tiles are kept: its static facts, sizes rounded up to powers of two."""
-    parts = []
-    for f in fields(call):
-        value = getattr(call, f.name)
-        if f.name == "op" or (value in _PLAIN and f.default in _PLAIN):
-            continue
-        if f.name in _SIZES and value:
-            value = 1 << (int(value) - 1).bit_length()
-        parts.append(f"{f.name}={value}")
-    return " ".join(parts)
-
-
-@cache
-def _table(path: str) -> dict[str, Any]:
-    file = Path(path)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) -> dict[str, Any] | None:
-    """The entry of a call's bucket: `config`, `rung`, `jax`, `date`, `figures`; None if there is none."""
-    if chip is None:
-        return None
-    return _table(str((folder or FOLDER) / f"{chip.name}.json")).get("ops", {}).get(op, {}).get(bucket(call))
-
-
-def resolve(op: str, module: ModuleType, call: Any, config: Any = None, chip: Chip | None = None,
-            folder: Path | None = None) -> tuple[Any, str]:  # fmt: skip
-    """The tiles of a call and where they come from: `explicit`, `tuned` or `heuristic`.
-
-    Args:
-      module: the kernel's, with `Config` and `heuristic(call, chip)`; a `fits(call, config) -> bool` is asked
-        whether a bucket's tiles suit this very call.
-      chip: None detects it.
-    """
-    if config is not None:
-        return config, "explicit"
-    chip = chip or hardware.detect()
-    entry = lookup(op, call, chip, folder)
-    if entry is not None:
-        found = module.Config(**entry["config"])
-        if getattr(module, "fits", lambda call, config: True)(call, found):
-            return found, "tuned"
-    return module.heuristic(call, chip), "heuristic"
+from pallas_kernels.tiles import bucket
 
 
 @dataclass(frozen=True)
@@ -134,7 +80,7 @@ def candidates(problem: Any, chip: Chip) -> list[Any]:
     module = problem.module
     first = module.heuristic(problem.call, chip)
     proposed = module.candidates(problem.call, chip) if hasattr(module, "candidates") else neighbours(first)
-    return list(dict.fromkeys([first, *proposed]))
+    return [c for c in dict.fromkeys([first, *proposed]) if module.misfit(problem.call, c) is None]
 
 
 def neighbours(config: Any) -> list[Any]:
@@ -214,7 +160,7 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
 
 def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Path | None = None) -> Path:
     """Keep the best candidate of a call's bucket; a static ranking does not replace a measurement."""
-    path = (folder or FOLDER) / f"{chip.name}.json"
+    path = tiles.path_of(chip, folder)
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"device": chip.name, "ops": {}}
     entries = table["ops"].setdefault(op, {})
     before = entries.get(bucket(call))
@@ -223,38 +169,60 @@ def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Pa
             "config": asdict(best.config), "rung": rung, "jax": jax.__version__,
             "date": datetime.date.today().isoformat(), "figures": best.figures | {"score_seconds": best.score},
         }  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    _table.cache_clear()
+    tiles.forget()
     return path
 
 
 def main(argv: list[str] | None = None) -> None:
-    from pallas_kernels import problems, targets
+    from pallas_kernels import targets
 
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tuning", description=__doc__.split("\n")[0])
     parser.add_argument("op")
     parser.add_argument("--target", help="rank for this chip; without it, measure on this process' device")
     parser.add_argument("--case", help="only cases whose name holds this; else all of real size")
-    parser.add_argument("--write", action="store_true", help="keep the best in pallas_kernels/tuned")
+    parser.add_argument("--write", action="store_true", help="keep the best, in --folder")
+    parser.add_argument("--folder", type=Path, help=f"of the tables; else ${tiles.ENVIRONMENT}, else the package's")
     args = parser.parse_args(argv)
+    try:
+        run(args.op, args.target, args.case, args.write, args.folder)
+    except (ValueError, targets.CompilerMissing) as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(op: str, target: str | None = None, case: str | None = None, keep: bool = False,
+        folder: Path | None = None) -> None:  # fmt: skip
+    """Tune an op's cases and print what was found, best first.
+
+    Args:
+      target: the chip to rank for; None: measure on this process' device.
+      case: only cases whose name holds this; None: all of real size.
+      keep: write the best into the table in `folder`.
+
+    Raises:
+      ValueError: no such op or chip, or no chip here and no target.
+      targets.CompilerMissing: ranking needs a compiler that is not installed.
+    """
+    from pallas_kernels import problems, targets
+
     here = hardware.detect()
-    if args.target is None and here is None:
-        raise SystemExit("no chip to measure on here: --target NAME ranks for one by static figures")
-    chip = hardware.chip((args.target or here.name).partition(":")[0])
-    if chip != here and (why := targets.missing(args.target)):
-        raise SystemExit(why)
-    for problem in problems.problems(args.op, chip.platform, args.case, large_only=args.case is None):
+    if target is None and here is None:
+        raise ValueError("no chip to measure on here: --target NAME ranks for one by static figures")
+    chip = hardware.chip((target or here.name).partition(":")[0])
+    if chip != here and (why := targets.missing(target)):
+        raise targets.CompilerMissing(why)
+    for problem in problems.problems(op, chip.platform, case, large_only=case is None):
         if problem.unsupported:
             continue
-        rung, judged = tune(problem, args.target)
+        rung, judged = tune(problem, target)
         told = "measured here" if rung == "measured" else "ranked by static figures: nothing was measured"
-        print(f"{args.op}, {problem.name}, {chip.name}: {told}")
+        print(f"{op}, {problem.name}, {chip.name}: {told}")
         for c in judged:
             told = f"{c.score * 1e6:10.1f} us" if c.score is not None else c.error[:80]
             print(f"  {told}  {c.config}")
-        if args.write and judged[0].score is not None:
-            print(f"  kept in {write(args.op, problem.call, chip, rung, judged[0])}")
+        if keep and judged[0].score is not None:
+            print(f"  kept in {write(op, problem.call, chip, rung, judged[0], folder)}")
 
 
 if __name__ == "__main__":

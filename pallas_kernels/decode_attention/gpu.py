@@ -21,6 +21,7 @@ from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import Layout
+from pallas_kernels.tiles import resolve
 
 MAX_QUERIES = 16
 # Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
@@ -113,6 +114,11 @@ def _least_keys(call: Call) -> int:
     return max(LEAST_KEYS, KEYS_OF_A_ROW * call.queries * call.group)
 
 
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call: every one does that can be made."""
+    return None
+
+
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
@@ -173,7 +179,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    config = config or heuristic(call, hardware.detect())
+    config, _ = resolve("decode_attention", call, config, Config, heuristic, misfit, "gpu")
     plan = plan_for(call, config, scale)
 
     def run(*arrays):

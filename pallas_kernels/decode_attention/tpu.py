@@ -14,12 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels import hardware
 from pallas_kernels.checks import Call, describe
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SUBLANES, Layout, fold, folded_width, round_up, unfold
+from pallas_kernels.tiles import resolve
 
 MAX_QUERIES = 16
 TILE = {4: 8, 2: 16, 1: 32}  # slots of a tile in HBM by the bytes of an element
@@ -89,6 +89,13 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     return Config(block, compute, splits=chip.cores // chip.devices if chip else 1)
 
 
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call, None if it does."""
+    if call.window is not None and call.slots % config.key_block:
+        return f"key_block must divide the ring's {call.slots} slots"
+    return None
+
+
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     wide = jnp.float32 in (jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype))
@@ -154,7 +161,8 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    plan = plan_for(call, config or heuristic(call, hardware.detect()), scale)
+    config, _ = resolve("decode_attention", call, config, Config, heuristic, misfit, "tpu")
+    plan = plan_for(call, config, scale)
 
     out, lse = _run(plan, call, q, k, v, starts, lengths, sinks, k_scale, v_scale, tree, interpret)
     return (out, lse) if return_lse else out

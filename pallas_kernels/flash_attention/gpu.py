@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pallas_kernels.checks import Call, describe
 from pallas_kernels.flash_attention.gpu_kernel import Plan, Refs, body
 from pallas_kernels.gradients import raising_under_grad
-from pallas_kernels.hardware import Chip, chip, detect
+from pallas_kernels.hardware import Chip, chip
 from pallas_kernels.layouts import Layout
+from pallas_kernels.tiles import resolve
 
 MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
 OPERANDS = ("starts", "lengths", "q", "k", "v", "k_scale", "v_scale", "sinks", "tree")
@@ -95,6 +96,11 @@ def heuristic(call: Call, on: Chip | None) -> Config:
                   num_stages=stages)  # fmt: skip
 
 
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call: every one does that can be made."""
+    return None
+
+
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
@@ -160,8 +166,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
-    on = detect()
-    config = config or heuristic(call, on if on and on.platform == "gpu" else None)
+    config, _ = resolve("flash_attention", call, config, Config, heuristic, misfit, "gpu")
     plan = plan_for(call, config, float(scale))
 
     def run(*arrays):

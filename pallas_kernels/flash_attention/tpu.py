@@ -26,6 +26,7 @@ from pallas_kernels.flash_attention.tpu_kernel import Plan, body
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip, detect
 from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
+from pallas_kernels.tiles import resolve
 
 MIB = 2**20
 SMALLEST = 16  # queries: rows of a bf16 register
@@ -98,6 +99,15 @@ def heuristic(call: Call, on: Chip | None) -> Config:
 def _divisor(slots: int, most: int) -> int:
     """The largest multiple of LANES up to `most` that divides `slots`."""
     return max(n for n in range(LANES, min(slots, most) + 1, LANES) if slots % n == 0)
+
+
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call, None if it does."""
+    if call.slots % config.block_k or config.block_k % config.chunk or config.chunk % LANES:
+        return f"block_k must divide the {call.slots} slots, and chunk, in whole {LANES}, block_k"
+    if config.block_q % SMALLEST:
+        return f"block_q must be a multiple of {SMALLEST}"
+    return None
 
 
 def plan_of(call: Call, config: Config, scale: float, mxu: int) -> Plan:
@@ -189,14 +199,9 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
+    config, _ = resolve("flash_attention", call, config, Config, heuristic, misfit, "tpu")
     on = detect()
-    on = on if on and on.platform == "tpu" else None
-    config = config or heuristic(call, on)
-    if call.slots % config.block_k or config.block_k % config.chunk or config.chunk % LANES:
-        raise ValueError(f"{config}: block_k must divide the {call.slots} slots, and chunk, in whole {LANES}, block_k")
-    if config.block_q % SMALLEST:
-        raise ValueError(f"{config}: block_q must be a multiple of {SMALLEST}")
-    plan = plan_of(call, config, float(scale), on.mxu if on else LANES)
+    plan = plan_of(call, config, float(scale), on.mxu if on and on.platform == "tpu" else LANES)
 
     def run(*arrays):
         return _run(dict(zip(OPERANDS, arrays, strict=True)), call, plan, config, interpret)

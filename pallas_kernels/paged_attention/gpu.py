@@ -24,6 +24,7 @@ from pallas_kernels.hardware import Chip
 from pallas_kernels.paged_attention import plan as plans
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.gpu_kernel import Static, body
+from pallas_kernels.tiles import resolve
 
 # Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
 MOST_ELEMENTS = 2**31
@@ -109,6 +110,11 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     return Config(block, key_block, splits, num_warps=8 if crowded or (many and width >= 256) else 4)
 
 
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call: every one does that can be made."""
+    return None
+
+
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
     found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
@@ -155,7 +161,7 @@ def attention(
     interpret=False,
 ):
     """See `api.paged_attention`. Raises NotImplementedError for a derivative."""
-    config = config or heuristic(call, hardware.detect())
+    config, _ = resolve("paged_attention", call, config, Config, heuristic, misfit, "gpu")
 
     def run(*arrays):
         return _run(call, config, float(scale), interpret, *arrays)

@@ -18,11 +18,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.gradients import raising_under_grad
-from pallas_kernels.hardware import Chip, detect
+from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import plan as plans
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Static, body, widest
+from pallas_kernels.tiles import resolve
 
 TILE = {4: 8, 2: 16, 1: 32}  # rows of a tile by the bytes of an element
 SMEM_BYTES = 1 << 20
@@ -103,6 +104,15 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     return Config(block, key_block, unit, vmem)
 
 
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call, None if it does."""
+    if config.block % _sub(call) or call.page % config.unit or config.key_block % config.unit:
+        return f"block must be a multiple of {_sub(call)}, and unit divide the page of {call.page} and key_block"
+    if call.kv_dtype == "int8" and config.unit != call.page:
+        return f"the unit of int8 pages is the page of {call.page}"
+    return None
+
+
 def _vmem(call: Call, block: int, key_block: int) -> int:
     """Bytes of VMEM that the tiles take, temporaries of a step included."""
     q, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
@@ -160,12 +170,7 @@ def attention(
       ValueError: a config that does not fit the call.
       NotImplementedError: a derivative.
     """
-    config = config or heuristic(call, detect())
-    if config.block % _sub(call) or call.page % config.unit or config.key_block % config.unit:
-        raise ValueError(f"paged_attention: {config} does not fit: block must be a multiple of {_sub(call)}, and unit "
-                         f"divide the page of {call.page} and key_block")
-    if call.kv_dtype == "int8" and config.unit != call.page:
-        raise ValueError(f"paged_attention: {config} does not fit: the unit of int8 pages is the page of {call.page}")
+    config, _ = resolve("paged_attention", call, config, Config, heuristic, misfit, "tpu")
 
     def run(*arrays):
         return _run(call, config, float(scale), interpret, *arrays)

@@ -1,0 +1,94 @@
+"""Which tiles a kernel takes: explicit > tuned table > heuristic.
+
+A table is `tuned/<chip>.json`: op -> bucket -> the Config and how it was found (`tuning` makes them). A bucket is a
+call with its sizes rounded up to powers of two, so that neighbours share an entry. Every kernel asks `resolve` once
+a trace: a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import hardware
+from pallas_kernels.hardware import Chip
+
+ENVIRONMENT = "PDX_TUNED"  # another folder of tables, for a device whose packages cannot be written to
+FOLDER = Path(__file__).parent / "tuned"
+_SIZES = ("batch", "queries", "slots", "tokens", "rows", "width", "pages", "max_queries", "decode_rows")
+_PLAIN = (None, False, 0)
+
+
+def bucket(call: Any) -> str:
+    """The name under which a call's tiles are kept: its static facts, sizes rounded up to powers of two."""
+    parts = []
+    for f in fields(call):
+        value = getattr(call, f.name)
+        if f.name == "op" or (value in _PLAIN and f.default in _PLAIN):
+            continue
+        if f.name in _SIZES and value:
+            value = 1 << (int(value) - 1).bit_length()
+        parts.append(f"{f.name}={value}")
+    return " ".join(parts)
+
+
+def path_of(chip: Chip, folder: Path | None = None) -> Path:
+    """The table of a chip: in `folder`, else in $PDX_TUNED, else in the package."""
+    return (folder or Path(os.environ.get(ENVIRONMENT) or FOLDER)) / f"{chip.name}.json"
+
+
+@cache
+def _table(path: str) -> dict[str, Any]:
+    file = Path(path)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def forget() -> None:
+    """Read the tables again when they are asked next."""
+    _table.cache_clear()
+
+
+def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) -> dict[str, Any] | None:
+    """The entry of a call's bucket: `config`, `rung`, `jax`, `date`, `figures`; None if there is none."""
+    if chip is None:
+        return None
+    return _table(str(path_of(chip, folder))).get("ops", {}).get(op, {}).get(bucket(call))
+
+
+def resolve(
+    op: str,
+    call: Any,
+    config: Any,
+    make: type,
+    heuristic: Callable[[Any, Chip | None], Any],
+    misfit: Callable[[Any, Any], str | None],
+    platform: str,
+    folder: Path | None = None,
+) -> tuple[Any, str]:
+    """The tiles of a call and where they come from: `explicit`, `tuned` or `heuristic`.
+
+    Args:
+      config: the caller's; None: not given.
+      make, heuristic, misfit: the kernel's Config class, its choice for a call on a chip, and why a Config does not
+        suit a call (None: it does). A bucket's tiles that do not suit this very call are passed over.
+      platform: `tpu` or `gpu`: the kernel's. The chip is this process' (`hardware.detect`), if it is of this
+        platform; else none, for which the heuristic has a default.
+
+    Raises:
+      ValueError: an explicit Config that does not suit the call.
+    """
+    if config is not None:
+        if (why := misfit(call, config)) is not None:
+            raise ValueError(f"{op}: {config} does not fit: {why}")
+        return config, "explicit"
+    chip = hardware.detect()
+    chip = chip if chip is not None and chip.platform == platform else None
+    entry = lookup(op, call, chip, folder)
+    if entry is not None and misfit(call, found := make(**entry["config"])) is None:
+        return found, "tuned"
+    return heuristic(call, chip), "heuristic"
