@@ -210,11 +210,13 @@ def run(op: str, target: str | None = None, case: str | None = None, keep: bool 
     if target is None and here is None:
         raise ValueError("no chip to measure on here: --target NAME ranks for one by static figures")
     chip = hardware.chip((target or here.name).partition(":")[0])
+    found = problems.problems(op, chip.platform, case, large_only=case is None)
+    chosen = [p for p in found if not p.unsupported]
+    if not chosen:
+        raise ValueError(f"no case of {op} for {chip.name} has {case!r} in its name")
     if chip != here and (why := targets.missing(target)):
         raise targets.CompilerMissing(why)
-    for problem in problems.problems(op, chip.platform, case, large_only=case is None):
-        if problem.unsupported:
-            continue
+    for problem in chosen:
         rung, judged = tune(problem, target)
         told = "measured here" if rung == "measured" else "ranked by static figures: nothing was measured"
         print(f"{op}, {problem.name}, {chip.name}: {told}")

@@ -159,3 +159,11 @@ def test_unknown_choices_are_errors_that_name_the_known_ones(directory, argument
     assert result.exit_code == 1
     assert isinstance(result.exception, PdxError)
     assert says in str(result.exception)
+
+
+def test_tune_needs_a_chip_or_a_target_and_an_op():
+    for arguments, says in ((("decode_attention",), "--target"), (("nothing", "--target", "v5e"), "nothing"),
+                            (("decode_attention", "--target", "v99"), "v99")):  # fmt: skip
+        result = run("tune", *arguments)
+        assert isinstance(result.exception, PdxError)
+        assert says in str(result.exception)

@@ -46,19 +46,6 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(op):
             call()
 
 
-def missing() -> list[tuple[str, str]]:
-    have = {"flash_attention": flash_attention, "decode_attention": decode_attention}
-    modules = {op: __import__(f"pallas_kernels.{op}.api", fromlist=["IMPLEMENTATIONS"]) for op in have}
-    return [(op, name) for op in have for name in ("tpu", "gpu") if name not in modules[op].IMPLEMENTATIONS]
-
-
-@pytest.mark.parametrize(("op", "name"), missing())
-def test_a_named_implementation_that_is_missing_never_falls_back(op, name):
-    for call in (lambda: OPS[op](**arguments(), implementation=name), lambda: EXPLAIN[op](name)):
-        with pytest.raises(NotImplementedError, match=rf"{op} has no {name} implementation.*use implementation='xla'"):
-            call()
-
-
 def test_choose_takes_the_kernel_of_the_device_where_there_is_one():
     module = SimpleNamespace(supported=lambda call: call)
     have = {"xla": module, "gpu": module}
