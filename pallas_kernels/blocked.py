@@ -102,14 +102,6 @@ def blocked_attention(
                 preferred_element_type=jnp.float32)  # fmt: skip
             return new_top, total, acc
 
-        # Queries of padding and of inactive rows lie outside their row: no block is read for them.
-        real = (positions >= 0) & (positions < lengths[:, None])
-        ends = positions if causal else jnp.broadcast_to(lengths[:, None] - 1, positions.shape)
-        last = jnp.max(jnp.where(real, ends, -1))
-        first = jnp.zeros((), jnp.int32)
-        if window is not None:
-            earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
-            first = jnp.maximum(earliest - (window - 1), 0) // bs
         m = group * bq
         start = (
             # Equal to a masked logit: what a query gathers before it sees anything fades to exactly zero later.
@@ -117,19 +109,13 @@ def blocked_attention(
             jnp.zeros((b, kv_heads, m), jnp.float32),
             jnp.zeros((b, kv_heads, m, value_dim), jnp.float32),
         )
-        top, total, acc = lax.fori_loop(first, last // bs + 1, body, start)
-        saw = top != MASKED  # true for NaN, which must come out as NaN
+        begin, end = _span(positions, lengths, causal, window, bs)
+        sink = None
         if sinks is not None:
             sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
-            new_top = jnp.maximum(top, sink)
-            fade = jnp.where(saw, jnp.exp(top - new_top), 0)
-            total, acc = total * fade + jnp.exp(sink - new_top), acc * fade[..., None]
-            top, saw = new_top, jnp.ones_like(saw)
-        total = jnp.where(saw, total, 1.0)
-        out = jnp.where(saw[..., None], acc / total[..., None], 0.0)
+        out, lse = _finish(*lax.fori_loop(begin, end, body, start), sink)
         out = out.reshape(b, kv_heads, group, bq, value_dim).astype(q.dtype)
-        lse = jnp.where(saw, top + jnp.log(total), -jnp.inf).reshape(b, kv_heads, group, bq)
-        return out, lse if return_lse else None
+        return out, lse.reshape(b, kv_heads, group, bq) if return_lse else None
 
     if t == bq:
         out, lse = attend_block(rows[0], position_rows[0], None if tree is None else tree_rows[0])
@@ -140,3 +126,31 @@ def blocked_attention(
     if not return_lse:
         return out
     return out, lse.transpose(1, 0, 4, 2, 3).reshape(b, blocks * bq, n)[:, :t]
+
+
+def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], causal: bool, window: int | None, block: int):
+    """The blocks of positions that these queries see: the first, and one past the last.
+
+    Queries of padding and of inactive rows lie outside their row: no block is read for them.
+    """
+    real = (positions >= 0) & (positions < lengths[:, None])
+    ends = positions if causal else jnp.broadcast_to(lengths[:, None] - 1, positions.shape)
+    last = jnp.max(jnp.where(real, ends, -1))
+    first = jnp.zeros((), jnp.int32)
+    if window is not None:
+        earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
+        first = jnp.maximum(earliest - (window - 1), 0) // block
+    return first, last // block + 1
+
+
+def _finish(top, total, acc, sink):
+    """Results and log-sum-exp of a softmax's running maximum, sum and product; `sink` joins it last."""
+    saw = top != MASKED  # true for NaN, which must come out as NaN
+    if sink is not None:
+        new_top = jnp.maximum(top, sink)
+        fade = jnp.where(saw, jnp.exp(top - new_top), 0)
+        total, acc = total * fade + jnp.exp(sink - new_top), acc * fade[..., None]
+        top, saw = new_top, jnp.ones_like(saw)
+    total = jnp.where(saw, total, 1.0)
+    out = jnp.where(saw[..., None], acc / total[..., None], 0.0)
+    return out, jnp.where(saw, top + jnp.log(total), -jnp.inf)
