@@ -14,7 +14,7 @@ CHUNKS = (
     Case("slots not a multiple of 128", (60, 0), (33, 20), 33, 100),
     Case("chunk longer than the window", (0, 50), (60, 40), 60, 128, window=7),
     Case("query blocks that see different keys", (100,), (280,), 280, 512, window=60, kv_heads=1),
-    Case("ring that wrapped, rows far apart", (1000, 0, 129), (30, 30, 11), 30, 128, window=99, group=3),
+    Case("ring that wrapped, rows far apart, chunks", (1000, 0, 129), (30, 30, 11), 30, 128, window=99, group=3),
     Case("ring that wraps inside the chunk", (110, 250), (40, 40), 40, 128, window=60),
     Case("soft cap", (20, 0), (40, 30), 40, 128, softcap=2.0, head_dim=64),
     Case("bf16, ring, soft cap", (500, 0), (40, 30), 40, 128, dtype="bfloat16", window=70, softcap=5.0),

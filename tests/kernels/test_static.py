@@ -43,6 +43,12 @@ def _unpadded(problem):
     return problem.cache_bytes * width / lanes
 
 
+@pytest.mark.parametrize("op", problems.ops())
+def test_every_problem_has_a_name_of_its_own(op):
+    names = [p.name for p in problems.problems(op, "xla")]
+    assert len(set(names)) == len(names)
+
+
 def test_a_row_is_traced_and_counted_without_a_compiler():
     problem = problems.problems("decode_attention", "tpu", "draft of four, ragged")[0]
     row = static.facts(problem, Target.get("v5e"), compile=False)
