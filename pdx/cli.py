@@ -25,7 +25,7 @@ app.add_typer(bench_app, name="bench")
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Built-in name, .gguf file, Hugging Face directory, "
                                           "hub id, or a checkpoint of `pdx convert`.")]  # fmt: skip
 DtypeOption = Annotated[str, typer.Option(help="Parameters: auto, f32 or bf16.")]
-KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32 or bf16.")]
+KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32, bf16 or int8.")]
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

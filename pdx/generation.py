@@ -60,7 +60,7 @@ class Generator:
       rows: requests that run together.
       capacity: tokens of prompt and answer that a row can hold.
       kernels: auto, xla or pallas. Raises NotImplementedError for a path that does not exist.
-      kv_dtype: of the cache, `f32`, `bf16` or a jax type; None or `auto`: the parameters'.
+      kv_dtype: of the cache, `f32`, `bf16`, `int8` or a jax type; None or `auto`: the parameters'.
       chunk: the most tokens of a prompt that one prefill call takes.
       decode_tokens: tokens a dispatch.
       num_logprobs: alternatives to report for each token.
@@ -179,9 +179,10 @@ def cache_dtype(name, model: Model):
     """The type of the cache for a choice of the user. Raises RequestError for an unknown one."""
     if name is None or name == "auto":
         return model.dtype
-    if isinstance(name, str) and name not in DTYPES:
-        raise RequestError(f"kv_dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name] if isinstance(name, str) else jnp.dtype(name)
+    known = DTYPES | {"int8": jnp.dtype(jnp.int8)}
+    if isinstance(name, str) and name not in known:
+        raise RequestError(f"kv_dtype {name!r} is not one of auto, {', '.join(known)}")
+    return known[name] if isinstance(name, str) else jnp.dtype(name)
 
 
 @partial(jax.jit, static_argnames=("num_logprobs", "mesh"), donate_argnames="sampling")

@@ -14,7 +14,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.layouts import Layout, cache_shape, fold, folded_width, slot_axis
+from pallas_kernels import quantize_kv, write_pages
+from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError
 from pdx.shapes import round_up
@@ -28,10 +29,16 @@ DEFAULT_CHUNK = 512
 
 @struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all."""
+    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all.
+
+    In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and probabilities
+    with: nothing is dequantized in memory.
+    """
 
     k: Array
     v: Array
+    k_scale: Array | None = None
+    v_scale: Array | None = None
     layout: Layout = struct.field(pytree_node=False, default="heads_first")
     kv_heads: int = struct.field(pytree_node=False, default=1)
 
@@ -39,30 +46,39 @@ class LayerCache:
     def slots(self) -> int:
         return self.k.shape[slot_axis(self.layout)]
 
+    @property
+    def scales(self) -> dict[str, Array]:
+        """The scales of int8 keys and values as the attention ops take them; else nothing."""
+        return {} if self.k_scale is None else {"k_scale": self.k_scale, "v_scale": self.v_scale}
+
     def specs(self) -> LayerCache:
         """What the leaves are, as declared."""
-        return jax.tree.map(lambda x: _spec(x.shape, x.dtype, self.layout, self.kv_heads), self, is_leaf=is_spec)
+        found = {n: _spec(x.shape, x.dtype, self.layout, self.kv_heads) for n, x in (("k", self.k), ("v", self.v))}
+        found |= {name: _scale_spec(x.shape, self.kv_heads) for name, x in self.scales.items()}
+        return self.replace(**found)
 
     def append(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"],
-        valid: Bool[Array, "B T"],
+        valid: Bool[Array, "B T"], implementation: str = "auto", interpret: bool = False,
     ) -> LayerCache:  # fmt: skip
         """Write the valid tokens at their positions; the others write nothing anywhere.
 
-        On a mesh this is called on each device's own heads (`layers.attention`).
+        A row of a dense cache is a page of `slots` tokens. On a mesh this is called on each device's own heads
+        (`layers.attention`). `implementation` of the write: see `pallas_kernels.write_pages`.
         """
-        slots = self.slots
-        # An index past the end is dropped by the scatter: padding and inactive rows cost no write.
-        slot = jnp.where(valid, positions % slots, slots)
         rows = jnp.arange(k.shape[0])[:, None]
-
-        def write(store, new):
-            new = new.astype(store.dtype)
-            if self.layout == "heads_first":
-                return store.at[rows, :, slot].set(new, mode="drop")
-            return store.at[rows, slot].set(fold(new) if self.layout == "folded" else new, mode="drop")
-
-        return self.replace(k=write(self.k, k), v=write(self.v, v))
+        # Padding and inactive rows cost no write.
+        slots = jnp.where(valid, rows * self.slots + positions % self.slots, -1).reshape(-1)
+        new = [x.reshape(-1, *x.shape[2:]) for x in (k, v)]
+        if self.k_scale is None:
+            k, v = write_pages(self.k, self.v, *(x.astype(self.k.dtype) for x in new), slots=slots, layout=self.layout,
+                               implementation=implementation, interpret=interpret)  # fmt: skip
+            return self.replace(k=k, v=v)
+        (k, k_scale), (v, v_scale) = map(quantize_kv, new)
+        k, v, k_scale, v_scale = write_pages(
+            self.k, self.v, k, v, slots=slots, layout=self.layout, **self.scales, new_k_scale=k_scale,
+            new_v_scale=v_scale, implementation=implementation, interpret=interpret)  # fmt: skip
+        return self.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 @struct.dataclass
@@ -156,6 +172,12 @@ def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int) -> Array
     return ArraySpec(shape, axes, dtype, units=units, init="zeros")
 
 
+def _scale_spec(shape: tuple[int, ...], kv_heads: int) -> ArraySpec:
+    """Scales of int8 keys or values: dealt out as the heads are, each device's rounded up."""
+    units = (shape[0], kv_heads, shape[2])
+    return ArraySpec(shape, ("batch", "kv_heads", None), jnp.float32, units=units, init="zeros")
+
+
 def default_layout(platform: str | None = None) -> Layout:
     """What the attention of a platform (None: JAX's default backend) reads without a copy."""
     return {"tpu": "folded", "gpu": "heads_last"}.get(platform or jax.default_backend(), "heads_first")
@@ -186,7 +208,11 @@ def cache_specs(
         if layout == "folded":
             shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
         spec = _spec(shape, dtype, layout, heads)
-        return LayerCache(spec, spec, layout, heads)
+        if jnp.dtype(dtype) != jnp.int8:
+            return LayerCache(spec, spec, layout=layout, kv_heads=heads)
+        padded = round_up(heads // shards, SUBLANES) * shards if layout == "folded" else heads
+        scale = _scale_spec((batch, padded, layer_slots(window, capacity, chunk)), heads)
+        return LayerCache(spec, spec, scale, scale, layout, heads)
 
     count, layers = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros"), tuple(layer(w) for w in cfg.windows)
     return DenseCache(layers, count, count, capacity, min(chunk, capacity), cfg.windows, mesh)
@@ -199,6 +225,7 @@ def init_cache(
     """An empty cache for `batch` requests of up to `capacity` tokens (rounded up to a multiple of 128).
 
     `chunk` is the most tokens one prefill call may append: window layers are laid out for it.
+    `dtype` int8: keys and values are quantized as they are appended, a scale for each token and head.
     With a `mesh`, rows go over `data` and KV heads over `model`. `layout`: how it lies in memory; None:
     as this device's attention reads it best.
     """

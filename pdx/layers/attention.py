@@ -102,10 +102,22 @@ def attention(
 
 def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **settings):
     """Write the chunk's keys and values, and attend over all that the rows hold."""
-    cache = cache.append(k, v, positions, valid)
+    cache = cache.append(k, v, positions, valid, *_writer(settings, cache))
     op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
-    out = op(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2], **settings)
+    out = op(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2], **cache.scales,
+             **settings)  # fmt: skip
     return out, cache
+
+
+def _writer(settings: dict, cache: LayerCache) -> tuple[str, bool]:
+    """Implementation of the append beside that of the attention, and whether it is interpreted.
+
+    XLA's scatter is in place, but for int8 on a TPU: there is a kernel for that, and for nothing else.
+    """
+    name, interpret = settings["implementation"], settings["interpret"]
+    if name == "auto" or (name == "tpu" and cache.k_scale is not None):
+        return name, interpret
+    return "xla", False
 
 
 def _sharded(run: Callable, mesh: Mesh, cfg: ModelConfig, cache: LayerCache) -> Callable:

@@ -36,6 +36,7 @@ def facts(problem: problems.Problem, target: Target) -> dict:
         "vmem": c.vmem_bytes,
         "temp": c.memory["temp"],
         "cache": problem.cache_bytes,
+        "queries": problem.arrays["q"].size * problem.arrays["q"].dtype.itemsize,
         "moved": [str(i) for i in hlo.moved(text, smallest)],
         "dtype": problem.call.dtype,
         "kv_dtype": problem.call.kv_dtype,
