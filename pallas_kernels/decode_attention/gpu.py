@@ -85,8 +85,8 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     tensor cores multiply 16 rows at least, T*G of which count, and at 16 rows they keep up with memory. Shared
     memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that two stages and q fit the 99 KiB of L4
     even at 64 rows of 256. Registers: f32 has no tensor core and no room for more than 64 keys or 16 KiB a stage, and
-    a program of 64 rows needs 8 warps: with 4, ptxas gave all 255 registers or spilled. Splits: PROGRAMS_A_CORE programs for
-    every multiprocessor, as long as a part is worth its own result.
+    a program of 64 rows needs 8 warps: with 4, ptxas gave all 255 registers or spilled. Splits: PROGRAMS_A_CORE
+    programs for every multiprocessor, as long as a part is worth its own result.
     """
     cores = chip.cores if chip else hardware.chip("a100").cores
     dtype = compute_dtype(call)
