@@ -84,7 +84,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     Bytes: only what a row holds is read, so that the block costs nothing but masked work in the last one. FLOPs: the
     tensor cores multiply 16 rows at least, T*G of which count, and at 16 rows they keep up with memory. Shared
     memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that two stages and q fit the 99 KiB of L4
-    even at 64 rows of 256. Registers: f32 has no tensor core and no room for more than 64 keys or 16 KiB a stage, and
+    even at 64 rows of 256. Registers: f32 has no tensor core and no room for more than 32 keys or 16 KiB a stage, and
     a program of 64 rows needs 8 warps: with 4, ptxas gave all 255 registers or spilled. Splits: PROGRAMS_A_CORE
     programs for every multiprocessor, as long as a part is worth its own result.
     """
@@ -92,7 +92,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     dtype = compute_dtype(call)
     width = padded(call.head_dim) + padded(call.value_dim)
     block, stage = 16, (16 if dtype == jnp.float32 else 32) << 10
-    while block < (64 if dtype == jnp.float32 else 128) and 2 * block * width * dtype.itemsize <= stage:
+    while block < (32 if dtype == jnp.float32 else 128) and 2 * block * width * dtype.itemsize <= stage:
         block *= 2
     rows = call.queries * call.group
     most = 32 if dtype == jnp.float32 else 128 if width <= 256 else 64
