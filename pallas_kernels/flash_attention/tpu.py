@@ -74,7 +74,7 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     Where loops are static, longer ones let the vector unit work on one chunk while the matrix unit has the next.
     Where they follow the rows, smaller blocks leave fewer of them to be masked. On 256 x 256 units the sums come
     free, as columns of the product with V that a head of 128 leaves empty.
-    Ranked by the compiler's static cycles on v5e and v6e; not measured on a device.
+    Ranked by the compiler's static cycles on v5e, v5p and v6e (docs/kernels.md); not measured on a device.
     """
     on = on or chip("v5e")
     heads = lane_heads(call)
@@ -87,7 +87,7 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     fixed = not (call.causal or call.lengths)
     wanted_k, wanted_chunk = (2048, 512) if fixed else (1024, 512)
     if fixed and on.mxu == 128 and not small and heads == 1 and call.dtype == "bfloat16":
-        rows, wanted_k, wanted_chunk = rows // 2, 4096, 1024
+        rows, wanted_k, wanted_chunk = rows // 2, 4096, 512 if on.cores == 1 else 1024
     if call.window is not None and call.window < wanted_k:
         wanted_k = wanted_chunk = max(LANES, min(512, call.window // LANES * LANES))
     block_q = min(max(rows // call.group // SMALLEST * SMALLEST, SMALLEST), round_up(call.queries, SMALLEST))
@@ -238,6 +238,9 @@ def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
     }
     if not plan.extra:
         scratch["total"] = pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)
+    arrays = inputs.values()
+    if not interpret:  # else the compiler moves small ones to VMEM whole, beside the tiles, and may run out of it
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     results = pl.pallas_call(
         partial(body, plan, (*scalars, *inputs, *outputs, *scratch)),
         out_shape=tuple(outputs.values()),
@@ -255,7 +258,7 @@ def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
         cost_estimate=cost(plan, call),
         interpret=interpret,
         name="flash_attention",
-    )(*scalars.values(), *inputs.values())
+    )(*scalars.values(), *arrays)
     out = results[0][:, :t].reshape(b, t, n, plan.value_dim)
     if not plan.lse:
         return out
