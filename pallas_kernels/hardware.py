@@ -138,14 +138,18 @@ def of_kind(device_kind: str) -> Chip | None:
     return next((c for c in CHIPS.values() if device_kind in c.kinds), None)
 
 
-def detect() -> Chip | None:
+def detect(platform: str | None = None) -> Chip | None:
     """The chip that is traced for: the abstract mesh's under AOT, else this process' default device's.
 
+    Args:
+      platform: `tpu` or `gpu`, what a kernel is for; None: any.
+
     Returns:
-      None on a CPU and on a chip that the table lacks.
+      None on a CPU, on a chip that the table lacks, and on one of another platform.
     """
     kind = _device_kind()
-    return of_kind(kind) if kind else None
+    found = of_kind(kind) if kind else None
+    return found if found is not None and platform in (None, found.platform) else None
 
 
 def platform_of(device: object | None = None) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pallas_kernels import hardware
@@ -60,35 +60,32 @@ def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) ->
     return _table(str(path_of(chip, folder))).get("ops", {}).get(op, {}).get(bucket(call))
 
 
+def misfit(module: ModuleType, call: Any, config: Any) -> str | None:
+    """Why a Config does not suit a call; None: it does, as every one that can be made if the kernel does not say."""
+    return module.misfit(call, config) if hasattr(module, "misfit") else None
+
+
 def resolve(
-    op: str,
-    call: Any,
-    config: Any,
-    make: type,
-    heuristic: Callable[[Any, Chip | None], Any],
-    misfit: Callable[[Any, Any], str | None],
-    platform: str,
-    folder: Path | None = None,
+    op: str, platform: str, call: Any, config: Any, module: ModuleType, folder: Path | None = None
 ) -> tuple[Any, str]:
     """The tiles of a call and where they come from: `explicit`, `tuned` or `heuristic`.
 
     Args:
+      platform: `tpu` or `gpu`: the kernel's. The chip is this process' if it is of this platform; else none, for
+        which the heuristic has a default.
       config: the caller's; None: not given.
-      make, heuristic, misfit: the kernel's Config class, its choice for a call on a chip, and why a Config does not
-        suit a call (None: it does). A bucket's tiles that do not suit this very call are passed over.
-      platform: `tpu` or `gpu`: the kernel's. The chip is this process' (`hardware.detect`), if it is of this
-        platform; else none, for which the heuristic has a default.
+      module: the kernel's, with `Config`, `heuristic(call, chip)` and, where not every Config suits every call,
+        `misfit(call, config)`. A bucket's tiles that do not suit this very call are passed over.
 
     Raises:
       ValueError: an explicit Config that does not suit the call.
     """
     if config is not None:
-        if (why := misfit(call, config)) is not None:
+        if (why := misfit(module, call, config)) is not None:
             raise ValueError(f"{op}: {config} does not fit: {why}")
         return config, "explicit"
-    chip = hardware.detect()
-    chip = chip if chip is not None and chip.platform == platform else None
+    chip = hardware.detect(platform)
     entry = lookup(op, call, chip, folder)
-    if entry is not None and misfit(call, found := make(**entry["config"])) is None:
+    if entry is not None and misfit(module, call, found := module.Config(**entry["config"])) is None:
         return found, "tuned"
-    return heuristic(call, chip), "heuristic"
+    return module.heuristic(call, chip), "heuristic"

@@ -80,7 +80,7 @@ def candidates(problem: Any, chip: Chip) -> list[Any]:
     module = problem.module
     first = module.heuristic(problem.call, chip)
     proposed = module.candidates(problem.call, chip) if hasattr(module, "candidates") else neighbours(first)
-    return [c for c in dict.fromkeys([first, *proposed]) if module.misfit(problem.call, c) is None]
+    return [c for c in dict.fromkeys([first, *proposed]) if tiles.misfit(module, problem.call, c) is None]
 
 
 def neighbours(config: Any) -> list[Any]:

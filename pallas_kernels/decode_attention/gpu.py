@@ -6,6 +6,7 @@ for all its query heads and queries; parts are merged by their log-sum-exp outsi
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 
 import jax
@@ -114,11 +115,6 @@ def _least_keys(call: Call) -> int:
     return max(LEAST_KEYS, KEYS_OF_A_ROW * call.queries * call.group)
 
 
-def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call: every one does that can be made."""
-    return None
-
-
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
@@ -179,7 +175,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("decode_attention", call, config, Config, heuristic, misfit, "gpu")
+    config, _ = resolve("decode_attention", "gpu", call, config, sys.modules[__name__])
     plan = plan_for(call, config, scale)
 
     def run(*arrays):

@@ -6,6 +6,7 @@ tiles of 8 (f32), 16 (bf16) or 32 (int8) slots that its queries can see, once fo
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 
 import jax
@@ -161,7 +162,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("decode_attention", call, config, Config, heuristic, misfit, "tpu")
+    config, _ = resolve("decode_attention", "tpu", call, config, sys.modules[__name__])
     plan = plan_for(call, config, scale)
 
     out, lse = _run(plan, call, q, k, v, starts, lengths, sinks, k_scale, v_scale, tree, interpret)

@@ -8,6 +8,7 @@ beside this file.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 
 import jax
@@ -96,11 +97,6 @@ def heuristic(call: Call, on: Chip | None) -> Config:
                   num_stages=stages)  # fmt: skip
 
 
-def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call: every one does that can be made."""
-    return None
-
-
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
@@ -166,7 +162,7 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("flash_attention", call, config, Config, heuristic, misfit, "gpu")
+    config, _ = resolve("flash_attention", "gpu", call, config, sys.modules[__name__])
     plan = plan_for(call, config, float(scale))
 
     def run(*arrays):

@@ -11,6 +11,7 @@ lies after its last query, before its window or behind its row's end is neither 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -199,9 +200,9 @@ def attention(
         value_dim=value_dim, return_lse=return_lse)  # fmt: skip
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("flash_attention", call, config, Config, heuristic, misfit, "tpu")
-    on = detect()
-    plan = plan_of(call, config, float(scale), on.mxu if on and on.platform == "tpu" else LANES)
+    config, _ = resolve("flash_attention", "tpu", call, config, sys.modules[__name__])
+    on = detect("tpu")
+    plan = plan_of(call, config, float(scale), on.mxu if on else LANES)
 
     def run(*arrays):
         return _run(dict(zip(OPERANDS, arrays, strict=True)), call, plan, config, interpret)

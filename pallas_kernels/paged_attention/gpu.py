@@ -7,6 +7,7 @@ row in a tile of 16 rows, a chunk in a larger one. Parts are merged by their log
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -110,11 +111,6 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     return Config(block, key_block, splits, num_warps=8 if crowded or (many and width >= 256) else 4)
 
 
-def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call: every one does that can be made."""
-    return None
-
-
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
     found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
@@ -161,7 +157,7 @@ def attention(
     interpret=False,
 ):
     """See `api.paged_attention`. Raises NotImplementedError for a derivative."""
-    config, _ = resolve("paged_attention", call, config, Config, heuristic, misfit, "gpu")
+    config, _ = resolve("paged_attention", "gpu", call, config, sys.modules[__name__])
 
     def run(*arrays):
         return _run(call, config, float(scale), interpret, *arrays)

@@ -7,6 +7,7 @@ row is read once, a chunk once for every block of its queries.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -170,7 +171,7 @@ def attention(
       ValueError: a config that does not fit the call.
       NotImplementedError: a derivative.
     """
-    config, _ = resolve("paged_attention", call, config, Config, heuristic, misfit, "tpu")
+    config, _ = resolve("paged_attention", "tpu", call, config, sys.modules[__name__])
 
     def run(*arrays):
         return _run(call, config, float(scale), interpret, *arrays)

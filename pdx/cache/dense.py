@@ -69,16 +69,15 @@ class LayerCache:
         rows = jnp.arange(k.shape[0])[:, None]
         # Padding and inactive rows cost no write.
         slots = jnp.where(valid, rows * self.slots + positions % self.slots, -1).reshape(-1)
-        new = [x.reshape(-1, *x.shape[2:]) for x in (k, v)]
-        if self.k_scale is None:
-            k, v = write_pages(self.k, self.v, *(x.astype(self.k.dtype) for x in new), slots=slots, layout=self.layout,
-                               implementation=implementation, interpret=interpret)  # fmt: skip
-            return self.replace(k=k, v=v)
-        (k, k_scale), (v, v_scale) = map(quantize_kv, new)
-        k, v, k_scale, v_scale = write_pages(
-            self.k, self.v, k, v, slots=slots, layout=self.layout, **self.scales, new_k_scale=k_scale,
-            new_v_scale=v_scale, implementation=implementation, interpret=interpret)  # fmt: skip
-        return self.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        scales = {}
+        if self.scales:
+            (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
+            scales = self.scales | {"new_k_scale": k_scale, "new_v_scale": v_scale}
+        written = write_pages(
+            self.k, self.v, k.astype(self.k.dtype), v.astype(self.v.dtype), slots=slots, layout=self.layout, **scales,
+            implementation=implementation, interpret=interpret)  # fmt: skip
+        return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
 
 
 @struct.dataclass
@@ -204,14 +203,15 @@ def cache_specs(
     shards = mesh.shape[axis] if axis else 1
 
     def layer(window):
-        shape = cache_shape(layout, batch, layer_slots(window, capacity, chunk), heads, cfg.head_dim)
+        slots = layer_slots(window, capacity, chunk)
+        shape = cache_shape(layout, batch, slots, heads, cfg.head_dim)
         if layout == "folded":
             shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
         spec = _spec(shape, dtype, layout, heads)
         if jnp.dtype(dtype) != jnp.int8:
             return LayerCache(spec, spec, layout=layout, kv_heads=heads)
         padded = round_up(heads // shards, SUBLANES) * shards if layout == "folded" else heads
-        scale = _scale_spec((batch, padded, layer_slots(window, capacity, chunk)), heads)
+        scale = _scale_spec((batch, padded, slots), heads)
         return LayerCache(spec, spec, scale, scale, layout, heads)
 
     count, layers = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros"), tuple(layer(w) for w in cfg.windows)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,14 @@ class Config:
 CALL = Call("op", 5, 1000, 64, "bfloat16")
 
 
-def resolve(folder, config=None, platform="tpu", misfit=lambda call, config: None):
-    return tiles.resolve("op", CALL, config, Config, lambda call, chip: Config(128), misfit, platform, folder)
+def resolve(folder, config=None, platform="tpu", **misfit):
+    module = SimpleNamespace(Config=Config, heuristic=lambda call, chip: Config(128), **misfit)
+    return tiles.resolve("op", platform, CALL, config, module, folder)
+
+
+def be_on(monkeypatch, name):
+    """This process' device is the chip called `name`; None: a CPU."""
+    monkeypatch.setattr(hardware, "_device_kind", lambda: name and chip(name).kinds[0])
 
 
 def test_neighbours_in_size_share_a_bucket_and_nothing_else_does():
@@ -48,20 +55,20 @@ def test_neighbours_in_size_share_a_bucket_and_nothing_else_does():
 
 
 def test_explicit_before_tuned_before_heuristic(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "detect", lambda: chip("v5e"))
+    be_on(monkeypatch, "v5e")
     assert resolve(tmp_path) == (Config(128), "heuristic")
     tuning.write("op", CALL, chip("v5e"), "static", Candidate(Config(512), 1e-3, {"bytes": 7}), tmp_path)
     assert resolve(tmp_path) == (Config(512), "tuned")
     assert resolve(tmp_path, Config(256)) == (Config(256), "explicit")
     assert resolve(tmp_path, platform="gpu") == (Config(128), "heuristic")
-    monkeypatch.setattr(hardware, "detect", lambda: chip("v6e"))
+    be_on(monkeypatch, "v6e")
     assert resolve(tmp_path) == (Config(128), "heuristic")
-    monkeypatch.setattr(hardware, "detect", lambda: None)
+    be_on(monkeypatch, None)
     assert resolve(tmp_path) == (Config(128), "heuristic")
 
 
 def test_tiles_that_do_not_suit_the_call_are_passed_over_or_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "detect", lambda: chip("v5e"))
+    be_on(monkeypatch, "v5e")
     tuning.write("op", CALL, chip("v5e"), "static", Candidate(Config(512), 1e-3), tmp_path)
 
     def large(call, config):
@@ -81,7 +88,7 @@ def test_every_kernel_takes_the_tuned_tiles(monkeypatch, tmp_path, op, platform,
     others = [c for c in tuning.candidates(problem, where) if c != module.heuristic(problem.call, where)]
     tuning.write(op, problem.call, where, "static", Candidate(others[0], 1e-3), tmp_path)
     monkeypatch.setenv(tiles.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(hardware, "detect", lambda: where)
+    be_on(monkeypatch, name)
     taken = []
     cost = module.cost
     monkeypatch.setattr(module, "cost", lambda *a: taken.append(a) or cost(*a))
