@@ -60,6 +60,7 @@ def test_what_is_appended_is_the_token_to_half_a_step(layout):
         assert not np.asarray(values)[untouched].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [GEMMA, NINE], ids=["gemma3", "nine heads"])
 def test_pallas_kernels_answer_as_xla_on_one_device_and_on_a_mesh(cfg):
     """Both read and write the cache as it lies: the same integers, but for ties that float noise breaks."""
