@@ -37,7 +37,7 @@ class Config:
     Attributes:
       block: queries of a block, a multiple of 16 (f32: 8); a chunk's K and V are read once for each.
       key_block: tokens of K and V fetched together, a multiple of `unit`; two such blocks lie in VMEM.
-      unit: tokens a DMA, a divisor of the page; what is read past a row's end is less than one.
+      unit: tokens a DMA, a divisor of the page; at a row's end and a window's begin, DMAs of single tiles.
       vmem: bytes of VMEM to ask for.
     """
 
@@ -71,6 +71,11 @@ def _sub(call: Call) -> int:
     return TILE[jnp.dtype(call.dtype).itemsize]
 
 
+def _grain(call: Call) -> int:
+    """Tokens of the smallest DMA: one tile of the pages' type."""
+    return TILE[jnp.dtype(call.kv_dtype).itemsize]
+
+
 def heuristic(call: Call, chip: Chip | None) -> Config:
     """Tiles for a chip; None: for any.
 
@@ -78,8 +83,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     block of queries, so the block is as large as VMEM allows, up to 256 queries. From some 240 (v5e) to 560 (v6e)
     FLOPs a byte on the MXU is the bound: block * group queries use a byte of bf16 for 2 * block * group FLOPs over 2.
     A step should hold about 1 MiB of K and V (0.3 us on 7x, 1.3 us on v5e), enough to hide the chain of an online
-    softmax step; its scores [block * group, key_block] in f32 are kept to 1 MiB. A DMA should move 32 KiB or more,
-    and a unit be so small that what is read past a row's end is small.
+    softmax step; its scores [block * group, key_block] in f32 are kept to 1 MiB. A DMA should move 32 KiB or more.
     VMEM: two steps of K and V; Q and the result twice; and a head's queries, state and accumulator in whole registers.
     """
     capacity = (chip.vmem_capacity_mib if chip else 16) << 20
@@ -88,8 +92,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     if call.kv_dtype == "int8":
         unit = call.page  # scales come by the page
     else:
-        tile = TILE[size]
-        units = [u for u in range(tile, call.page + 1, tile) if call.page % u == 0]
+        units = [u for u in range(_grain(call), call.page + 1, _grain(call)) if call.page % u == 0]
         unit = next((u for u in units if u * token >= 32 << 10), units[-1])
     wanted = max(LANES, min((1 << 20) // (2 * token), 1024))
     sub = _sub(call)
@@ -128,15 +131,19 @@ def _vmem(call: Call, block: int, key_block: int) -> int:
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """HBM bytes that a concrete call moves: units of K, V and scales, blocks of Q and of the results."""
-    found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
-                         window=call.window, unit=config.unit)  # fmt: skip
-    tokens = int((found.end - found.first).sum()) * config.unit
+    def tokens(unit: int) -> int:
+        found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
+                             window=call.window, unit=unit)  # fmt: skip
+        return int((found.end - found.first).sum()) * unit
+
+    scales = 2 * 4 * call.scale_heads
+    held = tokens(_grain(call)) * (call.kv_bytes - scales) + (tokens(config.unit) * scales if scales else 0)
     queries = round_up(call.tokens, config.block)
     size = jnp.dtype(call.dtype).itemsize
     io = (folded_width(call.heads, call.head_dim) + folded_width(call.heads, call.value_dim)) * size
     if call.return_lse:
         io += 4 * round_up(call.heads, LANES)
-    return tokens * call.kv_bytes + queries * io
+    return held + queries * io
 
 
 def cost(call: Call, config: Config) -> pl.CostEstimate:
@@ -186,7 +193,7 @@ def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths,
     """Plan the pieces, fold the queries, call the kernel, unfold: all of it small beside K and V."""
     t, n, hv, block, unit = call.tokens, call.heads, call.value_dim, config.block, config.unit
     items = plans.count(t, call.rows, block)
-    static = Static(call, block, _sub(call), config.key_block, unit, items, scale)
+    static = Static(call, block, _sub(call), config.key_block, unit, _grain(call), items, scale)
     padded = round_up(t, block)
 
     def fold(x, heads, dim):

@@ -1,8 +1,9 @@
 """The body of the paged kernel for TPU: one grid step is a piece, the queries of one row in one block of queries.
 
 Keys and values of a piece arrive in steps of `key_block` tokens, fetched page by page into one of two buffers while
-the other is attended to; the last step of a piece fetches the first one of the next. A piece of few queries (a decode
-row) is computed in a tile of `sub` queries, others in the whole block.
+the other is attended to; the last step of a piece fetches the first one of the next. Of the units that a window or
+the row's end cuts, only the memory tiles inside are fetched. A piece of few queries (a decode row) is computed in a
+tile of `sub` queries, others in the whole block.
 
 A head's lanes in a folded page need not begin at a whole register. So that K and V are never shifted, the queries are:
 they stand at their head's place among zeros in the registers that the head touches, and of the result the
@@ -54,6 +55,7 @@ class Static:
     sub: int  # queries of a small tile
     key_block: int
     unit: int  # tokens a DMA
+    grain: int  # tokens of the smallest DMA, at the edges of what is seen
     items: int
     scale: float
 
@@ -103,26 +105,51 @@ def body(static: Static, r: SimpleNamespace) -> None:
 
 
 def transfer(static: Static, r, field, item, step, slot, *, start: bool) -> None:
-    """Start, or wait for, the fetches of one step of an item: its units that its queries see, and no others."""
-    call, unit = static.call, static.unit
-    per_page = call.page // unit
+    """Start, or wait for, the fetches of one step of an item: what its queries see, in whole tiles, and no more."""
+    call, unit, grain = static.call, static.unit, static.grain
+    per_page, per_unit = call.page // unit, unit // grain
     first = field("first", item) + step * static.units
     row = field("row", item)
+    begin, end = seen(static, field, item)
+
+    def move(pairs) -> None:
+        for i, (there, here) in pairs:
+            copy = pltpu.make_async_copy(there, here, r.arrived.at[slot, i])
+            copy.start() if start else copy.wait()
 
     def one(u, _):
         place = first + u
         source = r.tables[row * call.width + place // per_page] * per_page + place % per_page
         rows = pl.ds(pl.multiple_of(u * unit, unit), unit)
-        copies = [(r.k.at[source], r.k_buffer.at[slot, rows]), (r.v.at[source], r.v_buffer.at[slot, rows])]
         if call.scale_heads:
-            copies += [(r.k_scale.at[source], r.k_scales.at[slot, :, rows]),
-                       (r.v_scale.at[source], r.v_scales.at[slot, :, rows])]  # fmt: skip
-        for i, (there, here) in enumerate(copies):
-            copy = pltpu.make_async_copy(there, here, r.arrived.at[slot, i])
-            copy.start() if start else copy.wait()
+            move(enumerate([(r.k_scale.at[source], r.k_scales.at[slot, :, rows]),
+                            (r.v_scale.at[source], r.v_scales.at[slot, :, rows])], 2))  # fmt: skip
+        low = jnp.maximum(begin // grain - place * per_unit, 0)
+        high = jnp.minimum(-(-end // grain) - place * per_unit, per_unit)
+
+        @pl.when(high - low == per_unit)
+        def _():
+            move(enumerate([(r.k.at[source], r.k_buffer.at[slot, rows]), (r.v.at[source], r.v_buffer.at[slot, rows])]))
+
+        def part(g, _):
+            there = pl.ds(pl.multiple_of(g * grain, grain), grain)
+            here = pl.ds(pl.multiple_of(u * unit + g * grain, grain), grain)
+            move(enumerate([(r.k.at[source, there], r.k_buffer.at[slot, here]),
+                            (r.v.at[source, there], r.v_buffer.at[slot, here])]))  # fmt: skip
+            return 0
+
+        if per_unit > 1:
+            lax.fori_loop(low, jnp.where(high - low == per_unit, low, high), part, 0)
         return 0
 
     lax.fori_loop(0, jnp.minimum(static.units, field("end", item) - first), one, 0)
+
+
+def seen(static: Static, field, item) -> tuple:
+    """First position that any query of an item sees, and one past the last."""
+    position = field("position", item)
+    oldest = jnp.maximum(position - (static.call.window - 1), 0) if static.call.window else 0
+    return oldest, position + field("stop", item) - field("start", item)
 
 
 def attend(static: Static, r, field, item, steps, base, count: int) -> None:
@@ -132,8 +159,7 @@ def attend(static: Static, r, field, item, steps, base, count: int) -> None:
     load_queries(static, r, base, count)
     # Row i of a head's tile is query i mod count of query head i div count.
     token = base + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % count
-    oldest = field("position") - (call.window - 1) if call.window else 0
-    newest = field("position") + field("stop") - field("start") - 1
+    oldest, end = seen(static, field, item)
     position = field("position") + token - field("start")
 
     def step(j, _):
@@ -151,16 +177,16 @@ def attend(static: Static, r, field, item, steps, base, count: int) -> None:
         begin = (field("first") + j * static.units) * static.unit
         if not call.scale_heads:
             # What the row does not hold has weight zero, but zero times NaN is NaN.
-            @pl.when((begin < oldest) | (begin + static.key_block > newest + 1))
+            @pl.when((begin < oldest) | (begin + static.key_block > end))
             def _():
                 at = begin + lax.broadcasted_iota(jnp.int32, (static.key_block, 1), 0)
                 v = r.v_buffer[slot]
-                r.v_buffer[slot] = jnp.where((at >= oldest) & (at <= newest), v, jnp.zeros_like(v))
+                r.v_buffer[slot] = jnp.where((at >= oldest) & (at < end), v, jnp.zeros_like(v))
         key = begin + lax.broadcasted_iota(jnp.int32, (1, static.key_block), 1)
         mask = key <= position
         if call.window:
             mask &= key > position - call.window
-        held = (key >= oldest) & (key <= newest)
+        held = (key >= oldest) & (key < end)
         for head in range(call.kv_heads):
             update(static, r, head, rows, slot, mask, held)
         return 0
