@@ -19,9 +19,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Literal, get_args
 
-import jax
-
 from pallas_kernels.checks import Call
+from pallas_kernels.hardware import platform_of
 
 Implementation = Literal["auto", "xla", "tpu", "gpu"]
 ENVIRONMENT = "PDX_KERNELS"
@@ -83,7 +82,7 @@ def choose(
       modules: the implementations this op has; `xla` is always among them.
       call: the static facts of the call, to ask each implementation whether it can do it. None: what
         a call without rarer features would take.
-      platform: `cpu`, `gpu` or `tpu`; None asks JAX for its default backend.
+      platform: `cpu`, `gpu` or `tpu`; None: that of the device traced for.
 
     Raises:
       ValueError: `implementation` (or PDX_KERNELS) is not a known name.
@@ -104,7 +103,7 @@ def choose(
             raise NotImplementedError(f"{op} has no {implementation} implementation for this call: {reason}; "
                                       f"use implementation='xla', which takes every call on every device")
         return Choice(op, implementation, why)
-    platform = platform or jax.default_backend()
+    platform = platform or platform_of()
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     if platform not in modules:
         return Choice(op, "xla", f"no Pallas kernel of {op} for {platform}")

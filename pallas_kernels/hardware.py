@@ -65,7 +65,7 @@ class Chip:
         return native.get(dtype) or wide
 
     def floor_cycles(self, flops: float, dtype: str = "bfloat16") -> float:
-        """Cycles that `flops` of matmul take on one JAX device of this chip with its matrix units always full."""
+        """Cycles that `flops` of matmul take at the published peak on one JAX device of this chip."""
         return flops * self.devices * self.clock_ghz * 1e9 / (self.tflops(dtype) * 1e12)
 
     def seconds(self, flops: float, nbytes: float, dtype: str = "bfloat16") -> float:

@@ -55,6 +55,12 @@ class Problem:
     def cache_bytes(self) -> int:
         return sum(prod(self.arrays[n].shape) * self.arrays[n].dtype.itemsize for n in self.cache)
 
+    def mxu_share(self, mxu: int) -> float:
+        """How much of matrix units of `mxu` rows and columns this attention can use: a head narrower than that
+        leaves the rest of the rows (Q K^T) or columns (P V) idle."""
+        sizes = self.call.head_dim, self.call.value_dim
+        return sum(sizes) / sum(round_up(n, mxu) for n in sizes) if mxu else 1.0
+
     def fn(self, config: Any = None) -> Callable:
         """A function of the arrays' values, in their order."""
         return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config)

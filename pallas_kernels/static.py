@@ -4,8 +4,10 @@
 
 For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
 hold; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the roofline time of what
-is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and the compiler's static cycles over
-those of the matrix units alone, for kernels without loops of dynamic length. These are static figures, not times.
+is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and, for kernels without loops of dynamic
+length, the compiler's static cycles, over them those at the published peak, and those of the matrix units, of which
+heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it. These are static
+figures, not times.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from pallas_kernels import hlo, problems, targets, traffic
+from pallas_kernels import hlo, peers, problems, targets, traffic
 from pallas_kernels.problems import Problem
 from pallas_kernels.targets import Target
 
@@ -53,6 +55,7 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
         "moved_seconds": counted.bytes / (chip.hbm_gbps * 1e9),
         "compute_bound": problem.flops_needed / (chip.tflops(dtype) * 1e3) > problem.bytes_needed / chip.hbm_gbps,
         "floor_cycles": chip.floor_cycles(problem.flops_needed, dtype),
+        "mxu_cycles": chip.floor_cycles(problem.flops_needed, dtype) / problem.mxu_share(chip.mxu),
         "dynamic": any(c.dynamic for c in counted.calls),
         "ieee": all("HIGHEST" in p for c in counted.calls for p in c.precisions),
     }
@@ -73,8 +76,12 @@ def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
     }
 
 
-def cycles(problem: Problem, target: Target, config: str | None = None, timeout: float = 300) -> int | None:
+def cycles(problem: Problem, target: Target, config: str | None = None, timeout: float = 300,
+           peer: tuple[int, ...] | None = None) -> int | None:  # fmt: skip
     """The compiler's static cycles of a problem's kernels, from a process of its own: asking can end it.
+
+    Args:
+      peer: tiles of JAX's own kernel, whose cycles are asked for instead (see `peers`).
 
     Returns:
       None where the compiler gives none (GPUs, v4, some DMAs) or takes too long.
@@ -83,7 +90,7 @@ def cycles(problem: Problem, target: Target, config: str | None = None, timeout:
         return None
     with tempfile.TemporaryDirectory() as profile:
         command = [sys.executable, "-m", "pallas_kernels.static", problem.op, "--target", target.name, "--exact",
-                   problem.name, "--child", "cycles"]  # fmt: skip
+                   problem.name, "--child", ",".join(map(str, peer)) if peer else "cycles"]  # fmt: skip
         command += ["--config", config] if config else []
         try:
             done = subprocess.run(command, env=_environment(profile), capture_output=True, text=True, timeout=timeout,
@@ -106,7 +113,7 @@ def row(problem: Problem, target: str, config: Any = None) -> dict[str, Any]:
 
 
 def table(op: str, target: str, case: str | None = None, small: bool = False, config: str | None = None,
-          exact: bool = False, timeout: float = 3000) -> list[dict[str, Any]]:  # fmt: skip
+          exact: bool = False, peer: bool = False, timeout: float = 3000) -> list[dict[str, Any]]:  # fmt: skip
     """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
 
     Raises:
@@ -127,7 +134,10 @@ def table(op: str, target: str, case: str | None = None, small: bool = False, co
     by_name = {p.name: p for p in problems.problems(op, known.chip.platform, large_only=not small)}
     for found in rows:
         if "error" not in found and not found["dynamic"]:
-            found["cycles"] = cycles(by_name[found["case"]], known, config)
+            problem = by_name[found["case"]]
+            found["cycles"] = cycles(problem, known, config)
+            if peer:
+                found["peer"] = {str(t): cycles(problem, known, peer=t) for t in peers.JAX_FLASH_TILES}
     return rows
 
 
@@ -168,7 +178,13 @@ def _child(args: argparse.Namespace) -> None:
             config = _parse_config(problem, args.config)
             if problem.unsupported:
                 continue
-            row |= facts(problem, target, config) if args.child == "facts" else _compiled(problem, target, config)
+            if args.child == "facts":
+                row |= facts(problem, target, config)
+            elif args.child == "cycles":
+                row |= _compiled(problem, target, config)
+            else:
+                fn, arguments = peers.jax_flash(problem, tuple(map(int, args.child.split(","))))
+                row["cycles"] = sum(hlo.estimated_cycles(target.compile(fn, *arguments).text).values()) or None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"
         print(_MARK + json.dumps(row), flush=True)
@@ -179,27 +195,41 @@ def _chosen(args: argparse.Namespace, target: Target) -> list[Problem]:
     return [p for p in found if args.exact is None or p.name == args.exact][: 1 if args.exact else None]
 
 
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    """The quotients of a row that tables print; those of cycles only where there are cycles."""
+    found = {
+        "moved": row["bytes"] / max(row["bytes_needed"], 1),
+        "declared": row["bytes_declared"] / max(row["bytes_full"], 1),
+        "flops": row["flops"] / max(row["flops_needed"], 1),
+    }
+    if row.get("cycles") and not row["dynamic"]:
+        found |= {"peak": row["floor_cycles"] / row["cycles"], "mxu": row["mxu_cycles"] / row["cycles"]}
+    return found
+
+
 def line(row: dict[str, Any]) -> str:
     """One row of the printed table."""
     if "error" in row:
         return f"{row['case'][:44]:44} {row['error'].splitlines()[0][:120]}"
-    need = max(row["bytes_needed"], 1)
-    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {row['bytes'] / need:7.3f} "
-            f"{row['bytes_declared'] / max(row['bytes_full'], 1):7.3f} {row['flops'] / 1e9:9.2f} "
-            f"{row['flops'] / max(row['flops_needed'], 1):6.2f} {row['roofline_seconds'] * 1e6:9.1f} "
+    over = ratios(row)
+    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['declared']:7.3f} "
+            f"{row['flops'] / 1e9:9.2f} {over['flops']:6.2f} {row['roofline_seconds'] * 1e6:9.1f} "
             f"{'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
     if row["kernels"]:
         most = max(row["kernels"], key=lambda k: k["registers"])
         return text + (f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
                        f"{sum(k['spill_bytes'] for k in row['kernels'])} B spilled")  # fmt: skip
     text += f" {row['vmem_bytes'] / 2**20:6.2f} MiB"
-    if row.get("cycles") and not row["dynamic"]:
-        text += f" {row['cycles']:>11,} {row['floor_cycles'] / row['cycles']:6.2f}"
+    if "mxu" in over:
+        text += f" {row['cycles']:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}"
+    for tiles, count in row.get("peer", {}).items():
+        told = f"{count:>11,} {row['floor_cycles'] / count:6.2f} {row['mxu_cycles'] / count:6.2f}" if count else "none"
+        text += f"\n  JAX's own, tiles {tiles:95} {told}"
     return text
 
 
 HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'decl/cnt':>7} {'GFLOP':>9} {'/need':>6} {'roofline':>9} "
-          f"{'bound':8} {'memory':>10} {'cycles':>11} {'floor/':>6}")  # fmt: skip
+          f"{'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,12 +241,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", help="tiles instead of the heuristic's, such as key_block=512,splits=2")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--exact", help=argparse.SUPPRESS)
-    parser.add_argument("--child", choices=("facts", "cycles"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or tiles of the peer
+    parser.add_argument("--peer", action="store_true", help="JAX's own prefill kernel beside cases without a mask")
     args = parser.parse_args(argv)
     if args.child:
         return _child(args)
+    if args.peer and args.op != "flash_attention":
+        raise SystemExit(f"--peer: JAX ships no kernel that is put beside {args.op}, only beside flash_attention")
     try:
-        rows = table(args.op, args.target, args.case, args.small, args.config)
+        rows = table(args.op, args.target, args.case, args.small, args.config, peer=args.peer)
     except (targets.CompilerMissing, ValueError, ModuleNotFoundError) as error:
         raise SystemExit(str(error)) from error
     if args.json:

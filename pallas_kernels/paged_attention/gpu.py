@@ -85,9 +85,9 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     Bytes: only what a row holds is read, once a block of its queries; the blocks of a chunk run at the same time and
     meet in the L2 cache. FLOPs: at 64 rows a tensor core does 64 FLOPs a byte of bf16, more than 16 rows need and
     enough with the L2's bandwidth. Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that
-    two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: with 4 warps, ptxas gave 64 rows of 128
-    keys or of heads of 128 all 255 registers, so those get 64 keys or 8 warps; f32 has no tensor core, spilled at 32
-    rows and gets 16, smaller stages, and 8 warps where it is converted to or masked.
+    two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: with 4 warps, ptxas gives 64 rows all 255
+    registers and spills some, so those get 8 warps and at most 64 keys, and heads of 256 half the rows; f32 has no
+    tensor core, spilled at 32 rows and gets 16, smaller stages and 8 warps.
     Splits: only where all rows are decode rows, PROGRAMS_A_CORE programs for every multiprocessor, as long as a part
     is worth its own result.
     """
@@ -95,7 +95,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     dtype = compute_dtype(call)
     width = pl.next_power_of_2(call.head_dim) + pl.next_power_of_2(call.value_dim)
     wide = dtype == jnp.float32
-    rows = 16 if wide else 64
+    rows = 16 if wide else 32 if width >= 512 else 64
     block = max(1, min(call.max_queries, rows // call.group))
     many = block * call.group > 16
     key_block, stage = 16, (16 if wide else 32) << 10
@@ -106,9 +106,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
         seen = min(call.width * call.page, call.window or call.width * call.page)
         programs = call.rows * call.kv_heads
         splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), seen // LEAST_KEYS))
-    odd = max(pl.next_power_of_2(d) - d for d in (call.head_dim, call.value_dim)) > 0
-    crowded = wide and (call.kv_dtype != "float32" or odd)
-    return Config(block, key_block, splits, num_warps=8 if crowded or (many and width >= 256) else 4)
+    return Config(block, key_block, splits, num_warps=8 if wide or many else 4)
 
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:

@@ -112,12 +112,11 @@ def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **
 def _writer(settings: dict, cache: LayerCache) -> tuple[str, bool]:
     """Implementation of the append beside that of the attention, and whether it is interpreted.
 
-    XLA's scatter is in place, but for int8 on a TPU: there is a kernel for that, and for nothing else.
+    The library chooses, but for the TPU's kernels on a CPU: the write of int8 runs interpreted with them.
     """
-    name, interpret = settings["implementation"], settings["interpret"]
-    if name == "auto" or (name == "tpu" and cache.k_scale is not None):
-        return name, interpret
-    return "xla", False
+    if settings["interpret"] and cache.layout == "folded" and cache.k_scale is not None:
+        return "tpu", True
+    return ("xla" if settings["implementation"] == "xla" else "auto"), False
 
 
 def _sharded(run: Callable, mesh: Mesh, cfg: ModelConfig, cache: LayerCache) -> Callable:

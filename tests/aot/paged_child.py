@@ -42,8 +42,7 @@ def step_of(name: str, platform: str):
         if int8:
             (k, ks), (v, vs) = quantize_kv(k), quantize_kv(v)
             named = {"k_scale": pools[2], "v_scale": pools[3], "new_k_scale": ks, "new_v_scale": vs}
-        write = "tpu" if int8 and platform == "tpu" else "xla"
-        pools = write_pages(*pools[:2], k, v, slots=slots, layout=layout, implementation=write, **named)
+        pools = write_pages(*pools[:2], k, v, slots=slots, layout=layout, **named)
         scales = dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
         out = paged_attention(q, *pools[:2], block_tables=tables, lengths=lengths, query_starts=starts, scale=0.1,
                               layout=layout, kv_heads=heads, decode_rows=32, implementation=platform, **scales)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from pallas_kernels import targets
+from pallas_kernels.static import ratios
 
 MIB, KIB = 2**20, 2**10
 
@@ -39,22 +40,22 @@ def matrix(rows: list[dict]) -> str:
 def static(rows: list[dict]) -> str:
     """One line a case and target."""
     lines = ["| op, case | target | MB moved | / needed | declared / count | FLOPs / needed | roofline us | bound by | "
-             "memory | cycles | floor / cycles |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             "memory | cycles | peak / cycles | MXU / cycles |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for r in sorted(rows, key=lambda r: (r["op"], r["case"], targets.NAMES.index(r["target"]))):
         start = f"| {r['op']}, {r['case']} | {r['target']} "
         if "error" in r:
-            lines.append(f"{start}| {r['error'].splitlines()[0][:100]} |" + " |" * 8)
+            lines.append(f"{start}| {r['error'].splitlines()[0][:100]} |" + " |" * 9)
             continue
         kernels = r["kernels"]
         memory = f"{r['vmem_bytes'] / MIB:.1f} MiB"
         if kernels:
             shared, registers = (max(k[part] for k in kernels) for part in ("shared_bytes", "registers"))
             memory = f"{shared / KIB:.0f} KiB, {registers} registers"
-        cycles = r.get("cycles") if not r["dynamic"] else None
-        told = f"{cycles:,} | {r['floor_cycles'] / cycles:.2f}" if cycles else " | "
+        over = ratios(r)
+        told = f"{r['cycles']:,} | {over['peak']:.2f} | {over['mxu']:.2f}" if "mxu" in over else " | | "
         lines.append(
-            f"{start}| {r['bytes'] / 1e6:.1f} | {r['bytes'] / r['bytes_needed']:.3f} | "
-            f"{r['bytes_declared'] / r['bytes_full']:.3f} | {r['flops'] / r['flops_needed']:.2f} | "
+            f"{start}| {r['bytes'] / 1e6:.1f} | {over['moved']:.3f} | {over['declared']:.3f} | {over['flops']:.2f} | "
             f"{r['roofline_seconds'] * 1e6:.1f} | {'arithmetic' if r['compute_bound'] else 'memory'} | {memory} | "
             f"{told} |")  # fmt: skip
     return "\n".join(lines)
