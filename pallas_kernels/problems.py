@@ -39,7 +39,7 @@ class Problem:
     run: Callable[..., Any]  # run(arrays, config)
     bytes_needed: int  # the rows' own K, V, Q, O and scales, once
     flops_needed: int
-    cache: tuple[str, ...] = ()  # arrays that must not be copied
+    cache: tuple[str, ...] = ()  # arrays that must not be copied: a cache, or weights
     donated: tuple[str, ...] = field(default=())
 
     @property
@@ -53,11 +53,13 @@ class Problem:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(prod(self.arrays[n].shape) * self.arrays[n].dtype.itemsize for n in self.cache)
+        return sum(nbytes(self.arrays[n]) for n in self.cache)
 
     def mxu_share(self, mxu: int) -> float:
-        """How much of matrix units of `mxu` rows and columns this attention can use: a head narrower than that
-        leaves the rest of the rows (Q K^T) or columns (P V) idle."""
+        """How much of matrix units of `mxu` rows and columns the op can use: a head narrower than that leaves the
+        rest of the rows (Q K^T) or columns (P V) idle."""
+        if not hasattr(self.call, "head_dim"):
+            return 1.0
         sizes = self.call.head_dim, self.call.value_dim
         return sum(sizes) / sum(round_up(n, mxu) for n in sizes) if mxu else 1.0
 
@@ -73,6 +75,12 @@ class Problem:
     @property
     def donate_argnums(self) -> tuple[int, ...]:
         return tuple(i for i, name in enumerate(self.arrays) if name in self.donated)
+
+
+def nbytes(x: jax.ShapeDtypeStruct) -> int:
+    """Of an array in memory, int4 two to a byte."""
+    count = prod(x.shape)
+    return count // 2 if x.dtype == jnp.int4 else count * x.dtype.itemsize
 
 
 def _dense(op: str) -> Callable:
@@ -175,14 +183,39 @@ def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
     sizes = call.head_dim + call.value_dim
     scales = 8 if call.kv_dtype == "int8" else 0
-    nbytes = tokens * call.kv_heads * (sizes * kv + scales) + queries * call.heads * sizes * io
-    return nbytes, 2 * pairs * call.heads * sizes
+    held = tokens * call.kv_heads * (sizes * kv + scales) + queries * call.heads * sizes * io
+    return held, 2 * pairs * call.heads * sizes
+
+
+def _matmul(case: Any, implementation: str) -> Problem:
+    from pallas_kernels.quant_array import DTYPES, QuantArray
+    from pallas_kernels.quantized_matmul.api import quantized_matmul
+    from pallas_kernels.quantized_matmul.call import make_call
+
+    groups = case.columns // (case.group or case.columns)
+    scale = jax.ShapeDtypeStruct((groups, case.out), jnp.float32)
+    arrays = {"x": jax.ShapeDtypeStruct((case.rows, case.columns), case.dtype),
+              "values": jax.ShapeDtypeStruct((case.out, case.columns), DTYPES[case.bits]), "scales": scale}  # fmt: skip
+    if not case.symmetric:
+        arrays["offsets"] = scale
+
+    def weight(values):
+        return QuantArray(values["values"], values["scales"], values.get("offsets"), case.activations, case.dtype)
+
+    def run(values, config):
+        return quantized_matmul(values["x"], weight(values), config=config, implementation=implementation)
+
+    call = make_call(arrays["x"], weight(arrays))
+    io = case.rows * (case.columns + case.out) * jnp.dtype(case.dtype).itemsize
+    return Problem("quantized_matmul", case.name, case.smoke, implementation, arrays, {}, {}, call, run,
+                   call.weight_bytes + io, 2 * case.rows * case.columns * case.out, ("values",))  # fmt: skip
 
 
 OPS: dict[str, Callable[[Any, str], Problem]] = {
     "flash_attention": _dense("flash_attention"),
     "decode_attention": _dense("decode_attention"),
     "paged_attention": _paged,
+    "quantized_matmul": _matmul,
 }
 
 

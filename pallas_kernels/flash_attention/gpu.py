@@ -92,8 +92,10 @@ def heuristic(call: Call, on: Chip | None) -> Config:
         rows, keys = min(rows, 64), 32
     rows = min(rows, max(16, pl.next_power_of_2(call.queries * call.group)))
     keys = min(keys, max(16, pl.next_power_of_2(call.slots)))
+    if call.kv_dtype == "int8" and widest < 128:  # spilled with 128 rows
+        rows = min(rows, 64)
     stages = 3 if on.smem_kib >= 160 and dtype != jnp.float32 and widest <= 128 else 2
-    return Config(rows, keys, num_warps=8 if rows * widest >= 64 * 128 or dtype == jnp.float32 else 4,
+    return Config(rows, keys, num_warps=8 if rows * widest >= 64 * 128 or (dtype == jnp.float32 and rows > 16) else 4,
                   num_stages=stages)  # fmt: skip
 
 

@@ -7,7 +7,6 @@ problem its name is printed, so that the parent knows which one ended the proces
 import json
 import sys
 from functools import cache
-from math import prod
 
 import jax
 
@@ -29,14 +28,14 @@ def facts(problem: problems.Problem, target: Target) -> dict:
     wide = [d for d in dots if "float32" in {str(v.aval.dtype) for v in d.invars}]
     text = c.text
     # From the smallest array of the cache on: queries and results are smaller, and may be laid out as a kernel likes.
-    smallest = min(prod(a.shape) * a.dtype.itemsize for a in (problem.arrays[n] for n in problem.cache))
+    smallest = min(problems.nbytes(problem.arrays[n]) for n in problem.cache)
     return {
         "seconds": c.seconds,
         "kernels": text.count('custom_call_target="tpu_custom_call"') + len([k for k in c.kernels if k.shared_bytes]),
         "vmem": c.vmem_bytes,
         "temp": c.memory["temp"],
         "cache": problem.cache_bytes,
-        "queries": problem.arrays["q"].size * problem.arrays["q"].dtype.itemsize,
+        "queries": problems.nbytes(next(iter(problem.arrays.values()))),
         "moved": [str(i) for i in hlo.moved(text, smallest)],
         "dtype": problem.call.dtype,
         "kv_dtype": problem.call.kv_dtype,

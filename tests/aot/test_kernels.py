@@ -83,7 +83,7 @@ def compiled(request):
         assert "error" not in found, found["error"]
         if "unsupported" in found:
             pytest.skip(found["unsupported"])
-        return found
+        return found | {"op": name.split(":")[0]}
 
     yield find
     pool.shutdown(cancel_futures=True)
@@ -93,7 +93,9 @@ def check(found: dict, target: str) -> None:
     chip = targets.Target.get(target).chip
     assert found["kernels"] >= 1, "no Pallas kernel is in the program"
     assert not found["not_ieee"], "an f32 dot lost its precision"
-    if found["cache"] >= 512 << 20:
+    if found["op"] == "quantized_matmul" and found["cache"] >= 16 << 20:
+        assert not found["moved"], "\n".join(found["moved"])
+    elif found["cache"] >= 512 << 20:
         assert not found["moved"], "\n".join(found["moved"])
         # Queries and results, folded, are all there is: 1%. Chips with two cores keep two parts of the results in
         # f32, each with its log-sum-exp in whole registers: 8 times the queries' bytes. v4 keeps in HBM what others

@@ -1,0 +1,60 @@
+"""The product of activations with a quantized matrix."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
+from pallas_kernels.masking import precision_of
+from pallas_kernels.quant_array import QuantArray, quantize_rows
+from pallas_kernels.quantized_matmul.call import Call, make_call
+
+IMPLEMENTATIONS = Implementations("pallas_kernels.quantized_matmul", ("xla", "tpu"))
+
+
+def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
+    """Which path a call takes, and why. Raises as `quantized_matmul` does."""
+    return choose("quantized_matmul", implementation, IMPLEMENTATIONS, call, platform)
+
+
+def quantized_matmul(
+    x: Float[Array, "*b in"],
+    w: QuantArray,
+    *,
+    out_dtype=None,
+    implementation: Implementation = "auto",
+    config=None,
+    interpret=False,
+) -> Float[Array, "*b out"]:
+    """x @ w.T for a quantized matrix, accumulated in f32 (W8A8: int32).
+
+    Args:
+      x: activations, f32 or bf16. With `w.activations` int8 each row is quantized first, half to even, outside of the
+        kernel.
+      w: int8 or int4 [out, in], see `QuantArray`.
+      out_dtype: of the result; None: that of x.
+      implementation, interpret: see `pallas_kernels.dispatch`.
+      config: tiles of a Pallas implementation; None: tuned, else its heuristic.
+
+    Raises:
+      ValueError: shapes or types that do not fit.
+      NotImplementedError: a named implementation that cannot take this call.
+    """
+    call = make_call(x, w)
+    name = explain(implementation, call=call).implementation
+    rows = x.reshape(call.rows, call.columns)
+    settings = {"call": call, "out_dtype": jnp.dtype(out_dtype or x.dtype)}
+    if name != "xla":
+        settings |= {"config": config, "interpret": interpret}
+    scale = None
+    given = rows
+    if call.int8_activations:
+        given, scale = quantize_rows(rows)
+    extra = None
+    if w.offsets is not None:
+        # The offset of a group is multiplied by the sum of its activations: a small product of its own.
+        sums = rows.astype(jnp.float32).reshape(call.rows, call.groups, call.group).sum(-1)
+        extra = jnp.dot(sums, w.offsets, precision=precision_of(jnp.float32))
+    y = IMPLEMENTATIONS[name].matmul(given, w.values, w.scales, scale, extra, **settings)
+    return y.reshape(*x.shape[:-1], call.out)

@@ -1,0 +1,47 @@
+"""The static facts of a product with a quantized matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from pallas_kernels.quant_array import QuantArray, check
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `supported` and `heuristic` judge by."""
+
+    rows: int  # M
+    out: int
+    columns: int  # in
+    groups: int
+    bits: int
+    affine: bool
+    int8_activations: bool
+    dtype: str  # of the activations as they come, and of the results
+
+    @property
+    def group(self) -> int:
+        return self.columns // self.groups
+
+    @property
+    def kv_dtype(self) -> str:  # what tables call the stored type
+        return f"int{self.bits}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrix, scales and offsets included."""
+        return self.out * self.columns * self.bits // 8 + 4 * self.groups * self.out * (2 if self.affine else 1)
+
+
+def make_call(x, w: QuantArray) -> Call:
+    """Check the arguments of `api.quantized_matmul` and gather their static facts. Raises ValueError."""
+    check(w)
+    if x.ndim < 1 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"quantized_matmul: x {x.shape} must end in the matrix's {w.shape[1]} columns")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"quantized_matmul: x must be of a floating type, not {x.dtype}: rows are quantized here")
+    rows = x.size // max(x.shape[-1], 1)
+    return Call(rows, *w.shape, w.groups, w.bits, w.offsets is not None, w.activations == "int8", str(x.dtype))
