@@ -176,7 +176,9 @@ def _child(args: argparse.Namespace) -> None:
         row = {"op": problem.op, "case": problem.name, "target": target.name}
         try:
             config = _parse_config(problem, args.config)
-            if problem.unsupported:
+            with target.tracing():
+                refused = problem.unsupported
+            if refused:
                 continue
             if args.child == "facts":
                 row |= facts(problem, target, config)

@@ -26,6 +26,8 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Built-in name, 
                                           "hub id, or a checkpoint of `pdx convert`.")]  # fmt: skip
 DtypeOption = Annotated[str, typer.Option(help="Parameters: auto, f32 or bf16.")]
 KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32, bf16 or int8.")]
+QuantizeOption = Annotated[str | None, typer.Option(help="Weights: int8, w8a8, int4[:g64], exceptions such as "
+                                                    "int4,lm_head=w8a8, or a TOML file.")]  # fmt: skip
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -54,6 +56,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Requests of --prompts that run together.", min=1)] = 8,
     dtype: DtypeOption = "auto",
     kv_dtype: KvDtypeOption = "auto",
+    quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
     mesh: MeshOption = None,
     as_json: JsonOption = False,
@@ -78,14 +81,14 @@ def generate(
 
         requests = batch_file.read(prompts, options)
         batch_file.check_output(output, prompts)
-        batch_file.run(_load(model, dtype, mesh), requests, output, batch_size=batch_size, **run)
+        batch_file.run(_load(model, dtype, mesh, quantize), requests, output, batch_size=batch_size, **run)
         return
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
     messages = [{"role": "system", "content": system}] if system is not None else []
     request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
-    _generate_one(_load(model, dtype, mesh), request, options, as_json, run)
+    _generate_one(_load(model, dtype, mesh, quantize), request, options, as_json, run)
 
 
 def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
@@ -106,12 +109,12 @@ def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
     print(report_text.summary(completion, run["kernels"]), file=sys.stderr)
 
 
-def _load(model: str, dtype: str, mesh: str | None):
+def _load(model: str, dtype: str, mesh: str | None, quantize: str | None = None):
     from pdx.compilation import enable_cache
     from pdx.weights.load import load
 
     enable_cache()
-    loaded = load(model, dtype=dtype, mesh=mesh)
+    loaded = load(model, dtype=dtype, mesh=mesh, quantize=quantize)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return loaded

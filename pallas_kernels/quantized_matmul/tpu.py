@@ -123,7 +123,7 @@ def _whole(call: Call, config: Config) -> bool:
 
 def cost(call: Call, config: Config, out_bytes: int) -> pl.CostEstimate:
     """Blocks that the grid fetches: activations that are not whole rows again for each block of outputs."""
-    m, n, k = _blocks(call, config)
+    m, n, _ = _blocks(call, config)
     rows = m * config.block_rows
     given = 1 if call.int8_activations else jnp.dtype(call.dtype).itemsize
     nbytes = rows * call.columns * given * (1 if _whole(call, config) else n) + rows * call.out * out_bytes

@@ -11,22 +11,28 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import QuantArray
 from pallas_kernels.hardware import platform_of
 from pallas_kernels.layouts import LANES
 from pallas_kernels.masking import precision_of, soft_cap
+from pdx import quant
+
+Weight = Float[Array, "o i"] | QuantArray
 
 # Rows up to which the CPU's form below pays: 1.5x at 8, 2x at 16, nothing at 64; one row has a path of its own.
 FEW_ROWS = range(2, 33)
 
 
 def product(
-    x: Float[Array, "*b i"], weight: Float[Array, "o i"], parts: int = 1, dtype=None
+    x: Float[Array, "*b i"], weight: Weight, parts: int = 1, dtype=None
 ) -> Float[Array, "*b o"]:
     """x @ weight.T in `dtype` (None: what the operands give), with the weight's rows in `parts` equal blocks.
 
     XLA on the CPU packs both sides of a product of a few rows on one thread, the weight too. With the weight on the
     left and in blocks, each core takes some of them and nothing large is packed.
     """
+    if isinstance(weight, QuantArray):
+        return quant.matmul(x, weight, dtype)
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": dtype}
     if parts == 1:
         return jnp.einsum("...i,oi->...o", x, weight, **settings)
@@ -36,18 +42,18 @@ def product(
     return y.transpose(2, 0, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def parts_for(x: Float[Array, "*b i"], weight: Float[Array, "o i"]) -> int:
+def parts_for(x: Float[Array, "*b i"], weight: Weight) -> int:
     """In how many blocks the device at hand multiplies best: one for each core of a CPU, for a few rows of f32."""
     # Several CPU devices are a mesh: reshaping a sharded weight would gather it.
     if platform_of() != "cpu" or jax.device_count() > 1 or x.dtype != jnp.float32 or weight.dtype != jnp.float32:
         return 1
-    if math.prod(x.shape[:-1]) not in FEW_ROWS:
+    if isinstance(weight, QuantArray) or math.prod(x.shape[:-1]) not in FEW_ROWS:
         return 1
     return max(n for n in range(1, (os.cpu_count() or 1) + 1) if weight.shape[0] % n == 0)
 
 
 def linear(
-    x: Float[Array, "*b i"], weight: Float[Array, "o i"], bias: Float[Array, " o"] | None = None
+    x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "*b o"]:
     """x @ weight.T + bias, accumulated in f32, in the dtype of x."""
     y = product(x, weight, parts_for(x, weight))
@@ -59,11 +65,13 @@ FEW_TOKENS = 64
 
 
 def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], scale: float, mesh: Mesh | None = None
+    table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Mesh | None = None
 ) -> Float[Array, "B T D"]:
     """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
     alone, narrow = mesh is None or mesh.size == 1, table.shape[1] % LANES > 0
-    if alone and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
+    if isinstance(table, QuantArray):
+        x = quant.lookup(table, tokens)
+    elif alone and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
         x = _embed_columns(table, tokens)
     else:
         x = jnp.take(table, tokens, axis=0, mode="clip")
@@ -78,7 +86,7 @@ def _embed_columns(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Flo
     return jnp.concatenate(found, axis=1).T.reshape(*tokens.shape, table.shape[1])
 
 
-def unembed(x: Float[Array, "*b D"], table: Float[Array, "V D"], cap: float | None) -> Float[Array, "*b V"]:
+def unembed(x: Float[Array, "*b D"], table: Weight, cap: float | None) -> Float[Array, "*b V"]:
     """Vocabulary logits in f32."""
     return soft_cap(product(x, table, parts_for(x, table), jnp.float32), cap)
 

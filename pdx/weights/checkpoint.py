@@ -24,6 +24,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import QuantArray
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.weights.arrays import aligned_empty, converted
@@ -46,6 +47,9 @@ def save(model: Model, directory: str | Path) -> Path:
     """Write a checkpoint; the directory appears whole or not at all. Raises ModelFileError if it is taken."""
     import orbax.checkpoint as ocp
 
+    if any(isinstance(x, QuantArray) for _, x in named_leaves(model.params)):
+        raise NotImplementedError("quantized parameters are not saved yet: convert the model as it is, and quantize it "
+                                  "as it is loaded (quantize=, --quantize)")
     directory = check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Host arrays: orbax makes a chunk of each shard of a device array, and a checkpoint is of no mesh.

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pallas_kernels import QuantArray
 from pdx.errors import ContextLengthError, RequestError
 from pdx.families.common import Source
 from pdx.model import Params, param_specs
-from pdx.sharding import ArraySpec, is_spec, make_mesh, replicated
+from pdx.quant import Policy, name_of, quantized, quantized_specs
+from pdx.sharding import is_spec, make_mesh, replicated
 from pdx.weights.builtin import DEFAULT_MODEL
 from pdx.weights.loaded import Model
 from pdx.weights.opening import OpenModel, check_names, open_model, read_tensor
@@ -32,7 +34,7 @@ THREADS = 4
 
 def load(
     model: str | Path = DEFAULT_MODEL, *, dtype: Any = "auto", mesh: Mesh | str | None = None,
-    max_context: int | None = None, progress: Report | None = None,
+    max_context: int | None = None, quantize: str | Path | Policy | None = None, progress: Report | None = None,
 ) -> Model:  # fmt: skip
     """Load a model by name, path or hub id (see `pdx.weights.resolve`), fetching it if need be.
 
@@ -41,6 +43,7 @@ def load(
       mesh: where the parameters go, each as it is declared: a mesh, a text such as `data=2,model=4`, or None for
         the default device.
       max_context: a shorter context than the model's own, in tokens.
+      quantize: which matrices become int8 or int4 as they are read, see `pdx.quant`; None: none.
       progress: told of the download and of the parameters as they are placed; None draws a bar for the download.
 
     Raises:
@@ -61,8 +64,11 @@ def load(
         if not 1 <= max_context <= cfg.max_context:
             raise ContextLengthError(f"max_context {max_context}: this model's context is 1 to {cfg.max_context}")
         cfg = dataclasses.replace(cfg, max_context=max_context)
+    policy = Policy.parse(quantize)
     specs = param_specs(cfg, dtype)
-    params = _read_params(opened, specs, where, progress)
+    if policy:
+        specs = quantized_specs(specs, policy)
+    params = _read_params(opened, specs, policy, where, progress)
     notes = [*opened.terms, *opened.notes]
     if mesh is not None:
         notes += replicated(jax.tree.leaves(specs, is_leaf=is_spec), mesh)
@@ -87,41 +93,54 @@ def _dtype(dtype: Any, device: jax.Device) -> Any:
     raise RequestError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
 
 
-def _read_params(opened: OpenModel, specs: Params, where: Mesh | jax.Device, progress: Report | None) -> Params:
+def _read_params(
+    opened: OpenModel, specs: Params, policy: Policy, where: Mesh | jax.Device, progress: Report | None
+) -> Params:
     """All parameters, checked and placed on a mesh or a device."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
-    jobs = [(_source(opened, path), spec) for path, spec in paths]
-    check_names(opened, {source.name for source, _ in jobs})
-    total, done, lock = sum(spec.size_bytes for _, spec in jobs), 0, threading.Lock()
+    paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: is_spec(x) or _is_quantized(x))
+    jobs = [(_source(opened, path), spec, policy.kind(name_of(path))) for path, spec in paths]
+    check_names(opened, {source.name for source, _, _ in jobs})
+    sizes = [sum(x.size_bytes for x in jax.tree.leaves(spec, is_leaf=is_spec)) for _, spec, _ in jobs]
+    total, done, lock = sum(sizes), 0, threading.Lock()
 
-    def one(job: tuple[Source, ArraySpec]) -> jax.Array:
+    def one(i: int) -> Any:
         nonlocal done
-        source, spec = job
+        source, spec, kind = jobs[i]
         array = read_tensor(opened.file, source, spec.shape, spec.dtype)
+        # Not committed to the device, as the arrays that a caller makes are not: a step that took some of each
+        # would return a cache that the next call compiles anew for.
+        with jax.default_device(where.devices.flat[0] if isinstance(where, Mesh) else where):
+            if kind is not None:
+                array = quantized(array, kind, str(spec.dtype))
+            elif not isinstance(where, Mesh):
+                array = jax.device_put(array)
         if isinstance(where, Mesh):
-            placed = jax.device_put(array, spec.sharding(where))
-        else:
-            # Not committed to the device, as the arrays that a caller makes are not: a step that took some of each
-            # would return a cache that the next call compiles anew for.
-            with jax.default_device(where):
-                placed = jax.device_put(array)
-        placed.block_until_ready()  # so that host copies do not pile up before a slow device
+            array = jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(where)), spec, array, is_leaf=is_spec)
+        jax.block_until_ready(array)  # so that host copies do not pile up before a slow device
         if progress is not None:
             with lock:
-                done += spec.size_bytes
+                done += sizes[i]
                 progress("loading", done, total)
-        return placed
+        return array
 
     # Largest first, so that no thread is left alone with an embedding at the end.
-    order = sorted(range(len(jobs)), key=lambda i: -jobs[i][1].size_bytes)
+    order = sorted(range(len(jobs)), key=lambda i: -sizes[i])
     leaves: list[Any] = [None] * len(jobs)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for i, leaf in zip(order, pool.map(one, (jobs[i] for i in order)), strict=True):
+        for i, leaf in zip(order, pool.map(one, order), strict=True):
             leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantArray)
 
 
 def _source(opened: OpenModel, path: tuple) -> Source:
     """The tensor of a parameter at a path of the tree: `embed`, or `layers`, 3, `q_proj`."""
     keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]
-    return opened.source(keys[2], keys[1]) if keys[0] == "layers" else opened.source(keys[0], None)
+    if keys[0] == "layers":
+        return opened.source(keys[2], keys[1])
+    source = opened.source(keys[0], None)
+    tied = keys[0] == "lm_head" and opened.config.tie_embeddings and source.name not in opened.file.names()
+    return opened.source("embed", None) if tied else source

@@ -20,8 +20,9 @@ def known(op: str, platform: str) -> dict[str, problems.Problem]:
 
 
 def facts(problem: problems.Problem, target: Target) -> dict:
-    if problem.unsupported:
-        return {"unsupported": problem.unsupported}
+    with target.tracing():
+        if why := problem.unsupported:
+            return {"unsupported": why}
     c = target.compile(problem.fn(), *problem.arguments(), donate_argnums=problem.donate_argnums)
     with target.tracing():
         dots = list(traffic.dots(jax.make_jaxpr(problem.fn())(*problem.arguments())))

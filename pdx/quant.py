@@ -1,0 +1,199 @@
+"""Which weights are quantized, and how: policies, and the one place that multiplies by quantized matrices.
+
+A policy is a text: a kind for all matrices, then exceptions by name, the last that fits wins.
+
+    int8                          W8A16, a scale an output channel, embedding and head too
+    w8a8                          int8, and activations quantized for each token
+    int4                          symmetric, in the largest groups of 128, 64, 32 that divide; embedding, head int8
+    int4:g64:affine,lm_head=w8a8,layers.0.*=none
+
+or a TOML file with `default = "int4"` and a table `[layers]` of such exceptions.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import QuantArray, quantized_matmul
+from pallas_kernels.quant_array import DTYPES, GROUPS, quantize, take_rows
+from pdx.errors import RequestError
+from pdx.sharding import ArraySpec, is_spec
+
+KINDS = "none, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
+# Parameters that are matrices; `lm_head` of a model with tied embeddings is the head apart from the lookup.
+MATRICES = ("embed", "lm_head", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a matrix is stored."""
+
+    bits: int
+    group: int | None = None  # None: a scale an output channel; 0: the largest of GROUPS that divides
+    symmetric: bool = True
+    activations: str = "float"
+
+    def group_for(self, columns: int) -> int | None:
+        """The size of a group, None for a whole row."""
+        if self.group != 0:
+            return self.group
+        return next((g for g in reversed(GROUPS) if columns % g == 0), None)
+
+
+def parse_kind(text: str) -> Kind | None:
+    """A kind, None for `none`. Raises RequestError."""
+    found = re.fullmatch(r"(none|int8|w8a8|int4)(?::g(\d+))?(:affine)?", text.strip())
+    name, group, affine = found.groups() if found else (None, None, None)
+    grouped = group is None or (int(group) in GROUPS and name in ("int8", "int4"))
+    if not found or not grouped or (affine and name != "int4"):
+        raise RequestError(f"quantization {text!r} is not one of {KINDS}")
+    if name == "none":
+        return None
+    if name == "int4":
+        return Kind(4, int(group or 0), not affine)
+    return Kind(8, int(group) if group else None, activations="int8" if name == "w8a8" else "float")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Patterns of parameter names and their kinds; the last that fits wins."""
+
+    rules: tuple[tuple[str, Kind | None], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | Path | Policy | None) -> Policy:
+        """Read a policy. Raises RequestError for what is none."""
+        if isinstance(text, Policy):
+            return text
+        if text is None:
+            return cls()
+        if isinstance(text, Path) or str(text).endswith(".toml"):
+            return cls._from_toml(Path(text))
+        default, *exceptions = str(text).split(",")
+        pairs = [part.partition("=") for part in exceptions]
+        if bad := [pattern for pattern, equals, _ in pairs if not equals]:
+            raise RequestError(f"quantization {text!r}: {bad[0]!r} is no exception such as lm_head=int8")
+        return cls._of(default, [(pattern.strip(), kind) for pattern, _, kind in pairs])
+
+    @classmethod
+    def _from_toml(cls, path: Path) -> Policy:
+        try:
+            found = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls._of(str(found.pop("default", "none")), [(k, str(v)) for k, v in found.pop("layers", {}).items()],
+                           found)  # fmt: skip
+        except (OSError, tomllib.TOMLDecodeError, AttributeError) as error:
+            raise RequestError(f"{path}: not a quantization policy ({error}): expected default = \"int8\" and a table "
+                               "[layers] of exceptions") from None
+
+    @classmethod
+    def _of(cls, default: str, exceptions: list[tuple[str, str]], unknown=()) -> Policy:
+        if unknown:
+            raise RequestError(f"a quantization policy has default and [layers], not {', '.join(unknown)}")
+        kind = parse_kind(default)
+        rules: list[tuple[str, Kind | None]] = [("*", kind)]
+        if kind is not None and kind.bits == 4:  # a vocabulary in int4 costs more than it saves
+            rules += [("embed", Kind(8)), ("lm_head", Kind(8))]
+        return cls((*rules, *((pattern, parse_kind(text)) for pattern, text in exceptions)))
+
+    def __bool__(self) -> bool:
+        return any(kind is not None for _, kind in self.rules)
+
+    def kind(self, name: str) -> Kind | None:
+        """Of the parameter called `name`, such as `layers.3.q_proj`; None: it stays as it is."""
+        if name.rpartition(".")[2] not in MATRICES:
+            return None
+        return next((kind for pattern, kind in reversed(self.rules) if fnmatchcase(name, pattern)), None)
+
+    def check(self, names: list[str]) -> None:
+        """Raise RequestError for a pattern that fits no matrix."""
+        matrices = [n for n in names if n.rpartition(".")[2] in MATRICES]
+        for pattern, _ in self.rules:
+            if not any(fnmatchcase(n, pattern) for n in (*matrices, "embed", "lm_head")):
+                raise RequestError(f"the quantization policy's {pattern!r} names no layer; there are {matrices[0]}, "
+                                   f"{matrices[1]}, ..., {matrices[-1]}")
+
+
+def name_of(path: tuple) -> str:
+    """The name of a leaf at a path of the parameter tree, such as `layers.3.q_proj`."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+
+
+def _is_parameter(x) -> bool:
+    return is_spec(x) or isinstance(x, QuantArray)
+
+
+def quantized_specs(specs: dict, policy: Policy) -> dict:
+    """The declarations of the parameters, with those that the policy names as QuantArrays of declarations.
+
+    A tied head that is stored otherwise than the lookup becomes a parameter of its own.
+
+    Raises:
+      RequestError: a pattern that names no layer, a group size that does not divide a matrix.
+    """
+    specs = dict(specs)
+    if "lm_head" not in specs and policy.kind("lm_head") != policy.kind("embed"):
+        specs["lm_head"] = specs["embed"]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    policy.check([name_of(path) for path, _ in leaves])
+    return jax.tree.unflatten(tree, [_declared(name_of(path), spec, policy) for path, spec in leaves])
+
+
+def _declared(name: str, spec: ArraySpec, policy: Policy) -> ArraySpec | QuantArray:
+    kind = policy.kind(name)
+    if kind is None:
+        return spec
+    rows, columns = spec.shape
+    group = kind.group_for(columns)
+    if group is not None and columns % group:
+        fits = [g for g in GROUPS if columns % g == 0]
+        raise RequestError(f"{name}: groups of {group} do not divide rows of {columns}; "
+                           f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would")
+    groups = columns // (group or columns)
+    units = (spec.units or spec.shape)[0]
+    scales = ArraySpec((groups, rows), (None, spec.axes[0]), jnp.float32, units=(groups, units))
+    values = ArraySpec(spec.shape, spec.axes, DTYPES[kind.bits], units=spec.units)
+    return QuantArray(values, scales, None if kind.symmetric else scales, kind.activations, str(jnp.dtype(spec.dtype)))
+
+
+@partial(jax.jit, static_argnames=("kind", "dtype"))
+def quantized(w: Float[Array, "out in"], kind: Kind, dtype: str) -> QuantArray:
+    """A matrix as the kind says; `dtype` is what it counts as."""
+    return quantize(w.astype(dtype), kind.bits, kind.group_for(w.shape[1]), kind.symmetric, kind.activations)
+
+
+def quantize_params(params: dict, policy: str | Path | Policy) -> dict:
+    """Parameters with the matrices that the policy names quantized. Raises RequestError as `quantized_specs`."""
+    policy = Policy.parse(policy)
+    params = dict(params)
+    if "lm_head" not in params and policy.kind("lm_head") != policy.kind("embed"):
+        params["lm_head"] = params["embed"]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_parameter)
+    if done := [name_of(path) for path, x in leaves if isinstance(x, QuantArray)]:
+        raise RequestError(f"{done[0]} is quantized already: load the model without quantization first")
+    shapes = jax.tree.map(lambda x: ArraySpec(x.shape, (None,) * x.ndim, x.dtype), params)
+    quantized_specs(shapes, policy)  # raises what is to be raised before anything is computed
+    kinds = [policy.kind(name_of(path)) for path, _ in leaves]
+    return jax.tree.unflatten(tree, [x if kind is None else quantized(x, kind, str(x.dtype))
+                                     for kind, (_, x) in zip(kinds, leaves, strict=True)])  # fmt: skip
+
+
+def matmul(x: Float[Array, "*b in"], w: QuantArray, dtype=None) -> Float[Array, "*b out"]:
+    """x @ w.T in `dtype` (None: that of x).
+
+    With several devices XLA's path: Mosaic kernels cannot be partitioned by the compiler.
+    """
+    return quantized_matmul(x, w, out_dtype=dtype, implementation="xla" if jax.device_count() > 1 else "auto")
+
+
+def lookup(table: QuantArray, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of an embedding, dequantized."""
+    return take_rows(table, tokens)

@@ -1,0 +1,102 @@
+"""Policies, quantized parameters, and models that run on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pdx
+from pallas_kernels import QuantArray
+from pallas_kernels.quant_array import dequantize
+from pdx.errors import RequestError
+from pdx.quant import Kind, Policy, parse_kind, quantize_params
+from pdx.weights.checkpoint import save
+from tests import models, tiny_model
+
+
+def floats(params):
+    """The same parameters with each QuantArray as the matrix it stands for."""
+    quantized = lambda x: isinstance(x, QuantArray)  # noqa: E731
+    return jax.tree.map(lambda x: dequantize(x) if quantized(x) else x, params, is_leaf=quantized)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny_model.make(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("policy", ["int8", "int8:g32", "int4", "int4:g32:affine", "int4:g32,lm_head=none,embed=int8"])
+@pytest.mark.parametrize("cfg", [models.LLAMA, models.GEMMA], ids=["llama", "gemma"])
+def test_quantized_values_give_what_their_matrices_give(cfg, policy):
+    if "g32" in policy:
+        policy += ",*.down_proj=int8"  # 48 columns
+    params = quantize_params(pdx.init_params(cfg, jax.random.key(0)), policy)
+    assert isinstance(params["layers"][0]["q_proj"], QuantArray)
+    tokens = jnp.arange(2 * 9).reshape(2, 9) % cfg.vocab_size
+    got, want = (pdx.forward(p, cfg, tokens).logits for p in (params, floats(params)))
+    np.testing.assert_allclose(got, want, atol=models.TOLERANCE)
+
+
+def test_w8a8_is_near():
+    params = pdx.init_params(models.LLAMA, jax.random.key(0))
+    tokens = jnp.arange(9)[None]
+    exact, near = (pdx.forward(p, models.LLAMA, tokens).logits for p in (params, quantize_params(params, "w8a8")))
+    error = np.abs(np.asarray(near - exact)).max() / np.abs(np.asarray(exact)).max()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("policy", ["int8", "w8a8", "int4:g32,*.down_proj=int8", "none,lm_head=int8"])
+def test_a_model_is_quantized_as_it_is_read(directory, policy):
+    model, plain = pdx.load(directory, quantize=policy), pdx.load(directory)
+    want = quantize_params(plain.params, policy)
+    assert jax.tree.structure(model.params) == jax.tree.structure(want)
+    for got, expected in zip(jax.tree.leaves(model.params), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(got.astype(jnp.float32)), np.asarray(expected.astype(jnp.float32)))
+    done = pdx.generate(model, ["Hello", "a longer one"], max_tokens=12, ignore_eos=True)
+    assert [c.completion_tokens for c in done] == [12, 12]
+
+
+def test_sharded_equals_one_device(directory):
+    one = pdx.generate(pdx.load(directory, quantize="int8"), "Hello", max_tokens=12, ignore_eos=True)[0]
+    model = pdx.load(directory, quantize="int8", mesh="data=2,model=2")
+    assert not model.params["layers"][0]["gate_proj"].values.is_fully_replicated
+    assert pdx.generate(model, "Hello", max_tokens=12, ignore_eos=True)[0].token_ids == one.token_ids
+
+
+def test_kinds_and_policies(tmp_path):
+    assert parse_kind("none") is None
+    assert parse_kind("w8a8") == Kind(8, None, True, "int8")
+    assert parse_kind("int4:g64:affine") == Kind(4, 64, False)
+    assert [Kind(4, 0).group_for(n) for n in (576, 640, 96, 48)] == [64, 128, 32, None]
+    policy = Policy.parse("int4,layers.0.*=none,lm_head=w8a8")
+    assert policy.kind("layers.0.q_proj") is None
+    assert policy.kind("layers.1.q_proj") == Kind(4, 0)
+    assert (policy.kind("embed"), policy.kind("lm_head")) == (Kind(8), Kind(8, activations="int8"))
+    assert policy.kind("layers.1.attn_norm") is None
+    file = tmp_path / "policy.toml"
+    file.write_text('default = "int4"\n[layers]\n"layers.0.*" = "none"\nlm_head = "w8a8"\n')
+    assert Policy.parse(str(file)) == policy
+    assert not Policy.parse(None)
+    assert not Policy.parse("none")
+
+
+@pytest.mark.parametrize(("policy", "says"), [
+    ("int3", "is not one of none, int8"),
+    ("int8:g48", "is not one of"),
+    ("int8:affine", "is not one of"),
+    ("int8,lm_head", "is no exception such as"),
+    ("int8,layers.7.*=none", "'layers.7.\\*' names no layer"),
+    ("int4:g128", "down_proj: groups of 128 do not divide rows of 48"),
+    ("missing.toml", "not a quantization policy"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(directory, policy, says):
+    with pytest.raises(RequestError, match=says):
+        pdx.load(directory, quantize=policy)
+
+
+def test_twice_and_saving_are_refused(directory, tmp_path):
+    model = pdx.load(directory, quantize="int8")
+    with pytest.raises(RequestError, match="is quantized already"):
+        quantize_params(model.params, "int8")
+    with pytest.raises(NotImplementedError, match="not saved yet"):
+        save(model, tmp_path / "out")
