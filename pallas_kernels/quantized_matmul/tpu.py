@@ -71,9 +71,10 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     out = next(n for n in (512, 256, 128) if call.out % n == 0)
     fits = [n for n in _contractions(call) if n * out * call.bits // 8 <= most and (call.groups == 1 or n <= 2048)]
     columns = max(fits, default=min(_contractions(call)))
-    config = Config(rows, out, columns)
     capacity = (chip.vmem_capacity_mib if chip else 16) << 20
-    return Config(rows, out, columns, max(16 << 20, min(_vmem(call, config) * 5 // 4, capacity)))
+    while rows > 32 and _vmem(call, Config(rows, out, columns)) > capacity * 5 // 8:
+        rows = -(-rows // 64) * 32
+    return Config(rows, out, columns, max(16 << 20, min(_vmem(call, Config(rows, out, columns)) * 5 // 4, capacity)))
 
 
 def candidates(call: Call, chip: Chip) -> list[Config]:
