@@ -68,8 +68,8 @@ def values(problem: Any, seed: int = 0) -> list[jax.Array]:
     found = []
     for x in problem.arguments():
         if isinstance(x, jax.ShapeDtypeStruct):
-            whole = x.dtype == jnp.int8
-            drawn = rng.integers(-127, 128, x.shape) if whole else rng.standard_normal(x.shape, np.float32)
+            most = {"int8": 127, "int4": 7}.get(str(x.dtype))
+            drawn = rng.integers(-most, most + 1, x.shape) if most else rng.standard_normal(x.shape, np.float32)
             x = jnp.asarray(drawn, x.dtype)
         found.append(jnp.asarray(x))
     return found

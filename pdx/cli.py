@@ -168,7 +168,8 @@ def bench_model(
 
 @app.command()
 def tune(
-    op: Annotated[str, typer.Argument(help="A kernel: flash_attention, decode_attention, paged_attention.")],
+    op: Annotated[str, typer.Argument(help="A kernel: flash_attention, decode_attention, paged_attention, "
+                                                  "quantized_matmul.")],
     target: Annotated[str | None, typer.Option(help="Rank for this chip (v5e, h100, ...) by static figures; without "
                                                "it, measure on this device.")] = None,
     case: Annotated[str | None, typer.Option(help="Only cases whose name holds this.")] = None,

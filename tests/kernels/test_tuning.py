@@ -79,8 +79,10 @@ def test_tiles_that_do_not_suit_the_call_are_passed_over_or_named(monkeypatch, t
         resolve(tmp_path, Config(512), misfit=large)
 
 
-@pytest.mark.parametrize("op", problems.ops())
-@pytest.mark.parametrize(("platform", "name"), [("tpu", "v5e"), ("gpu", "a100")])
+KERNELS = [(platform, name, op) for platform, name in (("tpu", "v5e"), ("gpu", "a100")) for op in problems.ops(platform)]
+
+
+@pytest.mark.parametrize(("platform", "name", "op"), KERNELS)
 def test_every_kernel_takes_the_tuned_tiles(monkeypatch, tmp_path, op, platform, name):
     """Traced for the chip, the kernel is built from what the table says, and not from the heuristic's choice."""
     problem = next(p for p in problems.problems(op, platform, large_only=True) if not p.unsupported)
