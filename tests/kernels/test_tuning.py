@@ -79,7 +79,8 @@ def test_tiles_that_do_not_suit_the_call_are_passed_over_or_named(monkeypatch, t
         resolve(tmp_path, Config(512), misfit=large)
 
 
-KERNELS = [(platform, name, op) for platform, name in (("tpu", "v5e"), ("gpu", "a100")) for op in problems.ops(platform)]
+CHIPS = {"tpu": "v5e", "gpu": "a100"}
+KERNELS = [(platform, name, op) for platform, name in CHIPS.items() for op in problems.ops(platform)]
 
 
 @pytest.mark.parametrize(("platform", "name", "op"), KERNELS)
