@@ -87,7 +87,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     enough with the L2's bandwidth. Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that
     two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: with 4 warps, ptxas gives 64 rows all 255
     registers and spills some, so those get 8 warps and at most 64 keys, and heads of 256 half the rows; f32 has no
-    tensor core, spilled at 32 rows and gets 16, smaller stages and 8 warps.
+    tensor core, spilled at 32 rows and gets 16, smaller stages and 8 warps, unless heads of 256 are read as they lie.
     Splits: only where all rows are decode rows, PROGRAMS_A_CORE programs for every multiprocessor, as long as a part
     is worth its own result.
     """
@@ -106,7 +106,9 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
         seen = min(call.width * call.page, call.window or call.width * call.page)
         programs = call.rows * call.kv_heads
         splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), seen // LEAST_KEYS))
-    return Config(block, key_block, splits, num_warps=8 if wide or many else 4)
+    odd = max(pl.next_power_of_2(d) - d for d in (call.head_dim, call.value_dim)) > 0
+    crowded = wide and (width < 512 or odd or call.kv_dtype != "float32")
+    return Config(block, key_block, splits, num_warps=8 if crowded or many else 4)
 
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
