@@ -21,6 +21,8 @@ app = typer.Typer(
 )  # fmt: skip
 bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+eval_app = typer.Typer(help="Measure quality.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Built-in name, .gguf file, Hugging Face directory, "
                                           "hub id, or a checkpoint of `pdx convert`.")]  # fmt: skip
@@ -164,6 +166,35 @@ def bench_model(
     loaded = _load(model, dtype, None)
     result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels)
     print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+
+
+@eval_app.command("ppl")
+def eval_ppl(
+    model: Annotated[str, typer.Argument(help="Anything --model takes.")] = DEFAULT_MODEL,
+    file: Annotated[Path | None, typer.Option(help="Text to score; without it, Python's language reference.")] = None,
+    quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = "auto",
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens from one window to the next.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 4096,
+    dtype: DtypeOption = "auto",
+    kernels: KernelsOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity over a text, and KL divergence and top-1 agreement against the unquantized model."""
+    from pdx.bench import quality
+
+    text = quality.read_text(file)
+    plain = _load(model, dtype, None)
+    loaded = _load(model, dtype, None, quantize) if quantize else plain
+    found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
+                             max_tokens=max_tokens, kernels=kernels)  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print(f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
+          f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"
+          f"top-1 agreement {found.top1_agreement:.2%}\ntokens          {found.tokens}")
 
 
 @app.command()

@@ -1,0 +1,144 @@
+"""`pdx eval ppl`: what quantization costs in quality, on a text, against the model as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdx import steps
+from pdx.cache.dense import init_cache
+from pdx.errors import RequestError
+from pdx.generation import cache_dtype
+from pdx.layers.attention import layout_for
+from pdx.weights.load import Model
+
+# Tokens that go through the model together: a vocabulary of 262144 makes 134 MB of f32 logits of them.
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of the scored tokens: exp of the mean negative log-likelihood; and beside the reference, both following the same
+    text, mean KL(reference || model) in nats and the share of positions with the same most likely token."""
+
+    perplexity: float
+    reference_perplexity: float
+    kl: float
+    top1_agreement: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_text() -> str:
+    """The language reference of the Python that runs, as its `help()` has it: English prose with some code."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[key] for key in sorted(topics))
+
+
+def read_text(path: Path | None) -> str:
+    """A file's text, or the default one. Raises RequestError for a file that cannot be read."""
+    if path is None:
+        return default_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: not readable as UTF-8 text ({error})") from None
+
+
+def windows(tokens: Sequence[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
+    """Sliding windows over a text: tokens, and how many of its first ones are context that was scored before.
+
+    Raises:
+      RequestError: fewer than two tokens, or a stride outside 1 to length - 1.
+    """
+    if len(tokens) < 2:
+        raise RequestError(f"a text of {len(tokens)} tokens has nothing to score: at least two are needed")
+    if not 1 <= stride < length:
+        raise RequestError(f"a stride of {stride} does not fit a window of {length}: use 1 to {length - 1}")
+    scored, at = 1, 0  # the first token follows nothing
+    while scored < len(tokens):
+        part = list(tokens[at : at + length])
+        yield part, scored - at
+        scored, at = at + len(part), at + stride
+
+
+def evaluate(
+    model: Model, reference: Model, text: str, *, kv_dtype=None, length: int = 512, stride: int = 256,
+    max_tokens: int | None = None, kernels: str = "auto",
+) -> Quality:  # fmt: skip
+    """Perplexity of `model` over a text in sliding windows, and how far it is from `reference`.
+
+    Args:
+      reference: the same model unquantized; its cache is of its own type. The model itself: only its cache differs.
+      kv_dtype: of the model's cache.
+      length, stride: tokens of a window and from one to the next; each token is scored once.
+      max_tokens: of the text; None: all.
+
+    Raises:
+      RequestError: a text too short, a window that does not fit the context.
+    """
+    if length > model.config.max_context:
+        raise RequestError(f"windows of {length} tokens do not fit the context of {model.config.max_context}")
+    tokens = model.tokenizer.encode(text)[: max_tokens or None]
+    sums, count = np.zeros(4), 0
+    first = _Scorer(model, length, kv_dtype, kernels)
+    same = reference is model and cache_dtype(kv_dtype, model) == cache_dtype(None, model)
+    second = None if same else _Scorer(reference, length, None, kernels)
+    for part, known in windows(tokens, length, stride):
+        pairs = ((x, x) for x in first.logits(part))
+        if second is not None:
+            pairs = zip(first.logits(part), second.logits(part), strict=True)
+        for i, (mine, theirs) in enumerate(pairs):
+            targets, scored = np.zeros(CHUNK, np.int32), np.zeros(CHUNK, bool)
+            for j in range(CHUNK):
+                at = i * CHUNK + j + 1  # logits behind a token score the next one
+                if known <= at < len(part):
+                    targets[j], scored[j] = part[at], True
+            sums += np.asarray(_compare(mine, theirs, targets, scored), np.float64)
+            count += int(scored.sum())
+    nll, reference_nll, kl, agreed = sums / count
+    return Quality(math.exp(nll), math.exp(reference_nll), float(kl), float(agreed), count)
+
+
+class _Scorer:
+    """Runs windows through a model, a chunk at a time, over a cache of its own."""
+
+    def __init__(self, model: Model, length: int, kv_dtype, kernels: str):
+        self.model, self.kernels = model, kernels
+        self.cache = init_cache(
+            model.config, 1, -(-length // CHUNK) * CHUNK, chunk=CHUNK, mesh=model.mesh,
+            dtype=cache_dtype(kv_dtype, model), layout=layout_for(kernels),
+        )  # fmt: skip
+
+    def logits(self, part: Sequence[int]) -> Iterator[jax.Array]:
+        """Of every position, [CHUNK, V] at a time; the last chunk is padded."""
+        self.cache = self.cache.truncate(np.zeros(1, np.int32))
+        for at in range(0, len(part), CHUNK):
+            ids, some = np.zeros((1, CHUNK), np.int32), part[at : at + CHUNK]
+            ids[0, : len(some)] = some
+            out, self.cache = steps.verify(
+                self.model.params, self.model.config, ids, np.array([len(some)], np.int32), self.cache,
+                kernels=self.kernels, check=False,
+            )  # fmt: skip
+            yield out[0]
+
+
+@jax.jit
+def _compare(mine, theirs, targets, scored):
+    """Sums over the scored positions: both negative log-likelihoods, the divergence, the agreements."""
+    ours, reference = jax.nn.log_softmax(mine), jax.nn.log_softmax(theirs)
+    pick = lambda x: -jnp.take_along_axis(x, targets[:, None], axis=1)[:, 0]  # noqa: E731
+    divergence = (jnp.exp(reference) * (reference - ours)).sum(-1)
+    agreed = mine.argmax(-1) == theirs.argmax(-1)
+    found = jnp.stack([pick(ours), pick(reference), divergence, agreed.astype(jnp.float32)])
+    return jnp.where(scored, found, 0.0).sum(1)
