@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantize_kv import quantize_kv
+
 Activations = Literal["float", "int8"]
 GROUPS = (32, 64, 128)
 # int4: the largest value of a group becomes +-7, and -8 is not used: symmetric, as int8 without -128.
@@ -189,7 +191,5 @@ def from_blocks(
 
 def quantize_rows(x: Float[Array, "M in"]) -> tuple[Int[Array, "M in"], Float[Array, "M 1"]]:
     """Activations for W8A8: int8, rounded half to even, and a scale a row: x ~ values * scale."""
-    x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(-1, keepdims=True) / 127
-    # A bare cast would cut towards zero.
-    return jnp.clip(jnp.round(x / jnp.where(scale > 0, scale, 1.0)), -127, 127).astype(jnp.int8), scale
+    values, scales = quantize_kv(x)
+    return values, scales[:, None]

@@ -225,7 +225,8 @@ def line(row: dict[str, Any]) -> str:
     if "mxu" in over:
         text += f" {row['cycles']:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}"
     for tiles, count in row.get("peer", {}).items():
-        told = f"{count:>11,} {row['floor_cycles'] / count:6.2f} {row['mxu_cycles'] / count:6.2f}" if count else "none"
+        over = ratios(row | {"cycles": count})
+        told = f"{count:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}" if count else "none"
         text += f"\n  JAX's own, tiles {tiles:95} {told}"
     return text
 

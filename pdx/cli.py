@@ -182,11 +182,14 @@ def eval_ppl(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity over a text, and KL divergence and top-1 agreement against the unquantized model."""
+    import dataclasses
+
     from pdx.bench import quality
+    from pdx.quant import quantize_params
 
     text = quality.read_text(file)
     plain = _load(model, dtype, None)
-    loaded = _load(model, dtype, None, quantize) if quantize else plain
+    loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
     found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
                              max_tokens=max_tokens, kernels=kernels)  # fmt: skip
     if as_json:
@@ -200,7 +203,7 @@ def eval_ppl(
 @app.command()
 def tune(
     op: Annotated[str, typer.Argument(help="A kernel: flash_attention, decode_attention, paged_attention, "
-                                                  "quantized_matmul.")],
+                                           "quantized_matmul.")],
     target: Annotated[str | None, typer.Option(help="Rank for this chip (v5e, h100, ...) by static figures; without "
                                                "it, measure on this device.")] = None,
     case: Annotated[str | None, typer.Option(help="Only cases whose name holds this.")] = None,

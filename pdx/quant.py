@@ -127,8 +127,15 @@ def name_of(path: tuple) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
 
 
-def _is_parameter(x) -> bool:
+def is_parameter(x) -> bool:
+    """Whether this is a parameter as a whole: where trees of declarations and of quantized arrays end."""
     return is_spec(x) or isinstance(x, QuantArray)
+
+
+def _with_head(params: dict, policy: Policy) -> dict:
+    """A copy in which a tied head that is stored otherwise than the lookup is a parameter of its own."""
+    apart = "lm_head" not in params and policy.kind("lm_head") != policy.kind("embed")
+    return params | ({"lm_head": params["embed"]} if apart else {})
 
 
 def quantized_specs(specs: dict, policy: Policy) -> dict:
@@ -139,10 +146,7 @@ def quantized_specs(specs: dict, policy: Policy) -> dict:
     Raises:
       RequestError: a pattern that names no layer, a group size that does not divide a matrix.
     """
-    specs = dict(specs)
-    if "lm_head" not in specs and policy.kind("lm_head") != policy.kind("embed"):
-        specs["lm_head"] = specs["embed"]
-    leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(_with_head(specs, policy), is_leaf=is_spec)
     policy.check([name_of(path) for path, _ in leaves])
     return jax.tree.unflatten(tree, [_declared(name_of(path), spec, policy) for path, spec in leaves])
 
@@ -173,10 +177,8 @@ def quantized(w: Float[Array, "out in"], kind: Kind, dtype: str) -> QuantArray:
 def quantize_params(params: dict, policy: str | Path | Policy) -> dict:
     """Parameters with the matrices that the policy names quantized. Raises RequestError as `quantized_specs`."""
     policy = Policy.parse(policy)
-    params = dict(params)
-    if "lm_head" not in params and policy.kind("lm_head") != policy.kind("embed"):
-        params["lm_head"] = params["embed"]
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_parameter)
+    params = _with_head(params, policy)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
     if done := [name_of(path) for path, x in leaves if isinstance(x, QuantArray)]:
         raise RequestError(f"{done[0]} is quantized already: load the model without quantization first")
     shapes = jax.tree.map(lambda x: ArraySpec(x.shape, (None,) * x.ndim, x.dtype), params)

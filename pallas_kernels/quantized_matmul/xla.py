@@ -30,10 +30,12 @@ def supported(call: Call) -> str | None:
 
 def integers(x: Int[Array, "M in"], values: Int[Array, "out in"]) -> Int[Array, "M out"]:
     """The int32 part of W8A8."""
-    rows = x.shape[0]
-    if rows == 1:
-        x = jnp.concatenate([x, jnp.zeros_like(x)])
-    return lax.dot_general(x, values, _ROWS, preferred_element_type=jnp.int32)[:rows]
+    return lax.dot_general(_two(x), values, _ROWS, preferred_element_type=jnp.int32)[: x.shape[0]]
+
+
+def _two(x: Array) -> Array:
+    """At least two rows."""
+    return jnp.concatenate([x, jnp.zeros_like(x)]) if x.shape[0] == 1 else x
 
 
 def matmul(
@@ -62,11 +64,8 @@ def _grouped(x: Array, values: Array, scales: Array, call: Call) -> Float[Array,
 
 
 def _cpu(x: Array, values: Array, scales: Array, call: Call) -> Float[Array, "M out"]:
-    x = x.astype(jnp.float32)
-    rows = x.shape[0]
-    if rows == 1:
-        x = jnp.concatenate([x, jnp.zeros_like(x)])
-    if x.shape[0] <= FUSED_ROWS and call.groups == 1:
+    rows, x = x.shape[0], _two(x.astype(jnp.float32))
+    if rows <= FUSED_ROWS and call.groups == 1:
         return ((x[:, None] * values.astype(jnp.float32)[None]).sum(-1) * scales)[:rows]
     block = _block(call)
     blocks = values.reshape(call.out // block, block, call.columns)

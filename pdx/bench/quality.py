@@ -99,11 +99,9 @@ def evaluate(
         if second is not None:
             pairs = zip(first.logits(part), second.logits(part), strict=True)
         for i, (mine, theirs) in enumerate(pairs):
-            targets, scored = np.zeros(CHUNK, np.int32), np.zeros(CHUNK, bool)
-            for j in range(CHUNK):
-                at = i * CHUNK + j + 1  # logits behind a token score the next one
-                if known <= at < len(part):
-                    targets[j], scored[j] = part[at], True
+            at = i * CHUNK + np.arange(CHUNK) + 1  # logits behind a token score the next one
+            scored = (known <= at) & (at < len(part))
+            targets = np.asarray(part, np.int32)[np.minimum(at, len(part) - 1)]
             sums += np.asarray(_compare(mine, theirs, targets, scored), np.float64)
             count += int(scored.sum())
     nll, reference_nll, kl, agreed = sums / count

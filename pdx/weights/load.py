@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import QuantArray
 from pdx.errors import ContextLengthError, RequestError
 from pdx.families.common import Source
 from pdx.model import Params, param_specs
-from pdx.quant import Policy, name_of, quantized, quantized_specs
+from pdx.quant import Policy, is_parameter, name_of, quantized, quantized_specs
 from pdx.sharding import is_spec, make_mesh, replicated
 from pdx.weights.builtin import DEFAULT_MODEL
 from pdx.weights.loaded import Model
@@ -97,7 +96,7 @@ def _read_params(
     opened: OpenModel, specs: Params, policy: Policy, where: Mesh | jax.Device, progress: Report | None
 ) -> Params:
     """All parameters, checked and placed on a mesh or a device."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: is_spec(x) or _is_quantized(x))
+    paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_parameter)
     jobs = [(_source(opened, path), spec, policy.kind(name_of(path))) for path, spec in paths]
     check_names(opened, {source.name for source, _, _ in jobs})
     sizes = [sum(x.size_bytes for x in jax.tree.leaves(spec, is_leaf=is_spec)) for _, spec, _ in jobs]
@@ -130,10 +129,6 @@ def _read_params(
         for i, leaf in zip(order, pool.map(one, order), strict=True):
             leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantArray)
 
 
 def _source(opened: OpenModel, path: tuple) -> Source:

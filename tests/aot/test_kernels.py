@@ -93,18 +93,18 @@ def check(found: dict, target: str) -> None:
     chip = targets.Target.get(target).chip
     assert found["kernels"] >= 1, "no Pallas kernel is in the program"
     assert not found["not_ieee"], "an f32 dot lost its precision"
-    if found["op"] == "quantized_matmul" and found["cache"] >= 16 << 20:
+    weights = found["op"] == "quantized_matmul"
+    if found["cache"] >= (16 if weights else 512) << 20:
         assert not found["moved"], "\n".join(found["moved"])
-    elif found["cache"] >= 512 << 20:
-        assert not found["moved"], "\n".join(found["moved"])
+    if found["cache"] >= 512 << 20 and not weights:
         # Queries and results, folded, are all there is: 1%. Chips with two cores keep two parts of the results in
         # f32, each with its log-sum-exp in whole registers: 8 times the queries' bytes. v4 keeps in HBM what others
         # have room for in VMEM.
         most = found["cache"] // 100
         if target not in ("v5e", "v6e"):
             most += 8 * found["queries"]
-        elif found["queries"] > found["cache"] // 10:
-            most += found["queries"]  # a whole chunk's, folded in HBM
+        elif found["queries"] > found["cache"] // 10 and jax.__version_info__ < (0, 11):
+            most += found["queries"]  # a whole chunk's, which the older compiler folds in HBM
         assert found["temp"] <= most, f"{found['temp']} bytes of temporaries beside a cache of {found['cache']}"
     if chip.platform == "tpu":
         assert 0 < found["vmem"] <= chip.vmem_capacity_mib << 20
