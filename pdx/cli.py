@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +29,8 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Built-in name, 
                                           "hub id, or a checkpoint of `pdx convert`.")]  # fmt: skip
 DtypeOption = Annotated[str, typer.Option(help="Parameters: auto, f32 or bf16.")]
 KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32, bf16 or int8.")]
-QuantizeOption = Annotated[str | None, typer.Option(help="Weights: int8, w8a8, int4[:g64], exceptions such as "
-                                                    "int4,lm_head=w8a8, or a TOML file.")]  # fmt: skip
+QuantizeOption = Annotated[str | None, typer.Option("--quantize", help="Weights: int8, w8a8, int4[:g64], stored (as in "
+                                                    "the file), exceptions such as int4,lm_head=w8a8, or a TOML file.")]
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -150,6 +151,39 @@ def convert(
     print(f"saved {loaded.name} to {directory}", file=sys.stderr)
 
 
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="What to quantize; anything --model takes.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
+    policy: QuantizeOption = "int4",
+    method: Annotated[str, typer.Option(help="rtn (to the nearest), awq (activation-aware scaling) or gptq.")] = "gptq",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text that awq and gptq look at; without it, docstrings of the standard library."),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Of 512 tokens, taken from that text.", min=1)] = 16,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Quantize a model, with a calibration text if need be, and save it as a checkpoint."""
+    from pdx import calibration as calibrating
+    from pdx import texts
+    from pdx.weights.checkpoint import check_target, save
+    from pdx.weights.progress import progress_bar
+
+    check_target(directory)
+    calibrating.check_method(method)
+    if method == "rtn":
+        done = _load(model, dtype, None, policy)
+    else:
+        text = texts.read(calibration, texts.calibration)
+        loaded = _load(model, dtype, None)
+        with progress_bar(unit="layers") as bar:
+            done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
+                                              progress=partial(bar, method))  # fmt: skip
+    save(done, directory)
+    print(f"saved {done.name} to {directory}", file=sys.stderr)
+
+
 @bench_app.command("model")
 def bench_model(
     model: ModelOption = DEFAULT_MODEL,
@@ -172,6 +206,9 @@ def bench_model(
 def eval_ppl(
     model: Annotated[str, typer.Argument(help="Anything --model takes.")] = DEFAULT_MODEL,
     file: Annotated[Path | None, typer.Option(help="Text to score; without it, Python's language reference.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What a quantized checkpoint is held against: the model that it was made of.")
+    ] = None,
     quantize: QuantizeOption = None,
     kv_dtype: KvDtypeOption = "auto",
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
@@ -184,12 +221,16 @@ def eval_ppl(
     """Perplexity over a text, and KL divergence and top-1 agreement against the unquantized model."""
     import dataclasses
 
+    from pdx import texts
     from pdx.bench import quality
     from pdx.quant import quantize_params
 
-    text = quality.read_text(file)
-    plain = _load(model, dtype, None)
-    loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
+    text = texts.read(file, texts.evaluation)
+    plain = _load(reference or model, dtype, None)
+    if reference is not None:
+        loaded = _load(model, dtype, None, quantize)
+    else:
+        loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
     found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
                              max_tokens=max_tokens, kernels=kernels)  # fmt: skip
     if as_json:

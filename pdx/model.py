@@ -43,7 +43,7 @@ def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
     def bias(size, axis=None, units=None):
         return ArraySpec((size,), (axis,), dtype, units=units, init="zeros")
 
-    def layer() -> Params:
+    def one_layer() -> Params:
         p = {
             "attn_norm": norm(d),
             "q_proj": rows(n, "heads"),
@@ -71,7 +71,7 @@ def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
 
     specs: Params = {
         "embed": ArraySpec((cfg.vocab_size, d), ("vocab", None), dtype),
-        "layers": [layer() for _ in range(cfg.num_layers)],
+        "layers": [one_layer() for _ in range(cfg.num_layers)],
         "final_norm": norm(d),
     }
     if not cfg.tie_embeddings:
@@ -156,7 +156,7 @@ def forward(
     hidden = {0: x} if 0 in hidden_layers else {}
     layers = []
     for i, p in enumerate(params["layers"]):
-        x, layer_cache = _layer(
+        x, layer_cache = layer(
             p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid, total,
             cfg=cfg, window=cfg.windows[i], mesh=cache.mesh if cache is not None else None, kernels=kernels,
         )  # fmt: skip
@@ -175,7 +175,7 @@ def forward(
 # Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler
 # inlines the calls.
 @partial(jax.jit, static_argnames=("cfg", "window", "mesh", "kernels"))
-def _layer(
+def layer(
     p, x, cache, rotation, positions, valid, lengths, *, cfg: ModelConfig, window: int | None, mesh: Mesh | None,
     kernels: Kernels,
 ):  # fmt: skip

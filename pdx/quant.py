@@ -6,6 +6,7 @@ A policy is a text: a kind for all matrices, then exceptions by name, the last t
     w8a8                          int8, and activations quantized for each token
     int4                          symmetric, in the largest groups of 128, 64, 32 that divide; embedding, head int8
     int4:g64:affine,lm_head=w8a8,layers.0.*=none
+    stored                        as the file has them: GGUF's Q8_0, Q4_0 and Q4_1, the rest in float
 
 or a TOML file with `default = "int4"` and a table `[layers]` of such exceptions.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -28,7 +30,7 @@ from pallas_kernels.quant_array import DTYPES, GROUPS, quantize, take_rows
 from pdx.errors import RequestError
 from pdx.sharding import ArraySpec, is_spec
 
-KINDS = "none, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
+KINDS = "none, stored, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
 # Parameters that are matrices; `lm_head` of a model with tied embeddings is the head apart from the lookup.
 MATRICES = ("embed", "lm_head", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")))
 
@@ -41,6 +43,7 @@ class Kind:
     group: int | None = None  # None: a scale an output channel; 0: the largest of GROUPS that divides
     symmetric: bool = True
     activations: str = "float"
+    as_stored: bool = False  # taken from the file value for value
 
     def group_for(self, columns: int) -> int | None:
         """The size of a group, None for a whole row."""
@@ -49,15 +52,24 @@ class Kind:
         return next((g for g in reversed(GROUPS) if columns % g == 0), None)
 
 
+# What `stored` asks for before a file has said what it holds.
+STORED = Kind(0, as_stored=True)
+
+
+def kind_of(w: QuantArray) -> Kind:
+    """How a quantized matrix is stored."""
+    return Kind(w.bits, w.group if w.groups > 1 else None, w.offsets is None, w.activations)
+
+
 def parse_kind(text: str) -> Kind | None:
     """A kind, None for `none`. Raises RequestError."""
-    found = re.fullmatch(r"(none|int8|w8a8|int4)(?::g(\d+))?(:affine)?", text.strip())
+    found = re.fullmatch(r"(none|stored|int8|w8a8|int4)(?::g(\d+))?(:affine)?", text.strip())
     name, group, affine = found.groups() if found else (None, None, None)
     grouped = group is None or (int(group) in GROUPS and name in ("int8", "int4"))
     if not found or not grouped or (affine and name != "int4"):
         raise RequestError(f"quantization {text!r} is not one of {KINDS}")
-    if name == "none":
-        return None
+    if name in ("none", "stored"):
+        return STORED if name == "stored" else None
     if name == "int4":
         return Kind(4, int(group or 0), not affine)
     return Kind(8, int(group) if group else None, activations="int8" if name == "w8a8" else "float")
@@ -112,6 +124,13 @@ class Policy:
         if name.rpartition(".")[2] not in MATRICES:
             return None
         return next((kind for pattern, kind in reversed(self.rules) if fnmatchcase(name, pattern)), None)
+
+    def settled(self, stored: Callable[[str], Kind | None], names: list[str]) -> Policy:
+        """The same with `stored` replaced, name by name, by what the file holds there (None: floats)."""
+        matrices = dict.fromkeys(("embed", "lm_head", *names))
+        asked = [n for n in matrices if self.kind(n) == STORED]
+        rules = [(pattern, None if kind == STORED else kind) for pattern, kind in self.rules]
+        return Policy((*rules, *((n, stored(n)) for n in asked)))
 
     def check(self, names: list[str]) -> None:
         """Raise RequestError for a pattern that fits no matrix."""
@@ -174,18 +193,35 @@ def quantized(w: Float[Array, "out in"], kind: Kind, dtype: str) -> QuantArray:
     return quantize(w.astype(dtype), kind.bits, kind.group_for(w.shape[1]), kind.symmetric, kind.activations)
 
 
-def quantize_params(params: dict, policy: str | Path | Policy) -> dict:
-    """Parameters with the matrices that the policy names quantized. Raises RequestError as `quantized_specs`."""
+def check_policy(params: dict, policy: str | Path | Policy) -> tuple[dict, dict[str, Kind]]:
+    """Parameters with a head of its own if it is to be stored otherwise than a tied embedding, and the kinds of those
+    that the policy names. Raises RequestError as `quantized_specs`, before anything is computed."""
     policy = Policy.parse(policy)
+    if any(kind == STORED for _, kind in policy.rules):
+        raise RequestError("`stored` is what a file holds: ask for it as the model is loaded")
     params = _with_head(params, policy)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
     if done := [name_of(path) for path, x in leaves if isinstance(x, QuantArray)]:
         raise RequestError(f"{done[0]} is quantized already: load the model without quantization first")
-    shapes = jax.tree.map(lambda x: ArraySpec(x.shape, (None,) * x.ndim, x.dtype), params)
-    quantized_specs(shapes, policy)  # raises what is to be raised before anything is computed
-    kinds = [policy.kind(name_of(path)) for path, _ in leaves]
-    return jax.tree.unflatten(tree, [x if kind is None else quantized(x, kind, str(x.dtype))
-                                     for kind, (_, x) in zip(kinds, leaves, strict=True)])  # fmt: skip
+    quantized_specs(jax.tree.map(lambda x: ArraySpec(x.shape, (None,) * x.ndim, x.dtype), params), policy)
+    kinds = {name_of(path): policy.kind(name_of(path)) for path, _ in leaves}
+    return params, {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def quantize_params(params: dict, policy: str | Path | Policy) -> dict:
+    """Parameters with the matrices that the policy names rounded to the nearest. Raises RequestError for a policy that
+    does not fit them, and for parameters that are quantized already."""
+    return rounded(*check_policy(params, policy))
+
+
+def rounded(params: dict, kinds: Mapping[str, Kind]) -> dict:
+    """Parameters with those of `kinds` that are not quantized yet rounded to the nearest."""
+
+    def one(path, x):
+        kind = kinds.get(name_of(path))
+        return x if kind is None or isinstance(x, QuantArray) else quantized(x, kind, str(x.dtype))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
 
 
 def matmul(x: Float[Array, "*b in"], w: QuantArray, dtype=None) -> Float[Array, "*b out"]:

@@ -11,10 +11,11 @@ PACKAGES = ("pdx", "pallas_kernels")
 
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
-    ("config", "shapes", "errors", "sharding", "compilation", "metrics", "sampling_options", "quant", "cost"),
+    ("config", "shapes", "errors", "sharding", "compilation", "metrics", "sampling_options", "quant", "cost", "texts",
+     "rounding"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters"),
-    ("steps", "completion", "generation", "speculative", "aot"),
+    ("steps", "completion", "generation", "speculative", "aot", "calibration"),
     ("engine.",),
     ("bench.", "train.", "report_text", "batch_file"),
     ("cli", "serve."),

@@ -38,15 +38,26 @@ def test_every_token_but_the_first_is_scored_once(tokens, length, stride):
     assert seen == list(range(1, tokens))
 
 
+@pytest.mark.parametrize(("tokens", "length", "stride"), [(1, 8, 4), (2, 8, 4), (8, 8, 7), (50, 8, 3)])
+def test_windows_that_open_with_a_token_score_all(tokens, length, stride):
+    seen = []
+    for part, known in windows(range(tokens), length, stride, [-1]):
+        assert part[0] == -1
+        assert 1 <= known < len(part) <= length
+        seen += part[known:]
+    assert seen == list(range(tokens))
+
+
 def test_perplexity_is_that_of_plain_windows(model):
-    ids = model.tokenizer.encode(TEXT)[:300]
+    ids = model.tokenizer.encode(TEXT, add_special=False)[:300]
+    opening = model.tokenizer.opening
     losses = []
-    for part, known in windows(ids, 160, 80):
+    for part, known in windows(ids, 160, 80, opening):
         logits = pdx.forward(model.params, model.config, np.array([part])).logits[0]
         chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits))[:-1], np.array(part)[1:, None], 1)[:, 0]
         losses += (-chosen[known - 1 :]).tolist()
     found = evaluate(model, model, TEXT, length=160, stride=80, max_tokens=300)
-    assert found.tokens == len(losses) == 299
+    assert found.tokens == len(losses) == 299 + len(opening)
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert (found.kl, found.top1_agreement) == (pytest.approx(0, abs=1e-7), 1.0)
     assert found.reference_perplexity == found.perplexity
@@ -89,3 +100,17 @@ def test_the_command(directory, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"perplexity", "kl", "top1_agreement", "tokens"} <= set(found)
     assert "top-1 agreement" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_a_quantized_checkpoint_is_held_against_its_original(directory, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    out = tmp_path / "out"
+    run = CliRunner().invoke(app, ["quantize", str(directory), str(out), "--quantize", "int8", "--method", "rtn"])
+    assert run.exit_code == 0, run.output
+    arguments = ["eval", "ppl", str(out), "--reference", str(directory), "--file", str(file), "--window", "64",
+                 "--stride", "32", "--json"]  # fmt: skip
+    saved = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
+    arguments[2:5] = [str(directory), "--quantize", "int8"]
+    assert json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1]) == saved
+    assert saved["kl"] > 0

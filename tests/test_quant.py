@@ -1,5 +1,8 @@
 """Policies, quantized parameters, and models that run on them."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import pdx
 from pallas_kernels import QuantArray
 from pallas_kernels.quant_array import dequantize
-from pdx.errors import RequestError
+from pdx.errors import ModelFileError, RequestError
 from pdx.quant import Kind, Policy, parse_kind, quantize_params
 from pdx.weights.checkpoint import save
 from tests import models, tiny_model
@@ -81,7 +84,7 @@ def test_kinds_and_policies(tmp_path):
 
 
 @pytest.mark.parametrize(("policy", "says"), [
-    ("int3", "is not one of none, int8"),
+    ("int3", "is not one of none, stored, int8"),
     ("int8:g48", "is not one of"),
     ("int8:affine", "is not one of"),
     ("int8,lm_head", "is no exception such as"),
@@ -94,9 +97,82 @@ def test_what_makes_no_sense_is_refused(directory, policy, says):
         pdx.load(directory, quantize=policy)
 
 
-def test_twice_and_saving_are_refused(directory, tmp_path):
+def test_twice_is_refused(directory):
     model = pdx.load(directory, quantize="int8")
     with pytest.raises(RequestError, match="is quantized already"):
         quantize_params(model.params, "int8")
-    with pytest.raises(NotImplementedError, match="not saved yet"):
-        save(model, tmp_path / "out")
+    with pytest.raises(RequestError, match="is what a file holds"):
+        quantize_params(pdx.load(directory).params, "stored")
+
+
+def same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x.astype(jnp.float32)), np.asarray(y.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("policy", ["int8", "int4,*.down_proj=int8", "int4:g32:affine,*.down_proj=w8a8,lm_head=none"])
+def test_saved_is_loaded(directory, tmp_path, policy):
+    model = pdx.load(directory, quantize=policy)
+    same(pdx.load(save(model, tmp_path / "out")).params, model.params)
+    again = pdx.load(tmp_path / "out", quantize="stored", mesh="data=2,model=2")
+    same(again.params, model.params)
+    assert not again.params["layers"][0]["gate_proj"].values.is_fully_replicated
+    same(pdx.load(save(again, tmp_path / "twice")).params, model.params)
+    with pytest.raises(RequestError, match="is quantized already: load the checkpoint without"):
+        pdx.load(tmp_path / "out", quantize="int8")
+
+
+def test_a_head_that_was_stored_apart_stays_apart(directory, tmp_path):
+    model = pdx.load(directory, quantize="w8a8")
+    head = model.params.get("lm_head", model.params["embed"])
+    model.params = model.params | {"lm_head": replace(head, scales=head.scales * 2)}
+    same(pdx.load(save(model, tmp_path / "out")).params, model.params)
+
+
+@pytest.fixture
+def saved(directory, tmp_path):
+    return save(pdx.load(directory, quantize="int4:g32:affine,*.down_proj=int8"), tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("part", "says"), [
+    ("scales", "layers.1.q_proj is quantized and has no scales, expected values and scales and offsets"),
+    ("offsets", "layers.1.q_proj is quantized and has no offsets"),
+    ("values", "layers.1.q_proj is quantized and has no values"),
+])  # fmt: skip
+def test_a_part_that_is_missing_is_named(saved, part, says):
+    head = json.loads((saved / "pdx.json").read_text())
+    del head["params"][f"layers.1.q_proj.{part}"]
+    (saved / "pdx.json").write_text(json.dumps(head))
+    with pytest.raises(ModelFileError, match=says):
+        pdx.load(saved)
+
+
+def test_parts_that_do_not_fit_are_named(saved):
+    text = (saved / "pdx.json").read_text()
+
+    def refuse(change, says):
+        head = json.loads(text)
+        change(head)
+        (saved / "pdx.json").write_text(json.dumps(head))
+        with pytest.raises(ModelFileError, match=says):
+            pdx.load(saved)
+
+    refuse(lambda h: h["quantized"]["layers.0.q_proj"].update(group=16), "scales of parameter layers.0.q_proj are")
+    refuse(lambda h: h["quantized"]["layers.0.q_proj"].update(bits=8), "which its values .* are not")
+    refuse(lambda h: h["quantized"]["layers.0.q_proj"].update(bits=3), "which its values .* are not")
+    refuse(lambda h: h["quantized"]["layers.0.q_proj"].update(colour=1), "pdx.json")
+    (saved / "pdx.json").write_text(text)
+    next((saved / "params" / "layers.0.q_proj.scales").glob("0.0")).unlink()
+    with pytest.raises(ModelFileError, match=r"the data of parameter layers\.0\.q_proj\.scales is missing"):
+        pdx.load(saved)
+
+
+def test_scales_that_are_not_finite_are_named(saved):
+    file = saved / "params" / "layers.0.q_proj.scales" / "0.0"
+    data = np.fromfile(file, np.float32)
+    data[3] = np.nan
+    data.tofile(file)
+    with pytest.raises(ModelFileError, match="1 scales that are NaN or infinite"):
+        pdx.load(saved)

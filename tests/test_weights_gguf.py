@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from pallas_kernels.quant_array import dequantize
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.weights.gguf_file import GgufFile
 
@@ -190,3 +191,25 @@ def test_a_part_of_a_split_file_and_a_type_without_dequantizer_are_unsupported(t
     path = write(tmp_path / "i.gguf", {"x": np.ones(4, np.int32)})
     with pytest.raises(UnsupportedModelError, match="tensor x has type I32, which cannot be dequantized"):
         GgufFile(path).read("x", np.float32)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_are_taken_value_for_value(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    x = np.random.default_rng(0).standard_normal((6, 160)).astype(np.float32)
+    x[2] += 3  # offsets far from the middle
+    x[:, 32:64] = 0  # a scale of zero
+    file = GgufFile(write(tmp_path / "q.gguf", {"x": gguf.quants.quantize(x, kind)}, types={"x": kind}))
+    rows = np.array([5, 0, 2, 1, 4, 3])
+    found = file.read_stored("x", np.float32, rows)
+    assert (found.bits, found.group, found.offsets is not None) == (8 if name == "Q8_0" else 4, 32, name == "Q4_1")
+    np.testing.assert_array_equal(dequantize(found), file.read("x", np.float32, rows))
+    kind = file.stored_kind("x")
+    assert (kind.bits, kind.group, kind.symmetric, kind.as_stored) == (found.bits, 32, found.offsets is None, True)
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "F16", "F32", "BF16"])
+def test_other_types_are_not_stored_kinds(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    packed = gguf.quants.quantize(np.ones((2, 64), np.float32), kind)
+    assert GgufFile(write(tmp_path / "q.gguf", {"x": packed}, types={"x": kind})).stored_kind("x") is None

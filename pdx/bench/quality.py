@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from pdx.cache.dense import init_cache
 from pdx.errors import RequestError
 from pdx.generation import cache_dtype
 from pdx.layers.attention import layout_for
-from pdx.weights.load import Model
+from pdx.weights.loaded import Model
 
 # Tokens that go through the model together: a vocabulary of 262144 makes 134 MB of f32 logits of them.
 CHUNK = 128
@@ -38,37 +37,26 @@ class Quality:
         return asdict(self)
 
 
-def default_text() -> str:
-    """The language reference of the Python that runs, as its `help()` has it: English prose with some code."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[key] for key in sorted(topics))
-
-
-def read_text(path: Path | None) -> str:
-    """A file's text, or the default one. Raises RequestError for a file that cannot be read."""
-    if path is None:
-        return default_text()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not readable as UTF-8 text ({error})") from None
-
-
-def windows(tokens: Sequence[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
+def windows(
+    tokens: Sequence[int], length: int, stride: int, first: Sequence[int] = ()
+) -> Iterator[tuple[list[int], int]]:
     """Sliding windows over a text: tokens, and how many of its first ones are context that was scored before.
 
+    Args:
+      first: what each window opens with: the token that a model was trained to see at the start, if there is one.
+
     Raises:
-      RequestError: fewer than two tokens, or a stride outside 1 to length - 1.
+      RequestError: a text with nothing to score, or a stride that a window does not hold.
     """
-    if len(tokens) < 2:
+    size = length - len(first)
+    scored, at = (0 if first else 1), 0  # a token that follows nothing is not scored
+    if len(tokens) <= scored:
         raise RequestError(f"a text of {len(tokens)} tokens has nothing to score: at least two are needed")
     if not 1 <= stride < length:
         raise RequestError(f"a stride of {stride} does not fit a window of {length}: use 1 to {length - 1}")
-    scored, at = 1, 0  # the first token follows nothing
     while scored < len(tokens):
-        part = list(tokens[at : at + length])
-        yield part, scored - at
+        part = tokens[at : at + size]
+        yield [*first, *part], len(first) + scored - at
         scored, at = at + len(part), at + stride
 
 
@@ -89,12 +77,12 @@ def evaluate(
     """
     if length > model.config.max_context:
         raise RequestError(f"windows of {length} tokens do not fit the context of {model.config.max_context}")
-    tokens = model.tokenizer.encode(text)[: max_tokens or None]
+    tokens = model.tokenizer.encode(text, add_special=False)[: max_tokens or None]
     sums, count = np.zeros(4), 0
     first = _Scorer(model, length, kv_dtype, kernels)
     same = reference is model and cache_dtype(kv_dtype, model) == cache_dtype(None, model)
     second = None if same else _Scorer(reference, length, None, kernels)
-    for part, known in windows(tokens, length, stride):
+    for part, known in windows(tokens, length, stride, model.tokenizer.opening):
         pairs = ((x, x) for x in first.logits(part))
         if second is not None:
             pairs = zip(first.logits(part), second.logits(part), strict=True)

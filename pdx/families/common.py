@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families.fields import REFUSED, Fields
 from pdx.families.rope import extended_context, rope_from_gguf
+
+if TYPE_CHECKING:  # listing models imports no jax
+    from pallas_kernels import QuantArray
+    from pdx.quant import Kind
 
 # Parameter leaf (as in `pdx.model.param_specs`) -> tensor name; `{i}` is the layer.
 HF_NAMES: dict[str, str] = {
@@ -54,6 +58,19 @@ class TensorFile(Protocol):
     def path_of(self, name: str) -> str: ...
     def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
         """A fresh array of the floating type `dtype`; `rows` reorders or selects along the first axis."""
+        ...
+
+
+@runtime_checkable
+class QuantizedFile(TensorFile, Protocol):
+    """A file whose matrices may be quantized as `QuantArray` can hold them."""
+
+    def stored_kind(self, name: str) -> Kind | None:
+        """How a tensor is quantized; None: it is not, or otherwise."""
+        ...
+
+    def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
+        """A tensor with a stored kind, on the host, value for value, standing for one of `dtype`."""
         ...
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +26,27 @@ Weight = Float[Array, "o i"] | QuantArray
 FEW_ROWS = range(2, 33)
 
 
-def product(
-    x: Float[Array, "*b i"], weight: Weight, parts: int = 1, dtype=None
-) -> Float[Array, "*b o"]:
+_watcher: ContextVar[Callable[[Weight, Array], None] | None] = ContextVar("pdx_watcher", default=None)
+
+
+@contextmanager
+def watching(see: Callable[[Weight, Array], None]) -> Iterator[None]:
+    """Inside, `see` is told of each product's weight and what it is multiplied with, while it is traced."""
+    token = _watcher.set(see)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def product(x: Float[Array, "*b i"], weight: Weight, parts: int = 1, dtype=None) -> Float[Array, "*b o"]:
     """x @ weight.T in `dtype` (None: what the operands give), with the weight's rows in `parts` equal blocks.
 
     XLA on the CPU packs both sides of a product of a few rows on one thread, the weight too. With the weight on the
     left and in blocks, each core takes some of them and nothing large is packed.
     """
+    if (see := _watcher.get()) is not None:
+        see(weight, x)
     if isinstance(weight, QuantArray):
         return quant.matmul(x, weight, dtype)
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": dtype}

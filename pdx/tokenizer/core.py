@@ -156,6 +156,11 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         return self._named_id("bos_token")
 
+    @property
+    def opening(self) -> list[int]:
+        """What every text begins with for this model: the BOS token, or nothing."""
+        return [x for x in self.encode("")[:1] if x == self.bos_id]
+
     @cached_property
     def pad_id(self) -> int | None:
         return self._named_id("pad_token")

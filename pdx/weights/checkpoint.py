@@ -1,15 +1,17 @@
 """Checkpoints of pdx: configuration, tokenizer and parameters in one directory, written through orbax.
 
-    DIR/pdx.json      format, configuration, and the shape and type of every parameter
+    DIR/pdx.json      format, configuration, the shape and type of every array, and which parameters are quantized how
     DIR/params/       an orbax checkpoint of one uncompressed Zarr array a parameter, each in a single chunk
     DIR/tokenizer/    what `Tokenizer.save` writes
 
 A chunk of such an array is its plain bytes, so a parameter is read straight into its place; orbax itself
-takes several times as long. Any orbax can still restore `params/`.
+takes several times as long. Any orbax can still restore `params/`. A quantized parameter is a folder's worth of arrays,
+NAME.values, NAME.scales and NAME.offsets; int4 lies two to a byte, the even column in the low four bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -27,12 +29,14 @@ import numpy as np
 from pallas_kernels import QuantArray
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
+from pdx.quant import Kind, kind_of
 from pdx.weights.arrays import aligned_empty, converted
 from pdx.weights.loaded import Model
 from pdx.weights.resolve import CHECKPOINT_FILE
 
 FORMAT, VERSION = "pdx-checkpoint", 1
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "int8": np.int8,
+           "uint8": np.uint8}  # fmt: skip
 
 
 def check_target(directory: str | Path) -> Path:
@@ -47,13 +51,11 @@ def save(model: Model, directory: str | Path) -> Path:
     """Write a checkpoint; the directory appears whole or not at all. Raises ModelFileError if it is taken."""
     import orbax.checkpoint as ocp
 
-    if any(isinstance(x, QuantArray) for _, x in named_leaves(model.params)):
-        raise NotImplementedError("quantized parameters are not saved yet: convert the model as it is, and quantize it "
-                                  "as it is loaded (quantize=, --quantize)")
     directory = check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Host arrays: orbax makes a chunk of each shard of a device array, and a checkpoint is of no mesh.
-    params = jax.tree.map(np.asarray, model.params)
+    quantized = {n: dataclasses.asdict(kind_of(x)) for n, x in named_leaves(model.params) if isinstance(x, QuantArray)}
+    params = jax.tree.map(_on_host, model.params, is_leaf=lambda x: isinstance(x, QuantArray))
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent.resolve()))
     try:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
@@ -63,7 +65,7 @@ def save(model: Model, directory: str | Path) -> Path:
         leaves = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in named_leaves(params)}
         head = {"format": FORMAT, "version": VERSION, "name": model.name, "license": model.license,
                 "terms": list(model.terms),
-                "config": json.loads(model.config.to_json()), "params": leaves}  # fmt: skip
+                "config": json.loads(model.config.to_json()), "params": leaves, "quantized": quantized}  # fmt: skip
         (temporary / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
         CheckpointFile(temporary)  # an orbax that lays its arrays out otherwise is noticed now, not at the next load
         temporary.chmod(0o777 & ~_umask())
@@ -73,6 +75,17 @@ def save(model: Model, directory: str | Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
+
+
+def _on_host(x: Any) -> Any:
+    if not isinstance(x, QuantArray):
+        return np.asarray(x)
+    values = np.asarray(x.values).astype(np.int8)
+    if x.bits == 4:
+        pairs = values.view(np.uint8) & 15
+        values = pairs[:, 0::2] | pairs[:, 1::2] << 4
+    arrays = {"values": values, "scales": x.scales, "offsets": x.offsets}
+    return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
 
 
 def _umask() -> int:
@@ -129,10 +142,38 @@ class CheckpointFile:
             self.config = ModelConfig.from_json(json.dumps(head["config"]))
             self._leaves = {name: (tuple(x["shape"]), str(x["dtype"])) for name, x in head["params"].items()}
             self.license, self.terms = head["license"], tuple(head["terms"])
+            self._quantized = {name: Kind(**x | {"as_stored": True}) for name, x in head.get("quantized", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"{head_file}: {error}: convert the model again") from None
+        for name, kind in self._quantized.items():
+            self._check_quantized(name, kind)
         for name in self._leaves:
             self._check(name)
+
+    def _check_quantized(self, name: str, kind: Kind) -> None:
+        """Hold the arrays of a quantized parameter to its kind."""
+        wanted = ("values", "scales") if kind.symmetric else ("values", "scales", "offsets")
+        for part in wanted:
+            if f"{name}.{part}" not in self._leaves:
+                raise ModelFileError(
+                    f"{self.path / CHECKPOINT_FILE}: parameter {name} is quantized and has no {part}, "
+                    f"expected {' and '.join(wanted)}: quantize the model again"
+                )
+        rows, columns = self.shape(name)
+        groups = columns // (kind.group or columns)
+        dtype = {8: "int8", 4: "uint8"}.get(kind.bits)
+        if groups < 1 or columns % groups or self._leaves[f"{name}.values"][1] != dtype:
+            raise ModelFileError(
+                f"{self.path / CHECKPOINT_FILE}: parameter {name} is said to be {kind}, which its "
+                f"values {self._leaves[f'{name}.values']} are not: quantize the model again"
+            )
+        for part in wanted[1:]:
+            if self._leaves[f"{name}.{part}"] != ((groups, rows), "float32"):
+                raise ModelFileError(
+                    f"{self.path / CHECKPOINT_FILE}: the {part} of parameter {name} are "
+                    f"{self._leaves[f'{name}.{part}']}, expected float32 of shape [{groups}, {rows}]: "
+                    "quantize the model again"
+                )
 
     def _check(self, name: str) -> None:
         """Hold a parameter's Zarr description and the size of its chunk to what `pdx.json` says."""
@@ -161,24 +202,51 @@ class CheckpointFile:
                                  "convert the model again")
 
     def names(self) -> list[str]:
-        return list(self._leaves)
+        """Of the parameters; a quantized one is one, however many arrays it has."""
+        parts = {f"{name}.{part}" for name in self._quantized for part in ("values", "scales", "offsets")}
+        return [*self._quantized, *(name for name in self._leaves if name not in parts)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._leaves[name][0]
+        if name not in self._quantized:
+            return self._leaves[name][0]
+        rows, columns = self._leaves[f"{name}.values"][0]
+        return rows, columns * (2 if self._quantized[name].bits == 4 else 1)
 
     def dtype(self, name: str) -> str:
-        return self._leaves[name][1]
+        return self._leaves[self._array(name)][1]
 
     def path_of(self, name: str) -> str:
-        return str(_chunk(self.path, name, len(self.shape(name))))
+        return str(_chunk(self.path, self._array(name), len(self.shape(name))))
+
+    def _array(self, name: str) -> str:
+        """Where a parameter's values are."""
+        return f"{name}.values" if name in self._quantized else name
+
+    def stored_kind(self, name: str) -> Kind | None:
+        return self._quantized.get(name)
+
+    def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
+        kind = self._quantized[name]
+        values = self._raw(f"{name}.values")
+        if kind.bits == 4:
+            # Four bits with a sign: shifted up and down again.
+            pairs = np.stack([values << 4, values], axis=-1).view(np.int8) >> 4
+            values = pairs.reshape(self.shape(name)).astype(ml_dtypes.int4)
+        offsets = None if kind.symmetric else self._raw(f"{name}.offsets")
+        return QuantArray(values, self._raw(f"{name}.scales"), offsets, kind.activations, np.dtype(dtype).name)
 
     def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
         """The values in `dtype`."""
-        shape, stored = self._leaves[name]
-        values = aligned_empty(shape, _DTYPES[stored])
-        with open(self.path_of(name), "rb", buffering=0) as file:
-            if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
-                raise ModelFileError(f"{file.name}: the data of parameter {name} is cut off")
+        values = self._raw(name)
         if rows is None and values.dtype == dtype:
             return values
         return converted(values, dtype, rows)
+
+    def _raw(self, array: str) -> np.ndarray:
+        """One array as it was saved."""
+        shape, stored = self._leaves[array]
+        values = aligned_empty(shape, _DTYPES[stored])
+        with open(_chunk(self.path, array, len(shape)), "rb", buffering=0) as file:
+            if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
+                raise ModelFileError(f"{file.name}: the data of parameter {array} is cut off")
+        return values

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -19,12 +19,17 @@ import numpy as np
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.weights.arrays import aligned_empty, converted
 
+if TYPE_CHECKING:  # listing models imports no jax
+    from pallas_kernels import QuantArray
+    from pdx.quant import Kind
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _PLAIN = {0: np.float32, 1: np.float16, 28: np.float64, 30: ml_dtypes.bfloat16}  # ggml types that are not quantized
+_BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # block types that a QuantArray holds value for value, in groups of 32
 # Values dequantized at a time: small enough to stay in the second-level cache, large enough for numpy.
 _CHUNK = 1 << 17
 
@@ -107,6 +112,33 @@ class GgufFile:
             for i in range(0, len(packed), step):
                 values[i : i + step] = quant.dequantize_blocks(packed[i : i + step])
         return out
+
+    def stored_kind(self, name: str) -> Kind | None:
+        """Of the block types that are whole numbers with scales, and offsets, in groups of 32."""
+        from pdx.quant import Kind
+
+        name = self.dtype(name)
+        return Kind(_BITS[name], 32, symmetric=name != "Q4_1", as_stored=True) if name in _BITS else None
+
+    def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
+        """The blocks of Q8_0, Q4_0 and Q4_1 as they are; Q4_1's d q + m, q from 0, becomes d (q - 8) + (m + 8 d)."""
+        import gguf
+
+        from pallas_kernels.quant_array import from_blocks
+
+        stored, kind = self.blocks(name), self.dtype(name)
+        stored = stored if rows is None else stored[rows]
+        _, size = gguf.GGML_QUANT_SIZES[_types()[kind]]
+        blocks = stored.reshape(len(stored), -1, size)
+        halves = 2 if kind == "Q4_1" else 1
+        numbers = np.ascontiguousarray(blocks[..., : 2 * halves]).view(np.float16).astype(np.float32)
+        values, scales = blocks[..., 2 * halves :], numbers[..., 0]
+        if kind == "Q8_0":
+            values = values.view(np.int8)
+        else:  # the first half of a block lies in the low four bits
+            values = np.concatenate([values & 15, values >> 4], axis=-1).astype(np.int8) - np.int8(8)
+        offsets = numbers[..., 1] + 8 * scales if halves == 2 else None
+        return from_blocks(values.reshape(len(stored), -1), scales, offsets, _BITS[kind], np.dtype(dtype).name)
 
 
 def _types():

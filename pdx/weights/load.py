@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
-from pdx.families.common import Source
+from pdx.families.common import QuantizedFile, Source
 from pdx.model import Params, param_specs
-from pdx.quant import Policy, is_parameter, name_of, quantized, quantized_specs
+from pdx.quant import STORED, Policy, is_parameter, name_of, quantized, quantized_specs
 from pdx.sharding import is_spec, make_mesh, replicated
 from pdx.weights.builtin import DEFAULT_MODEL
+from pdx.weights.checkpoint import CheckpointFile
 from pdx.weights.loaded import Model
-from pdx.weights.opening import OpenModel, check_names, open_model, read_tensor
+from pdx.weights.opening import OpenModel, check_names, open_model, read_stored, read_tensor
 from pdx.weights.progress import Report
 from pdx.weights.resolve import resolve
 
@@ -42,7 +44,8 @@ def load(
       mesh: where the parameters go, each as it is declared: a mesh, a text such as `data=2,model=4`, or None for
         the default device.
       max_context: a shorter context than the model's own, in tokens.
-      quantize: which matrices become int8 or int4 as they are read, see `pdx.quant`; None: none.
+      quantize: which matrices become int8 or int4 as they are read, see `pdx.quant`; None: none, but for those that a
+        checkpoint holds quantized.
       progress: told of the download and of the parameters as they are placed; None draws a bar for the download.
 
     Raises:
@@ -63,16 +66,35 @@ def load(
         if not 1 <= max_context <= cfg.max_context:
             raise ContextLengthError(f"max_context {max_context}: this model's context is 1 to {cfg.max_context}")
         cfg = dataclasses.replace(cfg, max_context=max_context)
-    policy = Policy.parse(quantize)
-    specs = param_specs(cfg, dtype)
-    if policy:
-        specs = quantized_specs(specs, policy)
+    specs, policy = _declared(opened, cfg, dtype, Policy.parse(quantize))
     params = _read_params(opened, specs, policy, where, progress)
     notes = [*opened.terms, *opened.notes]
     if mesh is not None:
         notes += replicated(jax.tree.leaves(specs, is_leaf=is_spec), mesh)
     return Model(params, cfg, files.name, files.path, jnp.dtype(dtype), mesh, notes, opened.license, opened.terms,
                  opened.make_tokenizer)
+
+
+def _declared(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) -> tuple[Params, Policy]:
+    """The parameters as they are to be, and the policy with what the file holds in the place of `stored`."""
+    specs, file = param_specs(cfg, dtype), opened.file
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)[0]]
+    sources = {name_of(path): _source(opened, path).name for path in paths}
+    sources.setdefault("lm_head", _source(opened, ("lm_head",)).name)
+    known = file.names() if isinstance(file, QuantizedFile) else ()
+    held = {name: file.stored_kind(source) if source in known else None for name, source in sources.items()}
+    if isinstance(file, CheckpointFile) and any(held.values()):
+        # It has no floats to quantize anew; a head that was stored apart from a tied embedding stays apart.
+        policy = policy or Policy.parse("stored")
+        if again := [n for n, kind in held.items() if kind and policy.kind(n) != STORED]:
+            raise RequestError(
+                f"{file.path}: {again[0]} is quantized already: load the checkpoint without "
+                "quantization, or quantize the model that it was made of"
+            )
+        if sources["lm_head"] != sources["embed"]:
+            specs["lm_head"] = specs.get("lm_head", specs["embed"])
+    policy = policy.settled(held.get, list(held))
+    return (quantized_specs(specs, policy) if policy else specs), policy
 
 
 def default_dtype(device: jax.Device) -> Any:
@@ -105,11 +127,12 @@ def _read_params(
     def one(i: int) -> Any:
         nonlocal done
         source, spec, kind = jobs[i]
-        array = read_tensor(opened.file, source, spec.shape, spec.dtype)
+        stored = kind is not None and kind.as_stored
+        array = (read_stored if stored else read_tensor)(opened.file, source, spec.shape, spec.dtype)
         # Not committed to the device, as the arrays that a caller makes are not: a step that took some of each
         # would return a cache that the next call compiles anew for.
         with jax.default_device(where.devices.flat[0] if isinstance(where, Mesh) else where):
-            if kind is not None:
+            if kind is not None and not stored:
                 array = quantized(array, kind, str(spec.dtype))
             elif not isinstance(where, Mesh):
                 array = jax.device_put(array)
@@ -133,7 +156,7 @@ def _read_params(
 
 def _source(opened: OpenModel, path: tuple) -> Source:
     """The tensor of a parameter at a path of the tree: `embed`, or `layers`, 3, `q_proj`."""
-    keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]
+    keys = [getattr(k, "key", getattr(k, "idx", k)) for k in path]
     if keys[0] == "layers":
         return opened.source(keys[2], keys[1])
     source = opened.source(keys[0], None)

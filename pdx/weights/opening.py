@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels import QuantArray
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families import config_from_gguf, config_from_hf
-from pdx.families.common import Names, Source, TensorFile
+from pdx.families.common import Names, QuantizedFile, Source, TensorFile
 from pdx.tokenizer import Tokenizer
 from pdx.weights.arrays import nonfinite
 from pdx.weights.builtin import BUILTIN
@@ -120,16 +121,37 @@ def read_tensor(file: TensorFile, source: Source, shape: tuple[int, ...], dtype:
 
     Raises ModelFileError for another shape and for values that are not finite, naming file and tensor.
     """
-    name, where = source.name, file.path_of(source.name)
-    if file.shape(name) != shape:
-        raise ModelFileError(f"{where}: tensor {name} has shape {list(file.shape(name))}, "
-                             f"expected {list(shape)} from the configuration")
-    array = file.read(name, dtype, source.rows)
+    _check_shape(file, source.name, shape)
+    array = file.read(source.name, dtype, source.rows)
     if source.offset:
         array += array.dtype.type(source.offset)
+    _check_finite(file, source.name, array)
+    return array
+
+
+def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dtype: Any) -> QuantArray:
+    """One matrix as the file has it quantized, on the host, checked. Raises as `read_tensor`."""
+    _check_shape(file, source.name, shape)
+    found = file.read_stored(source.name, dtype, source.rows)
+    _check_finite(file, source.name, found.scales, "scales ")
+    if found.offsets is not None:
+        _check_finite(file, source.name, found.offsets, "offsets ")
+    return found
+
+
+def _check_shape(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+    if file.shape(name) != shape:
+        raise ModelFileError(
+            f"{file.path_of(name)}: tensor {name} has shape {list(file.shape(name))}, "
+            f"expected {list(shape)} from the configuration"
+        )
+
+
+def _check_finite(file: TensorFile, name: str, array: np.ndarray, part: str = "") -> None:
     bad = nonfinite(array)
     if bad is not None:
-        index = [int(i) for i in np.unravel_index(bad[1], shape)]
-        raise ModelFileError(f"{where}: tensor {name} has {bad[0]} values that are NaN or infinite, the first of them "
-                             f"at {index}; expected finite numbers")
-    return array
+        index = [int(i) for i in np.unravel_index(bad[1], array.shape)]
+        raise ModelFileError(
+            f"{file.path_of(name)}: tensor {name} has {bad[0]} {part or 'values '}that are NaN or "
+            f"infinite, the first of them at {index}; expected finite numbers"
+        )

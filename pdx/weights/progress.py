@@ -9,7 +9,7 @@ from typing import Protocol, TextIO
 
 
 class Report(Protocol):
-    """Called with what is being done, how many bytes of it are done, and how many there are."""
+    """Called with what is being done, how much of it is done, and how much there is: bytes, or what else is counted."""
 
     def __call__(self, label: str, done: int, total: int) -> None: ...
 
@@ -19,8 +19,8 @@ def silent(label: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def progress_bar(stream: TextIO | None = None) -> Iterator[Report]:
-    """A bar on a terminal; elsewhere one line when each label is first seen."""
+def progress_bar(stream: TextIO | None = None, unit: str | None = None) -> Iterator[Report]:
+    """A bar on a terminal; elsewhere one line when each label is first seen. `unit`: what is counted, None: bytes."""
     stream = stream or sys.stderr
     if not stream.isatty():
         seen: set[str] = set()
@@ -28,15 +28,17 @@ def progress_bar(stream: TextIO | None = None) -> Iterator[Report]:
         def line(label: str, done: int, total: int) -> None:
             if label not in seen:
                 seen.add(label)
-                print(f"{label} ({total / 1e6:.0f} MB)", file=stream, flush=True)
+                size = f"{total} {unit}" if unit else f"{total / 1e6:.0f} MB"
+                print(f"{label} ({size})", file=stream, flush=True)
 
         yield line
         return
 
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    counted = MofNCompleteColumn() if unit else DownloadColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), counted, TimeRemainingColumn()
     with Progress(*columns, console=Console(file=stream), transient=True) as progress:
         tasks: dict = {}
 
