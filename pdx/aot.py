@@ -17,6 +17,7 @@ from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
 from pdx.config import ModelConfig
 from pdx.model import param_specs
+from pdx.quant import Policy, quantized_specs
 from pdx.sharding import ArraySpec, is_spec
 
 Step = Literal["prefill", "decode_step", "verify"]
@@ -32,6 +33,7 @@ def compile_step(
     tokens: int = DEFAULT_CHUNK,
     dtype=jnp.bfloat16,
     kv_dtype=None,
+    quantize: str | Policy | None = None,
     mesh: Mapping[str, int] | None = None,
     kernels: Literal["pallas", "xla"] = "pallas",
 ) -> Compiled:
@@ -43,18 +45,20 @@ def compile_step(
       target: a chip (`v5e`, `h100`, ...) or a slice of several (`v5e:2x4`).
       batch, capacity: rows of the cache and tokens that each can hold.
       dtype, kv_dtype: of parameters and cache (None: dtype).
+      quantize: which weights are int8 or int4, see `pdx.quant`; None: none.
       mesh: sizes of the axes `data` and `model` over the slice's chips; None: one chip.
       kernels: the target's Pallas kernels, or XLA over a cache that lies the same way.
 
     Raises:
-      ValueError: an unknown step or target.
+      ValueError: an unknown step or target, a policy that does not fit the model.
       pallas_kernels.targets.CompilerMissing: the target's compiler is not installed.
       NotImplementedError: a Pallas kernel that does not take this model.
       jax.errors.JaxRuntimeError: what the compiler refuses: too little memory, for one.
     """
     function, arguments = step_arguments(
-        step, cfg, target, batch=batch, capacity=capacity, tokens=tokens, dtype=dtype, kv_dtype=kv_dtype, mesh=mesh
-    )
+        step, cfg, target, batch=batch, capacity=capacity, tokens=tokens, dtype=dtype, kv_dtype=kv_dtype,
+        quantize=quantize, mesh=mesh,
+    )  # fmt: skip
     name = Target.get(target).chip.platform if kernels == "pallas" else kernels
     return Target.get(target).compile(
         function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels")
@@ -63,7 +67,7 @@ def compile_step(
 
 def step_arguments(
     step: Step, cfg: ModelConfig, target: str, *, batch: int, capacity: int, tokens: int, dtype, kv_dtype=None,
-    mesh: Mapping[str, int] | None = None,
+    quantize: str | Policy | None = None, mesh: Mapping[str, int] | None = None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The jitted step and its array arguments as shapes, placed on `target`'s chips."""
     if step not in get_args(Step):
@@ -78,7 +82,8 @@ def step_arguments(
     def rows(dtype, *shape):
         return ArraySpec((batch, *shape), ("batch", *[None] * len(shape)), dtype)
 
-    declared = {"params": param_specs(cfg, dtype), "cache": cache}
+    params = quantized_specs(param_specs(cfg, dtype), Policy.parse(quantize))
+    declared = {"params": params, "cache": cache}
     if step == "decode_step":
         declared |= {"tokens": rows(jnp.int32), "active": rows(jnp.bool_)}
     else:

@@ -32,12 +32,19 @@ def model(family, layers, **changes) -> ModelConfig:
     return ModelConfig(family="llama", num_layers=layers, rope=RopeConfig(5e5), max_context=8192, **shapes)
 
 
+LLAMA = {"batch": 8, "capacity": 2048, "kv_dtype": jnp.int8}
 GEMMA = {"windows": (512, 512, None)}
 # Caches of a layer are larger than VMEM, or the compiler may keep some there for a while, which tells nothing.
 # 24 of Llama's 32 layers are what 16 GiB hold in bf16.
 CASES = {
     "smollm2": ("decode_step", model("smollm2", 30), {"batch": 48, "capacity": 8192}),
     "llama3-8b": ("decode_step", model("llama3-8b", 24), {"batch": 8, "capacity": 2048}),
+    "llama3-8b bf16": ("decode_step", model("llama3-8b", 32), {"batch": 8, "capacity": 2048}),
+    "llama3-8b int8": ("decode_step", model("llama3-8b", 32), LLAMA | {"quantize": "int8"}),
+    "llama3-8b int4": ("decode_step", model("llama3-8b", 32), LLAMA | {"quantize": "int4:g128"}),
+    "int8 prefill": ("prefill", model("llama3-8b", 2), LLAMA | {"quantize": "int8", "tokens": 384}),
+    "int4 prefill": ("prefill", model("llama3-8b", 2), LLAMA | {"quantize": "int4:g128", "tokens": 384}),
+    "w8a8": ("decode_step", model("llama3-8b", 2), LLAMA | {"quantize": "w8a8"}),
     "gemma3": ("decode_step", model("gemma3", 3, **GEMMA), {"batch": 288, "capacity": 8192}),
     "prefill": ("prefill", model("smollm2", 2), {"batch": 48, "capacity": 8192, "tokens": 512}),
     "verify": ("verify", model("smollm2", 2), {"batch": 12, "capacity": 32768, "tokens": 5}),
@@ -51,9 +58,9 @@ CASES = {
 
 
 def held(tree) -> int:
-    """Bytes of these arrays on each device."""
-    each = (x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in jax.tree.leaves(tree))
-    return sum(prod(shape) * x.dtype.itemsize for shape, x in zip(each, jax.tree.leaves(tree), strict=True))
+    """Bytes of these arrays on each device, int4 two to a byte."""
+    each = ((x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype) for x in jax.tree.leaves(tree))
+    return sum(prod(shape) // 2 if dtype == jnp.int4 else prod(shape) * dtype.itemsize for shape, dtype in each)
 
 
 def facts(target: str, name: str) -> dict:
@@ -68,6 +75,7 @@ def facts(target: str, name: str) -> dict:
         "memory": dict(compiled.memory),
         "declared": held((arguments["params"], arguments["cache"])),
         "cache": held(arguments["cache"]),
+        "weights": held(arguments["params"]),
         "kernels": len(text.split('custom_call_target="tpu_custom_call"')) - 1 + len(compiled.kernels),
         "layers": cfg.num_layers,
         "moved": [str(i) for i in hlo.moved(text, LARGE if step != "prefill" else leaf)],

@@ -67,6 +67,46 @@ def test_a_step_moves_nothing_but_what_it_needs(target, name):
         assert 0 < largest < found["cache"] / found["layers"] / 2, f"a cache is gathered: {found['collectives']}"
 
 
+QUANTIZED = ("llama3-8b int8", "llama3-8b int4", "w8a8", "int8 prefill", "int4 prefill")
+# Of bf16: 2 bytes for each of the 8.03 billion weights, and for a cache of 8 rows of 2048 tokens.
+LLAMA_WEIGHTS = 2 * (2 * 128256 * 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096 * 2))
+LLAMA_CACHE = 2 * 32 * 2 * 8 * 2048 * 1024
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_step_reads_small_weights_as_they_lie(name):
+    found = of("v5e", name, QUANTIZED)
+    # An attention, a write and seven products a layer, and the head.
+    assert found["kernels"] == 9 * found["layers"] + 1, "a product is not a kernel"
+    assert found["memory"]["alias"] >= found["cache"]
+    assert found["memory"]["argument"] <= found["declared"] * 1.001
+    moved = [x for x in found["moved"] if "s8[" in x or "s4[" in x]
+    wide = [x for x in found["moved"] if any(f"[{o},{i}]" in x.replace(" ", "") for o, i in SIDES)]
+    assert not wide, f"weights are widened or laid out anew: {wide}"
+    if "prefill" not in name:
+        assert not found["moved"], found["moved"]
+        assert found["memory"]["temp"] < 0.02 * found["declared"]
+    else:  # the rows of the embedding that were looked up
+        assert all("gather" in x or "copy-start" in x for x in moved), moved
+    weights = found["weights"] / LLAMA_WEIGHTS
+    both = found["memory"]["argument"] / (LLAMA_WEIGHTS + LLAMA_CACHE)
+    if found["layers"] == 32:
+        print(f"{name}: weights {weights:.4f} of bf16, with the cache {both:.4f}")
+        assert weights <= (0.52 if "int8" in name else 0.30)
+        assert both <= (0.55 if "int8" in name else 0.33)
+
+
+# [out, in] of Llama 3 8B.
+SIDES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
+
+
+def test_llama_3_8b_fits_a_v5e_in_int8_alone():
+    memory = of("v5e", "llama3-8b int8", QUANTIZED)["memory"]
+    assert memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] < 16 << 30
+    refused = compiled("v5e", ("llama3-8b bf16",))["llama3-8b bf16"]
+    assert "RESOURCE_EXHAUSTED" in refused["error"], refused
+
+
 @pytest.mark.parametrize("name", ["smoke", "smoke prefill"])
 @pytest.mark.parametrize("target", SMOKE)
 def test_smoke_every_target_compiles_both_phases(target, name):
