@@ -190,16 +190,37 @@ def bench_model(
     prompt_tokens: Annotated[list[int] | None, typer.Option(help="Prefill length; more than one may be given.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Decode batch size; more than one may be given.")] = None,
     peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
+    quantize: Annotated[list[str] | None, typer.Option(help="Also run the model with its weights stored so; more than "
+                                                       "one may be given.")] = None,
     dtype: DtypeOption = "auto",
     kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Prefill and decode of a model, beside transformers and this machine's memory bandwidth."""
+    """Prefill and decode of a model, beside other ways of storing it, transformers, llama.cpp and this machine's memory
+    bandwidth."""
     from pdx.bench import model as bench
 
     loaded = _load(model, dtype, None)
-    result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels)
+    others = {policy: _load(model, dtype, None, policy) for policy in quantize or ()}
+    result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
+                       others=others)  # fmt: skip
     print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+
+
+@bench_app.command("memory")
+def bench_memory(
+    model: ModelOption = DEFAULT_MODEL,
+    quantize: Annotated[list[str] | None, typer.Option(help="How weights are stored; more than one may be given, "
+                                                       "`none` among them.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a model takes of this machine's memory, at the peak of loading and when it has run."""
+    from pdx.bench import memory
+    from pdx.weights.resolve import resolve
+
+    resolve(model)
+    found = memory.measure(model, quantize or ("none", "int8"))
+    print(json.dumps([x.to_dict() for x in found]) if as_json else memory.to_markdown(found))
 
 
 @eval_app.command("ppl")

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx import steps
-from pdx.bench.peer import transformers_or_reason
+from pdx.bench.peer import llama_cpp_or_reason, transformers_or_reason
 from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.generation import DEFAULT_CHUNK
@@ -25,6 +25,7 @@ from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions
 from pdx.weights.load import Model
 
+LLAMA = "llama.cpp, as the file stores it"
 ROUNDS = 5
 DECODE_TOKENS = 32
 PEER_DECODE_TOKENS = 12
@@ -44,10 +45,16 @@ class Line:
     gb_per_s: float | None = None  # weights + KV read a second
     share_of_bandwidth: float | None = None
     peer_seconds: float | None = None
+    plain_seconds: float | None = None  # of the model as it was given, where this is another way of storing it
 
     @property
     def speedup(self) -> float | None:
         return self.peer_seconds / self.seconds if self.peer_seconds else None
+
+    @property
+    def gain(self) -> float | None:
+        """Over the model as it was given."""
+        return self.plain_seconds / self.seconds if self.plain_seconds else None
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [dataclasses.asdict(line) | {"speedup": line.speedup} for line in self.lines]
+        rows = [dataclasses.asdict(line) | {"speedup": line.speedup, "gain": line.gain} for line in self.lines]
         return dataclasses.asdict(self) | {"lines": rows}
 
     def to_markdown(self) -> str:
@@ -72,13 +79,13 @@ class Result:
             f"{self.model}, {self.dtype}, on {self.device}; {versions}.",
             f"Read bandwidth measured in the same run: {self.bandwidth_gb_per_s:.1f} GB/s.",
             "",
-            "| phase | shape | median | tok/s | GB/s | of bandwidth | transformers | speedup |",
-            "|---|---|---|---|---|---|---|---|",
+            f"| phase | shape | median | tok/s | GB/s | of bandwidth | transformers | speedup | over {self.dtype} |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         rows = [
             f"| {x.phase} | {x.shape} | {x.seconds * 1e3:.1f} ms | {x.tokens_per_s:.0f} | {_number(x.gb_per_s)} "
             f"| {_number(x.share_of_bandwidth, percent=True)} | {_number(x.peer_seconds, ms=True)} "
-            f"| {_number(x.speedup, unit='x')} |"
+            f"| {_number(x.speedup, unit='x')} | {_number(x.gain, unit='x')} |"
             for x in self.lines
         ]
         return "\n".join([*head, *rows, "", *self.notes])
@@ -92,20 +99,30 @@ def _number(value: float | None, *, percent: bool = False, ms: bool = False, uni
     return f"{value * 1e3:.1f} ms" if ms else f"{value:.1f}{unit}" if not unit else f"{value:.2f}{unit}"
 
 
-def run(model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, peer: bool, kernels: str) -> Result:
-    """Measure; everything of a line runs in turn, round by round, so that its ratios come from one run."""
-    bandwidth = read_bandwidth()
+def run(
+    model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, peer: bool, kernels: str,
+    others: Mapping[str, Model] | None = None,
+) -> Result:  # fmt: skip
+    """Measure; everything of a shape runs in turn, round by round, so that its ratios come from one run.
+
+    Args:
+      peer: transformers on the same file too; and llama.cpp, where other ways of storing the model are measured.
+      others: the same model with its weights stored in other ways, by their names.
+    """
+    bandwidth, others = read_bandwidth(), others or {}
     other, reason = transformers_or_reason(model.path) if peer else (None, "")
-    result = Result(model.name, _machine(), str(model.dtype), 0.0, {
-        "jax": jax.__version__, **({"torch": other.torch.__version__} if other else {}),
-    }, notes=[reason] if reason else [])  # fmt: skip
+    llama, why = llama_cpp_or_reason(model.path) if peer and others else (None, "")
+    versions = {"jax": jax.__version__}
+    versions |= {"torch": other.torch.__version__} if other else {}
+    versions |= {"llama-cpp-python": llama.version} if llama else {}
+    result = Result(model.name, _machine(), str(model.dtype), 0.0, versions, notes=[x for x in (reason, why) if x])
     reads: list[float] = []
     for tokens in prompt_tokens:
         _say(f"prefill of {tokens} tokens")
-        result.lines.append(_prefill_line(model, tokens, kernels, other))
+        result.lines.extend(_prefill_lines(model, tokens, kernels, other, others, llama))
     for batch in batches:
         _say(f"decode at batch {batch}")
-        result.lines.extend(_decode_lines(model, batch, kernels, other, bandwidth, reads))
+        result.lines.extend(_decode_lines(model, batch, kernels, other, bandwidth, reads, others, llama))
     _say("decode in a large cache")
     result.lines.append(_capacity_line(model, kernels, bandwidth))
     if reads:
@@ -117,30 +134,49 @@ def _say(what: str) -> None:
     print(f"measuring {what}", file=sys.stderr, flush=True)
 
 
-def _prefill_line(model: Model, tokens: int, kernels: str, other) -> Line:
+def _prefill_lines(model: Model, tokens: int, kernels: str, other, others: Mapping[str, Model], llama) -> list[Line]:
     contestants = {"pdx": prefill_work(model, 1, tokens, kernels)}
+    contestants |= {f"weights {name}": prefill_work(m, 1, tokens, kernels) for name, m in others.items()}
     if other:
         contestants["peer"] = other.prefill(tokens)
+    if llama:
+        contestants[LLAMA] = llama.prefill(tokens)
     times = interleaved(contestants, ROUNDS)
     mine = times["pdx"]
-    return Line("prefill", f"{tokens} tokens", mine.median, mine.best, tokens / mine.median,
-                peer_seconds=times["peer"].median if other else None)  # fmt: skip
+    lines = [Line("prefill", f"{tokens} tokens", mine.median, mine.best, tokens / mine.median,
+                  peer_seconds=times["peer"].median if other else None)]  # fmt: skip
+    return lines + [
+        Line("prefill", f"{tokens} tokens, {name}", t.median, t.best, tokens / t.median, plain_seconds=mine.median)
+        for name, t in times.items() if name not in ("pdx", "peer")
+    ]  # fmt: skip
 
 
-def _decode_lines(model: Model, batch: int, kernels: str, other, bandwidth, reads: list[float]) -> list[Line]:
+def _decode_lines(
+    model: Model, batch: int, kernels: str, other, bandwidth, reads: list[float], others: Mapping[str, Model], llama
+) -> list[Line]:
     greedy, sampled = (decode_work(model, batch, kernels, options) for options in (SamplingOptions(), SAMPLED))
     contestants: dict[str, Callable[[], Timing]] = {"pdx": greedy, "sampled": sampled, "read": bandwidth}
+    contestants |= {f"weights {name}": decode_work(m, batch, kernels) for name, m in others.items()}
     if other:
         contestants["peer"] = other.decode(batch, DECODE_CONTEXT, PEER_DECODE_TOKENS)
+    if llama and batch == 1:
+        contestants[LLAMA] = llama.decode(DECODE_CONTEXT, DECODE_TOKENS)
     times = interleaved(contestants, ROUNDS)
     read = bandwidth.bytes_read / times["read"].median / 1e9
     reads.append(read)
-    peer_seconds = times["peer"].median if other else None
+    plain, peer_seconds = times["pdx"].median, times["peer"].median if other else None
     sampled_shape = f"batch {batch}, sampled (top-k, top-p, min-p, penalty)"
-    return [
+    lines = [
         _decode_line(model, batch, f"batch {batch}", times["pdx"], read, peer_seconds),
         _decode_line(model, batch, sampled_shape, times["sampled"], read, None),
     ]
+    for name, m in others.items():
+        line = _decode_line(m, batch, f"batch {batch}, weights {name}", times[f"weights {name}"], read, None)
+        lines.append(dataclasses.replace(line, plain_seconds=plain))
+    if LLAMA in times:
+        t = times[LLAMA]
+        lines.append(Line("decode", f"batch 1, {LLAMA}", t.median, t.best, 1 / t.median, plain_seconds=plain))
+    return lines
 
 
 def _decode_line(model: Model, batch: int, shape: str, times: Timing, read: float, peer_seconds) -> Line:
@@ -228,7 +264,7 @@ def _step_bytes(model: Model, batch: int) -> float:
     """Bytes a decode step has to read: every weight once, and the keys and values of the mean context."""
     cfg = model.config
     weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    if not cfg.tie_embeddings:
+    if "lm_head" in model.params:
         weights -= model.params["embed"].nbytes  # only looked up
     context = DECODE_CONTEXT + DECODE_TOKENS / 2
     seen = sum(min(context, w or context) for w in cfg.windows)

@@ -1,4 +1,5 @@
-"""transformers on the same weights, as the opponent of the model benchmark. Needs the extra `parity`."""
+"""Opponents of the model benchmark on the same file: transformers (the extra `parity`), and llama.cpp where somebody
+has built llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -63,3 +64,54 @@ def transformers_or_reason(path: Path) -> tuple[Transformers | None, str]:
         return None, f"transformers did not run: {error} (pip install 'pdx-inference[parity]')"
     except (OSError, ValueError) as error:
         return None, f"transformers did not load {path}: {error}"
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, as the file stores it, on all cores."""
+
+    def __init__(self, path: Path):
+        import llama_cpp
+
+        cores = os.cpu_count() or 1
+        self.version = llama_cpp.__version__
+        self.model = llama_cpp.Llama(str(path), n_ctx=2048, n_batch=512, n_threads=cores, n_threads_batch=cores,
+                                     n_gpu_layers=0, verbose=False)  # fmt: skip
+
+    def prefill(self, tokens: int) -> Callable[[], Timing]:
+        """A contestant: one prompt."""
+        ids = [i % 1000 + 100 for i in range(tokens)]
+
+        def work() -> Timing:
+            self.model.reset()
+            start = time.perf_counter()
+            self.model.eval(ids)
+            return Timing((time.perf_counter() - start,))
+
+        return work
+
+    def decode(self, context: int, tokens: int) -> Callable[[], Timing]:
+        """A contestant: greedy steps behind a prompt of `context`; seconds a step."""
+        prompt = self.prefill(context)
+
+        def work() -> Timing:
+            prompt()
+            token = 100
+            start = time.perf_counter()
+            for _ in range(tokens):
+                self.model.eval([token])
+                token = self.model.sample(temp=0.0)
+            return Timing((time.perf_counter() - start,)).per(tokens)
+
+        return work
+
+
+def llama_cpp_or_reason(path: Path) -> tuple[LlamaCpp | None, str]:
+    """As `transformers_or_reason`."""
+    if path.suffix != ".gguf":
+        return None, f"llama.cpp did not run: it reads .gguf files, not {path}"
+    try:
+        return LlamaCpp(path), ""
+    except ImportError as error:
+        return None, f"llama.cpp did not run: {error} (pip install llama-cpp-python, which builds it)"
+    except (OSError, ValueError) as error:
+        return None, f"llama.cpp did not load {path}: {error}"

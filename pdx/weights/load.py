@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pallas_kernels import QuantArray
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
-from pdx.families.common import QuantizedFile, Source
+from pdx.families.common import QuantizedFile, Source, TensorFile
 from pdx.model import Params, param_specs
-from pdx.quant import STORED, Policy, is_parameter, name_of, quantized, quantized_specs
+from pdx.quant import STORED, Kind, Policy, is_parameter, name_of, quantized, quantized_specs
 from pdx.sharding import is_spec, make_mesh, replicated
+from pdx.weights.arrays import aligned_empty
 from pdx.weights.builtin import DEFAULT_MODEL
 from pdx.weights.checkpoint import CheckpointFile
 from pdx.weights.loaded import Model
@@ -31,6 +33,7 @@ from pdx.weights.resolve import resolve
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 # Tensors in flight: enough to keep the cores busy, few enough that memory stays near one copy of the parameters.
 THREADS = 4
+PIECE = 1 << 22  # values of a matrix that are quantized together
 
 
 def load(
@@ -127,14 +130,16 @@ def _read_params(
     def one(i: int) -> Any:
         nonlocal done
         source, spec, kind = jobs[i]
-        stored = kind is not None and kind.as_stored
-        array = (read_stored if stored else read_tensor)(opened.file, source, spec.shape, spec.dtype)
         # Not committed to the device, as the arrays that a caller makes are not: a step that took some of each
         # would return a cache that the next call compiles anew for.
         with jax.default_device(where.devices.flat[0] if isinstance(where, Mesh) else where):
-            if kind is not None and not stored:
-                array = quantized(array, kind, str(spec.dtype))
-            elif not isinstance(where, Mesh):
+            if kind is None:
+                array = read_tensor(opened.file, source, spec.shape, spec.dtype)
+            elif kind.as_stored:
+                array = read_stored(opened.file, source, spec.shape, spec.dtype)
+            else:
+                array = _quantized_in_pieces(opened.file, source, spec, kind)
+            if not isinstance(where, Mesh):
                 array = jax.device_put(array)
         if isinstance(where, Mesh):
             array = jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(where)), spec, array, is_leaf=is_spec)
@@ -152,6 +157,26 @@ def _read_params(
         for i, leaf in zip(order, pool.map(one, order), strict=True):
             leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)
+
+
+def _quantized_in_pieces(file: TensorFile, source: Source, spec: QuantArray, kind: Kind) -> QuantArray:
+    """A matrix quantized as it is read, some rows at a time: a large one is never there in float as a whole."""
+    rows, columns = spec.shape
+    count = -(-rows // max(1, PIECE // columns))
+    # Pieces of one size, if there are any: each size is a program.
+    count = next((n for n in range(count, min(2 * count, rows)) if rows % n == 0), count)
+    size, whole = -(-rows // count), None
+    for at in range(0, rows, size):
+        part = range(at, min(at + size, rows))
+        piece = quantized(read_tensor(file, source, spec.shape, spec.dtype, part), kind, str(spec.dtype))
+        if len(part) == rows:
+            return piece
+        # Put together on the host: a CPU takes the arrays as they are, and pieces and whole are never both there.
+        whole = whole or jax.tree.map(lambda x: aligned_empty(x.shape, x.dtype), spec, is_leaf=is_spec)
+        for name, axis in (("values", 0), ("scales", 1), ("offsets", 1)):
+            if (target := getattr(whole, name)) is not None:
+                target[(slice(None),) * axis + (slice(part.start, part.stop),)] = np.asarray(getattr(piece, name))
+    return whole
 
 
 def _source(opened: OpenModel, path: tuple) -> Source:

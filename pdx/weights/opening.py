@@ -116,16 +116,21 @@ def _check_tied(file: TensorFile, embed: str, head: str) -> None:
         raise ModelFileError(f"{file.path_of(head)}: the configuration ties tensor {head} to {embed}, but they differ")
 
 
-def read_tensor(file: TensorFile, source: Source, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """One parameter on the host, `shape` in `dtype`, checked.
+def read_tensor(
+    file: TensorFile, source: Source, shape: tuple[int, ...], dtype: Any, part: range | None = None
+) -> np.ndarray:
+    """One parameter on the host, `shape` in `dtype`, or a `part` of its rows, checked.
 
     Raises ModelFileError for another shape and for values that are not finite, naming file and tensor.
     """
     _check_shape(file, source.name, shape)
-    array = file.read(source.name, dtype, source.rows)
+    rows = source.rows
+    if part is not None and len(part) < shape[0]:
+        rows = np.arange(part.start, part.stop) if rows is None else rows[part.start : part.stop]
+    array = file.read(source.name, dtype, rows)
     if source.offset:
         array += array.dtype.type(source.offset)
-    _check_finite(file, source.name, array)
+    _check_finite(file, source.name, array, first_row=part.start if part else 0)
     return array
 
 
@@ -147,10 +152,11 @@ def _check_shape(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_finite(file: TensorFile, name: str, array: np.ndarray, part: str = "") -> None:
+def _check_finite(file: TensorFile, name: str, array: np.ndarray, part: str = "", first_row: int = 0) -> None:
     bad = nonfinite(array)
     if bad is not None:
         index = [int(i) for i in np.unravel_index(bad[1], array.shape)]
+        index[0] += first_row
         raise ModelFileError(
             f"{file.path_of(name)}: tensor {name} has {bad[0]} {part or 'values '}that are NaN or "
             f"infinite, the first of them at {index}; expected finite numbers"

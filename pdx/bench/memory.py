@@ -1,0 +1,80 @@
+"""`pdx bench memory`: what a model takes of this machine's memory, each way of storing it in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pdx.errors import PdxError
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: of the parameters, and of the process before the model is loaded, at its peak while it was, and when it
+    has generated a few tokens."""
+
+    policy: str
+    parameters: int
+    before: int
+    peak: int
+    after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(model: str, policies: Sequence[str]) -> list[Memory]:
+    """One fresh process for each policy. Raises PdxError where one fails, and off Linux."""
+    if not Path("/proc/self/status").exists():
+        raise PdxError("memory is read from /proc, which this system does not have")
+    return [Memory(policy, **_run(model, policy)) for policy in policies]
+
+
+def to_markdown(found: Sequence[Memory]) -> str:
+    """A table in megabytes."""
+    rows = [f"| {x.policy} | " + " | ".join(f"{n / 1e6:.0f}" for n in (x.parameters, x.before, x.peak, x.after)) + " |"
+            for x in found]  # fmt: skip
+    head = "| weights | parameters, MB | process before | at the peak of loading | after four tokens |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
+
+
+def _run(model: str, policy: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-m", "pdx.bench.memory", model, policy], capture_output=True, text=True,
+                          env=os.environ, check=False)  # fmt: skip
+    if done.returncode:
+        raise PdxError(f"measuring {model} with --quantize {policy} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _status(field: str) -> int:
+    """A field of this process's status: VmRSS what it holds, VmHWM the most that it held."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{field}:\s*(\d+) kB", text).group(1)) << 10
+
+
+def _child(model: str, policy: str) -> dict[str, int]:
+    import jax
+
+    from pdx.generation import generate
+    from pdx.weights.load import load
+
+    jax.block_until_ready(jax.numpy.zeros(1) + 1)
+    before = _status("VmRSS")
+    loaded = load(model, quantize=None if policy == "none" else policy)
+    peak = _status("VmHWM")
+    generate(loaded, "Hello", max_tokens=4, ignore_eos=True)
+    leaves = jax.tree.leaves(loaded.params)
+    # As they lie in memory: a CPU keeps int4 in a byte each.
+    return {"parameters": sum(x.on_device_size_in_bytes() for x in leaves), "before": before, "peak": peak,
+            "after": _status("VmRSS")}  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(_child(*sys.argv[1:])))
