@@ -55,6 +55,11 @@ class Problem:
     def cache_bytes(self) -> int:
         return sum(nbytes(self.arrays[n]) for n in self.cache)
 
+    @property
+    def multiplied(self) -> str:
+        """The type that the matrix units multiply."""
+        return "int8" if getattr(self.call, "int8_activations", False) else self.call.dtype
+
     def mxu_share(self, mxu: int) -> float:
         """How much of matrix units of `mxu` rows and columns the op can use: a head narrower than that leaves the
         rest of the rows (Q K^T) or columns (P V) idle."""

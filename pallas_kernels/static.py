@@ -40,7 +40,7 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
     with target.tracing():
         counted = traffic.count(problem.fn(config), *problem.arguments(), platform=chip.platform)
         full = traffic.count(problem.fn(config), *problem.arguments(full=True), platform=chip.platform)
-    dtype = problem.call.dtype
+    dtype = problem.multiplied
     row = {
         "op": problem.op,
         "case": problem.name,

@@ -148,7 +148,7 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
             return Candidate(config, None, error=row["error"].splitlines()[0])
         figures = {k: row.get(k) for k in ("bytes", "flops", "cycles", "vmem_bytes", "dynamic")}
         # Dots that are done for masked tiles cost as much as the others; a core of several does its share of cycles.
-        score = max(row["moved_seconds"], row["flops"] / (chip.tflops(problem.call.dtype) * 1e12))
+        score = max(row["moved_seconds"], row["flops"] / (chip.tflops(problem.multiplied) * 1e12))
         if row.get("cycles") and not row["dynamic"]:
             score = max(score, row["cycles"] / (chip.clock_ghz * 1e9))
         if any(k["spill_bytes"] for k in row["kernels"]):

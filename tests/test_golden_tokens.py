@@ -40,3 +40,13 @@ def test_pallas_kernels_give_the_golden_tokens(name):
     model = pdx.load(name, dtype="f32")
     (done,) = pdx.generate(model, [case["prompt"]], max_tokens=8, ignore_eos=True, kernels="pallas")
     assert done.token_ids == case["tokens"][:8]
+
+
+def test_weights_as_the_file_stores_them_give_the_golden_tokens():
+    """SmolLM2's Q4_1 blocks, multiplied as they are: the same numbers summed in another order."""
+    name = "smollm2-135m-instruct"
+    case = min(GOLDEN[name].values(), key=lambda case: len(case["prompt"]))
+    model = pdx.load(name, quantize="stored")
+    assert model.params["layers"][0]["q_proj"].bits == 4
+    (done,) = pdx.generate(model, [case["prompt"]], max_tokens=len(case["tokens"]), ignore_eos=True)
+    assert done.token_ids == case["tokens"]

@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import pdx
+from pdx import texts
 from pdx.bench.quality import evaluate, windows
+from pdx.calibration import quantize_model
 from pdx.cli import app
 from pdx.errors import RequestError
 from tests import tiny_model
@@ -114,3 +116,34 @@ def test_a_quantized_checkpoint_is_held_against_its_original(directory, tmp_path
     arguments[2:5] = [str(directory), "--quantize", "int8"]
     assert json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1]) == saved
     assert saved["kl"] > 0
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return pdx.load("smollm2-135m-instruct")
+
+
+def real(model, plain, **settings):
+    return evaluate(model, plain, texts.evaluation(), max_tokens=1024, **settings)
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_its_quality_in_int8(smollm2):
+    """A cut-down version of the table in docs/quantization.md."""
+    int8 = real(pdx.load(smollm2.path, quantize="int8"), smollm2)
+    assert int8.perplexity == pytest.approx(int8.reference_perplexity, rel=0.01)
+    assert int8.kl < 0.01
+    assert int8.top1_agreement > 0.93
+    kv = real(smollm2, smollm2, kv_dtype="int8")
+    assert kv.perplexity == pytest.approx(kv.reference_perplexity, rel=0.003)
+    assert 0 < kv.kl < 0.003
+    # Blocks taken as they are stand for the same numbers.
+    assert real(pdx.load(smollm2.path, quantize="stored"), smollm2).kl < 1e-6
+
+
+@pytest.mark.slow
+def test_gptq_closes_most_of_what_rounding_loses(smollm2):
+    nearest = real(pdx.load(smollm2.path, quantize="int4:g64"), smollm2)
+    better = real(quantize_model(smollm2, "int4:g64", texts.calibration(), "gptq", sequences=8), smollm2)
+    assert better.kl < 0.5 * nearest.kl
+    assert better.top1_agreement > nearest.top1_agreement

@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.quant_array import dequantize
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.weights.gguf_file import GgufFile
+from pdx.weights.resolve import resolve
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"]
 K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ2_XS", "TQ1_0", "MXFP4"]
@@ -213,3 +214,17 @@ def test_other_types_are_not_stored_kinds(tmp_path, name):
     kind = gguf.GGMLQuantizationType[name]
     packed = gguf.quants.quantize(np.ones((2, 64), np.float32), kind)
     assert GgufFile(write(tmp_path / "q.gguf", {"x": packed}, types={"x": kind})).stored_kind("x") is None
+
+
+@pytest.mark.slow
+def test_smollm2_is_taken_exactly():
+    """Every matrix of the real file: Q4_1 as affine int4 in groups of 32, the embedding's Q8_0 as int8."""
+    file = GgufFile(resolve("smollm2-135m-instruct").path)
+    kinds = {}
+    for name in file.names():
+        if (kind := file.stored_kind(name)) is not None:
+            np.testing.assert_array_equal(dequantize(file.read_stored(name, np.float32)), file.read(name, np.float32))
+            kinds[file.dtype(name)] = kinds.get(file.dtype(name), 0) + 1
+            assert (kind.bits, kind.group, kind.symmetric) == ((4, 32, False) if file.dtype(name) == "Q4_1" else
+                                                               (8, 32, True))  # fmt: skip
+    assert kinds == {"Q4_1": 210, "Q8_0": 1}
