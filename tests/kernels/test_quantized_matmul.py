@@ -49,7 +49,7 @@ def error(y, want):
     return np.abs(np.asarray(y.astype(jnp.float32)) - want).max() / np.abs(want).max()
 
 
-@pytest.mark.parametrize("name", ["xla", "tpu"])
+@pytest.mark.parametrize("name", ["xla", "tpu", "gpu"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_agrees_with_float64(case, name):
     x, w = drawn(case)
