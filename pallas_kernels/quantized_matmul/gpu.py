@@ -40,7 +40,7 @@ class Config:
     Attributes:
       block_rows: rows of activations of a program; a power of two, at least 16.
       block_out: outputs of a program, the same.
-      block_in: columns of a step; a power of two, at least 32, that divides a group where there are several.
+      block_in: columns of a step; a power of two, at least 32; where there are groups, part of one or several.
       splits: parts of the contraction.
       num_warps, num_stages: of Triton; a stage holds a step's weights and activations in shared memory.
     """
@@ -130,8 +130,8 @@ def candidates(call: Call, chip: Chip) -> list[Config]:
 
 def misfit(call: Call, config: Config) -> str | None:
     """Why a Config does not suit a call, None if it does."""
-    if call.groups > 1 and call.group % config.block_in:
-        return f"block_in must divide a group of {call.group} columns"
+    if config.block_in not in (fits := _steps(call)):
+        return f"block_in must be one of {', '.join(map(str, fits))}"
     if -(-call.out // config.block_out) > MOST_BLOCKS:
         return f"{call.out} outputs are more than {MOST_BLOCKS} blocks of {config.block_out}"
     if config.splits > -(-call.columns // config.block_in):
@@ -141,12 +141,20 @@ def misfit(call: Call, config: Config) -> str | None:
     return None
 
 
+def _steps(call: Call) -> list[int]:
+    """What block_in can be: without groups anything; the end of a row is masked."""
+    sizes = [32 << i for i in range(6)]
+    if call.groups == 1:
+        return sizes
+    return [n for n in sizes if call.columns % n == 0 and (call.group % n == 0 or n % call.group == 0)]
+
+
 def _step(call: Call, most: int) -> int:
-    """Columns of a step: what divides a group, and a row where that leaves 64 of them; else its end is masked."""
-    if call.groups > 1:
-        return min(most, call.group & -call.group)
+    """Columns of a step: up to `most`; they divide a row where that leaves 64, so that nothing is masked."""
     divides = call.columns & -call.columns
-    return min(most, divides if divides >= 64 else max(32, pl.next_power_of_2(call.columns)))
+    if call.groups == 1 and divides < 64:
+        return min(most, max(32, pl.next_power_of_2(call.columns)))
+    return max(n for n in _steps(call) if n <= min(most, divides))
 
 
 def _shared(call: Call, config: Config) -> int:
@@ -165,7 +173,7 @@ def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
     """What the programs read and write: weights for each block of rows, activations for each of outputs, from L2."""
     m, n, _ = plan.grid
     given = 1 if plan.int8_activations else jnp.dtype(plan.dtype).itemsize
-    scales = plan.chunks if plan.groups > 1 else 1 if plan.splits == 1 else 0
+    scales = plan.columns // plan.width if plan.groups > 1 else 1 if plan.splits == 1 else 0
     nbytes = m * plan.out * (plan.columns * plan.bits // 8 + 4 * scales)
     nbytes += n * plan.rows * plan.columns * given + plan.splits * plan.rows * plan.out * out_bytes
     nbytes += 4 * n * plan.rows if plan.int8_activations and plan.splits == 1 else 0
