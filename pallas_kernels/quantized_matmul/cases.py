@@ -39,7 +39,7 @@ CASES = (
     Case("W4A16, a scale a row", 2, 128, 256, bits=4),
 )
 
-# Of Llama 3 8B, Gemma 3 270M and SmolLM2 135M, whose rows of 576 no TPU kernel takes; compiled for real targets, never interpreted.
+# Of Llama 3 8B, Gemma 3 270M and SmolLM2 135M (whose rows of 576 the TPU kernel refuses); compiled, never interpreted.
 LARGE = (
     Case("llama gate, W8A16, decode", 8, 14336, 4096, dtype="bfloat16", smoke=True),
     Case("llama down, W8A16, decode", 8, 4096, 14336, dtype="bfloat16"),
