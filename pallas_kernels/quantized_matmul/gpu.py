@@ -27,8 +27,8 @@ from pallas_kernels.tiles import resolve
 MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
 MOST_BLOCKS = 65535  # of outputs: the second axis of a grid
 DECODE_ROWS = 64
-# Three steps of 64 outputs in int8 are 24 KiB on their way; 3.35 TB/s times a microsecond are 25 KiB for each of the 132
-# multiprocessors of an H100: one program hardly fills it, two do.
+# Three steps of 64 outputs in int8 are 24 KiB on their way. 3.35 TB/s times a microsecond are 25 KiB for each of the
+# 132 multiprocessors of an H100: one program hardly fills it, two do.
 PROGRAMS_A_CORE = 2
 LEAST_PART = 512  # columns
 
@@ -86,8 +86,8 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     A prompt's blocks of 128 x 128 do 128 FLOPs for each byte of widened weights and of activations, which L2 holds.
     Shared memory: a step of 64 outputs and 16 rows takes 12 KiB in bf16, three of them 36; 128 x 128 x 64 takes 24,
     or 40 where the widened block goes through shared memory, two of them 80: L4 has 99.
-    Registers: the sum of 128 x 128 takes 64 a thread with 8 warps, and a group's product as many again. f32 has no
-    tensor core, and its operands lie in registers: 32 x 32.
+    Registers: the sum of 128 x 128 takes 64 a thread with 8 warps, and a group's product as many again; 64 x 64 with
+    4 warps spilled. f32 has no tensor core, and its operands lie in registers: 32 x 32.
     Parts: until every multiprocessor has two programs, while their sums are less than a quarter of the weights.
     """
     cores = (chip or hardware.chip("a100")).cores
@@ -111,7 +111,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     if decode:
         most = min(call.columns // LEAST_PART, call.columns * call.bits // 8 // (32 * call.rows))
         splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs()), most))
-    warps = 8 if rows * out > 64 * 128 else 4
+    warps = 8 if rows * out >= 64 * 64 else 4
     return Config(rows, out, columns, splits, warps, num_stages=4 if decode else 3)
 
 
