@@ -10,7 +10,7 @@ from pallas_kernels.masking import precision_of
 from pallas_kernels.quant_array import QuantArray, quantize_rows
 from pallas_kernels.quantized_matmul.call import Call, make_call
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.quantized_matmul", ("xla", "tpu"))
+IMPLEMENTATIONS = Implementations("pallas_kernels.quantized_matmul", ("xla", "tpu", "gpu"))
 
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:

@@ -1,0 +1,225 @@
+"""The product with a quantized matrix as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
+
+One kernel for both phases: a program has one block of results and walks along the contraction. With one block of rows
+(decode) every weight is read once; where the blocks of outputs are too few to fill the chip, the contraction is cut
+into parts whose sums are added outside, always in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import hardware
+from pallas_kernels.gradients import raising_under_grad
+from pallas_kernels.hardware import Chip
+from pallas_kernels.quantized_matmul.call import Call
+from pallas_kernels.quantized_matmul.gpu_kernel import Plan, body
+from pallas_kernels.tiles import resolve
+
+MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
+MOST_BLOCKS = 65535  # of outputs: the second axis of a grid
+DECODE_ROWS = 64
+# Three steps of 64 outputs in int8 are 24 KiB on their way. 3.35 TB/s times a microsecond are 25 KiB for each of the
+# 132 multiprocessors of an H100: one program hardly fills it, two do.
+PROGRAMS_A_CORE = 2
+LEAST_PART = 512  # columns
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles.
+
+    Attributes:
+      block_rows: rows of activations of a program; a power of two, at least 16.
+      block_out: outputs of a program, the same.
+      block_in: columns of a step; a power of two, at least 32; where there are groups, part of one or several.
+      splits: parts of the contraction.
+      num_warps, num_stages: of Triton; a stage holds a step's weights and activations in shared memory.
+    """
+
+    block_rows: int
+    block_out: int
+    block_in: int
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+    def __post_init__(self):
+        for name, least in (("block_rows", 16), ("block_out", 16), ("block_in", 32)):
+            size = getattr(self, name)
+            if size < least or size & (size - 1):
+                raise ValueError(f"{self}: {name} must be a power of two and at least {least}")
+        if self.splits < 1:
+            raise ValueError(f"{self}: splits must be at least 1")
+
+
+def supported(call: Call) -> str | None:
+    """None, or the reason why the GPU kernel cannot do the call."""
+    if call.dtype not in ("bfloat16", "float16", "float32"):
+        return f"the GPU kernel takes activations in bfloat16, float16 or float32, not {call.dtype}"
+    if call.groups > 1 and call.group % 32:
+        return f"the GPU kernel takes groups of multiples of 32, not of {call.group}"
+    if call.bits == 4 and call.columns % 2:
+        return f"the GPU kernel reads int4 as bytes of two values, rows of {call.columns} columns do not end in one"
+    stored = call.columns * call.bits // 8
+    for what, elements in (("the matrix", call.out * stored), ("the activations", call.rows * call.columns),
+                           ("the results", call.rows * call.out)):  # fmt: skip
+        if elements > MOST_ELEMENTS:
+            return f"offsets into {elements} elements of {what} do not fit the 32 bits that Pallas gives them"
+    if call.out > 16 * MOST_BLOCKS:
+        return f"the GPU kernel takes at most {16 * MOST_BLOCKS} outputs, not {call.out}"
+    return None
+
+
+def heuristic(call: Call, chip: Chip | None) -> Config:
+    """Tiles for a chip; None: an A100.
+
+    Bytes: up to 64 rows are one block, so that weights are read once; a step takes 128 columns, whole lines of int8.
+    A prompt's blocks of 128 x 128 do 128 FLOPs for each byte of widened weights and of activations, which L2 holds.
+    Shared memory: a step of 64 outputs and 16 rows takes 12 KiB in bf16, three of them 36; 128 x 128 x 64 takes 24,
+    or 40 where the widened block goes through shared memory, two of them 80: L4 has 99.
+    Registers: the sum of 128 x 128 takes 64 a thread with 8 warps, and a group's product as many again; 64 x 64 with
+    4 warps spilled. f32 has no tensor core, and its operands lie in registers: 32 x 32.
+    Parts: until every multiprocessor has two programs, while their sums are less than a quarter of the weights.
+    """
+    cores = (chip or hardware.chip("a100")).cores
+    wide = call.dtype == "float32" and not call.int8_activations
+    rows = min(max(16, pl.next_power_of_2(call.rows)), 32 if wide else 64 if call.rows <= DECODE_ROWS else 128)
+    decode = call.rows <= DECODE_ROWS
+    out = 32 if wide else 64 if decode else 128
+    columns = 32 if wide else 128 if decode or call.int8_activations else 64
+
+    def programs():
+        return -(-call.rows // rows) * -(-call.out // out)
+
+    if decode:
+        if rows == 16 and programs() < PROGRAMS_A_CORE * cores:
+            out = 32
+    else:
+        while programs() < cores and max(rows, out) > 64:
+            rows, out = (rows // 2, out) if rows > out else (rows, out // 2)
+    columns = _step(call, columns)
+    splits = 1
+    if decode:
+        most = min(call.columns // LEAST_PART, call.columns * call.bits // 8 // (32 * call.rows))
+        splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs()), most))
+    warps = 8 if rows * out >= 64 * 64 else 4
+    return Config(rows, out, columns, splits, warps, num_stages=4 if decode else 3)
+
+
+def candidates(call: Call, chip: Chip) -> list[Config]:
+    """Other tiles that suit the call."""
+    first = heuristic(call, chip)
+    rows = {first.block_rows, max(16, first.block_rows // 2)}
+    made = [
+        Config(m, n, _step(call, k), splits, warps, stages)
+        for m in sorted(rows) for n in (16, 32, 64, 128) for k in (64, 128, 256)
+        for splits in sorted({1, first.splits, 2 * first.splits}) for warps in (4, 8) for stages in (2, 3, 4, 5)
+    ]  # fmt: skip
+    fits = [c for c in dict.fromkeys(made) if misfit(call, c) is None]
+    return [c for c in fits if _shared(call, c) <= chip.smem_bytes and c.block_rows * c.block_out <= 128 * 128]
+
+
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call, None if it does."""
+    if config.block_in not in (fits := _steps(call)):
+        return f"block_in must be one of {', '.join(map(str, fits))}"
+    if -(-call.out // config.block_out) > MOST_BLOCKS:
+        return f"{call.out} outputs are more than {MOST_BLOCKS} blocks of {config.block_out}"
+    if config.splits > -(-call.columns // config.block_in):
+        return f"{call.columns} columns are fewer than {config.splits} steps of {config.block_in}"
+    if config.splits * call.rows * call.out > MOST_ELEMENTS:
+        return f"offsets into the sums of {config.splits} parts do not fit 32 bits"
+    return None
+
+
+def _steps(call: Call) -> list[int]:
+    """What block_in can be: without groups anything; the end of a row is masked."""
+    sizes = [32 << i for i in range(6)]
+    if call.groups == 1:
+        return sizes
+    return [n for n in sizes if call.columns % n == 0 and (call.group % n == 0 or n % call.group == 0)]
+
+
+def _step(call: Call, most: int) -> int:
+    """Columns of a step: up to `most`; they divide a row where that leaves 64, so that nothing is masked."""
+    divides = call.columns & -call.columns
+    if call.groups == 1 and divides < 64:
+        return min(most, max(32, pl.next_power_of_2(call.columns)))
+    return max(n for n in _steps(call) if n <= min(most, divides))
+
+
+def _shared(call: Call, config: Config) -> int:
+    """Bytes of shared memory: the steps on their way, and a widened block."""
+    given = 1 if call.int8_activations else jnp.dtype(call.dtype).itemsize
+    step = config.block_in * (config.block_out * call.bits // 8 + config.block_rows * given)
+    return step * max(1, config.num_stages - 1) + config.block_in * config.block_out * given
+
+
+def plan_for(call: Call, config: Config) -> Plan:
+    """The kernel's static facts."""
+    return Plan(**{f.name: getattr(call if hasattr(call, f.name) else config, f.name) for f in fields(Plan)})
+
+
+def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
+    """What the programs read and write: weights for each block of rows, activations for each of outputs, from L2."""
+    m, n, _ = plan.grid
+    given = 1 if plan.int8_activations else jnp.dtype(plan.dtype).itemsize
+    scales = plan.columns // plan.width if plan.groups > 1 else 1 if plan.splits == 1 else 0
+    nbytes = m * plan.out * (plan.columns * plan.bits // 8 + 4 * scales)
+    nbytes += n * plan.rows * plan.columns * given + plan.splits * plan.rows * plan.out * out_bytes
+    nbytes += 4 * n * plan.rows if plan.int8_activations and plan.splits == 1 else 0
+    return pl.CostEstimate(flops=2 * plan.rows * plan.columns * plan.out, transcendentals=0, bytes_accessed=nbytes)
+
+
+def matmul(
+    x: Array, values: Array, scales: Array, row_scale: Array | None, extra: Array | None, *, call: Call, out_dtype,
+    config: Config | None = None, interpret=False,
+) -> Float[Array, "M out"]:  # fmt: skip
+    """See `api.quantized_matmul`.
+
+    Raises:
+      ValueError: a config that does not fit the call.
+      NotImplementedError: a call that `supported` refuses, or a derivative.
+    """
+    if (reason := supported(call)) is not None:
+        raise NotImplementedError(f"quantized_matmul: {reason}; use implementation='xla'")
+    config, _ = resolve("quantized_matmul", "gpu", call, config, sys.modules[__name__])
+    plan = plan_for(call, config)
+    whole = jnp.dtype(jnp.float32) if extra is not None else jnp.dtype(out_dtype)
+    kind = whole if plan.splits == 1 else jnp.dtype(jnp.int32 if call.int8_activations else jnp.float32)
+
+    def run(x, values, scales, row_scale):
+        parts = _run(plan, config, kind, interpret, x, values, scales, row_scale)
+        if plan.splits == 1:
+            return parts[0]
+        y = parts.sum(0).astype(jnp.float32)
+        y = y * scales if plan.groups == 1 else y
+        return (y if row_scale is None else y * row_scale).astype(whole)
+
+    y = raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
+    return y if extra is None else (y + extra).astype(out_dtype)
+
+
+def _run(plan: Plan, config: Config, kind, interpret, x, values, scales, row_scale):
+    """The sums of the parts [splits, M, out], scaled where there is one."""
+    if plan.bits == 4:  # two to a byte in memory already: no copy
+        values = lax.bitcast_convert_type(values.reshape(plan.out, plan.columns // 2, 2), jnp.int8)
+    inputs = [x, values, scales, *([] if row_scale is None else [row_scale])]
+
+    def kernel(x, w, scales, *rest):
+        body(plan, x, w, scales, rest[0] if len(rest) == 2 else None, rest[-1])
+
+    return pl.pallas_call(
+        kernel, grid=plan.grid, out_shape=jax.ShapeDtypeStruct((plan.splits, plan.rows, plan.out), kind),
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        cost_estimate=cost(plan, kind.itemsize), interpret=interpret, name="quantized_matmul",
+    )(*inputs)  # fmt: skip

@@ -1,0 +1,156 @@
+"""The body of the product with a quantized matrix on GPU (Triton): one block of results, or a part of its sum.
+
+Weights are read as they lie and widened in registers; int4 comes as bytes, whose two values are multiplied by the
+even and the odd columns of the activations, so that no value has to change its lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.masking import precision_of
+
+# An int4 plus eight, put behind these bits, is a float of 16 bits: 2^7 plus it in bf16, 2^10 plus it in f16. A mask
+# and a subtraction of two at once widen it: as compiled, a decode loop takes 6.0 instructions a weight on an A100 and
+# 5.5 on an H100 so, 6.8 and 6.9 with conversions of integers.
+_INT4 = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernel is built from: static facts of a call and its tiles."""
+
+    rows: int
+    out: int
+    columns: int
+    groups: int
+    bits: int
+    int8_activations: bool
+    dtype: str
+    block_rows: int
+    block_out: int
+    block_in: int
+    splits: int
+
+    @property
+    def width(self) -> int:
+        """Columns of one product: of a step, or of a group's part of it."""
+        return self.block_in if self.groups == 1 else min(self.block_in, self.columns // self.groups)
+
+    @property
+    def chunks(self) -> int:
+        """Steps of the whole contraction."""
+        return -(-self.columns // self.block_in)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one part of it."""
+        return -(-self.chunks // self.splits)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks of rows vary fastest: programs that run together share their weights in L2."""
+        return -(-self.rows // self.block_rows), -(-self.out // self.block_out), self.splits
+
+    @property
+    def turned(self) -> bool:
+        """Whether the block is computed as [outputs, rows], weights on the left of the product.
+
+        As compiled for an A100, tiles of 128 x 128 x 64: the loop of W4A16 has 589 instructions so, 1328 otherwise;
+        that of W8A16 507, and 382 otherwise. f32 with 16 rows takes 56 registers so, 168 otherwise. With 16 rows
+        and 64 outputs W8A8 reaches the wide instructions of Hopper only so.
+        """
+        return self.bits == 4 or self.int8_activations or self.dtype == "float32"
+
+
+def body(plan: Plan, x, w, scales, row_scale, out) -> None:
+    """Grid (blocks of rows, blocks of outputs, parts of the contraction)."""
+    part = pl.program_id(2)
+    rows = pl.program_id(0) * plan.block_rows + jnp.arange(plan.block_rows, dtype=jnp.int32)
+    outs = pl.program_id(1) * plan.block_out + jnp.arange(plan.block_out, dtype=jnp.int32)
+    # None where every lane is inside: a mask costs instructions.
+    real_rows = rows < plan.rows if plan.rows % plan.block_rows else None
+    real_outs = outs < plan.out if plan.out % plan.block_out else None
+    kind = jnp.int32 if plan.int8_activations else jnp.float32
+
+    def multiply(given, wide):
+        a, b = (wide, given) if plan.turned else (given, wide)
+        return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision_of(a.dtype),
+                               preferred_element_type=kind)  # fmt: skip
+
+    def across(outputs, of_rows):
+        """Vectors of the block's outputs and rows, in the order of its axes."""
+        return (outputs, of_rows) if plan.turned else (of_rows, outputs)
+
+    def product(c):
+        given = load(x, rows, real_rows, *lanes(plan, c, 1))
+        if plan.bits == 8:
+            return multiply(given, load(w, outs, real_outs, *lanes(plan, c, 1)).astype(given.dtype))
+        even, odd = jnp.unstack(given.reshape(plan.block_rows, plan.width // 2, 2), axis=-1)
+        low, high = unpacked(load(w, outs, real_outs, *lanes(plan, c, 2)), given.dtype)
+        return multiply(even, low) + multiply(odd, high)
+
+    def step(c, total):
+        if plan.groups == 1:
+            return total + product(c)
+        parts = plan.block_in // plan.width  # small groups: several in a step, whose loads are on their way together
+        for i in range(parts):
+            group = (c * parts + i) * plan.width // (plan.columns // plan.groups)
+            scale = line(scales.at[group, outs], real_outs)
+            total += product(c * parts + i) * jnp.expand_dims(scale, 1 if plan.turned else 0)
+        return total
+
+    first = part * plan.steps
+    last = jnp.minimum(first + plan.steps, plan.chunks)
+    shape = across(plan.block_out, plan.block_rows)
+    y = lax.fori_loop(*((0, plan.chunks) if plan.splits == 1 else (first, last)), step, jnp.zeros(shape, kind))
+    if plan.splits == 1:
+        y = y.astype(jnp.float32)
+        if plan.groups == 1:
+            y = y * jnp.expand_dims(line(scales.at[0, outs], real_outs), 1 if plan.turned else 0)
+        if row_scale is not None:
+            y = y * jnp.expand_dims(line(row_scale.at[rows, 0], real_rows), 0 if plan.turned else 1)
+    outs, rows = (outs[:, None], rows[None, :]) if plan.turned else (outs[None, :], rows[:, None])
+    plgpu.store(out.at[part, rows, outs], y.astype(out.dtype), mask=both(*across(real_outs, real_rows), shape))
+
+
+def lanes(plan: Plan, c, of_lane: int):
+    """The places of product c along a row that holds `of_lane` columns in each, and which of them there are."""
+    size, end = plan.width // of_lane, plan.columns // of_lane
+    places = c * size + jnp.arange(size, dtype=jnp.int32)
+    return places, places < end if end % size else None
+
+
+def unpacked(packed, dtype):
+    """int4 from bytes, the lower half first: two blocks of the floating type."""
+    if str(dtype) not in _INT4:
+        wide = packed.astype(jnp.int32)
+        return tuple((((h & 15) ^ 8) - 8).astype(dtype) for h in (wide, wide >> 4))
+    bits, offset = _INT4[str(dtype)]
+    wide = packed.astype(jnp.int16)
+    halves = ((h & 15) ^ (bits | 8) for h in (wide, wide >> 4))
+    return tuple(lax.bitcast_convert_type(h, dtype) - jnp.asarray(offset + 8, dtype) for h in halves)
+
+
+def load(ref, rows, real_rows, columns, real_columns):
+    """A block of a matrix, zero outside of it."""
+    block = ref.at[rows[:, None], columns[None, :]]
+    mask = both(real_rows, real_columns, (rows.shape[0], columns.shape[0]))
+    return plgpu.load(block) if mask is None else plgpu.load(block, mask=mask, other=0)
+
+
+def line(ref, mask):
+    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=0.0)
+
+
+def both(first, second, shape):
+    """The mask of a block from those of its two axes, None where all of it is inside."""
+    if first is None and second is None:
+        return None
+    parts = [m.reshape(s) for m, s in ((first, (-1, 1)), (second, (1, -1))) if m is not None]
+    return jnp.broadcast_to(parts[0] if len(parts) == 1 else parts[0] & parts[1], shape)
