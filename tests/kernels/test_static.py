@@ -49,6 +49,13 @@ def test_every_problem_has_a_name_of_its_own(op):
     assert len(set(names)) == len(names)
 
 
+def test_int8_by_int8_is_held_against_the_peak_of_int8():
+    cases = problems.problems("quantized_matmul", "tpu", "prompt", large_only=True)
+    wide, narrow = (static.facts(next(p for p in cases if p.name == f"llama gate, {kind}, prompt"), Target.get("v5e"),
+                                 compile=False) for kind in ("W8A16", "W8A8"))  # fmt: skip
+    assert narrow["floor_cycles"] == pytest.approx(wide["floor_cycles"] / 2, rel=0.01)
+
+
 def test_a_row_is_traced_and_counted_without_a_compiler():
     problem = problems.problems("decode_attention", "tpu", "draft of four, ragged")[0]
     row = static.facts(problem, Target.get("v5e"), compile=False)
