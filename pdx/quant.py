@@ -5,7 +5,7 @@ A policy is a text: a kind for all matrices, then exceptions by name, the last t
     int8                          W8A16, a scale an output channel, embedding and head too
     w8a8                          int8, and activations quantized for each token
     int4                          symmetric, in the largest groups of 128, 64, 32 that divide; embedding, head int8
-    int4:g64:affine,lm_head=w8a8,layers.0.*=none
+    int4:g64:affine,lm_head=w8a8,layers.0.*=none,layers.-1.*=int8
     stored                        as the file has them: GGUF's Q8_0, Q4_0 and Q4_1, the rest in float
 
 or a TOML file with `default = "int4"` and a table `[layers]` of such exceptions.
@@ -119,6 +119,14 @@ class Policy:
     def __bool__(self) -> bool:
         return any(kind is not None for _, kind in self.rules)
 
+    def counted(self, layers: int) -> Policy:
+        """The same with layers that are counted from the end, `layers.-1.*`, counted from the start."""
+
+        def from_start(pattern: str) -> str:
+            return re.sub(r"^layers\.-(\d+)(?=\.|$)", lambda found: f"layers.{layers - int(found.group(1))}", pattern)
+
+        return Policy(tuple((from_start(pattern), kind) for pattern, kind in self.rules))
+
     def kind(self, name: str) -> Kind | None:
         """Of the parameter called `name`, such as `layers.3.q_proj`; None: it stays as it is."""
         if name.rpartition(".")[2] not in MATRICES:
@@ -133,10 +141,11 @@ class Policy:
         return Policy((*rules, *((n, stored(n)) for n in asked)))
 
     def check(self, names: list[str]) -> None:
-        """Raise RequestError for a pattern that fits no matrix."""
+        """Raise RequestError for a pattern that fits no matrix. Norms and biases may be named to stay as they are."""
         matrices = [n for n in names if n.rpartition(".")[2] in MATRICES]
-        for pattern, _ in self.rules:
-            if not any(fnmatchcase(n, pattern) for n in (*matrices, "embed", "lm_head")):
+        for pattern, kind in self.rules:
+            fits = (*matrices, "embed", "lm_head", *(names if kind is None else ()))
+            if not any(fnmatchcase(n, pattern) for n in fits):
                 raise RequestError(f"the quantization policy's {pattern!r} names no layer; there are {matrices[0]}, "
                                    f"{matrices[1]}, ..., {matrices[-1]}")
 
@@ -165,6 +174,7 @@ def quantized_specs(specs: dict, policy: Policy) -> dict:
     Raises:
       RequestError: a pattern that names no layer, a group size that does not divide a matrix.
     """
+    policy = policy.counted(len(specs["layers"]))
     leaves, tree = jax.tree_util.tree_flatten_with_path(_with_head(specs, policy), is_leaf=is_spec)
     policy.check([name_of(path) for path, _ in leaves])
     return jax.tree.unflatten(tree, [_declared(name_of(path), spec, policy) for path, spec in leaves])
@@ -196,7 +206,7 @@ def quantized(w: Float[Array, "out in"], kind: Kind, dtype: str) -> QuantArray:
 def check_policy(params: dict, policy: str | Path | Policy) -> tuple[dict, dict[str, Kind]]:
     """Parameters with a head of its own if it is to be stored otherwise than a tied embedding, and the kinds of those
     that the policy names. Raises RequestError as `quantized_specs`, before anything is computed."""
-    policy = Policy.parse(policy)
+    policy = Policy.parse(policy).counted(len(params["layers"]))
     if any(kind == STORED for _, kind in policy.rules):
         raise RequestError("`stored` is what a file holds: ask for it as the model is loaded")
     params = _with_head(params, policy)

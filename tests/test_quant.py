@@ -83,7 +83,17 @@ def test_kinds_and_policies(tmp_path):
     assert not Policy.parse("none")
 
 
+def test_layers_are_counted_from_the_end_too(directory):
+    layers = pdx.load(directory, quantize="int8,layers.-1.*=none,*_norm=none").params["layers"]
+    quantized = [isinstance(p["q_proj"], QuantArray) for p in layers]
+    assert quantized == [True] * (len(layers) - 1) + [False]
+    params = quantize_params(pdx.init_params(models.LLAMA, jax.random.key(0)), "none,layers.-2.up_proj=int8")
+    assert [isinstance(p["up_proj"], QuantArray) for p in params["layers"]][-2:] == [True, False]
+
+
 @pytest.mark.parametrize(("policy", "says"), [
+    ("int8,layers.-9.*=none", "names no layer"),
+    ("none,*_norm=int8", "names no layer"),
     ("int3", "is not one of none, stored, int8"),
     ("int8:g48", "is not one of"),
     ("int8:affine", "is not one of"),

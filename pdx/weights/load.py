@@ -69,7 +69,7 @@ def load(
         if not 1 <= max_context <= cfg.max_context:
             raise ContextLengthError(f"max_context {max_context}: this model's context is 1 to {cfg.max_context}")
         cfg = dataclasses.replace(cfg, max_context=max_context)
-    specs, policy = _declared(opened, cfg, dtype, Policy.parse(quantize))
+    specs, policy = _declared(opened, cfg, dtype, Policy.parse(quantize).counted(cfg.num_layers))
     params = _read_params(opened, specs, policy, where, progress)
     notes = [*opened.terms, *opened.notes]
     if mesh is not None:
