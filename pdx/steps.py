@@ -53,6 +53,7 @@ def prefill(
       ContextLengthError: a row has no room for its tokens.
       ValueError: T is larger than the cache's chunk, or a length is not one of 0 to T.
     """
+    _rows(cache, tokens=tokens, lengths=lengths)
     if check:
         _check(cache, lengths, tokens)
     return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
@@ -73,6 +74,7 @@ def decode_step(
     Inactive rows neither grow nor are read; their logits mean nothing. See `prefill` for the rest.
     """
     active = jnp.asarray(active)
+    _rows(cache, tokens=tokens, active=active)
     if check:
         _check(cache, active)
     return _decode_step(params, cfg, tokens, active, cache, kernels)
@@ -122,6 +124,7 @@ def decode_many(
     if active is None:
         active = jnp.ones(tokens.shape, bool)
     steps = jnp.asarray(n if steps is None else steps, jnp.int32)
+    _rows(cache, tokens=tokens, active=active)
     if check:
         _check(cache, jnp.where(active, steps, 0))
     sampling = place_rows(sampling, cache.mesh)  # as it will come back, so that the next call is the same program
@@ -143,9 +146,17 @@ def verify(
     `tokens` are the newest token and G drafted ones (T = G + 1); logits [:, i] follow token i.
     See `prefill` for the rest.
     """
+    _rows(cache, tokens=tokens, lengths=lengths)
     if check:
         _check(cache, lengths, tokens)
     return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
+
+
+def _rows(cache: DenseCache, **given) -> None:
+    """Raise ValueError for an array that has not a row for each of the cache's."""
+    for name, x in given.items():
+        if np.shape(x)[:1] != (cache.batch,):
+            raise ValueError(f"{name} of shape {np.shape(x)} does not have the cache's {cache.batch} rows")
 
 
 def _check(cache: DenseCache, lengths, tokens=None) -> None:

@@ -14,10 +14,10 @@ LAYERS = (
     ("config", "shapes", "errors", "sharding", "compilation", "metrics", "sampling_options", "quant", "cost", "texts",
      "rounding"),
     ("layers.", "cache."),
-    ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters"),
+    ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "completion", "generation", "speculative", "aot", "calibration"),
     ("engine.",),
-    ("bench.", "train.", "report_text", "batch_file"),
+    ("bench.", "train.", "report_text", "batch_file", "plan"),
     ("cli", "serve."),
 )
 # What a kernel library for others to use may stand on.

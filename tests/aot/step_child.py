@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import hlo
 from pdx import aot
 from pdx.config import ModelConfig, RopeConfig
+from pdx.cost import Setup
 
 # Moves from this size on are looked for in a step of few tokens: its activations are smaller. A chunk's are not:
 # there only moves as large as a layer's cache count.
@@ -63,6 +64,13 @@ def held(tree) -> int:
     return sum(prod(shape) // 2 if dtype == jnp.int4 else prod(shape) * dtype.itemsize for shape, dtype in each)
 
 
+def predicted(cfg: ModelConfig, settings: dict) -> int:
+    """Bytes of weights and cache by the cost model."""
+    names = {k: jnp.dtype(settings[k]).name for k in ("dtype", "kv_dtype") if settings.get(k)}
+    setup = Setup(cfg, quantize=settings.get("quantize"), **names)
+    return sum(setup.weights.values()) + setup.cache_bytes(settings["batch"], settings["capacity"])
+
+
 def facts(target: str, name: str) -> dict:
     step, cfg, settings = CASES[name]
     compiled = aot.compile_step(step, cfg, target, **settings)
@@ -76,6 +84,7 @@ def facts(target: str, name: str) -> dict:
         "declared": held((arguments["params"], arguments["cache"])),
         "cache": held(arguments["cache"]),
         "weights": held(arguments["params"]),
+        "predicted": predicted(cfg, settings),
         "kernels": len(text.split('custom_call_target="tpu_custom_call"')) - 1 + len(compiled.kernels),
         "layers": cfg.num_layers,
         "moved": [str(i) for i in hlo.moved(text, LARGE if step != "prefill" else leaf)],

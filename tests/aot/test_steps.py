@@ -80,6 +80,7 @@ def test_a_quantized_step_reads_small_weights_as_they_lie(name):
     assert found["kernels"] == 9 * found["layers"] + 1, "a product is not a kernel"
     assert found["memory"]["alias"] >= found["cache"]
     assert found["memory"]["argument"] <= found["declared"] * 1.001
+    assert found["memory"]["argument"] == pytest.approx(found["predicted"], rel=0.01)
     moved = [x for x in found["moved"] if "s8[" in x or "s4[" in x]
     wide = [x for x in found["moved"] if any(f"[{o},{i}]" in x.replace(" ", "") for o, i in SIDES)]
     assert not wide, f"weights are widened or laid out anew: {wide}"

@@ -1,0 +1,59 @@
+"""The shapes of well-known models, from `configs/`: enough to plan with, without weights."""
+
+from __future__ import annotations
+
+import difflib
+import sysconfig
+import tomllib
+from pathlib import Path
+
+from pdx.config import ModelConfig
+from pdx.errors import ModelFileError, ModelNotFoundError
+
+
+def folders() -> list[Path]:
+    """Where configurations are: beside the package in a checkout, else where an installed one keeps its data."""
+    return [Path(__file__).parents[1] / "configs", Path(sysconfig.get_path("data")) / "share" / "pdx" / "configs"]
+
+
+def names() -> list[str]:
+    """Of all shapes, sorted."""
+    return sorted({file.stem for folder in folders() for file in folder.glob("*.toml")})
+
+
+def config(model: str | Path) -> ModelConfig:
+    """The configuration of a known name, of a TOML file, or of anything that `pdx.load` takes, whose weights are not
+    read.
+
+    Raises:
+      ModelNotFoundError: nothing of that name; the message lists the known ones.
+      ModelFileError: a file that is no configuration.
+    """
+    for folder in folders():
+        if (file := folder / f"{model}.toml").is_file():
+            return read(file)
+    if str(model).endswith(".toml"):
+        return read(Path(model))
+    from pdx.weights.opening import open_model
+    from pdx.weights.resolve import resolve
+
+    try:
+        return open_model(resolve(model)).config
+    except ModelNotFoundError as error:
+        near = difflib.get_close_matches(str(model), names(), n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ModelNotFoundError(f"{error}\nShapes to plan with: {hint}{', '.join(names())}") from None
+
+
+def read(file: Path) -> ModelConfig:
+    """A configuration from TOML: the fields of `ModelConfig`; `window` and `full_every` (each so many layers one
+    without a window) in the place of `windows`. Raises ModelFileError."""
+    try:
+        fields = tomllib.loads(file.read_text(encoding="utf-8"))
+        window, every = fields.pop("window", None), fields.pop("full_every", None)
+        if window is not None:
+            full = [every is not None and (i + 1) % every == 0 for i in range(fields["num_layers"])]
+            fields["windows"] = tuple(None if whole else window for whole in full)
+        return ModelConfig(**fields)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{file}: not the shape of a model ({error})") from None
