@@ -87,7 +87,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     Shared memory: a step of 64 outputs and 16 rows takes 12 KiB in bf16, three of them 36; 128 x 128 x 64 takes 24,
     or 40 where the widened block goes through shared memory, two of them 80: L4 has 99.
     Registers: the sum of 128 x 128 takes 64 a thread with 8 warps, and a group's product as many again; 64 x 64 with
-    4 warps spilled. f32 has no tensor core, and its operands lie in registers: 32 x 32.
+    4 warps spilled, and int4 with 128 columns. f32 has no tensor core, and its operands lie in registers: 32 x 32.
     Parts: until every multiprocessor has two programs, while their sums are less than a quarter of the weights.
     """
     cores = (chip or hardware.chip("a100")).cores
@@ -95,7 +95,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     rows = min(max(16, pl.next_power_of_2(call.rows)), 32 if wide else 64 if call.rows <= DECODE_ROWS else 128)
     decode = call.rows <= DECODE_ROWS
     out = 32 if wide else 64 if decode else 128
-    columns = 32 if wide else 128 if decode or call.int8_activations else 64
+    columns = 32 if wide else 128 if call.int8_activations or (decode and (call.bits == 8 or rows < 64)) else 64
 
     def programs():
         return -(-call.rows // rows) * -(-call.out // out)
