@@ -193,28 +193,34 @@ def _best_scale(x: Float[Array, "n in"], weights: list[tuple[Array, Kind | None]
     # A thousand lines tell the exponent.
     some = x[:: max(1, len(x) // 1024)].astype(jnp.float32)
     squares = jnp.square(x.astype(jnp.float32)).mean(0)
+    exact = [_product(some, w) for w, _ in weights]
     best, found = None, None
     for exponent in EXPONENTS:
         scale = size**exponent
         if peaks:
             scale = scale / jnp.maximum(heaviest, 1e-6) ** (1 - exponent)
         scale = scale / jnp.sqrt(scale.max() * scale.min())
-        error = sum(float(_error(some, squares, w, scale, kind)) for w, kind in weights if kind is not None)
+        error = sum(float(_error(some, y, squares, w, scale, kind)) for y, (w, kind) in zip(exact, weights, strict=True)
+                    if kind is not None)  # fmt: skip
         if best is None or error < best:
             best, found = error, scale
     return found
 
 
+@jax.jit
+def _product(x: Float[Array, "n in"], w: Float[Array, "out in"]) -> Float[Array, "n out"]:
+    return jnp.dot(x, w.astype(jnp.float32).T, precision=HIGHEST)
+
+
 @partial(jax.jit, static_argnames=("kind",))
-def _error(x, squares, w, scale, kind: Kind) -> Float[Array, ""]:
+def _error(x, exact, squares, w, scale, kind: Kind) -> Float[Array, ""]:
     """Mean squared error of a product whose columns are multiplied by `scale` and quantized."""
-    wide = w.astype(jnp.float32)
-    q = dequantize(searched(wide * scale, squares / scale**2, kind, "float32"))
+    q = dequantize(searched(w.astype(jnp.float32) * scale, squares / scale**2, kind, "float32"))
     given = x / scale
     if kind.activations == "int8":
         values, steps = quantize_rows(given)
         given = values.astype(jnp.float32) * steps
-    return jnp.square(jnp.dot(given, q.T, precision=HIGHEST) - jnp.dot(x, wide.T, precision=HIGHEST)).mean()
+    return jnp.square(_product(given, q) - exact).mean()
 
 
 def _scaled_head(params: Params, kinds: dict, kind: Kind, stream: Array, real: int, cfg: ModelConfig):

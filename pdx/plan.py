@@ -10,6 +10,8 @@ from pdx import cost
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
+from pdx.model import param_specs
+from pdx.quant import quantized_specs
 
 DRAFT, DRAFT_COST = 4, 0.1  # a draft of four tokens by a model of a tenth of the cost
 
@@ -101,12 +103,7 @@ def make(
     if max(prompt, context) > cfg.max_context:
         raise RequestError(f"{model} has a context of {cfg.max_context} tokens, not of {max(prompt, context)}")
     setup = Setup(cfg, dtype, quantize, kv_dtype)
-    names = [m.name for m in cost.matrices(cfg)]
-    setup.policy.check(names)
-    for m in cost.matrices(cfg):
-        kind = setup.policy.kind(m.name)
-        if kind is not None and m.columns % (kind.group_for(m.columns) or m.columns):
-            raise RequestError(f"{m.name}: groups of {kind.group} do not divide rows of {m.columns}")
+    quantized_specs(param_specs(cfg, dtype), setup.policy)  # raises what does not fit the model
     return Plan(model, setup, found, chips, batch, prompt, context, slo_ttft, slo_tpot)
 
 

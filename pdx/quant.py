@@ -172,9 +172,12 @@ def quantized_specs(specs: dict, policy: Policy) -> dict:
     A tied head that is stored otherwise than the lookup becomes a parameter of its own.
 
     Raises:
-      RequestError: a pattern that names no layer, a group size that does not divide a matrix.
+      RequestError: a pattern that names no layer, a group size that does not divide a matrix, a `stored` that no file
+        has settled.
     """
     policy = policy.counted(len(specs["layers"]))
+    if any(kind == STORED for _, kind in policy.rules):
+        raise RequestError("`stored` is what a file holds: ask for it as the model is loaded")
     leaves, tree = jax.tree_util.tree_flatten_with_path(_with_head(specs, policy), is_leaf=is_spec)
     policy.check([name_of(path) for path, _ in leaves])
     return jax.tree.unflatten(tree, [_declared(name_of(path), spec, policy) for path, spec in leaves])
@@ -207,8 +210,6 @@ def check_policy(params: dict, policy: str | Path | Policy) -> tuple[dict, dict[
     """Parameters with a head of its own if it is to be stored otherwise than a tied embedding, and the kinds of those
     that the policy names. Raises RequestError as `quantized_specs`, before anything is computed."""
     policy = Policy.parse(policy).counted(len(params["layers"]))
-    if any(kind == STORED for _, kind in policy.rules):
-        raise RequestError("`stored` is what a file holds: ask for it as the model is loaded")
     params = _with_head(params, policy)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
     if done := [name_of(path) for path, x in leaves if isinstance(x, QuantArray)]:

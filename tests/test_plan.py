@@ -91,6 +91,7 @@ def test_bad_requests_are_refused(tmp_path):
     for settings, says in (({"on": "v9"}, "it has v4, v5e"), ({"on": "v5e", "batch": 0}, "must be at least 1"),
                            ({"on": "v5e", "context": 10**6}, "has a context of 8192"),
                            ({"on": "v5e", "quantize": "int4:g128"}, "do not divide rows of 576"),
+                           ({"on": "v5e", "quantize": "stored"}, "is what a file holds"),
                            ({"on": "v5e", "quantize": "int8,nothing=none"}, "names no layer")):  # fmt: skip
         with pytest.raises(RequestError, match=says):
             plan.make("smollm2-135m", cfg, **settings)

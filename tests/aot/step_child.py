@@ -5,12 +5,12 @@
 
 import json
 import sys
-from math import prod
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hlo
+from pallas_kernels.problems import nbytes
 from pdx import aot
 from pdx.config import ModelConfig, RopeConfig
 from pdx.cost import Setup
@@ -61,7 +61,7 @@ CASES = {
 def held(tree) -> int:
     """Bytes of these arrays on each device, int4 two to a byte."""
     each = ((x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype) for x in jax.tree.leaves(tree))
-    return sum(prod(shape) // 2 if dtype == jnp.int4 else prod(shape) * dtype.itemsize for shape, dtype in each)
+    return sum(nbytes(jax.ShapeDtypeStruct(shape, dtype)) for shape, dtype in each)
 
 
 def predicted(cfg: ModelConfig, settings: dict) -> int:
