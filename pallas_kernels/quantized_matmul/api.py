@@ -44,17 +44,17 @@ def quantized_matmul(
     call = make_call(x, w)
     name = explain(implementation, call=call).implementation
     rows = x.reshape(call.rows, call.columns)
-    settings = {"call": call, "out_dtype": jnp.dtype(out_dtype or x.dtype)}
+    out = jnp.dtype(out_dtype or x.dtype)
+    settings = {"call": call, "out_dtype": out if w.offsets is None else jnp.dtype(jnp.float32)}
     if name != "xla":
         settings |= {"config": config, "interpret": interpret}
     scale = None
     given = rows
     if call.int8_activations:
         given, scale = quantize_rows(rows)
-    extra = None
+    y = IMPLEMENTATIONS[name].matmul(given, w.values, w.scales, scale, **settings)
     if w.offsets is not None:
         # The offset of a group is multiplied by the sum of its activations: a small product of its own.
         sums = rows.astype(jnp.float32).reshape(call.rows, call.groups, call.group).sum(-1)
-        extra = jnp.dot(sums, w.offsets, precision=precision_of(jnp.float32))
-    y = IMPLEMENTATIONS[name].matmul(given, w.values, w.scales, scale, extra, **settings)
+        y = (y + jnp.dot(sums, w.offsets, precision=precision_of(jnp.float32))).astype(out)
     return y.reshape(*x.shape[:-1], call.out)

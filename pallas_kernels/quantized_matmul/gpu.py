@@ -181,7 +181,7 @@ def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
 
 
 def matmul(
-    x: Array, values: Array, scales: Array, row_scale: Array | None, extra: Array | None, *, call: Call, out_dtype,
+    x: Array, values: Array, scales: Array, row_scale: Array | None, *, call: Call, out_dtype,
     config: Config | None = None, interpret=False,
 ) -> Float[Array, "M out"]:  # fmt: skip
     """See `api.quantized_matmul`.
@@ -194,8 +194,7 @@ def matmul(
         raise NotImplementedError(f"quantized_matmul: {reason}; use implementation='xla'")
     config, _ = resolve("quantized_matmul", "gpu", call, config, sys.modules[__name__])
     plan = plan_for(call, config)
-    whole = jnp.dtype(jnp.float32) if extra is not None else jnp.dtype(out_dtype)
-    kind = whole if plan.splits == 1 else jnp.dtype(jnp.int32 if call.int8_activations else jnp.float32)
+    kind = jnp.dtype(out_dtype) if plan.splits == 1 else jnp.dtype(jnp.int32 if call.int8_activations else jnp.float32)
 
     def run(x, values, scales, row_scale):
         parts = _run(plan, config, kind, interpret, x, values, scales, row_scale)
@@ -203,10 +202,9 @@ def matmul(
             return parts[0]
         y = parts.sum(0).astype(jnp.float32)
         y = y * scales if plan.groups == 1 else y
-        return (y if row_scale is None else y * row_scale).astype(whole)
+        return (y if row_scale is None else y * row_scale).astype(out_dtype)
 
-    y = raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
-    return y if extra is None else (y + extra).astype(out_dtype)
+    return raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
 
 
 def _run(plan: Plan, config: Config, kind, interpret, x, values, scales, row_scale):

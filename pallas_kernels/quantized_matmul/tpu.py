@@ -134,7 +134,7 @@ def cost(call: Call, config: Config, out_bytes: int) -> pl.CostEstimate:
 
 
 def matmul(
-    x: Array, values: Array, scales: Array, row_scale: Array | None, extra: Array | None, *, call: Call, out_dtype,
+    x: Array, values: Array, scales: Array, row_scale: Array | None, *, call: Call, out_dtype,
     config: Config | None = None, interpret=False,
 ) -> Float[Array, "M out"]:  # fmt: skip
     """See `api.quantized_matmul`.
@@ -144,10 +144,8 @@ def matmul(
       NotImplementedError: a derivative.
     """
     config, _ = resolve("quantized_matmul", "tpu", call, config, sys.modules[__name__])
-    kernel_dtype = jnp.dtype(jnp.float32) if extra is not None else out_dtype
-    run = partial(_run, call, config, kernel_dtype, interpret)
-    y = raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
-    return y if extra is None else (y + extra).astype(out_dtype)
+    run = partial(_run, call, config, jnp.dtype(out_dtype), interpret)
+    return raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
 
 
 def _run(call: Call, config: Config, out_dtype, interpret, x, values, scales, row_scale):

@@ -40,7 +40,7 @@ def _two(x: Array) -> Array:
 
 
 def matmul(
-    x: Array, values: Array, scales: Array, row_scale: Array | None, extra: Array | None, *, call: Call, out_dtype
+    x: Array, values: Array, scales: Array, row_scale: Array | None, *, call: Call, out_dtype
 ) -> Float[Array, "M out"]:
     """See `api.quantized_matmul`."""
     if call.int8_activations:
@@ -49,7 +49,7 @@ def matmul(
         y = _cpu(x, values, scales, call)
     else:
         y = _grouped(x, values, scales, call)
-    return (y if extra is None else y + extra).astype(out_dtype)
+    return y.astype(out_dtype)
 
 
 def _grouped(x: Array, values: Array, scales: Array, call: Call) -> Float[Array, "M out"]:

@@ -99,7 +99,7 @@ def test_integers_are_equal_bit_for_bit():
     call = Call(6, 256, 384, 1, 8, False, True, "float32")
     for kernel, configs in ((tpu, [None]), (gpu, [None, gpu.Config(16, 32, 64, splits=4), gpu.Config(16, 64, 128)])):
         for config in configs:
-            y = kernel.matmul(x, values, ones, rows, None, call=call, out_dtype=jnp.dtype(jnp.float32), config=config,
+            y = kernel.matmul(x, values, ones, rows, call=call, out_dtype=jnp.dtype(jnp.float32), config=config,
                               interpret=True)  # fmt: skip
             assert (np.asarray(y) == exact).all()
 
