@@ -18,7 +18,7 @@ LAYERS = (
     ("steps", "completion", "generation", "speculative", "aot", "calibration"),
     ("engine.",),
     ("bench.", "train.", "report_text", "batch_file", "plan"),
-    ("cli", "serve."),
+    ("cli.", "serve."),
 )
 # What a kernel library for others to use may stand on.
 KERNELS_MAY_IMPORT = ("jax", "jaxlib", "numpy", "ml_dtypes", "jaxtyping", "pallas_kernels")

@@ -1,0 +1,100 @@
+"""`pdx bench` and `pdx eval`: what is measured on this device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdx.cli.app import (
+    DtypeOption,
+    JsonOption,
+    KernelsOption,
+    KvDtypeOption,
+    ModelOption,
+    QuantizeOption,
+    bench_app,
+    eval_app,
+    load_model,
+)
+from pdx.weights.builtin import DEFAULT_MODEL
+
+
+@bench_app.command("model")
+def bench_model(
+    model: ModelOption = DEFAULT_MODEL,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(help="Prefill length; more than one may be given.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Decode batch size; more than one may be given.")] = None,
+    peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
+    quantize: Annotated[list[str] | None, typer.Option(help="Also run the model with its weights stored so; more than "
+                                                       "one may be given.")] = None,
+    dtype: DtypeOption = "auto",
+    kernels: KernelsOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Prefill and decode of a model, beside other ways of storing it, transformers, llama.cpp and this machine's memory
+    bandwidth."""
+    from pdx.bench import model as bench
+
+    loaded = load_model(model, dtype, None)
+    others = {policy: load_model(model, dtype, None, policy) for policy in quantize or ()}
+    result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
+                       others=others)  # fmt: skip
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+
+
+@bench_app.command("memory")
+def bench_memory(
+    model: ModelOption = DEFAULT_MODEL,
+    quantize: Annotated[list[str] | None, typer.Option(help="How weights are stored; more than one may be given, "
+                                                       "`none` among them.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a model takes of this machine's memory, at the peak of loading and when it has run."""
+    from pdx.bench import memory
+    from pdx.weights.resolve import resolve
+
+    resolve(model)
+    found = memory.measure(model, quantize or ("none", "int8"))
+    print(json.dumps([x.to_dict() for x in found]) if as_json else memory.to_markdown(found))
+
+
+@eval_app.command("ppl")
+def eval_ppl(
+    model: Annotated[str, typer.Argument(help="Anything --model takes.")] = DEFAULT_MODEL,
+    file: Annotated[Path | None, typer.Option(help="Text to score; without it, Python's language reference.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What a quantized checkpoint is held against: the model that it was made of.")
+    ] = None,
+    quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = "auto",
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens from one window to the next.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 4096,
+    dtype: DtypeOption = "auto",
+    kernels: KernelsOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity over a text, and KL divergence and top-1 agreement against the unquantized model."""
+    import dataclasses
+
+    from pdx import texts
+    from pdx.bench import quality
+    from pdx.quant import quantize_params
+
+    text = texts.read(file, texts.evaluation)
+    plain = load_model(reference or model, dtype, None)
+    if reference is not None:
+        loaded = load_model(model, dtype, None, quantize)
+    else:
+        loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
+    found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
+                             max_tokens=max_tokens, kernels=kernels)  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print(f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
+          f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"
+          f"top-1 agreement {found.top1_agreement:.2%}\ntokens          {found.tokens}")

@@ -1,0 +1,100 @@
+"""`pdx generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pdx.cli.app import (
+    DtypeOption,
+    JsonOption,
+    KernelsOption,
+    KvDtypeOption,
+    MeshOption,
+    ModelOption,
+    QuantizeOption,
+    app,
+    load_model,
+)
+from pdx.errors import RequestError
+from pdx.weights.builtin import DEFAULT_MODEL
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens seen; 1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off once for a token generated before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken off for each time it was generated.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given more than once.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end token.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Report log-probabilities with this many alternatives.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of requests: prompt or messages, and settings.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of answers, in the order of --prompts.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of --prompts that run together.", min=1)] = 8,
+    dtype: DtypeOption = "auto",
+    kv_dtype: KvDtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    kernels: KernelsOption = "auto",
+    mesh: MeshOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text and report TTFT, TPOT and E2E apart."""
+    from pdx.sampling_options import SamplingOptions
+
+    settings = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+    }  # fmt: skip
+    options = SamplingOptions(**settings)  # checked before a model is loaded
+    if (prompts is None) != (output is None):
+        raise RequestError("--prompts and --output go together")
+    if prompts is not None and prompt is not None:
+        raise RequestError("give a PROMPT or --prompts, not both")
+    run = {"kernels": kernels, "kv_dtype": kv_dtype}
+    if prompts is not None:
+        from pdx import batch_file
+
+        requests = batch_file.read(prompts, options)
+        batch_file.check_output(output, prompts)
+        batch_file.run(load_model(model, dtype, mesh, quantize), requests, output, batch_size=batch_size, **run)
+        return
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
+    _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)
+
+
+def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
+    from pdx import report_text
+    from pdx.generation import stream
+
+    completion = None
+    for piece in stream(model, request, options, **run):
+        if not as_json:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        completion = piece.completion or completion
+    if as_json:
+        print(json.dumps(report_text.completion_fields(completion, run["kernels"]), ensure_ascii=False))
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print(report_text.summary(completion, run["kernels"]), file=sys.stderr)

@@ -1,0 +1,74 @@
+"""`pdx models`, `pdx convert` and `pdx quantize`: what there is to run, and in what form."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdx.cli.app import DtypeOption, JsonOption, QuantizeOption, app, load_model
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List what is built in, what is in the cache, and what can be loaded."""
+    from pdx import report_text
+    from pdx.weights.listing import list_models
+
+    rows = list_models()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        report_text.print_models(rows)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="What to convert; anything --model takes.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Save config, tokenizer and parameters as a checkpoint that loads faster."""
+    from pdx.weights.checkpoint import check_target, save
+
+    check_target(directory)
+    loaded = load_model(model, dtype, None)
+    save(loaded, directory)
+    print(f"saved {loaded.name} to {directory}", file=sys.stderr)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="What to quantize; anything --model takes.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
+    policy: QuantizeOption = "int4",
+    method: Annotated[str, typer.Option(help="rtn (to the nearest), awq (activation-aware scaling) or gptq.")] = "gptq",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text that awq and gptq look at; without it, docstrings of the standard library."),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Of 512 tokens, taken from that text.", min=1)] = 16,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Quantize a model, with a calibration text if need be, and save it as a checkpoint."""
+    from pdx import calibration as calibrating
+    from pdx import texts
+    from pdx.weights.checkpoint import check_target, save
+    from pdx.weights.progress import progress_bar
+
+    check_target(directory)
+    calibrating.check_method(method)
+    if method == "rtn":
+        done = load_model(model, dtype, None, policy)
+    else:
+        text = texts.read(calibration, texts.calibration)
+        loaded = load_model(model, dtype, None)
+        with progress_bar(unit="layers") as bar:
+            done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
+                                              progress=partial(bar, method))  # fmt: skip
+    save(done, directory)
+    print(f"saved {done.name} to {directory}", file=sys.stderr)
