@@ -16,8 +16,9 @@ import numpy as np
 
 from pdx import steps
 from pdx.bench.peer import llama_cpp_or_reason, transformers_or_reason
-from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
+from pdx.bench.timing import Timing, interleaved, matmul_rate, once, read_bandwidth
 from pdx.cache.dense import DenseCache, init_cache
+from pdx.cost import Setup
 from pdx.generation import DEFAULT_CHUNK
 from pdx.layers.attention import layout_for
 from pdx.report_text import device_name
@@ -44,6 +45,8 @@ class Line:
     tokens_per_s: float
     gb_per_s: float | None = None  # weights + KV read a second
     share_of_bandwidth: float | None = None
+    gflop_per_s: float | None = None  # of matrix products, those of the model's configuration
+    share_of_peak: float | None = None  # of a large f32 product in the same rounds
     peer_seconds: float | None = None
     plain_seconds: float | None = None  # of the model as it was given, where this is another way of storing it
 
@@ -65,6 +68,7 @@ class Result:
     device: str
     dtype: str
     bandwidth_gb_per_s: float
+    peak_gflop_per_s: float
     versions: dict[str, str]
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -77,26 +81,30 @@ class Result:
         versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
         head = [
             f"{self.model}, {self.dtype}, on {self.device}; {versions}.",
-            f"Read bandwidth measured in the same run: {self.bandwidth_gb_per_s:.1f} GB/s.",
+            f"Measured in the same run: reading {self.bandwidth_gb_per_s:.1f} GB/s, multiplying f32 "
+            f"{self.peak_gflop_per_s:.0f} GFLOP/s.",
             "",
-            f"| phase | shape | median | tok/s | GB/s | of bandwidth | transformers | speedup | over {self.dtype} |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"| phase | shape | median | tok/s | ceiling reached | transformers | speedup | over {self.dtype} |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         rows = [
-            f"| {x.phase} | {x.shape} | {x.seconds * 1e3:.1f} ms | {x.tokens_per_s:.0f} | {_number(x.gb_per_s)} "
-            f"| {_number(x.share_of_bandwidth, percent=True)} | {_number(x.peer_seconds, ms=True)} "
-            f"| {_number(x.speedup, unit='x')} | {_number(x.gain, unit='x')} |"
+            f"| {x.phase} | {x.shape} | {x.seconds * 1e3:.1f} ms | {x.tokens_per_s:.0f} | {_ceiling(x)} "
+            f"| {_number(x.peer_seconds, ms=True)} | {_number(x.speedup, unit='x')} | {_number(x.gain, unit='x')} |"
             for x in self.lines
         ]
         return "\n".join([*head, *rows, "", *self.notes])
 
 
-def _number(value: float | None, *, percent: bool = False, ms: bool = False, unit: str = "") -> str:
+def _number(value: float | None, *, ms: bool = False, unit: str = "") -> str:
     if value is None:
         return ""
-    if percent:
-        return f"{value:.0%}"
-    return f"{value * 1e3:.1f} ms" if ms else f"{value:.1f}{unit}" if not unit else f"{value:.2f}{unit}"
+    return f"{value * 1e3:.1f} ms" if ms else f"{value:.2f}{unit}"
+
+
+def _ceiling(line: Line) -> str:
+    if line.share_of_bandwidth is not None:
+        return f"{line.share_of_bandwidth:.0%} ({line.gb_per_s:.1f} GB/s)"
+    return "" if line.share_of_peak is None else f"{line.share_of_peak:.0%} ({line.gflop_per_s:.0f} GFLOP/s)"
 
 
 def run(
@@ -115,18 +123,19 @@ def run(
     versions = {"jax": jax.__version__}
     versions |= {"torch": other.torch.__version__} if other else {}
     versions |= {"llama-cpp-python": llama.version} if llama else {}
-    result = Result(model.name, _machine(), str(model.dtype), 0.0, versions, notes=[x for x in (reason, why) if x])
+    result = Result(model.name, _machine(), str(model.dtype), 0.0, 0.0, versions, notes=[x for x in (reason, why) if x])
     reads: list[float] = []
+    rates: list[float] = []
+    multiply = matmul_rate()
     for tokens in prompt_tokens:
         _say(f"prefill of {tokens} tokens")
-        result.lines.extend(_prefill_lines(model, tokens, kernels, other, others, llama))
+        result.lines.extend(_prefill_lines(model, tokens, kernels, other, multiply, rates, others, llama))
     for batch in batches:
         _say(f"decode at batch {batch}")
         result.lines.extend(_decode_lines(model, batch, kernels, other, bandwidth, reads, others, llama))
     _say("decode in a large cache")
     result.lines.append(_capacity_line(model, kernels, bandwidth))
-    if reads:
-        result.bandwidth_gb_per_s = float(np.median(reads))
+    result.bandwidth_gb_per_s, result.peak_gflop_per_s = (float(np.median(x)) if x else 0.0 for x in (reads, rates))
     return result
 
 
@@ -134,8 +143,10 @@ def _say(what: str) -> None:
     print(f"measuring {what}", file=sys.stderr, flush=True)
 
 
-def _prefill_lines(model: Model, tokens: int, kernels: str, other, others: Mapping[str, Model], llama) -> list[Line]:
-    contestants = {"pdx": prefill_work(model, 1, tokens, kernels)}
+def _prefill_lines(
+    model: Model, tokens: int, kernels: str, other, multiply, rates: list[float], others: Mapping[str, Model], llama
+) -> list[Line]:
+    contestants = {"pdx": prefill_work(model, 1, tokens, kernels), "multiply": multiply}
     contestants |= {f"weights {name}": prefill_work(m, 1, tokens, kernels) for name, m in others.items()}
     if other:
         contestants["peer"] = other.prefill(tokens)
@@ -143,11 +154,14 @@ def _prefill_lines(model: Model, tokens: int, kernels: str, other, others: Mappi
         contestants[LLAMA] = llama.prefill(tokens)
     times = interleaved(contestants, ROUNDS)
     mine = times["pdx"]
-    lines = [Line("prefill", f"{tokens} tokens", mine.median, mine.best, tokens / mine.median,
-                  peer_seconds=times["peer"].median if other else None)]  # fmt: skip
+    peak = multiply.flops / times["multiply"].median / 1e9
+    rates.append(peak)
+    rate = Setup(model.config).prefill(1, tokens).flops / mine.median / 1e9
+    lines = [Line("prefill", f"{tokens} tokens", mine.median, mine.best, tokens / mine.median, gflop_per_s=rate,
+                  share_of_peak=rate / peak, peer_seconds=times["peer"].median if other else None)]  # fmt: skip
     return lines + [
         Line("prefill", f"{tokens} tokens, {name}", t.median, t.best, tokens / t.median, plain_seconds=mine.median)
-        for name, t in times.items() if name not in ("pdx", "peer")
+        for name, t in times.items() if name not in ("pdx", "peer", "multiply")
     ]  # fmt: skip
 
 

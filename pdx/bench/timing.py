@@ -64,3 +64,16 @@ def read_bandwidth(megabytes: int = 512) -> Callable[[], Timing]:
 
     work.bytes_read = array.nbytes
     return work
+
+
+def matmul_rate(size: int = 2048) -> Callable[[], Timing]:
+    """A contestant that multiplies two square f32 matrices, as fast as the device can: the ceiling of a prefill.
+    `flops` tells how much it does."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), "float32") for i in range(2))
+    multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, precision="highest"))
+
+    def work() -> Timing:
+        return once(lambda: multiply(a, b))
+
+    work.flops = 2 * size**3
+    return work
