@@ -28,5 +28,13 @@ class ContextLengthError(PdxError, ValueError):
     """A prompt, or a prompt with what it is to generate, that the context or the cache cannot hold."""
 
 
+class QueueFullError(PdxError):
+    """An engine with as many waiting requests as it may have: back-pressure, to be tried again later."""
+
+
+class EngineError(PdxError):
+    """A request that an engine could not serve: a failed step, NaN logits, an engine that was closed."""
+
+
 class RequestError(PdxError, ValueError):
     """A request with a setting that makes no sense (an empty prompt, a negative temperature)."""

@@ -1,0 +1,153 @@
+"""How an engine is set up, as frozen data: no jax, so that profiles can be read and checked anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pdx.errors import RequestError
+from pdx.known import folders
+from pdx.sampling_options import MAX_LOGPROBS
+from pdx.shapes import round_up
+
+Policy = Literal["fcfs", "priority", "shortest"]
+POLICIES = ("fcfs", "priority", "shortest")
+SMALLEST_MIXED = 16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine holds and how it schedules.
+
+    Attributes:
+      slots: requests that decode together.
+      prefill_rows: prompts that one step may take chunks of.
+      token_budget: tokens of a step, decode rows included; what these leave is filled with chunks of prompts. None:
+        from the cost model, so that a step takes at most `tpot_s` (see `pdx.engine.sizing`).
+      tpot_s: the objective for the time between two tokens that a budget of None is chosen by.
+      page_size: tokens of a page, p.
+      pages: pages for layers that see the whole context. None: from the device's memory, at most what `slots`
+        requests of `max_context` need.
+      memory_share: of the memory that weights leave, for pages; used where `pages` is None.
+      max_context: tokens of prompt and answer of one request. None: the model's.
+      kv_dtype, kernels: as in `pdx.generate`.
+      policy: order of admission. `fcfs`; `priority`: a level counts as `aging_s` seconds of waiting; `shortest`: the
+        shortest prompt first, `token_budget` tokens counting as `aging_s` seconds. So nobody waits forever.
+      prefix_cache: keep the pages of finished requests for others that begin alike.
+      chunked_prefill: off, a prompt is prefilled in one step, however long, and all others wait for it.
+      max_queue: requests that may wait; one more is refused with QueueFullError.
+      num_logprobs: the most alternatives that a request may ask for.
+      overlap: plan and dispatch a step while the one before it runs.
+      deterministic: all steps have one shape and a prompt is always cut alike, so that tokens and log-probabilities
+        are equal bit for bit under any load. Costs time: a decode step computes `token_budget` tokens.
+
+    Raises:
+      RequestError: a setting out of range; the text names it.
+    """
+
+    slots: int = 8
+    prefill_rows: int = 2
+    token_budget: int | None = None
+    tpot_s: float = 0.1
+    page_size: int = 16
+    pages: int | None = None
+    memory_share: float = 0.9
+    max_context: int | None = None
+    kv_dtype: str = "auto"
+    kernels: str = "auto"
+    policy: Policy = "fcfs"
+    aging_s: float = 10.0
+    prefix_cache: bool = True
+    chunked_prefill: bool = True
+    max_queue: int = 1024
+    num_logprobs: int = 0
+    overlap: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self):
+        for name, low in (("slots", 1), ("prefill_rows", 1), ("page_size", 1), ("max_queue", 1), ("num_logprobs", 0)):
+            _check_integer(name, getattr(self, name), low)
+        for name in ("pages", "max_context", "token_budget"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        for name in ("aging_s", "tpot_s", "memory_share"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"{name} is {getattr(self, name)!r}: it must be above 0")
+        if self.memory_share > 1:
+            raise RequestError(f"memory_share is {self.memory_share}: it must be at most 1")
+        if self.num_logprobs > MAX_LOGPROBS:
+            raise RequestError(f"num_logprobs is {self.num_logprobs}: it must be at most {MAX_LOGPROBS}")
+        if self.policy not in POLICIES:
+            raise RequestError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+        if self.token_budget is not None and self.token_budget <= self.slots:
+            raise RequestError(
+                f"token_budget is {self.token_budget}: the {self.slots} slots decode first, so it must be above {self.slots}"
+            )
+        if self.deterministic and not self.chunked_prefill:
+            raise RequestError("deterministic needs chunked_prefill: all its steps have one shape")
+        if self.deterministic and self.token_budget is not None and self.token_budget < self.slots + self.page_size:
+            raise RequestError(
+                f"token_budget is {self.token_budget}: deterministic prompts come in whole pages beside {self.slots} "
+                f"decode rows, so it must be at least {self.slots + self.page_size}"
+            )
+
+    @classmethod
+    def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
+        """A profile by name (`configs/engines/NAME.toml`) or file, with changes. Raises RequestError."""
+        file = next((f for folder in folders() if (f := folder / "engines" / f"{name}.toml").is_file()), Path(name))
+        try:
+            fields = tomllib.loads(file.read_text(encoding="utf-8")) | changes
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            known = ", ".join(profiles())
+            raise RequestError(f"{name} is no profile of an engine ({error}); there are {known}") from None
+        if unknown := fields.keys() - {f.name for f in dataclasses.fields(cls)}:
+            raise RequestError(f"{file} sets {', '.join(sorted(unknown))}, which an engine does not have")
+        return cls(**fields)
+
+    @property
+    def budget(self) -> int:
+        if self.token_budget is None:
+            raise RequestError("token_budget is not settled: give a number, or let pdx.Engine choose one")
+        return self.token_budget
+
+    @property
+    def rows(self) -> int:
+        """R, the rows of a mixed step: a slot each, then those for chunks."""
+        return self.slots + self.prefill_rows
+
+    def whole(self, max_context: int) -> int:
+        """Tokens of the largest step: the budget, or a prompt of any length beside all other slots."""
+        return self.budget if self.chunked_prefill else max(self.budget, max_context + self.slots)
+
+    def ladder(self, max_context: int) -> tuple[int, ...]:
+        """The numbers of tokens T that steps are padded to: `slots` for decode rows alone, then doubling."""
+        top = self.whole(max_context)
+        if self.deterministic:
+            return (top,)
+        rungs = [self.slots]
+        rung = max(SMALLEST_MIXED, round_up(self.slots + 1, SMALLEST_MIXED))
+        while rung < top:
+            rungs.append(rung)
+            rung *= 2
+        return (*rungs, top)
+
+    @cached_property
+    def fixed_chunk(self) -> int | None:
+        """With `deterministic`: prompts are cut at multiples of this many tokens, whatever the load."""
+        if not self.deterministic:
+            return None
+        return (self.budget - self.slots) // self.page_size * self.page_size
+
+
+def profiles() -> list[str]:
+    """Names of all engine profiles, sorted."""
+    return sorted({file.stem for folder in folders() for file in (folder / "engines").glob("*.toml")})
+
+
+def _check_integer(name: str, value, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise RequestError(f"{name} is {value!r}: it must be a whole number of at least {low}")

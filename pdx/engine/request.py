@@ -1,0 +1,99 @@
+"""What a client asks of the engine, and a request while it is served. No jax, no clock."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdx.sampling_options import SamplingOptions
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One prompt and how to go on from it.
+
+    Attributes:
+      prompt: token ids, at least one.
+      priority: for the policy `priority`; larger goes first.
+      timeout_s: seconds from submission after which it ends with finish reason `timeout`. None: never.
+      mask: called before each token with the ids generated so far; returns bool [V], True where a token is
+        allowed, or None for all. It runs on the host between two steps: the door for structured output.
+    """
+
+    prompt: tuple[int, ...]
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    priority: int = 0
+    timeout_s: float | None = None
+    mask: Callable[[list[int]], Any] | None = None
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"  # has a slot and pages
+    DRAINING = "draining"  # its last step is under way: no slot and no pages any more, but a token to come
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request in the scheduler.
+
+    Attributes:
+      key: its place in the order of admission, smallest first; never changes, so nobody is overtaken forever.
+      tokens: prompt and output as far as the host knows them.
+      pending: tokens that are sampled by steps under way, not known to the host yet.
+      computed: positions whose keys and values the pages hold, once all planned steps have run.
+      pages: by page group, the page of each p positions; -1 for those that fell out of a window.
+      first: by page group, the index of the first page that is still held.
+      node, registered: the deepest node of the prefix tree that it has entered, and how many pages deep that is.
+    """
+
+    id: int
+    request: EngineRequest
+    ends: frozenset[int]
+    arrival: float
+    key: tuple[float, int]
+    tokens: list[int]
+    status: Status = Status.WAITING
+    slot: int = -1
+    pending: int = 0
+    computed: int = 0
+    pages: list[list[int]] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
+    node: Any = None
+    registered: int = 0
+    finish_reason: str | None = None
+    # For the metrics.
+    started: float | None = None  # when its first token was planned
+    hit_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def outputs(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def length(self) -> int:
+        """Tokens, those under way included."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to be computed before another can be sampled: 1 for a row that decodes."""
+        return self.length - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer, those under way included."""
+        return self.length - self.prompt_length
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tokens it may have are known or under way."""
+        return self.generated >= self.request.options.max_tokens

@@ -1,0 +1,287 @@
+"""Who computes what in the next step: a state machine without a clock and without jax.
+
+`schedule(now)` makes a plan, `commit(plan, tokens, now)` takes the tokens it sampled. Several plans may be under way:
+a request that decodes is planned for again before its newest token is known, and that token is then taken from where
+the device left it. So the end of a request is noticed a step late, and the surplus token is dropped.
+
+In a step, rows that decode go first, the oldest request first; then chunks of prompts fill the token budget (Sarathi,
+Agrawal et al. 2023); then waiting requests are admitted, in the order of a key that they keep, as long as there are
+slots and pages. Where pages run out the youngest request is preempted: it gives its pages up and waits with the tokens
+it has; admitted again, it computes them anew (or finds them in the prefix tree) and goes on.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from pdx.engine.config import EngineConfig
+from pdx.engine.memory import PagedMemory
+from pdx.engine.plan import Draft, StepPlan
+from pdx.engine.request import EngineRequest, Sequence, Status
+from pdx.errors import ContextLengthError, QueueFullError, RequestError
+
+
+@dataclass(frozen=True)
+class Output:
+    """A token that came for a request, and why it ended with it, if it did."""
+
+    sequence: Sequence
+    token: int
+    finish_reason: str | None
+
+
+class Scheduler:
+    """The requests of an engine.
+
+    Args:
+      config: with a token budget that is settled.
+      windows: one a page group, as `pdx.cache.paged.page_groups` gives them.
+      pages: pages of each group.
+      max_context: tokens of prompt and answer that one request can have.
+    """
+
+    def __init__(self, config: EngineConfig, windows: Seq[int | None], pages: Seq[int], max_context: int):
+        self.config, self.max_context = config, max_context
+        self.memory = PagedMemory(config, windows, pages, max_context)
+        self.ladder = config.ladder(max_context)
+        self.waiting: list[Sequence] = []  # by key
+        self.running: list[Sequence] = []
+        self.draining: set[Sequence] = set()
+        self._slots = list(range(config.slots - 1, -1, -1))
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._timed_out: list[Sequence] = []
+        self._next_id = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return not (self.waiting or self.running or self.draining)
+
+    def submit(self, request: EngineRequest, now: float, *, ends: Iterable[int] = ()) -> Sequence:
+        """Take a request that ends with one of the tokens `ends`.
+
+        Raises:
+          QueueFullError: as many requests wait as may.
+          ContextLengthError: it could not be served even alone.
+          RequestError: an empty prompt, or more alternatives than the engine reports.
+        """
+        self._check(request)
+        if len(self.waiting) >= self.config.max_queue:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting, which is all that may (max_queue): try again later"
+            )
+        seq = Sequence(self._next_id, request, frozenset(ends), now, self._key(request, now), list(request.prompt))
+        self._next_id += 1
+        self._enqueue(seq)
+        if request.timeout_s is not None:
+            heapq.heappush(self._deadlines, (now + request.timeout_s, seq.id, seq))
+        return seq
+
+    def finish(self, seq: Sequence, reason: str, *, keep: bool = True) -> None:
+        """End a request at any time; everything it holds is free. `keep`: its pages are sound and may be shared."""
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        elif seq.status is Status.RUNNING:
+            self._leave(seq, keep=keep)
+        elif seq.status is Status.FINISHED:
+            return
+        self.draining.discard(seq)
+        seq.status, seq.finish_reason = Status.FINISHED, reason
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, None if there is nothing to compute. It counts as done: the next plan stands on it."""
+        self._expire(now)
+        for seq in [s for s in self.running if s.is_complete]:
+            self._leave(seq)
+            seq.status = Status.DRAINING
+            self.draining.add(seq)
+        draft = Draft.empty(self.config)
+        self.memory.tree.fresh.clear()
+        oldest_first = sorted(self.running, key=lambda s: s.key)
+        for seq in oldest_first:
+            if seq.status is Status.RUNNING and seq.remaining == 1:
+                self._decode(seq, draft)
+        for seq in oldest_first:
+            if seq.status is Status.RUNNING and seq.id not in draft.drafted:
+                self._prefill(seq, draft)
+        self._admit(draft, now)
+        if not draft.chunks:
+            return None
+        plan = draft.finish(self.memory.tables, self.ladder)
+        for chunk in plan.chunks:
+            self.memory.enter(chunk.sequence)
+        return plan
+
+    def commit(self, plan: StepPlan, tokens: Seq[int] | Mapping[int, int], now: float) -> list[Output]:
+        """Take what a step sampled, by slot. Plans are committed in the order they were made in."""
+        outputs = []
+        for chunk in plan.chunks:
+            seq = chunk.sequence
+            if not chunk.samples:
+                continue
+            seq.pending -= 1
+            if seq.status is Status.FINISHED:
+                continue
+            token = int(tokens[chunk.slot])
+            seq.tokens.append(token)
+            reason = None
+            if token in seq.ends:
+                reason = "stop"
+            elif len(seq.tokens) - seq.prompt_length >= seq.request.options.max_tokens:
+                reason = "length"
+            if reason:
+                self.finish(seq, reason)
+            elif seq.status is Status.RUNNING:
+                self.memory.enter(seq)
+            outputs.append(Output(seq, token, reason))
+        return outputs
+
+    def fail(self, plans: Iterable[StepPlan]) -> list[Sequence]:
+        """Steps were lost, and with them all that the pages hold: their requests end, the others start anew."""
+        lost = []
+        for chunk in (c for plan in plans for c in plan.chunks):
+            seq = chunk.sequence
+            seq.pending -= chunk.samples
+            if seq.status is not Status.FINISHED:
+                self.finish(seq, "error", keep=False)
+                lost.append(seq)
+        for seq in list(self.running):
+            self._preempt(seq, keep=False)
+        self.memory.tree.clear()
+        return lost
+
+    def take_timed_out(self) -> list[Sequence]:
+        """Requests that timed out since the last call."""
+        found, self._timed_out = self._timed_out, []
+        return found
+
+    def _check(self, request: EngineRequest) -> None:
+        if not request.prompt:
+            raise RequestError("the prompt is empty: give it at least one token")
+        if (request.options.logprobs or 0) > self.config.num_logprobs:
+            raise RequestError(
+                f"logprobs is {request.options.logprobs}, but this engine reports up to {self.config.num_logprobs} "
+                "alternatives (num_logprobs)"
+            )
+        total = len(request.prompt) + request.options.max_tokens
+        if total > self.max_context:
+            raise ContextLengthError(
+                f"the prompt has {len(request.prompt)} tokens and asks for {request.options.max_tokens} more, but a "
+                f"request may have {self.max_context} (max_context)"
+            )
+        for group, pool in enumerate(self.memory.pools):
+            if (need := self.memory.demand(group, total)) > pool.pages:
+                raise ContextLengthError(
+                    f"{total} tokens need {need} pages, but there are {pool.pages}: ask for less or give more (pages)"
+                )
+
+    def _key(self, request: EngineRequest, now: float) -> tuple[float, int]:
+        """Arrival, earlier or later by what the policy says; it stands still, so that waiting always ends."""
+        shift = 0.0
+        if self.config.policy == "priority":
+            shift = -request.priority * self.config.aging_s
+        elif self.config.policy == "shortest":
+            shift = len(request.prompt) / self.config.budget * self.config.aging_s
+        return now + shift, self._next_id
+
+    def _enqueue(self, seq: Sequence) -> None:
+        bisect.insort(self.waiting, seq, key=lambda s: s.key)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            seq = heapq.heappop(self._deadlines)[2]
+            if seq.status is not Status.FINISHED:
+                self.finish(seq, "timeout")
+                self._timed_out.append(seq)
+
+    def _decode(self, seq: Sequence, draft: Draft) -> None:
+        while not self.memory.grow(seq, seq.computed + 1):
+            victim = self._youngest(draft)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        self._add(seq, 1, draft)
+
+    def _prefill(self, seq: Sequence, draft: Draft) -> None:
+        count = self._count(seq, draft)
+        if count > 1 and not draft.rows_left:
+            return
+        while count > 0 and not self.memory.grow(seq, seq.computed + count):
+            victim = self._youngest(draft)
+            if victim.key > seq.key:
+                self._preempt(victim)
+            elif self._is_elastic:
+                count = min(count, self.memory.reach(seq) - seq.computed)
+            else:
+                return
+        if count > 0:
+            self._add(seq, count, draft)
+
+    def _add(self, seq: Sequence, count: int, draft: Draft) -> None:
+        chunk = draft.add(seq, count)
+        seq.computed += count
+        seq.pending += chunk.samples
+        self.memory.enter(seq, planning=True)
+
+    @property
+    def _is_elastic(self) -> bool:
+        """Whether a chunk may have any length."""
+        return self.config.chunked_prefill and not self.config.deterministic
+
+    def _count(self, seq: Sequence, draft: Draft) -> int:
+        """Tokens of the next chunk by budget; 0 if none fits."""
+        if chunk := self.config.fixed_chunk:
+            # What was generated is computed again as it was the first time, a token a step.
+            rest = seq.prompt_length - seq.computed
+            wanted = min(chunk - seq.computed % chunk, rest) if rest > 0 else 1
+            return wanted if wanted <= draft.left else 0
+        if self.config.chunked_prefill:
+            return min(seq.remaining, draft.left)
+        return seq.remaining if seq.remaining <= draft.left or not draft.has_prefill else 0
+
+    def _admit(self, draft: Draft, now: float) -> None:
+        # One that was preempted with a token under way waits for it, and the others behind it.
+        while self.waiting and self._slots and draft.left > 0 and draft.rows_left and not self.waiting[0].pending:
+            seq = self.waiting[0]
+            seq.slot = self._slots[-1]
+            copies = self.memory.take_up(seq)
+            if not self._count(seq, draft) or not self._has_room(seq):
+                self.memory.release(seq, keep=False)
+                return
+            self.waiting.pop(0)
+            self._slots.pop()
+            self.running.append(seq)
+            seq.status = Status.RUNNING
+            draft.joins.append(seq)
+            draft.copies.extend(copies)
+            if seq.started is None:
+                seq.started, seq.hit_tokens = now, seq.computed
+            self._prefill(seq, draft)
+
+    def _has_room(self, seq: Sequence) -> bool:
+        """Whether the pages suffice for its tokens and for what prompts under way will still ask for."""
+        if not self.running:
+            return True  # it was let in because it fits alone
+        return all(
+            sum(self.memory.missing(group, s) for s in (seq, *self.running)) <= pool.available
+            for group, pool in enumerate(self.memory.pools)
+        )
+
+    def _youngest(self, draft: Draft) -> Sequence:
+        return max((s for s in self.running if s.id not in draft.drafted), key=lambda s: s.key)
+
+    def _preempt(self, seq: Sequence, *, keep: bool = True) -> None:
+        self._leave(seq, keep=keep)
+        seq.status = Status.WAITING
+        seq.preemptions += 1
+        self._enqueue(seq)
+
+    def _leave(self, seq: Sequence, *, keep: bool = True) -> None:
+        self.memory.release(seq, keep=keep)
+        self.running.remove(seq)
+        self._slots.append(seq.slot)
+        seq.slot = -1
