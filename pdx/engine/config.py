@@ -85,7 +85,7 @@ class EngineConfig:
             raise RequestError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
         if self.token_budget is not None and self.token_budget <= self.slots:
             raise RequestError(
-                f"token_budget is {self.token_budget}: the {self.slots} slots decode first, so it must be above {self.slots}"
+                f"token_budget is {self.token_budget}: {self.slots} slots decode first, it must be above {self.slots}"
             )
         if self.deterministic and not self.chunked_prefill:
             raise RequestError("deterministic needs chunked_prefill: all its steps have one shape")
