@@ -136,6 +136,12 @@ class Setup:
         """One token a row, behind `context` - 1 others."""
         return self._cost("decode", [(1, context - 1)] * batch, batch)
 
+    def mixed(self, batch: int, context: int, chunk: int) -> Cost:
+        """A step of an engine: `chunk` tokens in all, of which `batch` rows take one each behind `context` - 1 others,
+        and a prompt the rest."""
+        rows = [(1, context - 1)] * batch
+        return self._cost("prefill", [*rows, (chunk - batch, 0)] if chunk > batch else rows, batch + 1)
+
     def _cost(self, phase: Phase, rows: Sequence[tuple[int, int]], kept: int) -> Cost:
         cfg, item = self.cfg, jnp.dtype(self.dtype).itemsize
         tokens = sum(new for new, _ in rows)

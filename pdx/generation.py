@@ -229,9 +229,13 @@ def requests_of(model: Model, prompts: Sequence[Prompt], options: Sequence[Sampl
                 f"prompt {i} has {len(ids)} tokens and asks for {option.max_tokens} more, but the context of "
                 f"{model.name} is {context}: ask for at most {context - len(ids)} (max_tokens)"
             )
-        ends = frozenset(option.stop_token_ids) | (frozenset() if option.ignore_eos else model.tokenizer.eos_ids)
-        rows.append(Row(i, ids, option, model.tokenizer.stream(), ends))
+        rows.append(Row(i, ids, option, model.tokenizer.stream(), ends_of(model, option)))
     return rows
+
+
+def ends_of(model: Model, options: SamplingOptions) -> frozenset[int]:
+    """The tokens that end a request."""
+    return frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
 
 
 def encode(model: Model, prompt: Prompt) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -21,3 +23,71 @@ class RequestTiming:
     def tpot_s(self) -> float | None:
         """Seconds a token behind the first (decode): (E2E - TTFT) / (n - 1). None for fewer than two."""
         return (self.e2e_s - self.ttft_s) / (self.tokens - 1) if self.tokens > 1 else None
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of the values lie, linear between two; NaN of none."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+@dataclass(frozen=True)
+class ServedTiming(RequestTiming):
+    """Seconds of a request that an engine served, from its submission: TTFT includes the queue.
+
+    queue_s: until its first token was planned.
+    gaps_s: between one token and the next, as they came to the host (inter-token latency).
+    hit_tokens: of its prompt, found in the prefix cache; preemptions: how often it had to give its pages up.
+    """
+
+    queue_s: float = 0.0
+    gaps_s: tuple[float, ...] = ()
+    hit_tokens: int = 0
+    preemptions: int = 0
+
+    def gap_s(self, share: float) -> float | None:
+        """A percentile of the inter-token latency; None for fewer than two tokens."""
+        return percentile(self.gaps_s, share) if self.gaps_s else None
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """What an engine has done since its warm-up, and where it stands.
+
+    Attributes:
+      finished, failed, cancelled: requests; a timeout counts as cancelled.
+      decode_tokens, prefill_tokens: computed, by phase; hit_tokens: of prompts, not computed but found.
+      occupancy: mean share of slots that a step had a row for; preemptions: of all requests.
+      pages_used, pages_cached, pages: held by requests, held by the prefix tree alone, in all; through all groups.
+      step_s: seconds of a step, mean, median and 99th percentile of the last few thousand, as the host sees them.
+      gap_s: mean seconds between the end of a step and the dispatch of the next; 0 where it was dispatched before.
+      idle_share: of the time there was work, the share in which the device had none dispatched.
+      late: share of steps that were dispatched when the one before had ended.
+      compiles: programs compiled since the warm-up, 0 if all is well; warmup_s: seconds of that warm-up.
+    """
+
+    steps: int
+    finished: int
+    failed: int
+    cancelled: int
+    waiting: int
+    running: int
+    decode_tokens: int
+    prefill_tokens: int
+    hit_tokens: int
+    occupancy: float
+    preemptions: int
+    pages_used: int
+    pages_cached: int
+    pages: int
+    step_s: tuple[float, float, float]
+    gap_s: float
+    idle_share: float
+    late: float
+    compiles: int
+    warmup_s: float

@@ -134,7 +134,12 @@ class SampleOutput:
 
 @partial(jax.jit, static_argnames="num_logprobs")
 def sample(
-    logits: Float[Array, "B V"], state: SamplingState, positions: Int[Array, " B"], *, num_logprobs: int = 0
+    logits: Float[Array, "B V"],
+    state: SamplingState,
+    positions: Int[Array, " B"],
+    *,
+    num_logprobs: int = 0,
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> SampleOutput:
     """Choose the next token of every row.
 
@@ -146,6 +151,7 @@ def sample(
     Args:
       positions: where in its sequence the token of each row will stand.
       num_logprobs: the width n of the alternatives reported (static, at most 64).
+      allowed: tokens that may be chosen, at least one a row; what is not is banned behind penalties and bias. None: all.
 
     Returns:
       Tokens int32. Log-probabilities are those of the logits as given, before any setting.
@@ -156,13 +162,17 @@ def sample(
     logits = logits.astype(jnp.float32)
 
     def choose() -> Int[Array, " B"]:
-        x = pad(_adjusted(logits, state))
+        x = _adjusted(logits, state)
+        x = pad(x if allowed is None else jnp.where(allowed, x, -jnp.inf))
         top, token = best(x)
         drawn = _is_drawn(state, top)
         return lax.cond(jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token)
 
-    plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
-    tokens = lax.cond(plain, lambda: best(pad(logits))[1], choose)
+    if allowed is None:
+        plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
+        tokens = lax.cond(plain, lambda: best(pad(logits))[1], choose)
+    else:
+        tokens = choose()
     tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)
     return SampleOutput(tokens, *_logprobs(logits, tokens, state.logprobs, num_logprobs))
 

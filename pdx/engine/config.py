@@ -29,9 +29,9 @@ class EngineConfig:
       token_budget: tokens of a step, decode rows included; what these leave is filled with chunks of prompts. None:
         from the cost model, so that a step takes at most `tpot_s` (see `pdx.engine.sizing`).
       tpot_s: the objective for the time between two tokens that a budget of None is chosen by.
-      page_size: tokens of a page, p.
-      pages: pages for layers that see the whole context. None: from the device's memory, at most what `slots`
-        requests of `max_context` need.
+      page_size: tokens of a page, p. None: what suits the device.
+      pages: pages of each page group. None: from the device's memory, at most what `slots` requests of `max_context`
+        need.
       memory_share: of the memory that weights leave, for pages; used where `pages` is None.
       max_context: tokens of prompt and answer of one request. None: the model's.
       kv_dtype, kernels: as in `pdx.generate`.
@@ -53,8 +53,8 @@ class EngineConfig:
     prefill_rows: int = 2
     token_budget: int | None = None
     tpot_s: float = 0.1
-    page_size: int = 16
-    pages: int | None = None
+    page_size: int | None = None
+    pages: int | tuple[int, ...] | None = None
     memory_share: float = 0.9
     max_context: int | None = None
     kv_dtype: str = "auto"
@@ -69,11 +69,13 @@ class EngineConfig:
     deterministic: bool = False
 
     def __post_init__(self):
-        for name, low in (("slots", 1), ("prefill_rows", 1), ("page_size", 1), ("max_queue", 1), ("num_logprobs", 0)):
+        for name, low in (("slots", 1), ("prefill_rows", 1), ("max_queue", 1), ("num_logprobs", 0)):
             _check_integer(name, getattr(self, name), low)
-        for name in ("pages", "max_context", "token_budget"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+        for name in ("page_size", "pages", "max_context", "token_budget"):
+            value = getattr(self, name)
+            for each in value if name == "pages" and isinstance(value, tuple) else (value,):
+                if each is not None:
+                    _check_integer(name, each, 1)
         for name in ("aging_s", "tpot_s", "memory_share"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"{name} is {getattr(self, name)!r}: it must be above 0")
@@ -89,11 +91,13 @@ class EngineConfig:
             )
         if self.deterministic and not self.chunked_prefill:
             raise RequestError("deterministic needs chunked_prefill: all its steps have one shape")
-        if self.deterministic and self.token_budget is not None and self.token_budget < self.slots + self.page_size:
-            raise RequestError(
-                f"token_budget is {self.token_budget}: deterministic prompts come in whole pages beside {self.slots} "
-                f"decode rows, so it must be at least {self.slots + self.page_size}"
-            )
+        if self.deterministic and None not in (self.token_budget, self.page_size):
+            least = self.slots + self.page_size
+            if self.token_budget < least:
+                raise RequestError(
+                    f"token_budget is {self.token_budget}: deterministic prompts come in whole pages beside the decode "
+                    f"rows, so it must be at least {least}"
+                )
 
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
@@ -110,8 +114,9 @@ class EngineConfig:
 
     @property
     def budget(self) -> int:
+        """The token budget, once it is settled."""
         if self.token_budget is None:
-            raise RequestError("token_budget is not settled: give a number, or let pdx.Engine choose one")
+            raise ValueError("token_budget is not settled: give a number, or let pdx.Engine choose one")
         return self.token_budget
 
     @property

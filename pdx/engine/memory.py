@@ -18,6 +18,13 @@ from pdx.engine.request import Sequence
 Copy = tuple[int, int, int]  # page group, source, destination
 
 
+def demand(window: int | None, page_size: int, tokens: int, step: int) -> int:
+    """The most pages that a request of `tokens` tokens holds at once in a group, `step` tokens being computed at a
+    time: all, or those that touch the window before a step and the step itself."""
+    every = -(-tokens // page_size)
+    return every if window is None else min(every, -(-(window - 1 + min(step, tokens)) // page_size) + 1)
+
+
 class PagedMemory:
     """Pools of `pages` pages, one a group of `windows`, for requests of up to `max_context` tokens."""
 
@@ -32,10 +39,7 @@ class PagedMemory:
 
     def demand(self, group: int, tokens: int) -> int:
         """The most pages that a request needs at once to hold `tokens` tokens."""
-        window, every = self.windows[group], -(-tokens // self.page_size)
-        if window is None:
-            return every
-        return min(every, -(-(window - 1 + min(self._most, tokens)) // self.page_size) + 1)
+        return demand(self.windows[group], self.page_size, tokens, self._most)
 
     def missing(self, group: int, seq: Sequence) -> int:
         """Pages that it will still ask for until all its tokens are computed."""

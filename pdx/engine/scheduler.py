@@ -154,6 +154,11 @@ class Scheduler:
         self.memory.tree.clear()
         return lost
 
+    @property
+    def next_deadline(self) -> float | None:
+        """When the next request may time out."""
+        return self._deadlines[0][0] if self._deadlines else None
+
     def take_timed_out(self) -> list[Sequence]:
         """Requests that timed out since the last call."""
         found, self._timed_out = self._timed_out, []

@@ -1,0 +1,99 @@
+"""What an engine chooses for itself: pages from the device's memory, the token budget from the cost model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.hardware import detect
+from pdx.cache.paged import PAGE_SIZES, PagedCache, page_groups, paged_cache_specs
+from pdx.cost import Setup
+from pdx.engine.config import EngineConfig
+from pdx.engine.memory import demand
+from pdx.errors import RequestError
+from pdx.layers.attention import layout_for
+from pdx.weights.load import Model
+
+# Without a chip in the table there is no cost model to ask: small steps, as a CPU's prefill rate is reached early.
+CPU_BUDGET = 128
+LARGEST_BUDGET = 8192
+# Of a host's memory, for pages: it has other work.
+HOST_SHARE = 1 / 8
+
+
+def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
+    """The configuration with nothing left open: context, page size, budget, and pages for each group.
+
+    Raises RequestError where the memory does not suffice for one request of `max_context` tokens.
+    """
+    context = config.max_context or model.config.max_context
+    if context > model.config.max_context:
+        raise RequestError(f"max_context is {context}, but the context of {model.name} is {model.config.max_context}")
+    settled = dataclasses.replace(
+        config, max_context=context, page_size=config.page_size or PAGE_SIZES[layout_for(config.kernels)]
+    )
+    if settled.token_budget is None:
+        least = settled.slots + settled.page_size
+        settled = dataclasses.replace(settled, token_budget=max(least, budget(model, settled, kv_dtype)))
+    if not isinstance(settled.pages, tuple):
+        settled = dataclasses.replace(settled, pages=pages(model, settled, kv_dtype))
+    return settled
+
+
+def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
+    """The most tokens, doubling, of a step that is predicted to take at most `tpot_s` with all slots at half context."""
+    chip = detect()
+    if chip is None:
+        return CPU_BUDGET
+    setup = Setup(model.config, dtype=jnp.dtype(model.dtype).name, kv_dtype=jnp.dtype(kv_dtype).name)
+    chips = 1 if model.mesh is None else model.mesh.size
+    best = tokens = 64
+    while tokens <= LARGEST_BUDGET and setup.mixed(config.slots, config.max_context // 2, tokens).seconds(
+        chip, chips
+    ) <= config.tpot_s:
+        best, tokens = tokens, tokens * 2
+    return best
+
+
+def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
+    """Pages of each group. Window groups get what their slots need twice, so that prefixes stay; the rest of the
+    memory is for the others, up to `slots` requests of `max_context` tokens."""
+    groups = page_groups(model.config)
+    if config.pages is not None:
+        return (config.pages,) * len(groups)
+    one = paged_cache_specs(model.config, 1, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh,
+                            layout=layout_for(config.kernels))  # fmt: skip
+    most = config.whole(config.max_context)
+    alone = [demand(w, config.page_size, config.max_context, most) for w in groups]
+    counts = [n * config.slots * (1 if w is None else 2) for n, w in zip(alone, groups, strict=True)]
+    return _within(free_bytes(model) * config.memory_share, counts, alone, groups, one)
+
+
+def _within(room: float, counts: list[int], alone: Sequence[int], groups, one: PagedCache) -> tuple[int, ...]:
+    """Fewer of the pages of whole contexts (of all, where there are no others) until everything fits."""
+    size = one.page_bytes
+    squeezed = [g for g, w in enumerate(groups) if w is None] or list(range(len(groups)))
+    kept = sum(n * size[g] for g, n in enumerate(counts) if g not in squeezed)
+    wanted = sum(counts[g] * size[g] for g in squeezed)
+    share = min(1.0, (room - kept) / wanted)
+    for g in squeezed:
+        counts[g] = int(counts[g] * share)
+        if counts[g] < alone[g]:
+            raise RequestError(
+                f"the memory left for pages, {room / 1e9:.2f} GB, does not hold one request of the whole context: "
+                "lower max_context or slots, or take kv_dtype='int8'"
+            )
+    return tuple(counts)
+
+
+def free_bytes(model: Model) -> float:
+    """Bytes that can be had for pages on all devices of the model together."""
+    devices = [jax.devices()[0]] if model.mesh is None else list(model.mesh.devices.flat)
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    if not stats or "bytes_limit" not in stats:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * HOST_SHARE
+    return len(devices) * (stats["bytes_limit"] - stats["bytes_in_use"])
