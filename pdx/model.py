@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pdx.cache.dense import DenseCache
+from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels, attention
 from pdx.layers.linear import embed, unembed
@@ -99,7 +100,7 @@ class ForwardOutput:
     """What `forward` returns; a field that was not asked for is None (or empty)."""
 
     logits: Float[Array, "B V"] | Float[Array, "B T V"] | None
-    cache: DenseCache | None
+    cache: DenseCache | PagedCache | None
     final_hidden: Float[Array, "B T D"]  # behind the last norm, before the head
     hidden: dict[int, Float[Array, "B T D"]]  # residual stream: 0 the embedding, i behind layer i
 
@@ -108,14 +109,17 @@ def forward(
     params: Params,
     cfg: ModelConfig,
     tokens: Int[Array, "B T"],
-    cache: DenseCache | None = None,
+    cache: DenseCache | PagedCache | None = None,
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array, " B"] | PackedRows | None = None,
     logits: Literal["last", "all", "none"] = "all",
     hidden_layers: tuple[int, ...] = (),
     kernels: Kernels = "auto",
 ) -> ForwardOutput:
     """Run T tokens a row behind what the cache holds, or by themselves without a cache.
+
+    Over a paged cache the tokens of many requests are packed into one row [1, T], and `lengths` is a `PackedRows` that
+    says whose they are; "last" logits are then those behind each request's last token, [R, V].
 
     Args:
       params: as `param_specs` declares them.
@@ -137,19 +141,22 @@ def forward(
         raise ValueError(f"hidden_layers {hidden_layers}: a model of {cfg.num_layers} layers has 0 to {cfg.num_layers}")
     if t < 1:
         raise ValueError(f"tokens {tokens.shape} are empty: a call takes at least one token a row")
-    if cache is not None and t > cache.chunk:
+    if isinstance(cache, DenseCache) and t > cache.chunk:
         raise ValueError(f"a chunk of {t} tokens is more than this cache takes at once, {cache.chunk}: "
                          f"send smaller chunks, or init_cache(..., chunk={t})")
-    if lengths is None:
-        lengths = jnp.full((b,), t, jnp.int32)
-    offsets = jnp.arange(t, dtype=jnp.int32)[None]
-    valid = offsets < lengths[:, None]
-    held = cache.lengths if cache is not None else jnp.zeros((b,), jnp.int32)
-    positions = held[:, None] + offsets
-    if cache is not None:
-        # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
-        valid &= positions < cache.capacity
-    total = jnp.where(lengths > 0, held + lengths, 0)  # a row that takes no part is not read
+    if isinstance(cache, PagedCache):
+        if b != 1 or not isinstance(lengths, PackedRows):
+            raise ValueError(f"over a paged cache tokens {tokens.shape} must be packed, [1, T], and lengths PackedRows")
+        _, positions, valid = (x[None] for x in lengths.places(t))
+        groups = [lengths.group(g) for g in range(len(cache.groups))]
+        held = [groups[g] for g in cache.group_of_layer]
+        last = lengths.query_starts[None, 1:] - 1
+    else:
+        if lengths is None:
+            lengths = jnp.full((b,), t, jnp.int32)
+        positions, valid, total = _rows(t, lengths, cache)
+        held = [total] * cfg.num_layers
+        last = lengths[:, None] - 1
     rotations = {r: rotation(r, cfg.head_dim, positions) for r in {cfg.layer_rope(i) for i in range(cfg.num_layers)}}
 
     x = embed(params["embed"], tokens, cfg.embed_scale, cache.mesh if cache is not None else None)
@@ -157,19 +164,37 @@ def forward(
     layers = []
     for i, p in enumerate(params["layers"]):
         x, layer_cache = layer(
-            p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid, total,
-            cfg=cfg, window=cfg.windows[i], mesh=cache.mesh if cache is not None else None, kernels=kernels,
+            p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid,
+            held[i], cfg=cfg, window=cfg.windows[i], mesh=cache.mesh if cache is not None else None, kernels=kernels,
         )  # fmt: skip
         layers.append(layer_cache)
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
     return ForwardOutput(
-        logits=_logits(params, cfg, x, lengths, logits),
-        cache=cache.advance(lengths, tuple(layers)) if cache is not None else None,
+        logits=_logits(params, cfg, x, last, logits),
+        cache=_appended(cache, lengths, tuple(layers)),
         final_hidden=x,
         hidden=hidden,
     )
+
+
+def _rows(t: int, lengths: Int[Array, " B"], cache: DenseCache | None):
+    """Positions of a chunk [B, T], which of its tokens are real, and what each row holds with them."""
+    offsets = jnp.arange(t, dtype=jnp.int32)[None]
+    valid = offsets < lengths[:, None]
+    held = cache.lengths if cache is not None else jnp.zeros_like(lengths, jnp.int32)
+    positions = held[:, None] + offsets
+    if cache is not None:
+        # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
+        valid &= positions < cache.capacity
+    return positions, valid, jnp.where(lengths > 0, held + lengths, 0)  # a row that takes no part is not read
+
+
+def _appended(cache: DenseCache | PagedCache | None, lengths, layers: tuple):
+    if isinstance(cache, PagedCache):
+        return cache.replace(layers=layers).placed()
+    return cache.advance(lengths, layers) if cache is not None else None
 
 
 # Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler
@@ -189,12 +214,14 @@ def layer(
     return x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y), cache
 
 
-def _logits(params: Params, cfg: ModelConfig, x: Float[Array, "B T D"], lengths: Int[Array, " B"], which: str):
+def _logits(params: Params, cfg: ModelConfig, x: Float[Array, "B T D"], last: Int[Array, "B R"], which: str):
+    """`last`: which tokens of each row are its last one, or the last ones of the requests packed into it."""
     if which == "none":
         return None
     head = params.get("lm_head", params["embed"])
     if which == "last":
-        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        x = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
+        x = x.reshape(-1, x.shape[-1])
     elif which != "all":
         raise ValueError(f"logits {which!r} is not one of last, all, none")
     return unembed(x, head, cfg.logit_softcap)

@@ -1,7 +1,8 @@
 """The two phases as pure jitted functions over one cache, which is donated and returned.
 
 `prefill` appends a chunk, `decode_step` one token a row, `decode_many` decodes and samples on the device,
-`verify` scores a draft. Each is `pdx.model.forward` with another T and another row of logits kept.
+`verify` scores a draft, `mixed_step` takes packed tokens of many requests over pages, decode rows and chunks of prompts
+in one. Each is `pdx.model.forward` with another T and another row of logits kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pdx.cache.dense import DenseCache
+from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels
 from pdx.model import Params, forward
@@ -152,6 +154,50 @@ def verify(
     return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
+def mixed_step(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Int[Array, " T"],
+    cache: PagedCache,
+    *,
+    block_tables: Int[Array, "Gr R M"],
+    lengths: Int[Array, " R"],
+    query_starts: Int[Array, " R1"],
+    decode_rows: int = 0,
+    max_queries: int | None = None,
+    kernels: Kernels = "auto",
+) -> tuple[Float[Array, "R V"], PagedCache]:
+    """Append packed tokens of R requests to their pages: decode rows and chunks of prompts in one step.
+
+    The weights are read once for all of them, so that a chunk fills the arithmetic that decode rows leave idle
+    (Sarathi, Agrawal et al. 2023). The cache is donated: use the one returned.
+
+    Args:
+      tokens: of row r those from query_starts[r] to query_starts[r+1] - 1; what follows the last row is padding.
+      block_tables: position t of row r lies in page block_tables[g, r, t // p] of page group g (`page_groups`).
+        Entries that no query of the row sees may be anything.
+      lengths: tokens that each row holds, this step's included, which stand last; 0: it takes no part.
+      decode_rows: static; the first rows, so many, own one token at most, and are attended together.
+      max_queries: static; the most tokens that a row owns; None: up to T. Wrong hints give wrong results.
+
+    Returns:
+      Logits behind the last token of each row, f32: NaN where a row is longer than its block table, meaningless where
+      it takes no part; and the cache.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    groups, rows = len(cache.groups), np.shape(lengths)[0]
+    if np.shape(block_tables)[:2] != (groups, rows) or np.shape(query_starts) != (rows + 1,) or np.ndim(tokens) != 1:
+        raise ValueError(
+            f"tokens [T], block_tables [{groups}, R, M], lengths [R] and query_starts [R+1] must agree, got "
+            f"{np.shape(tokens)}, {np.shape(block_tables)}, {np.shape(lengths)} and {np.shape(query_starts)}"
+        )
+    packed = PackedRows(*(jnp.asarray(x, jnp.int32) for x in (block_tables, lengths, query_starts)),
+                        decode_rows, max_queries)  # fmt: skip
+    return _mixed_step(params, cfg, jnp.asarray(tokens, jnp.int32), packed, cache, kernels)
+
+
 def _rows(cache: DenseCache, **given) -> None:
     """Raise ValueError for an array that has not a row for each of the cache's."""
     for name, x in given.items():
@@ -198,6 +244,17 @@ def _verify(params, cfg, tokens, lengths, cache, kernels):
     return _finish(out.logits, out.cache)
 
 
+def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):
+    """`mixed_step` to be traced inside a larger program."""
+    out = forward(params, cfg, tokens[None], cache, lengths=rows, logits="last", kernels=kernels)
+    full = rows.lengths > rows.block_tables.shape[-1] * cache.page_size
+    logits = jnp.where(full[:, None], jnp.nan, out.logits)
+    return constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh), out.cache
+
+
+_mixed_step = jax.jit(mixed, static_argnames=("cfg", "kernels"), donate_argnames="cache")
+
+
 @partial(
     jax.jit, static_argnames=("cfg", "n", "num_logprobs", "kernels"), donate_argnames=("cache", "sampling")
 )
@@ -228,4 +285,5 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
 
 
 # The jitted programs behind the steps, for `.lower(...)`: they take every argument by name and check nothing.
-PROGRAMS = {"prefill": _prefill, "decode_step": _decode_step, "decode_many": _decode_many, "verify": _verify}
+PROGRAMS = {"prefill": _prefill, "decode_step": _decode_step, "decode_many": _decode_many, "verify": _verify,
+            "mixed_step": _mixed_step}  # fmt: skip

@@ -7,6 +7,8 @@ same ring that never wraps. How keys and values lie in memory is the device's ma
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,9 @@ DEFAULT_CHUNK = 512
 class LayerCache:
     """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all.
 
-    In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and probabilities
-    with: nothing is dequantized in memory.
+    The first axis, `rows`, is the batch of a dense cache or the pages of a paged one: a row of a dense cache is a
+    page of its slots. In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and
+    probabilities with: nothing is dequantized in memory.
     """
 
     k: Array
@@ -41,9 +44,11 @@ class LayerCache:
     v_scale: Array | None = None
     layout: Layout = struct.field(pytree_node=False, default="heads_first")
     kv_heads: int = struct.field(pytree_node=False, default=1)
+    rows: Literal["batch", "pages"] = struct.field(pytree_node=False, default="batch")
 
     @property
     def slots(self) -> int:
+        """Tokens of a row, or of a page."""
         return self.k.shape[slot_axis(self.layout)]
 
     @property
@@ -53,23 +58,20 @@ class LayerCache:
 
     def specs(self) -> LayerCache:
         """What the leaves are, as declared."""
-        found = {n: _spec(x.shape, x.dtype, self.layout, self.kv_heads) for n, x in (("k", self.k), ("v", self.v))}
-        found |= {name: _scale_spec(x.shape, self.kv_heads) for name, x in self.scales.items()}
+        found = {n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.rows)
+                 for n, x in (("k", self.k), ("v", self.v))}  # fmt: skip
+        found |= {name: _scale_spec(x.shape, self.kv_heads, self.rows) for name, x in self.scales.items()}
         return self.replace(**found)
 
-    def append(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"],
-        valid: Bool[Array, "B T"], implementation: str = "auto", interpret: bool = False,
+    def write(
+        self, k: Float[Array, "T K H"], v: Float[Array, "T K H"], slots: Int[Array, " T"],
+        implementation: str = "auto", interpret: bool = False,
     ) -> LayerCache:  # fmt: skip
-        """Write the valid tokens at their positions; the others write nothing anywhere.
+        """Write tokens into slots, counted through all rows or pages; those of slot -1 are written nowhere.
 
-        A row of a dense cache is a page of `slots` tokens. On a mesh this is called on each device's own heads
-        (`layers.attention`). `implementation` of the write: see `pallas_kernels.write_pages`.
+        On a mesh this is called on each device's own heads (`layers.attention`). `implementation`: see
+        `pallas_kernels.write_pages`.
         """
-        rows = jnp.arange(k.shape[0])[:, None]
-        # Padding and inactive rows cost no write.
-        slots = jnp.where(valid, rows * self.slots + positions % self.slots, -1).reshape(-1)
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         scales = {}
         if self.scales:
             (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
@@ -78,6 +80,16 @@ class LayerCache:
             self.k, self.v, k.astype(self.k.dtype), v.astype(self.v.dtype), slots=slots, layout=self.layout, **scales,
             implementation=implementation, interpret=interpret)  # fmt: skip
         return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
+
+    def append(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"], implementation: str = "auto", interpret: bool = False,
+    ) -> LayerCache:  # fmt: skip
+        """Write the valid tokens of a dense cache's rows at their positions; the others cost no write."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        slots = jnp.where(valid, rows * self.slots + positions % self.slots, -1).reshape(-1)
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        return self.write(k, v, slots, implementation, interpret)
 
 
 @struct.dataclass
@@ -160,21 +172,40 @@ class DenseCache:
                 )
 
 
-def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int) -> ArraySpec:
+def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int, rows: str = "batch") -> ArraySpec:
     """Keys or values of a layer. In `folded`, heads are dealt out whole, each device's rounded up to whole lanes."""
     axes = {
-        "heads_first": ("batch", "kv_heads", None, None),
-        "heads_last": ("batch", None, "kv_heads", None),
-        "folded": ("batch", None, "kv_heads"),
+        "heads_first": (rows, "kv_heads", None, None),
+        "heads_last": (rows, None, "kv_heads", None),
+        "folded": (rows, None, "kv_heads"),
     }[layout]
     units = (*shape[:2], kv_heads) if layout == "folded" else None
     return ArraySpec(shape, axes, dtype, units=units, init="zeros")
 
 
-def _scale_spec(shape: tuple[int, ...], kv_heads: int) -> ArraySpec:
+def _scale_spec(shape: tuple[int, ...], kv_heads: int, rows: str = "batch") -> ArraySpec:
     """Scales of int8 keys or values: dealt out as the heads are, each device's rounded up."""
     units = (shape[0], kv_heads, shape[2])
-    return ArraySpec(shape, ("batch", "kv_heads", None), jnp.float32, units=units, init="zeros")
+    return ArraySpec(shape, (rows, "kv_heads", None), jnp.float32, units=units, init="zeros")
+
+
+def layer_specs(
+    cfg: ModelConfig, count: int, slots: int, rows: Literal["batch", "pages"], *, dtype, mesh: Mesh | None,
+    layout: Layout,
+) -> LayerCache:  # fmt: skip
+    """One layer of `count` rows (or pages) of `slots` tokens, as declared: its leaves are `ArraySpec`s."""
+    heads = cfg.num_kv_heads
+    axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
+    shards = mesh.shape[axis] if axis else 1
+    shape = cache_shape(layout, count, slots, heads, cfg.head_dim)
+    if layout == "folded":
+        shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
+    spec = _spec(shape, dtype, layout, heads, rows)
+    if jnp.dtype(dtype) != jnp.int8:
+        return LayerCache(spec, spec, layout=layout, kv_heads=heads, rows=rows)
+    padded = round_up(heads // shards, SUBLANES) * shards if layout == "folded" else heads
+    scale = _scale_spec((count, padded, slots), heads, rows)
+    return LayerCache(spec, spec, scale, scale, layout, heads, rows)
 
 
 def default_layout(platform: str | None = None) -> Layout:
@@ -198,21 +229,9 @@ def cache_specs(
         raise ValueError(f"batch {batch}, capacity {capacity} and chunk {chunk} must be at least 1")
     capacity = round_up(capacity, SLOT_MULTIPLE)
 
-    layout, heads = layout or default_layout(), cfg.num_kv_heads
-    axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
-    shards = mesh.shape[axis] if axis else 1
-
     def layer(window):
         slots = layer_slots(window, capacity, chunk)
-        shape = cache_shape(layout, batch, slots, heads, cfg.head_dim)
-        if layout == "folded":
-            shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
-        spec = _spec(shape, dtype, layout, heads)
-        if jnp.dtype(dtype) != jnp.int8:
-            return LayerCache(spec, spec, layout=layout, kv_heads=heads)
-        padded = round_up(heads // shards, SUBLANES) * shards if layout == "folded" else heads
-        scale = _scale_spec((batch, padded, slots), heads)
-        return LayerCache(spec, spec, scale, scale, layout, heads)
+        return layer_specs(cfg, batch, slots, "batch", dtype=dtype, mesh=mesh, layout=layout or default_layout())
 
     count, layers = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros"), tuple(layer(w) for w in cfg.windows)
     return DenseCache(layers, count, count, capacity, min(chunk, capacity), cfg.windows, mesh)
@@ -229,9 +248,13 @@ def init_cache(
     With a `mesh`, rows go over `data` and KV heads over `model`. `layout`: how it lies in memory; None:
     as this device's attention reads it best.
     """
-    specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout)
+    return zeros(cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout), mesh)
 
-    def zeros(spec: ArraySpec):
+
+def zeros(specs, mesh: Mesh | None):
+    """A cache as declared by `specs`, empty."""
+
+    def leaf(spec: ArraySpec):
         return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding(mesh) if mesh else None)
 
-    return jax.tree.map(zeros, specs, is_leaf=is_spec)
+    return jax.tree.map(leaf, specs, is_leaf=is_spec)

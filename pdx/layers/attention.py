@@ -10,12 +10,14 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import decode_attention, flash_attention, reference_attention
+from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention
 from pallas_kernels.decode_attention.api import MAX_QUERIES
 from pallas_kernels.decode_attention.api import explain as explain_decode
 from pallas_kernels.flash_attention.api import explain as explain_flash
 from pallas_kernels.layouts import Layout
+from pallas_kernels.paged_attention.api import explain as explain_paged
 from pdx.cache.dense import LayerCache, default_layout
+from pdx.cache.paged import PackedRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.layers.linear import linear
@@ -52,9 +54,18 @@ def implementation(kernels: Kernels, layout: Layout) -> tuple[str, bool]:
 
 def explain(kernels: Kernels) -> dict[str, str]:
     """Which path each phase's attention takes, and why. Raises NotImplementedError as the kernels would."""
+    return _explained(kernels, {"prefill": explain_flash, "decode": explain_decode})
+
+
+def explain_mixed(kernels: Kernels) -> str:
+    """The same of a mixed step over pages."""
+    return _explained(kernels, {"mixed": explain_paged})["mixed"]
+
+
+def _explained(kernels: Kernels, ops: dict[str, Callable]) -> dict[str, str]:
     name, interpreted = implementation(kernels, layout_for(kernels))
     note = ", interpreted on the CPU" if interpreted else ""
-    return {"prefill": f"{explain_flash(name)}{note}", "decode": f"{explain_decode(name)}{note}"}
+    return {phase: f"{explain_op(name)}{note}" for phase, explain_op in ops.items()}
 
 
 def attention(
@@ -66,14 +77,15 @@ def attention(
     rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]],
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, " B"] | PackedRows,
     cache: LayerCache | None,
     mesh: Mesh | None,
     kernels: Kernels,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """Project, rotate, append to the cache and attend over what it holds.
 
-    `lengths` are the tokens a row holds with this chunk. Without a cache the chunk attends to itself
+    `lengths` are the tokens a row holds with this chunk; over pages, x is one row of packed tokens, and `lengths` says
+    whose they are. Without a cache the chunk attends to itself
     through the dense reference, which differentiates. On a `mesh` each device appends and attends to
     its own rows and heads.
     """
@@ -93,7 +105,7 @@ def attention(
     else:
         name, interpret = implementation(kernels, cache.layout)
         settings |= {"implementation": name, "interpret": interpret, "layout": cache.layout}
-        run = partial(_append_and_attend, **settings)
+        run = partial(_attend_pages if cache.rows == "pages" else _append_and_attend, **settings)
         if mesh is not None and mesh.size > 1:
             run = _sharded(run, mesh, cfg, cache)
         out, cache = run(q, k, v, positions, valid, lengths, cache)
@@ -107,6 +119,17 @@ def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **
     out = op(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2], **cache.scales,
              **settings)  # fmt: skip
     return out, cache
+
+
+def _attend_pages(q, k, v, positions, valid, rows: PackedRows, cache: LayerCache, **settings):
+    """The same for packed tokens over pages."""
+    slots = rows.slots(q.shape[1], cache.slots)
+    cache = cache.write(k[0], v[0], slots, *_writer(settings, cache))
+    out = paged_attention(
+        q[0], cache.k, cache.v, block_tables=rows.block_tables, lengths=rows.lengths, query_starts=rows.query_starts,
+        kv_heads=k.shape[2], decode_rows=rows.decode_rows, max_queries=rows.max_queries, **cache.scales, **settings,
+    )  # fmt: skip
+    return out[None], cache
 
 
 def _writer(settings: dict, cache: LayerCache) -> tuple[str, bool]:
@@ -126,7 +149,7 @@ def _sharded(run: Callable, mesh: Mesh, cfg: ModelConfig, cache: LayerCache) -> 
     heads of a single KV head are dealt out all the same.
     """
     specs = cache.specs()
-    rows = mesh_axis("batch", specs.k.shape[0], mesh)
+    rows = mesh_axis(cache.rows, specs.k.shape[0], mesh)
     kv_heads = mesh_axis("kv_heads", cfg.num_kv_heads, mesh)
     heads = kv_heads or (mesh_axis("heads", cfg.num_heads, mesh) if cfg.num_kv_heads == 1 else None)
     q, kv = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None, kv_heads, None)

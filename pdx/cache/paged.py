@@ -1,0 +1,155 @@
+"""The paged KV-cache: pages of tokens that block tables deal out to requests, and which request a packed token is of.
+
+Layers of one window make a page group, with a pool of pages and a block table of their own, since a window layer can
+give pages back that a full layer must keep. Which page belongs to whom is the host's to know: the cache holds pages
+and no lengths. Kwon et al. 2023 (PagedAttention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.layouts import Layout
+from pdx.cache.dense import LayerCache, default_layout, layer_specs, zeros
+from pdx.config import ModelConfig
+from pdx.errors import RequestError
+from pdx.sharding import constrain, is_spec
+
+# Tokens of a page. On a TPU a DMA moves whole tiles and int8 scales lie by the page, tokens in lanes.
+PAGE_SIZES: dict[Layout, int] = {"folded": 128, "heads_last": 64, "heads_first": 64}
+
+
+def page_groups(cfg: ModelConfig) -> tuple[int | None, ...]:
+    """The windows of a model, each once, in the order of its layers: a page group each. None: the whole context."""
+    return tuple(dict.fromkeys(cfg.windows))
+
+
+@struct.dataclass
+class PackedRows:
+    """Which request each packed token is of, and where that request's pages are: what attention needs of a step.
+
+    Attributes:
+      block_tables: [Gr, R, M], or [R, M] of one page group: position t lies in page block_tables[g, r, t // p].
+      lengths: tokens that each row holds, this step's included; 0: it takes no part.
+      query_starts: row r owns the tokens from query_starts[r] to query_starts[r+1] - 1; the last one stands at
+        position lengths[r] - 1. What follows the last row is padding.
+      decode_rows: the first rows, so many, own one token at most; max_queries: the most any row owns. Static.
+    """
+
+    block_tables: Int[Array, "Gr R M"] | Int[Array, "R M"]
+    lengths: Int[Array, " R"]
+    query_starts: Int[Array, " R1"]
+    decode_rows: int = struct.field(pytree_node=False, default=0)
+    max_queries: int | None = struct.field(pytree_node=False, default=None)
+
+    def group(self, index: int) -> PackedRows:
+        """As one page group sees them."""
+        return self.replace(block_tables=self.block_tables[index])
+
+    def places(self, tokens: int) -> tuple[Int[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
+        """Row and position of each packed token, and whether it is one: padding is not, nor is what has no page."""
+        at, rows = jnp.arange(tokens, dtype=jnp.int32), self.lengths.shape[0]
+        row = jnp.searchsorted(self.query_starts, at, side="right", method="compare_all") - 1
+        own = jnp.clip(row, 0, rows - 1)
+        position = self.lengths[own] - self.query_starts[own + 1] + at
+        return own, position, (row < rows) & (self.lengths[own] > 0) & (position >= 0)
+
+    def slots(self, tokens: int, page: int) -> Int[Array, " T"]:
+        """Where in the pages of one group each token is to be written, page * p + offset; -1: nowhere."""
+        own, position, real = self.places(tokens)
+        width = self.block_tables.shape[1]
+        held = self.block_tables[own, jnp.clip(position // page, 0, width - 1)]
+        return jnp.where(real & (position < width * page), held * page + position % page, -1)
+
+
+@struct.dataclass
+class PagedCache:
+    """Pages of every layer; layers of one page group have equally many, and share its block table."""
+
+    layers: tuple[LayerCache, ...]
+    groups: tuple[int | None, ...] = struct.field(pytree_node=False)
+    group_of_layer: tuple[int, ...] = struct.field(pytree_node=False)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def page_size(self) -> int:
+        return self.layers[0].slots
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """How many each group has."""
+        return tuple(self.layers[self.group_of_layer.index(g)].k.shape[0] for g in range(len(self.groups)))
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        """Bytes of a page of each group, through all layers of it."""
+        found = [0] * len(self.groups)
+        for layer, group in zip(self.layers, self.group_of_layer, strict=True):
+            leaves = jax.tree.leaves(layer, is_leaf=is_spec)
+            found[group] += sum(int(np.prod(x.shape[1:])) * jnp.dtype(x.dtype).itemsize for x in leaves)
+        return tuple(found)
+
+    def placed(self) -> PagedCache:
+        """The cache held to its placement on the mesh, inside a jitted function: how it must be returned."""
+        if self.mesh is None:
+            return self
+        specs = self.replace(layers=tuple(layer.specs() for layer in self.layers))
+        return jax.tree.map(lambda s, x: constrain(x, s, self.mesh), specs, self, is_leaf=is_spec)
+
+
+def paged_cache_specs(
+    cfg: ModelConfig, pages: int | Sequence[int], *, page_size: int | None = None, dtype=jnp.float32,
+    mesh: Mesh | None = None, layout: Layout | None = None,
+) -> PagedCache:  # fmt: skip
+    """The cache as declared: a `PagedCache` whose leaves are `ArraySpec`s. See `init_paged_cache`."""
+    groups, layout = page_groups(cfg), layout or default_layout()
+    counts = (pages,) * len(groups) if isinstance(pages, int) else tuple(pages)
+    page_size = page_size or PAGE_SIZES[layout]
+    if len(counts) != len(groups) or min(counts) < 1 or page_size < 1:
+        raise ValueError(f"pages {pages} of {page_size} tokens: a number of at least 1 for each of the page groups "
+                         f"{groups} is needed (windows; None: whole contexts)")
+    if mesh is not None and mesh.shape["data"] > 1:
+        raise RequestError(f"a paged cache lies on one replica, but the mesh has data={mesh.shape['data']}: packed "
+                           "tokens cannot be dealt out by rows; use data=1, and an engine for each replica")
+    of_layer = tuple(groups.index(w) for w in cfg.windows)
+    layers = [layer_specs(cfg, counts[g], page_size, "pages", dtype=dtype, mesh=mesh, layout=layout) for g in of_layer]
+    return PagedCache(tuple(layers), groups, of_layer, mesh)
+
+
+def init_paged_cache(
+    cfg: ModelConfig, pages: int | Sequence[int], *, page_size: int | None = None, dtype=jnp.float32,
+    mesh: Mesh | None = None, layout: Layout | None = None,
+) -> PagedCache:  # fmt: skip
+    """An empty cache of `pages` pages, a number for all page groups (see `page_groups`) or one for each.
+
+    `page_size` tokens a page; None: what suits the layout. `dtype`, `layout` and `mesh` as in `init_cache`, but rows
+    cannot be dealt out over `data`.
+
+    Raises:
+      ValueError: not a number of pages for each group; RequestError: a mesh with more than one replica.
+    """
+    return zeros(paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout), mesh)
+
+
+@partial(jax.jit, static_argnames="group", donate_argnames="cache")
+def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Array, " n"]) -> PagedCache:
+    """Copy pages `src` of a group over pages `dst`, in all its layers: what a request shares and wants to write.
+
+    The cache is donated. A copy whose `dst` is no page (-1) is none; all sources are read before any is written.
+    """
+    count = cache.pages[group]
+    to = jnp.where((dst >= 0) & (dst < count), dst, count)
+    of = jnp.clip(src, 0, count - 1)
+    layers = [
+        jax.tree.map(lambda x: x.at[to].set(x[of], mode="drop"), layer) if g == group else layer
+        for layer, g in zip(cache.layers, cache.group_of_layer, strict=True)
+    ]
+    return cache.replace(layers=tuple(layers)).placed()
