@@ -31,6 +31,9 @@ _WHERE = {
     "Tokenizer": "pdx.tokenizer",
     "generate": "pdx.generation",
     "stream": "pdx.generation",
+    "Engine": "pdx.engine.engine",
+    "EngineConfig": "pdx.engine.config",
+    "EngineRequest": "pdx.engine.request",
 }
 __all__ = ["__version__", *_WHERE]
 
