@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,29 @@ def read(path: Path, defaults: SamplingOptions) -> list[Request]:
 
     Raises RequestError that names the line. Keys that are no setting are the user's own: they are kept.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from error
-    requests = [_request(path, i, line, defaults) for i, line in enumerate(lines, 1) if line.strip()]
+    requests = [parse(where, number, row, defaults) for number, row, where in rows_of(path)]
     if not requests:
         raise RequestError(f"{path} holds no requests: one JSON object a line, such as " '{"prompt": "Hello"}')
     return requests
 
 
-def _request(path: Path, number: int, line: str, defaults: SamplingOptions) -> Request:
-    where = f"{path}, line {number}"
+def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """The number of each line that is not blank, what it says, and where that is for messages. Raises RequestError."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{where} is no JSON: {error}") from None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            try:
+                yield number, json.loads(line), where
+            except json.JSONDecodeError as error:
+                raise RequestError(f"{where} is no JSON: {error}") from None
+
+
+def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Request:
+    """The request that a row asks for. Raises RequestError that says `where` it stands."""
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise RequestError(f'{where}: expected an object with either "prompt" or "messages"')
     prompt = row.get("prompt", row.get("messages"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pdx.completion import Completion
+from pdx.metrics import ServedTiming
 
 
 def device_name() -> str:
@@ -23,8 +24,8 @@ def kernel_paths(kernels: str) -> dict[str, str]:
     return explain(kernels)
 
 
-def completion_fields(completion: Completion, kernels: str) -> dict[str, Any]:
-    """The object of `--json`, and what an output row of `--prompts` gains."""
+def completion_fields(completion: Completion, kernels: str | dict[str, str]) -> dict[str, Any]:
+    """The object of `--json`, and what an output row gains. `kernels`: the choice, or the paths taken."""
     timing = completion.timing
     fields: dict[str, Any] = {
         "text": completion.text,
@@ -37,8 +38,10 @@ def completion_fields(completion: Completion, kernels: str) -> dict[str, Any]:
         "e2e_s": timing.e2e_s,
         "compile_s": completion.compile_s,
         "device": device_name(),
-        "kernels": kernel_paths(kernels),
+        "kernels": kernel_paths(kernels) if isinstance(kernels, str) else kernels,
     }
+    if isinstance(timing, ServedTiming):
+        fields |= {"queue_s": timing.queue_s, "hit_tokens": timing.hit_tokens, "preemptions": timing.preemptions}
     if completion.logprobs is not None:
         fields["logprobs"] = [
             {"token_id": t.token_id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]}

@@ -17,7 +17,7 @@ LAYERS = (
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "completion", "generation", "speculative", "aot", "calibration"),
     ("engine.",),
-    ("bench.", "train.", "report_text", "batch_file", "plan"),
+    ("bench.", "train.", "report_text", "batch_file", "batch_job", "chat", "plan"),
     ("cli.", "serve."),
 )
 # What a kernel library for others to use may stand on.

@@ -166,6 +166,11 @@ class Engine:
             for stream in streams:
                 stream.cancel()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be submitted any more: it was closed, or broke down."""
+        return self._closing
+
     def metrics(self) -> EngineMetrics:
         with self._work:
             return self._stats.snapshot(self.scheduler)
