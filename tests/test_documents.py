@@ -21,11 +21,16 @@ def test_the_api_is_shown_in_ten_lines():
 
 
 @pytest.mark.slow
-def test_the_ten_lines_run():
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(functional_api(), "README.md", "exec"), {})
-    assert out.getvalue().startswith(" Paris")
+def test_the_readmes_python_runs():
+    """Block after block in one namespace: the ten lines, then the engine on the model that they loaded."""
+    readme, names = (ROOT / "README.md").read_text(encoding="utf-8"), {}
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(block, "README.md", "exec"), names)
+        assert out.getvalue().startswith(" Paris")
 
 
 def test_notebooks_are_clean():
