@@ -79,6 +79,32 @@ def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Cou
     Raises:
       UnknownControl: what is moved depends on an array whose values are not known.
     """
+    calls: list[Call] = []
+
+    def listen(eqn, operands):
+        if eqn.primitive.name == "pallas_call":
+            calls.append(_pallas_call(eqn, operands, platform))
+
+    _run(fn, args, kwargs, listen)
+    return Counted(tuple(calls))
+
+
+def multiplied(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Counter[str]:
+    """FLOPs of every matrix product of `fn(*args, **kwargs)` by the type of its operands, XLA's and those of Pallas
+    kernels: in a loop as often as it turns, in a kernel as often as its grid and loops come to it. See `count`."""
+    found: Counter[str] = Counter()
+
+    def listen(eqn, operands):
+        if eqn.primitive.name == "dot_general":
+            found[str(eqn.invars[0].aval.dtype)] += dot_flops(eqn)
+        elif eqn.primitive.name == "pallas_call" and any(dots(eqn.params["jaxpr"])):
+            found.update(_pallas_call(eqn, operands, platform).dots)
+
+    _run(fn, args, kwargs, listen)
+    return found
+
+
+def _run(fn: Callable, args: tuple, kwargs: dict, listen: Callable) -> None:
     leaves, tree = tree_util.tree_flatten((args, kwargs))
     shapes = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
               for x in leaves]  # fmt: skip
@@ -88,16 +114,9 @@ def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Cou
         return fn(*a, **k)
 
     closed = jax.make_jaxpr(flat)(*shapes)
-    calls: list[Call] = []
-
-    def listen(eqn, operands):
-        if eqn.primitive.name == "pallas_call":
-            calls.append(_pallas_call(eqn, operands, platform))
-
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else Known(np.asarray(x)) for x in leaves]
     with np.errstate(all="ignore"):
         Interpreter(listen).closed(closed, known)
-    return Counted(tuple(calls))
 
 
 def dots(jaxpr: Any) -> Iterator[Any]:
