@@ -22,6 +22,7 @@ from pallas_kernels.hardware import Chip
 from pdx.config import ModelConfig
 from pdx.matrices import PARTS, SCALE_BYTES, Experts, Latent, Matrix, matrices, vectors
 from pdx.quant import Kind, Policy
+from pdx.shapes import DEFAULT_CHUNK, layer_slots
 
 Phase = Literal["prefill", "decode", "mixed"]
 # Of a chip's memory, for programs, temporaries and what is fragmented.
@@ -104,9 +105,9 @@ class Setup:
         return 2 * self.cfg.num_kv_heads * (self.cfg.head_dim * kind.itemsize + scale)
 
     def cache_bytes(self, batch: int, context: int) -> int:
-        """Keys and values of `batch` rows of `context` tokens; window layers hold no more than their window."""
-        tokens = sum(min(context, w or context) for w in self.cfg.windows)
-        return batch * tokens * self.kv_token_bytes
+        """Keys and values of `batch` rows of `context` tokens; window layers hold their window and a chunk."""
+        slots = sum(layer_slots(w, context, DEFAULT_CHUNK) for w in self.cfg.windows)
+        return batch * slots * self.kv_token_bytes
 
     def prefill(self, batch: int, prompt: int, held: int = 0) -> Cost:
         """`batch` prompts of `prompt` tokens behind `held` ones; the head for the last token alone."""
@@ -148,6 +149,12 @@ class Setup:
         return self.weights["norms and biases"] + sum(
             round(part.bytes * share) if name == "experts" else part.bytes for name, part in self._parts.items())
 
+    @property
+    def _attended(self) -> str:
+        """The type in which attention multiplies: int8 is widened, the wider of two floats decides."""
+        cached = self.dtype if self.kv_dtype in (None, "int8") else self.kv_dtype
+        return str(jnp.promote_types(self.dtype, cached))
+
     def _attention_flops(self, new: int, held: int, window: int | None) -> int:
         pairs = visible_pairs(new, held, window)
         if self.latent:
@@ -167,7 +174,7 @@ class Setup:
             for w, layers in Counter(cfg.windows).items():
                 attention += count * layers * self._attention_flops(new, held, w)
                 seen += count * layers * min(held + new, w + new - 1 if w else held + new)
-        flops["attention"] = {self.dtype: attention}
+        flops["attention"] = {self._attended: attention}
         lookups = Matrix("embed", "embedding", tokens, cfg.d_model).bytes(self.policy.kind("embed"), self.dtype)
         nbytes = {"weights": self.streamed(tokens) + lookups, "kv read": seen * self.kv_token_bytes,
                   "kv written": tokens * cfg.num_layers * self.kv_token_bytes,
@@ -260,65 +267,6 @@ def best_batch(setup: Setup, chip: Chip, context: int, tpot: float, chips: int =
     while low < high:
         middle = (low + high + 1) // 2
         ok = setup.decode(middle, context).seconds(chip, chips) <= tpot
-        low, high = (middle, high) if ok else (low, middle - 1)
-    return low
-
-
-def speculation(acceptance: float, draft: int, draft_cost: float, verify_cost: float = 1.0) -> float:
-    """Speed of speculative decoding over plain decoding.
-
-    Args:
-      acceptance: probability that a drafted token is accepted, each by itself.
-      draft: tokens drafted a round.
-      draft_cost, verify_cost: of one drafted token and of a verification, in decode steps.
-    """
-    tokens = draft + 1 if acceptance == 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
-    return tokens / (draft * draft_cost + verify_cost)
-
-
-def break_even(draft: int, draft_cost: float, verify_cost: float = 1.0) -> float | None:
-    """The acceptance from which on speculation pays, None if it never does."""
-    if speculation(1.0, draft, draft_cost, verify_cost) <= 1:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if speculation(middle, draft, draft_cost, verify_cost) >= 1 else (middle, high)
-    return high
-
-
-def verify_cost(setup: Setup, chip: Chip, batch: int, context: int, draft: int, chips: int = 1) -> float:
-    """A verification of `draft` + 1 tokens a row in decode steps."""
-    whole = setup.verify(batch, context, draft)
-    return whole.seconds(chip, chips) / setup.decode(batch, context).seconds(chip, chips)
-
-
-def chunked_prefill(setup: Setup, chip: Chip, prompt: int, chunk: int, chips: int = 1) -> float:
-    """Seconds of a prompt in chunks, each a prefill of its own: weights and the keys and values so far are read again
-    for each."""
-    starts = range(0, prompt, chunk)
-    return sum(setup.prefill(1, min(chunk, prompt - at), at).seconds(chip, chips) for at in starts)
-
-
-def longest_step(
-    setup: Setup, chip: Chip, batch: int, context: int, prompt: int, chunk: int, chips: int = 1
-) -> float:  # fmt: skip
-    """The longest that `batch` decoding rows of `context` tokens wait for their next one while a prompt goes by in
-    chunks, one a step: what chunks protect is the difference to `chunk` = `prompt`."""
-    decoding, starts = [(1, context - 1)] * batch, range(0, prompt, chunk)
-    return max(setup.mixed([*decoding, (min(chunk, prompt - at), at)]).seconds(chip, chips) for at in starts)
-
-
-def largest_chunk(
-    setup: Setup, chip: Chip, decode_batch: int, context: int, tpot: float, chips: int = 1
-) -> int:  # fmt: skip
-    """The most prompt tokens that a step may take beside `decode_batch` decoding rows so that it ends within `tpot`
-    seconds, all rows `context` tokens long, the prompt too; 0 if there is no room for one token."""
-    decoding = [(1, context - 1)] * decode_batch
-    low, high = 0, context
-    while low < high:
-        middle = (low + high + 1) // 2
-        ok = setup.mixed([*decoding, (middle, context - middle)]).seconds(chip, chips) <= tpot
         low, high = (middle, high) if ok else (low, middle - 1)
     return low
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdx import cost
+from pdx import cost, tradeoffs
 from pdx.plan.figures import Plan
 
 DRAFT, DRAFT_COST = 4, 0.1  # a draft of four tokens by a model of a tenth of the cost
@@ -55,12 +55,12 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 
 def _speculation(plan: Plan) -> str:
-    verify = cost.verify_cost(plan.setup, plan.chip, plan.batch, plan.context, DRAFT, plan.chips)
-    even = cost.break_even(DRAFT, DRAFT_COST, verify)
+    verify = tradeoffs.verify_cost(plan.setup, plan.chip, plan.batch, plan.context, DRAFT, plan.chips)
+    even = tradeoffs.break_even(DRAFT, DRAFT_COST, verify)
     said = f"Speculation with {DRAFT} drafted tokens at a tenth of a step each: a verification costs {verify:.2f} steps"
     if even is None:
         return f"{said}, so it loses at every acceptance."
-    gain = cost.speculation(0.8, DRAFT, DRAFT_COST, verify)
+    gain = tradeoffs.speculation(0.8, DRAFT, DRAFT_COST, verify)
     return f"{said}, so it loses below an acceptance of {even:.2f} and makes {gain:.2f}x at 0.8."
 
 

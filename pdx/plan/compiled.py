@@ -18,10 +18,10 @@ from typing import Any
 from pallas_kernels import targets
 from pallas_kernels.hardware import Chip
 from pdx import aot
-from pdx.cache.dense import DEFAULT_CHUNK
 from pdx.config import ModelConfig
 from pdx.errors import RequestError, UnsupportedModelError
 from pdx.plan.figures import Plan
+from pdx.shapes import DEFAULT_CHUNK
 
 # Chips of a slice and its shape, for TPUs whose slices have two axes and three.
 SLICES = {2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},

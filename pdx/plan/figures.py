@@ -7,14 +7,14 @@ from functools import cached_property
 from typing import Any
 
 from pallas_kernels.hardware import Chip, chip
-from pdx import cost
-from pdx.cache.dense import DEFAULT_CHUNK
+from pdx import cost, tradeoffs
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
 from pdx.known import Shape
 from pdx.model import param_specs
 from pdx.quant import STORED, Policy, quantized_specs
+from pdx.shapes import DEFAULT_CHUNK
 from pdx.sharding import ArraySpec
 
 
@@ -98,16 +98,16 @@ class Plan:
         """The most prompt tokens in a step of the whole batch that keeps the TPOT asked for; None as above."""
         if self.slo_tpot is None:
             return None
-        return cost.largest_chunk(self.setup, self.chip, self.batch, self.context, self.slo_tpot, self.chips)
+        return tradeoffs.largest_chunk(self.setup, self.chip, self.batch, self.context, self.slo_tpot, self.chips)
 
     @cached_property
     def chunking(self) -> Chunking:
         """In the largest chunks that keep the TPOT asked for, else in the cache's own."""
         chunk = min(self.largest_chunk or DEFAULT_CHUNK, self.prompt)
         on = self.setup, self.chip
-        whole, longest = (cost.longest_step(*on, self.batch, self.context, self.prompt, size, self.chips)
+        whole, longest = (tradeoffs.longest_step(*on, self.batch, self.context, self.prompt, size, self.chips)
                           for size in (self.prompt, chunk))  # fmt: skip
-        return Chunking(chunk, cost.chunked_prefill(*on, self.prompt, chunk, self.chips), whole, longest)
+        return Chunking(chunk, tradeoffs.chunked_prefill(*on, self.prompt, chunk, self.chips), whole, longest)
 
     def with_setup(self, **changes: Any) -> Plan:
         """The same load on the model stored otherwise, say with `quantize="int8"`."""
