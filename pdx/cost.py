@@ -19,10 +19,11 @@ from typing import Literal
 import jax.numpy as jnp
 
 from pallas_kernels.hardware import Chip
+from pallas_kernels.layouts import SUBLANES, Layout, folded_width
 from pdx.config import ModelConfig
 from pdx.matrices import PARTS, SCALE_BYTES, Experts, Latent, Matrix, matrices, vectors
 from pdx.quant import Kind, Policy
-from pdx.shapes import DEFAULT_CHUNK, layer_slots
+from pdx.shapes import DEFAULT_CHUNK, layer_slots, round_up
 
 Phase = Literal["prefill", "decode", "mixed"]
 # Of a chip's memory, for programs, temporaries and what is fragmented.
@@ -57,6 +58,8 @@ class Setup:
       dtype: of activations, and of weights that are not quantized.
       quantize: a policy of `pdx.quant`; `stored` means experts as published and the rest in dtype.
       kv_dtype: of the cache; None: dtype.
+      layout: how the cache lies: `folded` (on a TPU) rounds a token's heads up to whole lanes of 128, and those of
+        int8's scales to 8; None: nothing is rounded.
       experts, latent: layers that `cfg` cannot say, see `pdx.matrices`; None: those of `pdx.model`.
     """
 
@@ -64,6 +67,7 @@ class Setup:
     dtype: str = "bfloat16"
     quantize: str | Policy | None = None
     kv_dtype: str | None = None
+    layout: Layout | None = None
     experts: Experts | None = None
     latent: Latent | None = None
 
@@ -98,11 +102,13 @@ class Setup:
     @property
     def kv_token_bytes(self) -> int:
         """Keys and values of one token in one layer, with their scales."""
-        kind = jnp.dtype(self.kv_dtype or self.dtype)
+        kind, heads = jnp.dtype(self.kv_dtype or self.dtype), self.cfg.num_kv_heads
         scale = SCALE_BYTES if kind == jnp.int8 else 0
         if self.latent:
             return self.latent.cached * kind.itemsize + scale
-        return 2 * self.cfg.num_kv_heads * (self.cfg.head_dim * kind.itemsize + scale)
+        if self.layout == "folded":
+            return 2 * (folded_width(heads, self.cfg.head_dim) * kind.itemsize + round_up(heads, SUBLANES) * scale)
+        return 2 * heads * (self.cfg.head_dim * kind.itemsize + scale)
 
     def cache_bytes(self, batch: int, context: int) -> int:
         """Keys and values of `batch` rows of `context` tokens; window layers hold their window and a chunk."""

@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from pallas_kernels.layouts import Layout
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
@@ -29,10 +30,11 @@ class Shape:
         return self.experts is None and self.latent is None
 
     def setup(
-        self, dtype: str = "bfloat16", quantize: str | Policy | None = None, kv_dtype: str | None = None
+        self, dtype: str = "bfloat16", quantize: str | Policy | None = None, kv_dtype: str | None = None,
+        layout: Layout | None = None,
     ) -> Setup:  # fmt: skip
         """The model as it is stored and run, for the cost model."""
-        return Setup(self.config, dtype, quantize, kv_dtype, self.experts, self.latent)
+        return Setup(self.config, dtype, quantize, kv_dtype, layout, self.experts, self.latent)
 
 
 def folders() -> list[Path]:

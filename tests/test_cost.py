@@ -151,11 +151,13 @@ def test_the_flops_test_can_fail():
 
 
 @pytest.mark.parametrize(("family", "quantize", "dtype", "kv_dtype"), STORED)
-def test_argument_bytes_are_weights_and_cache(family, quantize, dtype, kv_dtype):
-    """What a step is given, int4 two to a byte as on a TPU. A GPU's layout pads nothing."""
-    setup = Setup(FAMILIES[family], dtype, quantize, kv_dtype)
+@pytest.mark.parametrize(("target", "layout"), [("a100", None), ("v5e", "folded")])
+def test_argument_bytes_are_weights_and_cache(family, quantize, dtype, kv_dtype, target, layout):
+    """What a step is given, int4 two to a byte as on a TPU, whose cache has lanes of nothing."""
+    cfg = replace(FAMILIES[family], num_heads=3, num_kv_heads=3)
+    setup = Setup(cfg, dtype, quantize, kv_dtype, layout)
     _, given = aot.step_arguments(
-        "decode_step", setup.cfg, "a100", batch=3, capacity=1024, tokens=512, dtype=jnp.dtype(dtype),
+        "decode_step", cfg, target, batch=3, capacity=1024, tokens=512, dtype=jnp.dtype(dtype),
         kv_dtype=kv_dtype, quantize=quantize)  # fmt: skip
     size = sum(map(nbytes, jax.tree.leaves(given)))
     assert size == pytest.approx(sum(setup.weights.values()) + setup.cache_bytes(3, 1024), rel=0.01)

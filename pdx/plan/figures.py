@@ -8,6 +8,7 @@ from typing import Any
 
 from pallas_kernels.hardware import Chip, chip
 from pdx import cost, tradeoffs
+from pdx.cache.dense import default_layout
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
@@ -163,7 +164,7 @@ def make(
     if max(prompt, context) > shape.config.max_context:
         raise RequestError(f"{model} has a context of {shape.config.max_context} tokens, not of "
                            f"{max(prompt, context)}")  # fmt: skip
-    setup = shape.setup(dtype, quantize, kv_dtype)
+    setup = shape.setup(dtype, quantize, kv_dtype, default_layout(found.platform))
     _check(setup, shape)
     return Plan(model, setup, found, chips, batch, prompt, context, output_tokens, slo_ttft, slo_tpot)
 
