@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax import tree_util
 
-from pallas_kernels.scalars import NOTHING, Interpreter, Known, Ref, inside, scratch, space_of
+from pallas_kernels.scalars import NOTHING, Interpreter, Known, Ref, UnknownControl, inside, scratch, space_of
 
 _FAR = ("any", "hbm", "default", "gmem")  # memory of the device, when a DMA or a GPU kernel names it
 
@@ -79,6 +79,38 @@ def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Cou
     Raises:
       UnknownControl: what is moved depends on an array whose values are not known.
     """
+    calls: list[Call] = []
+
+    def listen(eqn, operands):
+        if eqn.primitive.name == "pallas_call":
+            calls.append(_pallas_call(eqn, operands, platform))
+
+    _run(fn, args, kwargs, listen)
+    return Counted(tuple(calls))
+
+
+def multiplied(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Counter[tuple[str, str]]:
+    """FLOPs of every matrix product of `fn(*args, **kwargs)`, by kernel ("" outside of all) and type of the operands,
+    outside of kernels the wider of the two.
+
+    A product in a loop counts as often as the loop turns, one in a kernel as often as its grid and loops come to it.
+    Arguments as of `count`.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+
+    def listen(eqn, operands):
+        if eqn.primitive.name == "dot_general":
+            types = [v.aval.dtype for v in eqn.invars[:2]]
+            found["", str(jax.numpy.promote_types(*types))] += dot_flops(eqn)
+        elif eqn.primitive.name == "pallas_call" and any(dots(eqn.params["jaxpr"])):
+            call = _pallas_call(eqn, operands, platform)
+            found.update({(call.name, dtype): flops for dtype, flops in call.dots.items()})
+
+    _run(fn, args, kwargs, listen)
+    return found
+
+
+def _run(fn: Callable, args: tuple, kwargs: dict, listen: Callable) -> None:
     leaves, tree = tree_util.tree_flatten((args, kwargs))
     shapes = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
               for x in leaves]  # fmt: skip
@@ -88,16 +120,9 @@ def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Cou
         return fn(*a, **k)
 
     closed = jax.make_jaxpr(flat)(*shapes)
-    calls: list[Call] = []
-
-    def listen(eqn, operands):
-        if eqn.primitive.name == "pallas_call":
-            calls.append(_pallas_call(eqn, operands, platform))
-
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else Known(np.asarray(x)) for x in leaves]
     with np.errstate(all="ignore"):
         Interpreter(listen).closed(closed, known)
-    return Counted(tuple(calls))
 
 
 def dots(jaxpr: Any) -> Iterator[Any]:
@@ -119,12 +144,16 @@ def dot_flops(eqn) -> int:
 def _pallas_call(eqn, operands: list, platform: str) -> Call:
     p, mapping = eqn.params, eqn.params["grid_mapping"]
     name = getattr(p.get("name"), "name", None) or p.get("name") or p["jaxpr"].debug_info.func_name
-    call = Call(str(name), tuple(mapping.grid), platform, p["cost_estimate"], dynamic=_has_while(p["jaxpr"]))
-    if not all(isinstance(n, int) for n in mapping.grid):
-        raise ValueError(f"{call.name}: the grid {mapping.grid} is not static")
+    bounds = mapping.num_dynamic_grid_bounds
+    given, operands = iter(operands[:bounds]), operands[bounds:]
+    sizes = [n if isinstance(n, int) else next(given) for n in mapping.grid]
+    if not all(isinstance(n, int | Known) for n in sizes):
+        raise UnknownControl(f"{name}: its grid depends on data, not on scalars that are known: nothing can be counted")
+    grid = tuple(int(n.value) if isinstance(n, Known) else n for n in sizes)
+    call = Call(str(name), grid, platform, p["cost_estimate"], dynamic=bounds > 0 or _has_while(p["jaxpr"]))
     lifted = mapping.num_index_operands
     scalars = [_operand(x, v.aval, "smem", f"scalar{i}")
-               for i, (x, v) in enumerate(zip(operands[:lifted], eqn.invars[:lifted], strict=True))]  # fmt: skip
+               for i, (x, v) in enumerate(zip(operands[:lifted], eqn.invars[bounds:], strict=False))]  # fmt: skip
     for ref in scalars:
         call.operands["scalars"] += prod(ref.shape) * np.dtype(ref.dtype).itemsize
     inputs = operands[lifted:]
@@ -132,10 +161,9 @@ def _pallas_call(eqn, operands: list, platform: str) -> Call:
               for i, m in enumerate(mapping.block_mappings)]  # fmt: skip
     temporary = [scratch(v.aval) for v in p["jaxpr"].invars[lifted + len(blocks) :]]
     sequential = any(r.space == "smem" for r in temporary)
-    steps = product(*(range(n) for n in mapping.grid))
-    run = Runs(call, p["jaxpr"], mapping.grid, independent=not sequential)
-    for step in steps:
-        refs = [block.visit(step, mapping.grid, scalars, call) for block in blocks]
+    run = Runs(call, p["jaxpr"], grid, independent=not sequential)
+    for step in product(*map(range, grid)):
+        refs = [block.visit(step, grid, scalars, call) for block in blocks]
         run.step(step, [*scalars, *refs, *temporary])
     for block in blocks:
         block.leave(call)

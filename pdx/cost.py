@@ -9,65 +9,25 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import jax.numpy as jnp
 
 from pallas_kernels.hardware import Chip
+from pallas_kernels.layouts import SUBLANES, Layout, folded_width
 from pdx.config import ModelConfig
+from pdx.matrices import PARTS, SCALE_BYTES, Experts, Latent, Matrix, matrices, vectors
 from pdx.quant import Kind, Policy
+from pdx.shapes import DEFAULT_CHUNK, layer_slots, round_up
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "mixed"]
 # Of a chip's memory, for programs, temporaries and what is fragmented.
 RESERVE = 0.05
-SCALE_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix of a model, [out, in]; `part` is what tables call the group it belongs to."""
-
-    name: str
-    part: str
-    out: int
-    columns: int
-
-    @property
-    def size(self) -> int:
-        return self.out * self.columns
-
-
-def matrices(cfg: ModelConfig) -> Iterator[Matrix]:
-    """All matrices as `pdx.model.param_specs` declares them, the head too where it is tied to the embedding."""
-    d, f, q, kv = cfg.d_model, cfg.d_ff, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    for i in range(cfg.num_layers):
-        for name, out, columns in (("q_proj", q, d), ("k_proj", kv, d), ("v_proj", kv, d), ("o_proj", d, q)):
-            yield Matrix(f"layers.{i}.{name}", "projections", out, columns)
-        for name, out, columns in (("gate_proj", f, d), ("up_proj", f, d), ("down_proj", d, f)):
-            yield Matrix(f"layers.{i}.{name}", "mlp", out, columns)
-    yield Matrix("embed", "embedding", cfg.vocab_size, d)
-    yield Matrix("lm_head", "head", cfg.vocab_size, d)
-
-
-def _vectors(cfg: ModelConfig) -> tuple[int, int]:
-    """Values of norms, which are f32, and of biases."""
-    d, h = cfg.d_model, cfg.head_dim
-    norms = cfg.num_layers * d * (4 if cfg.post_norms else 2) + d + (cfg.num_layers * 2 * h if cfg.qk_norm else 0)
-    biases = (cfg.num_heads + 2 * cfg.num_kv_heads) * h if cfg.qkv_bias else 0
-    biases += d if cfg.o_bias else 0
-    biases += 2 * cfg.d_ff + d if cfg.mlp_bias else 0
-    return norms, cfg.num_layers * biases
-
-
-def matrix_bytes(matrix: Matrix, kind: Kind | None, dtype: str) -> int:
-    """In memory, scales and offsets included."""
-    if kind is None:
-        return matrix.size * jnp.dtype(dtype).itemsize
-    groups = matrix.columns // (kind.group_for(matrix.columns) or matrix.columns)
-    return matrix.size * kind.bits // 8 + SCALE_BYTES * groups * matrix.out * (1 if kind.symmetric else 2)
 
 
 def visible_pairs(new: int, held: int, window: int | None) -> int:
@@ -80,89 +40,151 @@ def visible_pairs(new: int, held: int, window: int | None) -> int:
     return short * held + short * (short + 1) // 2 + (new - short) * window
 
 
+@dataclass
+class Part:
+    """A part of a model in a step: of one token its FLOPs by the type multiplied and the numbers in and out, and the
+    bytes of its weights."""
+
+    flops: Counter = field(default_factory=Counter)
+    numbers: int = 0
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Setup:
     """A model as it is stored and run: what every figure depends on beside the load.
 
     Attributes:
       dtype: of activations, and of weights that are not quantized.
-      quantize: a policy of `pdx.quant`.
+      quantize: a policy of `pdx.quant`; `stored` means experts as published and the rest in dtype.
       kv_dtype: of the cache; None: dtype.
+      layout: how the cache lies: `folded` (on a TPU) rounds a token's heads up to whole lanes of 128, and those of
+        int8's scales to 8; None: nothing is rounded.
+      experts, latent: layers that `cfg` cannot say, see `pdx.matrices`; None: those of `pdx.model`.
     """
 
     cfg: ModelConfig
     dtype: str = "bfloat16"
     quantize: str | Policy | None = None
     kv_dtype: str | None = None
+    layout: Layout | None = None
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     @cached_property
     def policy(self) -> Policy:
         return Policy.parse(self.quantize).counted(self.cfg.num_layers)
 
     @cached_property
+    def matrices(self) -> dict[Matrix, Kind | None]:
+        """All of them, and how each is stored."""
+        return {m: self.policy.kind(m.name) for m in matrices(self.cfg, self.experts, self.latent)}
+
+    @cached_property
     def weights(self) -> dict[str, int]:
         """Bytes in memory by part. A head that is the embedding itself counts there."""
-        found = dict.fromkeys(("embedding", "projections", "mlp", "head", "norms and biases"), 0)
+        found = dict.fromkeys((*PARTS, "norms and biases"), 0)
         shared = self.cfg.tie_embeddings and self.policy.kind("lm_head") == self.policy.kind("embed")
-        for m in matrices(self.cfg):
+        for m, kind in self.matrices.items():
             if not (m.name == "lm_head" and shared):
-                found[m.part] += matrix_bytes(m, self.policy.kind(m.name), self.dtype)
-        norms, biases = _vectors(self.cfg)
+                found[m.part] += m.bytes(kind, self.dtype)
+        norms, biases = vectors(self.cfg, self.experts, self.latent)
         found["norms and biases"] = 4 * norms + biases * jnp.dtype(self.dtype).itemsize
         return found
 
     @property
+    def parameters(self) -> tuple[int, int]:
+        """In all, and those that one token meets (a lookup meets none); a tied head counts once."""
+        every = sum(m.size for m in self.matrices if not (m.name == "lm_head" and self.cfg.tie_embeddings))
+        return every + sum(vectors(self.cfg, self.experts, self.latent)), sum(
+            m.active for m in self.matrices if m.part != "embedding")  # fmt: skip
+
+    @property
     def kv_token_bytes(self) -> int:
         """Keys and values of one token in one layer, with their scales."""
-        kind = jnp.dtype(self.kv_dtype or self.dtype)
-        each = self.cfg.head_dim * kind.itemsize + (SCALE_BYTES if kind == jnp.int8 else 0)
-        return 2 * self.cfg.num_kv_heads * each
+        kind, heads = jnp.dtype(self.kv_dtype or self.dtype), self.cfg.num_kv_heads
+        scale = SCALE_BYTES if kind == jnp.int8 else 0
+        if self.latent:
+            return self.latent.cached * kind.itemsize + scale
+        if self.layout == "folded":
+            return 2 * (folded_width(heads, self.cfg.head_dim) * kind.itemsize + round_up(heads, SUBLANES) * scale)
+        return 2 * heads * (self.cfg.head_dim * kind.itemsize + scale)
 
     def cache_bytes(self, batch: int, context: int) -> int:
-        """Keys and values of `batch` rows of `context` tokens; window layers hold no more than their window."""
-        tokens = sum(min(context, w or context) for w in self.cfg.windows)
-        return batch * tokens * self.kv_token_bytes
-
-    def multiplied(self, name: str) -> str:
-        """The type in which the matrix units multiply a matrix's activations with it."""
-        kind = self.policy.kind(name)
-        return "int8" if kind is not None and kind.activations == "int8" else self.dtype
+        """Keys and values of `batch` rows of `context` tokens; window layers hold their window and a chunk."""
+        slots = sum(layer_slots(w, context, DEFAULT_CHUNK) for w in self.cfg.windows)
+        return batch * slots * self.kv_token_bytes
 
     def prefill(self, batch: int, prompt: int, held: int = 0) -> Cost:
         """`batch` prompts of `prompt` tokens behind `held` ones; the head for the last token alone."""
-        return self._cost("prefill", [(prompt, held)] * batch, batch)
+        return self._cost("prefill", [(prompt, held)] * batch)
 
     def decode(self, batch: int, context: int) -> Cost:
         """One token a row, behind `context` - 1 others."""
-        return self._cost("decode", [(1, context - 1)] * batch, batch)
+        return self._cost("decode", [(1, context - 1)] * batch)
 
-    def mixed(self, batch: int, context: int, chunk: int) -> Cost:
-        """A step of an engine: `chunk` tokens in all, of which `batch` rows take one each behind `context` - 1 others,
-        and a prompt the rest."""
-        rows = [(1, context - 1)] * batch
-        return self._cost("prefill", [*rows, (chunk - batch, 0)] if chunk > batch else rows, batch + 1)
+    def verify(self, batch: int, context: int, draft: int) -> Cost:
+        """`draft` + 1 tokens a row, the first behind `context` - 1 others; the head for all of them."""
+        return self._cost("decode", [(draft + 1, context - 1)] * batch, batch * (draft + 1))
 
-    def _cost(self, phase: Phase, rows: Sequence[tuple[int, int]], kept: int) -> Cost:
-        cfg, item = self.cfg, jnp.dtype(self.dtype).itemsize
-        tokens = sum(new for new, _ in rows)
-        flops: dict[str, dict[str, int]] = {}
-        read, moved = 0, 0
-        for m in matrices(cfg):
+    def mixed(self, rows: Sequence[tuple[int, int]]) -> Cost:
+        """One step over rows of (new, held) tokens, decode rows (1, held) beside chunks of prompts: weights are read
+        once for all. Sarathi-Serve, arXiv 2403.02310."""
+        return self._cost("mixed", rows)
+
+    @cached_property
+    def _parts(self) -> dict[str, Part]:
+        found: dict[str, Part] = {}
+        for m, kind in self.matrices.items():
             if m.part == "embedding":
                 continue
-            lines = kept if m.part == "head" else tokens
-            by_dtype = flops.setdefault(m.part, {})
-            dtype = self.multiplied(m.name)
-            by_dtype[dtype] = by_dtype.get(dtype, 0) + 2 * lines * m.size
-            read += matrix_bytes(m, self.policy.kind(m.name), self.dtype)
-            moved += lines * (m.columns + m.out) * item
-        embed = Matrix("embed", "embedding", tokens, cfg.d_model)
-        read += matrix_bytes(embed, self.policy.kind("embed"), self.dtype) + self.weights["norms and biases"]
-        pairs = sum(visible_pairs(new, held, w) for new, held in rows for w in cfg.windows)
-        flops["attention"] = {self.dtype: 4 * pairs * cfg.num_heads * cfg.head_dim}
-        seen = sum(min(held + new, w + new - 1 if w else held + new) for new, held in rows for w in cfg.windows)
-        nbytes = {"weights": read, "kv read": seen * self.kv_token_bytes,
-                  "kv written": tokens * cfg.num_layers * self.kv_token_bytes, "activations": moved}  # fmt: skip
+            part = found.setdefault(m.part, Part())
+            # The type in which the matrix units multiply: int8 if the activations are quantized too.
+            multiplied = "int8" if kind is not None and kind.activations == "int8" else self.dtype
+            part.flops[multiplied] += 2 * m.active
+            if kind is not None and not kind.symmetric:  # offsets by the sums of each group's activations
+                part.flops["float32"] += 2 * m.out * m.groups(kind) * m.used
+            part.numbers += (m.columns + m.out) * m.used
+            part.bytes += m.bytes(kind, self.dtype)
+        return found
+
+    def streamed(self, tokens: float) -> int:
+        """Bytes of weights that a step of so many tokens reads beside its lookups; of the experts, those expected to
+        be picked."""
+        share = self.experts.read(tokens) if self.experts else 1
+        return self.weights["norms and biases"] + sum(
+            round(part.bytes * share) if name == "experts" else part.bytes for name, part in self._parts.items())
+
+    @property
+    def _attended(self) -> str:
+        """The type in which attention multiplies: int8 is widened, the wider of two floats decides."""
+        cached = self.dtype if self.kv_dtype in (None, "int8") else self.kv_dtype
+        return str(jnp.promote_types(self.dtype, cached))
+
+    def _attention_flops(self, new: int, held: int, window: int | None) -> int:
+        pairs = visible_pairs(new, held, window)
+        if self.latent:
+            return self.latent.attention_flops(self.cfg.num_heads, pairs, held)
+        return 4 * pairs * self.cfg.num_heads * self.cfg.head_dim
+
+    def _cost(self, phase: Phase, rows: Sequence[tuple[int, int]], kept: int | None = None) -> Cost:
+        """A step over rows of (new, held) tokens that keeps `kept` rows of logits (None: one a row)."""
+        cfg = self.cfg
+        tokens, kept = sum(new for new, _ in rows), len(rows) if kept is None else kept
+        lines = {name: kept if name == "head" else tokens for name in self._parts}
+        flops = {name: {dtype: n * lines[name] for dtype, n in part.flops.items()}
+                 for name, part in self._parts.items()}  # fmt: skip
+        moved = sum(part.numbers * lines[name] for name, part in self._parts.items())
+        attention = seen = 0
+        for (new, held), count in Counter(rows).items():
+            for w, layers in Counter(cfg.windows).items():
+                attention += count * layers * self._attention_flops(new, held, w)
+                seen += count * layers * min(held + new, w + new - 1 if w else held + new)
+        flops["attention"] = {self._attended: attention}
+        lookups = Matrix("embed", "embedding", tokens, cfg.d_model).bytes(self.policy.kind("embed"), self.dtype)
+        nbytes = {"weights": self.streamed(tokens) + lookups, "kv read": seen * self.kv_token_bytes,
+                  "kv written": tokens * cfg.num_layers * self.kv_token_bytes,
+                  "activations": moved * jnp.dtype(self.dtype).itemsize}  # fmt: skip
         return Cost(phase, len(rows), flops, nbytes)
 
 
@@ -207,6 +229,11 @@ class Cost:
         """At least: each part is as fast as the slower of its arithmetic and its traffic."""
         return sum(max(pair) for pair in self.parts(chip, chips).values())
 
+    def shares(self, chip: Chip, chips: int = 1) -> tuple[float, float]:
+        """Of the arithmetic's and of the memory's ceiling, what the step reaches if it takes that time."""
+        compute, memory = (sum(x) for x in zip(*self.parts(chip, chips).values(), strict=True))
+        return compute / self.seconds(chip, chips), memory / self.seconds(chip, chips)
+
     def bound(self, chip: Chip) -> Literal["compute", "memory"]:
         """What most of that time is spent on."""
         pairs = self.parts(chip).values()
@@ -216,9 +243,9 @@ class Cost:
 
 def critical_batch(setup: Setup, chip: Chip) -> float:
     """Rows from which on the products of a decode step take longer to compute than their weights to read:
-    peak / bandwidth x bytes a weight / 2. Activations, which mostly stay on the chip, are left out."""
-    one = setup.decode(1, 1)
-    return one.bytes_by_part["weights"] / (chip.hbm_gbps * 1e9) / one.parts(chip)["products"][0]
+    peak / bandwidth x bytes a weight / 2, and for experts, all of which so many rows read, times about E / k.
+    Activations, which mostly stay on the chip, are left out."""
+    return setup.streamed(math.inf) / (chip.hbm_gbps * 1e9) / setup.decode(1, 1).parts(chip)["products"][0]
 
 
 def room(setup: Setup, chip: Chip, chips: int = 1) -> int:
@@ -248,35 +275,6 @@ def best_batch(setup: Setup, chip: Chip, context: int, tpot: float, chips: int =
         ok = setup.decode(middle, context).seconds(chip, chips) <= tpot
         low, high = (middle, high) if ok else (low, middle - 1)
     return low
-
-
-def speculation(acceptance: float, draft: int, draft_cost: float, verify_cost: float = 1.0) -> float:
-    """Speed of speculative decoding over plain decoding.
-
-    Args:
-      acceptance: probability that a drafted token is accepted, each by itself.
-      draft: tokens drafted a round.
-      draft_cost, verify_cost: of one drafted token and of a verification, in decode steps.
-    """
-    tokens = draft + 1 if acceptance == 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
-    return tokens / (draft * draft_cost + verify_cost)
-
-
-def break_even(draft: int, draft_cost: float, verify_cost: float = 1.0) -> float | None:
-    """The acceptance from which on speculation pays, None if it never does."""
-    if speculation(1.0, draft, draft_cost, verify_cost) <= 1:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if speculation(middle, draft, draft_cost, verify_cost) >= 1 else (middle, high)
-    return high
-
-
-def verify_cost(setup: Setup, chip: Chip, batch: int, context: int, draft: int, chips: int = 1) -> float:
-    """A verification of `draft` + 1 tokens a row in decode steps."""
-    whole = setup._cost("decode", [(draft + 1, context - 1)] * batch, batch * (draft + 1))
-    return whole.seconds(chip, chips) / setup.decode(batch, context).seconds(chip, chips)
 
 
 def end_to_end(ttft: float, tpot: float, tokens: int) -> float:

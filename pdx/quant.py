@@ -32,7 +32,9 @@ from pdx.sharding import ArraySpec, is_spec
 
 KINDS = "none, stored, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
 # Parameters that are matrices; `lm_head` of a model with tied embeddings is the head apart from the lookup.
-MATRICES = ("embed", "lm_head", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")))
+# Those of latent attention (q_a to kv_b) are planned with only.
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "q_a", "q_b", "kv_a", "kv_b")
+MATRICES = ("embed", "lm_head", *(f"{x}_proj" for x in PROJECTIONS))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,12 @@ Shapes are written as strings for jaxtyping: ``Float[Array, "B T D"]``.
 
 from __future__ import annotations
 
+# Of a cache: what slots come in, the most drafted tokens that `truncate` must be able to take back at any time, and
+# the most tokens a call appends where nothing else is said.
+SLOT_MULTIPLE = 128
+MAX_DRAFT = 16
+DEFAULT_CHUNK = 512
+
 
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `n`."""
@@ -27,3 +33,10 @@ def bucket(n: int, ladder: tuple[int, ...]) -> int:
         if n <= rung:
             return rung
     raise ValueError(f"{n} is more than the largest bucket, {ladder[-1]}")
+
+
+def layer_slots(window: int | None, capacity: int, chunk: int) -> int:
+    """Slots of a layer: the capacity, or what a window needs for chunks of `chunk` and drafts of 16."""
+    if window is None:
+        return capacity
+    return min(capacity, round_up(window - 1 + max(chunk, MAX_DRAFT + 1), SLOT_MULTIPLE))

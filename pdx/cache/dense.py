@@ -20,13 +20,8 @@ from pallas_kernels import quantize_kv, write_pages
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError
-from pdx.shapes import round_up
+from pdx.shapes import DEFAULT_CHUNK, SLOT_MULTIPLE, layer_slots, round_up
 from pdx.sharding import ArraySpec, constrain, is_spec, mesh_axis, row_spec
-
-SLOT_MULTIPLE = 128
-# A draft and its verified token: what `truncate` must be able to take back at any time.
-MAX_DRAFT = 16
-DEFAULT_CHUNK = 512
 
 
 @struct.dataclass
@@ -211,13 +206,6 @@ def layer_specs(
 def default_layout(platform: str | None = None) -> Layout:
     """What the attention of a platform (None: JAX's default backend) reads without a copy."""
     return {"tpu": "folded", "gpu": "heads_last"}.get(platform or jax.default_backend(), "heads_first")
-
-
-def layer_slots(window: int | None, capacity: int, chunk: int) -> int:
-    """Slots of a layer: the capacity, or what a window needs for chunks of `chunk` and drafts of 16."""
-    if window is None:
-        return capacity
-    return min(capacity, round_up(window - 1 + max(chunk, MAX_DRAFT + 1), SLOT_MULTIPLE))
 
 
 def cache_specs(

@@ -21,19 +21,26 @@ def plan(
     batch: Annotated[int, typer.Option(help="Rows that decode together.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1024,
     context: Annotated[int, typer.Option(help="Tokens that a row holds.")] = 2048,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer, for its end-to-end time.")] = 256,
     slo_ttft: Annotated[float | None, typer.Option(help="Milliseconds to the first token.")] = None,
     slo_tpot: Annotated[float | None, typer.Option(help="Milliseconds a token.")] = None,
+    compiles: Annotated[bool, typer.Option("--compile", help="Ask the chip's own compiler too, which takes "
+                                           "minutes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Does a model fit a chip, how fast can it be there, and what should be switched on?"""
     from pdx import known
     from pdx import plan as planning
+    from pdx.plan.compiled import compiled
+    from pdx.plan.text import show
 
-    seconds = [None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot)]
-    found = planning.make(model, known.config(model), on, quantize=quantize, kv_dtype=kv_dtype, dtype=dtype,
-                          batch=batch, prompt=prompt, context=context, slo_ttft=seconds[0],
-                          slo_tpot=seconds[1])  # fmt: skip
+    ttft, tpot = (None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot))
+    found = planning.make(model, known.shape(model), on, quantize=quantize, kv_dtype=kv_dtype, dtype=dtype,
+                          batch=batch, prompt=prompt, context=context, output_tokens=output_tokens, slo_ttft=ttft,
+                          slo_tpot=tpot)  # fmt: skip
+    steps = compiled(found) if compiles else []
     if as_json:
-        print(json.dumps(found.to_dict()))
+        said = found.to_dict() | {"advice": planning.advice(found)}
+        print(json.dumps(said | ({"compiled": [x.to_dict() for x in steps]} if compiles else {})))
     else:
-        planning.show(found)
+        show(found, steps)

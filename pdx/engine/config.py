@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from pdx.configs import folders
 from pdx.errors import RequestError
-from pdx.known import folders
 from pdx.sampling_options import MAX_LOGPROBS
 from pdx.shapes import round_up
 

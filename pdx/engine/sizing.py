@@ -16,11 +16,12 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.memory import demand
 from pdx.errors import RequestError
 from pdx.layers.attention import layout_for
+from pdx.tradeoffs import largest_chunk
 from pdx.weights.load import Model
 
 # Without a chip in the table there is no cost model to ask: small steps, as a CPU's prefill rate is reached early.
 CPU_BUDGET = 128
-LARGEST_BUDGET = 8192
+CHUNK_STEP, LARGEST_CHUNK = 64, 8192
 # Of a host's memory, for pages: it has other work.
 HOST_SHARE = 1 / 8
 
@@ -45,18 +46,15 @@ def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
 
 
 def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
-    """The most tokens, doubling, of a step that is predicted to take at most `tpot_s` with all slots at half context."""
+    """A token for each slot and the largest chunk beside them, in whole `CHUNK_STEP`s, with which a step is predicted to
+    take at most `tpot_s` at half the context."""
     chip = detect()
     if chip is None:
         return CPU_BUDGET
     setup = Setup(model.config, dtype=jnp.dtype(model.dtype).name, kv_dtype=jnp.dtype(kv_dtype).name)
     chips = 1 if model.mesh is None else model.mesh.size
-    best = tokens = 64
-    while tokens <= LARGEST_BUDGET and setup.mixed(config.slots, config.max_context // 2, tokens).seconds(
-        chip, chips
-    ) <= config.tpot_s:
-        best, tokens = tokens, tokens * 2
-    return best
+    chunk = largest_chunk(setup, chip, config.slots, config.max_context // 2, config.tpot_s, chips)
+    return config.slots + max(CHUNK_STEP, min(chunk, LARGEST_CHUNK) // CHUNK_STEP * CHUNK_STEP)
 
 
 def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:

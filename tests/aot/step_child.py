@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import hlo
 from pallas_kernels.problems import nbytes
+from pallas_kernels.targets import Target
 from pdx import aot
+from pdx.cache.dense import default_layout
 from pdx.config import ModelConfig, RopeConfig
 from pdx.cost import Setup
 
@@ -64,10 +66,11 @@ def held(tree) -> int:
     return sum(nbytes(jax.ShapeDtypeStruct(shape, dtype)) for shape, dtype in each)
 
 
-def predicted(cfg: ModelConfig, settings: dict) -> int:
+def predicted(cfg: ModelConfig, settings: dict, target: str) -> int:
     """Bytes of weights and cache by the cost model."""
     names = {k: jnp.dtype(settings[k]).name for k in ("dtype", "kv_dtype") if settings.get(k)}
-    setup = Setup(cfg, quantize=settings.get("quantize"), **names)
+    layout = default_layout(Target.get(target).chip.platform)
+    setup = Setup(cfg, quantize=settings.get("quantize"), layout=layout, **names)
     return sum(setup.weights.values()) + setup.cache_bytes(settings["batch"], settings["capacity"])
 
 
@@ -84,7 +87,7 @@ def facts(target: str, name: str) -> dict:
         "declared": held((arguments["params"], arguments["cache"])),
         "cache": held(arguments["cache"]),
         "weights": held(arguments["params"]),
-        "predicted": predicted(cfg, settings),
+        "predicted": predicted(cfg, settings, target),
         "kernels": len(text.split('custom_call_target="tpu_custom_call"')) - 1 + len(compiled.kernels),
         "layers": cfg.num_layers,
         "moved": [str(i) for i in hlo.moved(text, LARGE if step != "prefill" else leaf)],

@@ -62,7 +62,9 @@ def test_a_step_moves_nothing_but_what_it_needs(target, name):
           f"{temporary:.4f}, {found['kernels']} kernels, VMEM {found['vmem_bytes'] / 2**20:.1f} MiB")  # fmt: skip
     if "prefill" not in name:
         assert found["memory"]["temp"] < 0.02 * found["declared"]
-    if "mesh" in name:
+    if "mesh" not in name:
+        assert found["memory"]["argument"] == pytest.approx(found["predicted"], rel=0.01)
+    else:
         largest = max((size for _, size in found["collectives"]), default=0)
         assert 0 < largest < found["cache"] / found["layers"] / 2, f"a cache is gathered: {found['collectives']}"
 

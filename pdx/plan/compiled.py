@@ -1,0 +1,139 @@
+"""What the chip's own compiler says of a plan's steps: does it fit, and what does it move?
+
+Each step is compiled in a process of its own, `python -m pdx.plan.compiled` with a request on its input: a compiler
+can end its process, and libtpu reads its environment once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pallas_kernels import targets
+from pallas_kernels.hardware import Chip
+from pdx import aot
+from pdx.config import ModelConfig
+from pdx.errors import RequestError, UnsupportedModelError
+from pdx.plan.figures import Plan
+from pdx.shapes import DEFAULT_CHUNK
+
+# Chips of a slice and its shape, for TPUs whose slices have two axes and three.
+SLICES = {2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
+          3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}}  # fmt: skip
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """One step as planned and as compiled, bytes a device.
+
+    Attributes:
+      fits: None where the compiler failed for another reason, which `error` gives.
+      wanted: memory that the compiler says it lacks, with what it had: where it does not fit.
+      memory: argument, temp, output, alias and code; None where it did not compile.
+      accessed: what XLA says the step reads and writes, in which a Pallas call counts as it declares.
+      seconds: of compiling, on this machine.
+    """
+
+    name: str
+    planned: int
+    planned_accessed: float
+    fits: bool | None
+    memory: Mapping[str, int] | None = None
+    accessed: float | None = None
+    seconds: float | None = None
+    wanted: int | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def target(chip: Chip, chips: int) -> str:
+    """The name of so many chips for `pallas_kernels.targets`. Raises RequestError for a slice there is not."""
+    if chips == 1:
+        return chip.name
+    if chip.platform == "gpu":
+        return f"{chip.name}:{chips}"
+    shapes = SLICES[3 if chip.name in ("v4", "v5p", "7x") else 2]
+    if chips not in shapes:
+        raise RequestError(f"--compile: {chip.name} has slices of 1, {', '.join(map(str, shapes))} chips, not {chips}")
+    return f"{chip.name}:{shapes[chips]}"
+
+
+def compiled(plan: Plan) -> list[CompiledStep]:
+    """Prefill of one prompt and decode of the batch, as planned and as compiled.
+
+    Raises:
+      RequestError: nothing compiles for the chip, or its compiler is not installed; the message says what to do.
+      UnsupportedModelError: a model that pdx only plans with.
+    """
+    setup = plan.setup
+    if setup.experts or setup.latent:
+        raise UnsupportedModelError(f"--compile: {plan.model} is only planned with: pdx cannot run "
+                                    f"{'experts' if setup.experts else 'latent attention'} yet")  # fmt: skip
+    on = target(plan.chip, plan.chips)
+    try:
+        why = targets.missing(on)
+    except ValueError as error:
+        raise RequestError(f"--compile: {error}") from None
+    if why:
+        raise RequestError(f"--compile: {why}")
+    devices = plan.chips * plan.chip.devices
+    shared = {"config": setup.cfg.to_json(), "target": on, "capacity": max(plan.context, plan.prompt),
+              "dtype": setup.dtype, "kv_dtype": setup.kv_dtype, "mesh": {"model": devices} if devices > 1 else None,
+              "quantize": None if setup.quantize is None else str(setup.quantize)}  # fmt: skip
+    weights = sum(setup.weights.values())
+    asked = (("prefill", 1, plan.prompt, plan.prefill), ("decode_step", plan.batch, DEFAULT_CHUNK, plan.decode))
+    found = []
+    for step, batch, tokens, predicted in asked:
+        planned = (weights + setup.cache_bytes(batch, shared["capacity"])) // devices
+        said = _run(shared | {"step": step, "batch": batch, "tokens": min(tokens, shared["capacity"])})
+        found.append(_read(step, planned, predicted.bytes / devices, said))
+    return found
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pdx.plan.compiled"], input=json.dumps(request), capture_output=True, text=True,
+        env=os.environ | targets.environment() | {"XLA_FLAGS": ""}, check=False,
+    )  # fmt: skip
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"error": f"the compiler ended its process with {done.returncode}: {done.stderr.strip()[-500:]}"}
+
+
+def _read(step: str, planned: int, planned_accessed: float, said: dict[str, Any]) -> CompiledStep:
+    found = {"name": step, "planned": planned, "planned_accessed": planned_accessed}
+    if "error" not in said:
+        return CompiledStep(fits=True, memory=said["memory"], accessed=said["accessed"], seconds=said["seconds"],
+                            **found)  # fmt: skip
+    error = said["error"]
+    if "RESOURCE_EXHAUSTED" not in error:
+        return CompiledStep(fits=None, error=error, **found)
+    sizes = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available", error) or re.search(r"Used ([\d.]+)([KMGT])", error)
+    wanted = int(float(sizes.group(1)) * UNITS[sizes.group(2)]) if sizes else None
+    return CompiledStep(fits=False, wanted=wanted, error=error.splitlines()[0], **found)
+
+
+def _child() -> None:
+    """Compile what standard input asks for, and print what came of it."""
+    asked = json.load(sys.stdin)
+    step, cfg, target = asked.pop("step"), ModelConfig.from_json(asked.pop("config")), asked.pop("target")
+    try:
+        made = aot.compile_step(step, cfg, target, **asked)
+        said = {"memory": dict(made.memory), "accessed": made.cost.get("bytes accessed"), "seconds": made.seconds}
+    except Exception as error:  # whatever a compiler raises is its answer
+        said = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    _child()

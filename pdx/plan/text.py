@@ -1,0 +1,84 @@
+"""A plan as tables on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pdx import cost
+from pdx.plan.advice import advice
+from pdx.plan.compiled import CompiledStep
+from pdx.plan.figures import Plan
+
+GIB = 2**30
+
+
+def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
+    """Print it; `compiled` is what the real compiler said of the same steps."""
+    console = Console()
+    console.print(f"[bold]{plan.model}[/bold] on {plan.chips} x {plan.chip.name}: batch {plan.batch}, prompt "
+                  f"{plan.prompt}, context {plan.context}; figures are floors, from published peaks",
+                  highlight=False)  # fmt: skip
+    console.print(_memory(plan))
+    console.print(_phases(plan))
+    line = f"{plan.output_tokens} tokens end to end {plan.e2e:.2f} s; critical batch " \
+           f"{cost.critical_batch(plan.setup, plan.chip):.0f}, largest batch " \
+           f"{cost.largest_batch(plan.setup, plan.chip, plan.context, plan.chips)}, largest context " \
+           f"{cost.largest_context(plan.setup, plan.chip, plan.batch, plan.chips)}"  # fmt: skip
+    if plan.within_slo is not None:
+        line += f", largest batch within the TPOT asked for {plan.within_slo}"
+    console.print(line, highlight=False)
+    if compiled:
+        console.print(_compiled(compiled))
+        for step in compiled:
+            if step.error:
+                console.print(f"{step.name}: {step.error}", highlight=False, markup=False)
+    for sentence in advice(plan):
+        console.print(f"- {sentence}", highlight=False)
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table("memory", "GiB", box=None, pad_edge=False)
+    for part, size in plan.setup.weights.items():
+        if size:
+            table.add_row(f"weights: {part}", f"{size / GIB:.2f}")
+    table.add_row("cache", f"{plan.setup.cache_bytes(plan.batch, plan.context) / GIB:.2f}")
+    table.add_row("left" if plan.fits else "[red]missing[/red]", f"{abs(plan.usable - plan.needed) / GIB:.2f}")
+    return table
+
+
+def _phases(plan: Plan) -> Table:
+    table = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "at least", "of peak", "of bandwidth", box=None,
+                  pad_edge=False)  # fmt: skip
+    for step, name in ((plan.prefill, "prefill (TTFT)"), (plan.decode, "decode (TPOT)")):
+        compute, memory = step.shares(plan.chip, plan.chips)
+        table.add_row(name, f"{step.flops / 1e9:.1f}", f"{step.bytes / 1e9:.2f}", f"{step.intensity:.1f}",
+                      step.bound(plan.chip), f"{plan.seconds(step) * 1e3:.2f} ms", f"{compute:.0%}",
+                      f"{memory:.0%}")  # fmt: skip
+    return table
+
+
+def _compiled(compiled: Sequence[CompiledStep]) -> Table:
+    """The two answers side by side, a device's share."""
+    table = Table("compiled", *(step.name for step in compiled), box=None, pad_edge=False)
+
+    def row(name: str, say: Callable[[CompiledStep], str]) -> None:
+        table.add_row(name, *map(say, compiled))
+
+    def size(n: int | None) -> str:
+        return "-" if n is None else f"{n / GIB:.2f} GiB"
+
+    row("fits, by the compiler", lambda x: {True: "yes", False: "no", None: "failed"}[x.fits])
+    row("weights and cache, planned", lambda x: size(x.planned))
+    for part, name in (("argument", "arguments"), ("temp", "temporaries"), ("output", "results"),
+                       ("alias", "of them in an argument's place")):  # fmt: skip
+        row(f"{name}, compiled", lambda x, part=part: size(x.memory and x.memory[part]))
+    if any(x.wanted for x in compiled):
+        row("memory it would take", lambda x: size(x.wanted))
+    row("traffic, planned", lambda x: f"{x.planned_accessed / 1e9:.2f} GB")
+    row("traffic, XLA's count", lambda x: "-" if x.accessed is None else
+        f"{x.accessed / 1e9:.2f} GB, {x.accessed / x.planned_accessed:.2f}x")  # fmt: skip
+    row("compile time here", lambda x: "-" if x.seconds is None else f"{x.seconds:.0f} s")
+    return table
