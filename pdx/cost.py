@@ -3,27 +3,32 @@ at least on a chip.
 
 A step is two rooflines, one after the other: the products with weights, whose weights are read once for all rows, and
 attention, whose keys and values belong to one row each. What a real step loses beside them (launches, norms, sampling)
-is not in it: figures are floors. Several chips share weights, heads and cache evenly; what they tell one another is not
-counted.
+is not in it: figures are floors, but on a chip that `pdx calibrate` measured, where they are estimates. Several chips
+share weights, heads and cache evenly; what they tell one another is not counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import jax.numpy as jnp
 
 from pallas_kernels.hardware import Chip
+from pdx.chips import MeasuredChip
 from pdx.config import ModelConfig
 from pdx.quant import Kind, Policy
+from pdx.rates import Attention, Products, Work
 
 Phase = Literal["prefill", "decode"]
 # Of a chip's memory, for programs, temporaries and what is fragmented.
 RESERVE = 0.05
 SCALE_BYTES = 4
+# Of a score that is kept in memory: written, read for the softmax, written as a probability and read again, in f32.
+SCORE_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,15 @@ class Setup:
       dtype: of activations, and of weights that are not quantized.
       quantize: a policy of `pdx.quant`.
       kv_dtype: of the cache; None: dtype.
+      flash: attention keeps its scores on the chip; without it, it computes those that the mask hides too, and writes
+        and reads scores and probabilities in f32.
     """
 
     cfg: ModelConfig
     dtype: str = "bfloat16"
     quantize: str | Policy | None = None
     kv_dtype: str | None = None
+    flash: bool = True
 
     @cached_property
     def policy(self) -> Policy:
@@ -123,6 +131,13 @@ class Setup:
         tokens = sum(min(context, w or context) for w in self.cfg.windows)
         return batch * tokens * self.kv_token_bytes
 
+    def stored(self, name: str) -> str:
+        """How a matrix is stored, as `pdx.rates` calls it."""
+        kind = self.policy.kind(name)
+        if kind is None:
+            return self.dtype
+        return "w8a8" if kind.activations == "int8" else f"int{kind.bits}"
+
     def multiplied(self, name: str) -> str:
         """The type in which the matrix units multiply a matrix's activations with it."""
         kind = self.policy.kind(name)
@@ -136,11 +151,16 @@ class Setup:
         """One token a row, behind `context` - 1 others."""
         return self._cost("decode", [(1, context - 1)] * batch, batch)
 
+    def verify(self, batch: int, context: int, draft: int) -> Cost:
+        """`draft` + 1 tokens a row, all of them scored, the first behind `context` - 1 others."""
+        return self._cost("decode", [(draft + 1, context - 1)] * batch, batch * (draft + 1))
+
     def _cost(self, phase: Phase, rows: Sequence[tuple[int, int]], kept: int) -> Cost:
         cfg, item = self.cfg, jnp.dtype(self.dtype).itemsize
         tokens = sum(new for new, _ in rows)
         flops: dict[str, dict[str, int]] = {}
-        read, moved = 0, 0
+        products: Counter[tuple[str, int, int]] = Counter()
+        read, moved, width = 0, 0, 0
         for m in matrices(cfg):
             if m.part == "embedding":
                 continue
@@ -150,14 +170,32 @@ class Setup:
             by_dtype[dtype] = by_dtype.get(dtype, 0) + 2 * lines * m.size
             read += matrix_bytes(m, self.policy.kind(m.name), self.dtype)
             moved += lines * (m.columns + m.out) * item
+            width += 0 if m.part == "head" else m.columns + m.out
+            products[self.stored(m.name), lines, m.size] += 1
         embed = Matrix("embed", "embedding", tokens, cfg.d_model)
         read += matrix_bytes(embed, self.policy.kind("embed"), self.dtype) + self.weights["norms and biases"]
-        pairs = sum(visible_pairs(new, held, w) for new, held in rows for w in cfg.windows)
-        flops["attention"] = {self.dtype: 4 * pairs * cfg.num_heads * cfg.head_dim}
-        seen = sum(min(held + new, w + new - 1 if w else held + new) for new, held in rows for w in cfg.windows)
-        nbytes = {"weights": read, "kv read": seen * self.kv_token_bytes,
+        attention = list(self._attention(rows))
+        flops["attention"] = {self.dtype: sum(a.flops for a in attention)}
+        nbytes = {"weights": read, "kv read": sum(a.bytes for a in attention),
                   "kv written": tokens * cfg.num_layers * self.kv_token_bytes, "activations": moved}  # fmt: skip
-        return Cost(phase, len(rows), flops, nbytes)
+        if not self.flash:
+            nbytes["scores"] = SCORE_BYTES * sum(a.flops for a in attention) // (4 * cfg.head_dim)
+        work = Work(tuple(Products(*which, count) for which, count in products.items()), tuple(attention),
+                    cfg.num_layers, tokens, width // cfg.num_layers)  # fmt: skip
+        return Cost(phase, len(rows), flops, nbytes, work)
+
+    def _attention(self, rows: Sequence[tuple[int, int]]) -> Iterator[Attention]:
+        """What attention reads and computes, layers and rows of a kind together."""
+        cfg = self.cfg
+        for (new, held), count in Counter(rows).items():
+            for window, layers in Counter(cfg.windows).items():
+                pairs = visible_pairs(new, held, window) if self.flash else new * (held + new)
+                seen = min(held + new, window + new - 1 if window else held + new)
+                yield Attention(
+                    (self.kv_dtype or self.dtype) if self.flash else "not flash", layers, count, new, seen,
+                    4 * pairs * count * layers * cfg.num_heads * cfg.head_dim,
+                    seen * count * layers * self.kv_token_bytes,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,6 +206,7 @@ class Cost:
     rows: int
     flops_by_type: Mapping[str, Mapping[str, int]]
     bytes_by_part: Mapping[str, int]
+    work: Work = field(compare=False, repr=False)
 
     @property
     def flops_by_part(self) -> dict[str, int]:
@@ -192,14 +231,22 @@ class Cost:
         for part, types in self.flops_by_type.items():
             seconds = sum(flops / (chip.tflops(dtype) * 1e12) for dtype, flops in types.items())
             compute["attention" if part == "attention" else "products"] += seconds / chips
-        cached = self.bytes_by_part["kv read"] + self.bytes_by_part["kv written"]
+        cached = sum(self.bytes_by_part.get(part, 0) for part in ("kv read", "kv written", "scores"))
         rate = chip.hbm_gbps * 1e9 * chips
         return {"products": (compute["products"], (self.bytes - cached) / rate),
                 "attention": (compute["attention"], cached / rate)}  # fmt: skip
 
-    def seconds(self, chip: Chip, chips: int = 1) -> float:
+    def floor(self, chip: Chip, chips: int = 1) -> float:
         """At least: each part is as fast as the slower of its arithmetic and its traffic."""
         return sum(max(pair) for pair in self.parts(chip, chips).values())
+
+    def seconds(self, chip: Chip, chips: int = 1) -> float:
+        """The floor; on one measured chip what the parts take at its rates, and the floor where it has none."""
+        if not isinstance(chip, MeasuredChip) or chips > 1:
+            return self.floor(chip, chips)
+        floors = {part: max(pair) for part, pair in self.parts(chip).items()}
+        measured = chip.rates.parts(self.work)
+        return sum(floors.get(part, 0.0) if seconds is None else seconds for part, seconds in measured.items())
 
     def bound(self, chip: Chip) -> Literal["compute", "memory"]:
         """What most of that time is spent on."""
@@ -269,8 +316,7 @@ def break_even(draft: int, draft_cost: float, verify_cost: float = 1.0) -> float
 
 def verify_cost(setup: Setup, chip: Chip, batch: int, context: int, draft: int, chips: int = 1) -> float:
     """A verification of `draft` + 1 tokens a row in decode steps."""
-    whole = setup._cost("decode", [(draft + 1, context - 1)] * batch, batch * (draft + 1))
-    return whole.seconds(chip, chips) / setup.decode(batch, context).seconds(chip, chips)
+    return setup.verify(batch, context, draft).seconds(chip, chips) / setup.decode(batch, context).seconds(chip, chips)
 
 
 def end_to_end(ttft: float, tpot: float, tokens: int) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pallas_kernels.hardware import Chip, chip
+from pallas_kernels.hardware import Chip
 from pdx import cost
+from pdx.chips import chip
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
@@ -96,7 +97,7 @@ def make(
     name, _, count = on.rpartition("-")
     try:
         found, chips = (chip(name), int(count)) if name and count.isdigit() and not _is_chip(on) else (chip(on), 1)
-    except ValueError as error:
+    except RequestError as error:
         raise RequestError(f"{error}; several as v5e-8") from None
     if chips < 1 or batch < 1 or prompt < 1 or context < 1:
         raise RequestError("chips, batch, prompt and context must be at least 1")
@@ -110,8 +111,8 @@ def make(
 def _is_chip(name: str) -> bool:
     try:
         return bool(chip(name))
-    except ValueError:
-        return False
+    except RequestError:
+        return name.endswith(".toml")
 
 
 def advice(plan: Plan) -> list[str]:
