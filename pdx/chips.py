@@ -134,7 +134,7 @@ def save(what: Chip, file: Path | None = None) -> Path:
 
 
 def to_toml(what: Chip) -> str:
-    """The file that `read` reads; numbers to four digits, since nothing is measured more closely."""
+    """The file that `read` reads."""
     lines = [f"{f.name} = {_value(x)}" for f in dataclasses.fields(Chip)
              if (x := getattr(what, f.name)) is not None and x != f.default]  # fmt: skip
     if isinstance(what, MeasuredChip):
@@ -151,6 +151,4 @@ def to_toml(what: Chip) -> str:
 def _value(x: Any) -> str:
     if isinstance(x, tuple | list):
         return f"[{', '.join(map(_value, x))}]"
-    if isinstance(x, float):
-        return repr(float(f"{x:.4g}"))
     return json.dumps(x)

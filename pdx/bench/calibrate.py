@@ -35,10 +35,6 @@ from pdx.rates import Rates, Surface
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
 
-# How weights are stored, as policies write it; the figures hold for groups of other sizes too.
-POLICIES = ("w8a8", "int8", "int4:g64")
-
-
 # The made-up transformer: no published one has these widths.
 MODEL = ModelConfig("llama", 512, 768, 6, 12, 4, 64, 2048, 8192)
 
@@ -57,6 +53,7 @@ class Plan:
     more: tuple[int, ...] = (1, 4)  # times as many tokens are seen
     batches: tuple[int, ...] = (1, 8)
     seen: tuple[int, ...] = (64, 512, 4096)
+    policies: tuple[str, ...] = ("w8a8", "int8", "int4:g64")  # what is found holds for groups of other sizes too
     model: ModelConfig = MODEL
     decode_rows: tuple[int, ...] = (1, 8)
     prefill_tokens: tuple[int, ...] = (64, 512)
@@ -66,7 +63,7 @@ class Plan:
 
 ACCELERATOR = Plan(2048, 8192, (1024, 4096, 8192), model=ModelConfig("llama", 512, 2048, 6, 16, 8, 128, 8192, 8192),
                    stream_mb=512)  # fmt: skip
-TINY = Plan(1, 64, (32, 64), (1, 8), (64,), (1, 8), (32,), (1,), (1,), (32, 64),
+TINY = Plan(1, 64, (64,), (1, 64), (64,), (8,), (32,), (1,), (1,), (32, 64), ("w8a8",),
             ModelConfig("llama", 64, 32, 1, 4, 2, 8, 48, 512), (1,), (32,), 1, 1)  # fmt: skip
 
 
@@ -83,7 +80,7 @@ def calibrate(name: str | None = None, plan: Plan | None = None, progress: Repor
     found: dict[tuple, float] = {}
     for i, (key, run) in enumerate(jobs):
         progress("calibrating", i, len(jobs))
-        found[key] = run()
+        found[key] = _rounded(run())
         gc.collect()  # weights and caches of one job, before those of the next
     chip = _chip(name, found, plan, dtype)
     rest = {}
@@ -93,7 +90,7 @@ def calibrate(name: str | None = None, plan: Plan | None = None, progress: Repor
         seconds = _measure(work, plan.rounds)
         # Where the pieces take as long as the whole, what is beside them is too little to be seen.
         beside = max(seconds - parts["products"] - parts["attention"], 0.02 * seconds)
-        rest[tokens] = cost.work.layers * tokens * cost.work.width / beside
+        rest[tokens] = _rounded(cost.work.layers * tokens * cost.work.width / beside)
         width = cost.work.width
     surface = Surface(tuple(sorted(rest)), (width,), tuple((rest[t],) for t in sorted(rest)))
     return dataclasses.replace(chip, rates=dataclasses.replace(chip.rates, rest=surface))
@@ -109,7 +106,7 @@ def _chip(name: str | None, found: dict[tuple, float], plan: Plan, dtype) -> Mea
 
     products = {str(dtype): surface("products", str(dtype), plan.rows, sizes(plan.sides))}
     products |= {_stored(p): surface("products", _stored(p), plan.quantized_rows, sizes(plan.quantized_sides))
-                 for p in POLICIES}  # fmt: skip
+                 for p in plan.policies}  # fmt: skip
     caches = (str(dtype), "int8")
     rates = Rates(products, {kv: surface("prefill", kv, plan.new, plan.more) for kv in caches},
                   {kv: surface("decode", kv, plan.batches, plan.seen) for kv in caches},
@@ -128,7 +125,7 @@ def _jobs(plan: Plan, dtype) -> Iterator[tuple[tuple, Callable[[], float]]]:
     yield ("bandwidth",), partial(_bandwidth, plan)
     for of in ("float32", "bfloat16", "int8"):
         yield ("peak", of), partial(_peak, plan, of)
-    for policy in (None, *POLICIES):
+    for policy in (None, *plan.policies):
         sides, rows = (plan.quantized_sides, plan.quantized_rows) if policy else (plan.sides, plan.rows)
         stored = _stored(policy) if policy else str(dtype)
         for side in sides:
@@ -145,6 +142,11 @@ def _jobs(plan: Plan, dtype) -> Iterator[tuple[tuple, Callable[[], float]]]:
 
 def _stored(policy: str) -> str:
     return policy.partition(":")[0]
+
+
+def _rounded(rate: float) -> float:
+    """To four digits: nothing is measured more closely."""
+    return float(f"{rate:.4g}")
 
 
 def _measure(work: Callable[[], Timing], rounds: int) -> float:

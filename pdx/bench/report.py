@@ -2,90 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from pallas_kernels.hardware import Chip
-from pdx.bench import pitfalls, rows
+from pdx.bench import pitfalls, report_page, report_plots, rows
 from pdx.bench.device import machine
 from pdx.bench.lab import Side, Stand
-from pdx.bench.pitfalls import Pitfalls
-from pdx.bench.rows import Lab, Outcome, Sizes
-from pdx.bench.timing import Timing, interleaved
+from pdx.bench.report_data import Point, Report
+from pdx.bench.rows import Lab, Sizes
+from pdx.bench.timing import interleaved
 from pdx.chips import MeasuredChip
 from pdx.cost import Phase
 from pdx.errors import RequestError
 from pdx.weights.load import Model
 from pdx.weights.progress import Report as Progress
 from pdx.weights.progress import silent
-
-WITHIN = 0.25  # of what is measured, in the median: what the cost model is held to
-
-
-@dataclass(frozen=True)
-class Point:
-    """A load of the grid: TTFT of a prompt of `tokens`, or TPOT at a context of `tokens`."""
-
-    phase: Phase
-    batch: int
-    tokens: int
-    measured: Timing
-    predicted_s: float
-    floor_s: float
-    flops: int
-    bytes: int
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted_s / self.measured.median - 1
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was seen in one run."""
-
-    model: str
-    device: str
-    dtype: str
-    jax: str
-    chip: MeasuredChip
-    others: dict[str, Chip]
-    points: tuple[Point, ...]
-    outcomes: tuple[Outcome, ...]
-    pitfalls: Pitfalls
-    seconds: float
-
-    def error(self, phase: Phase) -> float:
-        """Median over the grid of what the prediction is off by, of what was measured."""
-        return statistics.median(abs(p.error) for p in self.points if p.phase == phase)
-
-    def to_dict(self) -> dict[str, Any]:
-        def plain(x: Any) -> Any:
-            if isinstance(x, Timing):
-                return {"median": x.median, "rounds": list(x.seconds)}
-            if isinstance(x, Chip):
-                fields = ("name", "platform", "hbm_gbps", "f32_tflops", "bf16_tflops", "int8_tops")
-                made = {"made": x.rates.made} if isinstance(x, MeasuredChip) else {}
-                return {name: getattr(x, name) for name in fields} | made
-            if dataclasses.is_dataclass(x):
-                derived = {Point: "error", rows.Finding: "gain"}.get(type(x))
-                fields = [f.name for f in dataclasses.fields(x)] + [derived] * (derived is not None)
-                return {name: plain(getattr(x, name)) for name in fields}
-            if isinstance(x, dict):
-                return {k: plain(v) for k, v in x.items()}
-            return [plain(v) for v in x] if isinstance(x, list | tuple) else x
-
-        return plain(self) | {"median_error": {"ttft": self.error("prefill"), "tpot": self.error("decode")}}
 
 
 def run(
@@ -97,7 +35,7 @@ def run(
     Args:
       chip: this device, as `pdx.bench.calibrate` measured it.
       others: published chips that gains are predicted for, by name.
-      only: names of the rows to measure; None: all.
+      only: names of the rows to measure, and no pitfalls; None: all.
     """
     begin = time.monotonic()
     sizes = (sizes or Sizes()).within(model.config.max_context)
@@ -117,7 +55,7 @@ def run(
         outcomes.append(rows.measure(row, lab, {chip.name: chip} | others))
         gc.collect()
     progress("measuring", total - 1, total)
-    seen = pitfalls.run(lab)
+    seen = pitfalls.run(lab) if only is None else None
     progress("measuring", total, total)
     return Report(model.name, machine(), str(jax.numpy.dtype(model.dtype)), jax.__version__, chip, others,
                   tuple(points), tuple(outcomes), seen, time.monotonic() - begin)  # fmt: skip
@@ -139,8 +77,6 @@ def _point(side: Side, batch: int, tokens: int, chip: MeasuredChip, rounds: int)
 
 def write(report: Report, out: Path) -> list[Path]:
     """`report.json`, `report.md` and its pictures into a folder. Returns the files."""
-    from pdx.bench import report_page, report_plots
-
     out.mkdir(parents=True, exist_ok=True)
     pictures = report_plots.draw(report, out)
     (out / "report.json").write_text(json.dumps(_rounded(report.to_dict()), indent=1) + "\n", encoding="utf-8")

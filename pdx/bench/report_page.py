@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pdx.bench.pitfalls import ACCEPTANCE
-from pdx.bench.rows import CLAIMS, Finding
-
-if TYPE_CHECKING:
-    from pdx.bench.report import Report
+from pdx.bench.report_data import WITHIN, Report
+from pdx.bench.verdicts import CLAIMS, Finding
 
 CAPTIONS = {
     "ttft": "TTFT against the prompt's length: prefill.",
@@ -54,8 +51,6 @@ def reasons(report: Report) -> list[str]:
 
 def errors(report: Report) -> str:
     """How far predictions are off, in a sentence."""
-    from pdx.bench.report import WITHIN
-
     parts = []
     for name, phase in (("TTFT", "prefill"), ("TPOT", "decode")):
         points = [p for p in report.points if p.phase == phase]
@@ -68,6 +63,8 @@ def errors(report: Report) -> str:
 def pitfalls(report: Report) -> list[str]:
     """The pitfalls, a paragraph each."""
     seen = report.pitfalls
+    if seen is None:
+        return []
     first, *rest = seen.requests
     single = "; ".join(
         f"{r.prompt} tokens in, {r.output} out took {r.measured_s:.2f} s: one number says {r.one_number_s:.2f} s "
@@ -117,7 +114,7 @@ def to_markdown(report: Report, pictures: Sequence[str]) -> str:
         "\n".join(f"- {text}" for text in reasons(report)),
         "## Predicted and measured", _markdown(grid),
         *(f"![{caption}]({name})\n\n{caption}" for name in pictures if (caption := CAPTIONS[name.partition(".")[0]])),
-        "## Pitfalls", *pitfalls(report),
+        *(["## Pitfalls", *said] if (said := pitfalls(report)) else []),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

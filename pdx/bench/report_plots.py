@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pdx.bench.report import Point, Report
+from pdx.bench.report_data import Point, Report
 
 # One colour a phase, everywhere.
 COLOURS = {"prefill": "tab:red", "decode": "tab:blue"}

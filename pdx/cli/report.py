@@ -46,7 +46,8 @@ def report(
                                              "its name, measured now if there is none.")] = None,
     predict: Annotated[list[str] | None, typer.Option(help="Other chips to predict for; more than one may be "
                                                       "given.")] = None,
-    row: Annotated[list[str] | None, typer.Option(help="Measure only this row; more than one may be given.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Measure only this row, and no pitfalls; more than one "
+                                                  "may be given.")] = None,
     quick: Annotated[bool, typer.Option(help="Tiny loads: whether it runs, not what it says.")] = False,
     dtype: DtypeOption = "auto",
 ) -> None:
