@@ -3,15 +3,15 @@ at least on a chip.
 
 A step is two rooflines, one after the other: the products with weights, whose weights are read once for all rows, and
 attention, whose keys and values belong to one row each. What a real step loses beside them (launches, norms, sampling)
-is not in it: figures are floors. Several chips share weights, heads and cache evenly; what they tell one another is not
-counted.
+is not in it: figures are floors, but on a chip that `pdx calibrate` measured, where they are estimates. Several chips
+share weights, heads and cache evenly; what they tell one another is not counted.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -20,14 +20,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import SUBLANES, Layout, folded_width
+from pdx.chips import MeasuredChip
 from pdx.config import ModelConfig
 from pdx.matrices import PARTS, SCALE_BYTES, Experts, Latent, Matrix, matrices, vectors
 from pdx.quant import Kind, Policy
+from pdx.rates import Attention, Products, Work
 from pdx.shapes import DEFAULT_CHUNK, layer_slots, round_up
 
 Phase = Literal["prefill", "decode", "mixed"]
 # Of a chip's memory, for programs, temporaries and what is fragmented.
 RESERVE = 0.05
+# Of a score that is kept in memory: written, read for the softmax, written as a probability and read again, in f32.
+SCORE_BYTES = 16
 
 
 def visible_pairs(new: int, held: int, window: int | None) -> int:
@@ -61,6 +65,8 @@ class Setup:
       layout: how the cache lies: `folded` (on a TPU) rounds a token's heads up to whole lanes of 128, and those of
         int8's scales to 8; None: nothing is rounded.
       experts, latent: layers that `cfg` cannot say, see `pdx.matrices`; None: those of `pdx.model`.
+      flash: attention keeps its scores on the chip; without it, it computes those that the mask hides too, and writes
+        and reads scores and probabilities in f32.
     """
 
     cfg: ModelConfig
@@ -70,6 +76,7 @@ class Setup:
     layout: Layout | None = None
     experts: Experts | None = None
     latent: Latent | None = None
+    flash: bool = True
 
     @cached_property
     def policy(self) -> Policy:
@@ -148,6 +155,12 @@ class Setup:
             part.bytes += m.bytes(kind, self.dtype)
         return found
 
+    @cached_property
+    def _products(self) -> Counter[tuple[str, str, int]]:
+        """How many matrices there are of each part, way of storing as `pdx.rates` calls it, and size."""
+        return Counter((m.part, _stored(kind, self.dtype), m.size)
+                       for m, kind in self.matrices.items() if m.part != "embedding")  # fmt: skip
+
     def streamed(self, tokens: float) -> int:
         """Bytes of weights that a step of so many tokens reads beside its lookups; of the experts, those expected to
         be picked."""
@@ -162,7 +175,7 @@ class Setup:
         return str(jnp.promote_types(self.dtype, cached))
 
     def _attention_flops(self, new: int, held: int, window: int | None) -> int:
-        pairs = visible_pairs(new, held, window)
+        pairs = visible_pairs(new, held, window) if self.flash else new * (held + new)
         if self.latent:
             return self.latent.attention_flops(self.cfg.num_heads, pairs, held)
         return 4 * pairs * self.cfg.num_heads * self.cfg.head_dim
@@ -175,17 +188,33 @@ class Setup:
         flops = {name: {dtype: n * lines[name] for dtype, n in part.flops.items()}
                  for name, part in self._parts.items()}  # fmt: skip
         moved = sum(part.numbers * lines[name] for name, part in self._parts.items())
-        attention = seen = 0
-        for (new, held), count in Counter(rows).items():
-            for w, layers in Counter(cfg.windows).items():
-                attention += count * layers * self._attention_flops(new, held, w)
-                seen += count * layers * min(held + new, w + new - 1 if w else held + new)
-        flops["attention"] = {self._attended: attention}
+        attention = tuple(self._attention(rows))
+        flops["attention"] = {self._attended: sum(a.flops for a in attention)}
         lookups = Matrix("embed", "embedding", tokens, cfg.d_model).bytes(self.policy.kind("embed"), self.dtype)
-        nbytes = {"weights": self.streamed(tokens) + lookups, "kv read": seen * self.kv_token_bytes,
+        nbytes = {"weights": self.streamed(tokens) + lookups, "kv read": sum(a.bytes for a in attention),
                   "kv written": tokens * cfg.num_layers * self.kv_token_bytes,
                   "activations": moved * jnp.dtype(self.dtype).itemsize}  # fmt: skip
-        return Cost(phase, len(rows), flops, nbytes)
+        if not self.flash:
+            nbytes["scores"] = SCORE_BYTES * flops["attention"][self._attended] // (4 * cfg.head_dim)
+        products = tuple(Products(stored, lines[part], size, count)
+                         for (part, stored, size), count in self._products.items())  # fmt: skip
+        width = sum(part.numbers for name, part in self._parts.items() if name != "head") // cfg.num_layers
+        return Cost(phase, len(rows), flops, nbytes, Work(products, attention, cfg.num_layers, tokens, width))
+
+    def _attention(self, rows: Sequence[tuple[int, int]]) -> Iterator[Attention]:
+        """What attention reads and computes, layers and rows of a kind together."""
+        cached = (self.kv_dtype or self.dtype) if self.flash else "not flash"
+        for (new, held), count in Counter(rows).items():
+            for window, layers in Counter(self.cfg.windows).items():
+                seen = min(held + new, window + new - 1 if window else held + new)
+                flops = count * layers * self._attention_flops(new, held, window)
+                yield Attention(cached, layers, count, new, seen, flops, seen * count * layers * self.kv_token_bytes)
+
+
+def _stored(kind: Kind | None, dtype: str) -> str:
+    if kind is None:
+        return dtype
+    return "w8a8" if kind.activations == "int8" else f"int{kind.bits}"
 
 
 @dataclass(frozen=True)
@@ -196,6 +225,7 @@ class Cost:
     rows: int
     flops_by_type: Mapping[str, Mapping[str, int]]
     bytes_by_part: Mapping[str, int]
+    work: Work = field(compare=False, repr=False)
 
     @property
     def flops_by_part(self) -> dict[str, int]:
@@ -220,14 +250,22 @@ class Cost:
         for part, types in self.flops_by_type.items():
             seconds = sum(flops / (chip.tflops(dtype) * 1e12) for dtype, flops in types.items())
             compute["attention" if part == "attention" else "products"] += seconds / chips
-        cached = self.bytes_by_part["kv read"] + self.bytes_by_part["kv written"]
+        cached = sum(self.bytes_by_part.get(part, 0) for part in ("kv read", "kv written", "scores"))
         rate = chip.hbm_gbps * 1e9 * chips
         return {"products": (compute["products"], (self.bytes - cached) / rate),
                 "attention": (compute["attention"], cached / rate)}  # fmt: skip
 
-    def seconds(self, chip: Chip, chips: int = 1) -> float:
+    def floor(self, chip: Chip, chips: int = 1) -> float:
         """At least: each part is as fast as the slower of its arithmetic and its traffic."""
         return sum(max(pair) for pair in self.parts(chip, chips).values())
+
+    def seconds(self, chip: Chip, chips: int = 1) -> float:
+        """The floor; on one measured chip what the parts take at its rates, and the floor where it has none."""
+        if not isinstance(chip, MeasuredChip) or chips > 1:
+            return self.floor(chip, chips)
+        floors = {part: max(pair) for part, pair in self.parts(chip).items()}
+        measured = chip.rates.parts(self.work)
+        return sum(floors.get(part, 0.0) if seconds is None else seconds for part, seconds in measured.items())
 
     def shares(self, chip: Chip, chips: int = 1) -> tuple[float, float]:
         """Of the arithmetic's and of the memory's ceiling, what the step reaches if it takes that time."""

@@ -12,7 +12,7 @@ PACKAGES = ("pdx", "pallas_kernels")
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
     ("config", "configs", "shapes", "errors", "sharding", "compilation", "metrics", "sampling_options", "quant", "cost",
-     "texts", "rounding", "matrices", "tradeoffs"),
+     "texts", "rounding", "matrices", "tradeoffs", "chips", "rates"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "completion", "generation", "speculative", "aot", "calibration"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx import steps
+from pdx.bench.device import machine
 from pdx.bench.peer import llama_cpp_or_reason, transformers_or_reason
 from pdx.bench.timing import Timing, interleaved, matmul_rate, once, read_bandwidth
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.cost import Setup
 from pdx.generation import DEFAULT_CHUNK
 from pdx.layers.attention import layout_for
-from pdx.report_text import device_name
 from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions
 from pdx.weights.load import Model
@@ -123,7 +121,7 @@ def run(
     versions = {"jax": jax.__version__}
     versions |= {"torch": other.torch.__version__} if other else {}
     versions |= {"llama-cpp-python": llama.version} if llama else {}
-    result = Result(model.name, _machine(), str(model.dtype), 0.0, 0.0, versions, notes=[x for x in (reason, why) if x])
+    result = Result(model.name, machine(), str(model.dtype), 0.0, 0.0, versions, notes=[x for x in (reason, why) if x])
     reads: list[float] = []
     rates: list[float] = []
     multiply = matmul_rate()
@@ -211,10 +209,13 @@ def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
     return _decode_line(model, 1, f"batch 1, capacity {large} ({extra:+.0%} against 256)", times["large"], read, None)
 
 
-def prefill_work(model: Model, batch: int, tokens: int, kernels: str = "auto") -> Callable[[], Timing]:
+def prefill_work(
+    model: Model, batch: int, tokens: int, kernels: str = "auto", *, chunk: int = DEFAULT_CHUNK, kv_dtype=None,
+    capacity: int | None = None,
+) -> Callable[[], Timing]:  # fmt: skip
     """A contestant: `batch` prompts of `tokens` tokens into an empty cache; seconds until their logits are there."""
-    state = {"cache": _cache(model, batch, max(tokens, 256), kernels)}
-    chunk = min(tokens, DEFAULT_CHUNK)
+    state = {"cache": _cache(model, batch, capacity or max(tokens, 256), kernels, kv_dtype)}
+    chunk = min(tokens, chunk)
     ids = np.arange(batch * tokens, dtype=np.int32).reshape(batch, -1) % 1000 + 100
 
     def feed():
@@ -263,9 +264,9 @@ def decode_work(
     return work
 
 
-def _cache(model: Model, batch: int, capacity: int, kernels: str) -> DenseCache:
+def _cache(model: Model, batch: int, capacity: int, kernels: str, kv_dtype=None) -> DenseCache:
     return init_cache(
-        model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=model.dtype, mesh=model.mesh,
+        model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=kv_dtype or model.dtype, mesh=model.mesh,
         layout=layout_for(kernels),
     )  # fmt: skip
 
@@ -283,18 +284,3 @@ def _step_bytes(model: Model, batch: int) -> float:
     context = DECODE_CONTEXT + DECODE_TOKENS / 2
     seen = sum(min(context, w or context) for w in cfg.windows)
     return weights + batch * seen * 2 * cfg.num_kv_heads * cfg.head_dim * np.dtype(model.dtype).itemsize
-
-
-def _machine() -> str:
-    name = device_name()
-    if jax.default_backend() != "cpu":
-        return name
-    return f"{name} ({_cpu_model()}, {os.cpu_count()} cores)"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

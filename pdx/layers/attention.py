@@ -25,8 +25,9 @@ from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotate
 from pdx.sharding import is_spec, mesh_axis
 
-# The user chooses among auto, xla and pallas; tpu and gpu name a target that is compiled for but is not here.
-Kernels = Literal["auto", "xla", "pallas", "tpu", "gpu"]
+# The user chooses among auto, xla and pallas; tpu and gpu name a target that is compiled for but is not here. dense is
+# attention as it is defined, with all its scores in memory, over the whole capacity: what the others are held against.
+Kernels = Literal["auto", "xla", "pallas", "tpu", "gpu", "dense"]
 PALLAS_OF_LAYOUT: dict[Layout, str] = {"folded": "tpu", "heads_last": "gpu"}
 
 
@@ -64,6 +65,8 @@ def explain_mixed(kernels: Kernels) -> str:
 
 def _explained(kernels: Kernels, ops: dict[str, Callable]) -> dict[str, str]:
     name, interpreted = implementation(kernels, layout_for(kernels))
+    if name == "dense":
+        return dict.fromkeys(("prefill", "decode"), "reference_attention: dense (asked for)")
     note = ", interpreted on the CPU" if interpreted else ""
     return {phase: f"{explain_op(name)}{note}" for phase, explain_op in ops.items()}
 
@@ -115,6 +118,11 @@ def attention(
 def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **settings):
     """Write the chunk's keys and values, and attend over all that the rows hold."""
     cache = cache.append(k, v, positions, valid, *_writer(settings, cache))
+    if settings["implementation"] == "dense":
+        settings = {name: x for name, x in settings.items() if name not in ("implementation", "interpret")}
+        out = reference_attention(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2],
+                                  **cache.scales, **settings)  # fmt: skip
+        return out, cache
     op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
     out = op(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2], **cache.scales,
              **settings)  # fmt: skip
@@ -139,7 +147,7 @@ def _writer(settings: dict, cache: LayerCache) -> tuple[str, bool]:
     """
     if settings["interpret"] and cache.layout == "folded" and cache.k_scale is not None:
         return "tpu", True
-    return ("xla" if settings["implementation"] == "xla" else "auto"), False
+    return ("xla" if settings["implementation"] in ("xla", "dense") else "auto"), False
 
 
 def _sharded(run: Callable, mesh: Mesh, cfg: ModelConfig, cache: LayerCache) -> Callable:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pallas_kernels.hardware import Chip, chip
+from pallas_kernels.hardware import Chip
 from pdx import cost, tradeoffs
 from pdx.cache.dense import default_layout
+from pdx.chips import chip
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
@@ -175,7 +176,7 @@ def _chips(on: str) -> tuple[Chip, int]:
     for text, chips in ((on, 1), *([(name, int(count))] if name and count.isdigit() else [])):
         try:
             return chip(text), chips
-        except ValueError as error:
+        except RequestError as error:
             why = error
     raise RequestError(f"{why}; several as v5e-8")
 

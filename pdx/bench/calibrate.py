@@ -1,0 +1,240 @@
+"""`pdx calibrate`: this device's bandwidth and matmul rates, and how fast it is at the pieces that a step is made of.
+
+Only single products, single attention calls and one small made-up transformer are run, none of them a model that is
+predicted later: what is fitted here is judged elsewhere (`pdx report`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import decode_attention, flash_attention
+from pallas_kernels.decode_attention.api import MAX_QUERIES
+from pallas_kernels.hardware import Chip, of_kind
+from pallas_kernels.masking import precision_of
+from pdx.bench import device
+from pdx.bench.lab import Stand
+from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
+from pdx.chips import MeasuredChip
+from pdx.config import ModelConfig
+from pdx.cost import Setup
+from pdx.layers.linear import linear
+from pdx.model import init_params
+from pdx.quant import parse_kind, quantized
+from pdx.rates import Rates, Surface
+from pdx.weights.load import default_dtype
+from pdx.weights.progress import Report, silent
+
+# The made-up transformer: no published one has these widths.
+MODEL = ModelConfig("llama", 512, 768, 6, 12, 4, 64, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: enough points for a few percent, few enough for less than a minute on two cores."""
+
+    bandwidth_mb: int = 512
+    square: int = 1024  # side of the products that give the peaks
+    sides: tuple[int, ...] = (384, 1024, 4096)
+    rows: tuple[int, ...] = (1, 2, 8, 32, 256, 1024)
+    quantized_sides: tuple[int, ...] = (512, 2048)
+    quantized_rows: tuple[int, ...] = (1, 8, 64, 512)
+    new: tuple[int, ...] = (32, 256, 1024)
+    more: tuple[int, ...] = (1, 4)  # times as many tokens are seen
+    batches: tuple[int, ...] = (1, 8)
+    seen: tuple[int, ...] = (64, 512, 4096)
+    policies: tuple[str, ...] = ("w8a8", "int8", "int4:g64")  # what is found holds for groups of other sizes too
+    model: ModelConfig = MODEL
+    decode_rows: tuple[int, ...] = (1, 8)
+    prefill_tokens: tuple[int, ...] = (64, 512)
+    stream_mb: int = 96  # weights and caches together are larger than a CPU's caches
+    rounds: int = 3
+
+
+ACCELERATOR = Plan(2048, 8192, (1024, 4096, 8192), model=ModelConfig("llama", 512, 2048, 6, 16, 8, 128, 8192, 8192),
+                   stream_mb=512)  # fmt: skip
+TINY = Plan(1, 64, (64,), (1, 64), (64,), (8,), (32,), (1,), (1,), (32, 64), ("w8a8",),
+            ModelConfig("llama", 64, 32, 1, 4, 2, 8, 48, 512), (1,), (32,), 1, 1)  # fmt: skip
+
+
+def calibrate(name: str | None = None, plan: Plan | None = None, progress: Report = silent) -> MeasuredChip:
+    """Measure this process's default device; see `Plan`. Its peaks are those of the published table where it has one.
+
+    Peaks are what a sum of a large array reads and a square product computes; `rates` what products with weights as
+    models have them, attention over caches and the rest of a layer take.
+    """
+    cpu = jax.default_backend() == "cpu"
+    plan = plan or (Plan() if cpu else ACCELERATOR)
+    dtype = jnp.dtype(default_dtype(jax.devices()[0]))
+    jobs = list(_jobs(plan, dtype))
+    found: dict[tuple, float] = {}
+    for i, (key, run) in enumerate(jobs):
+        progress("calibrating", i, len(jobs))
+        found[key] = _rounded(run())
+        gc.collect()  # weights and caches of one job, before those of the next
+    chip = _chip(name, found, plan, dtype)
+    rest = {}
+    for i, (tokens, cost, work) in enumerate(_steps(plan, dtype)):
+        progress("calibrating layers", i, len(plan.decode_rows) + len(plan.prefill_tokens))
+        parts = chip.rates.parts(cost.work)
+        seconds = _measure(work, plan.rounds)
+        # Where the pieces take as long as the whole, what is beside them is too little to be seen.
+        beside = max(seconds - parts["products"] - parts["attention"], 0.02 * seconds)
+        rest[tokens] = _rounded(cost.work.layers * tokens * cost.work.width / beside)
+        width = cost.work.width
+    surface = Surface(tuple(sorted(rest)), (width,), tuple((rest[t],) for t in sorted(rest)))
+    return dataclasses.replace(chip, rates=dataclasses.replace(chip.rates, rest=surface))
+
+
+def _chip(name: str | None, found: dict[tuple, float], plan: Plan, dtype) -> MeasuredChip:
+    def surface(group: str, key: str, first: Sequence[int], second: Sequence[int]) -> Surface:
+        values = (tuple(found[group, key, a, b] for b in second) for a in first)
+        return Surface(tuple(first), tuple(second), tuple(values))
+
+    def sizes(sides: Sequence[int]) -> list[int]:
+        return [side * side for side in sides]
+
+    products = {str(dtype): surface("products", str(dtype), plan.rows, sizes(plan.sides))}
+    products |= {_stored(p): surface("products", _stored(p), plan.quantized_rows, sizes(plan.quantized_sides))
+                 for p in plan.policies}  # fmt: skip
+    caches = (str(dtype), "int8")
+    rates = Rates(products, {kv: surface("prefill", kv, plan.new, plan.more) for kv in caches},
+                  {kv: surface("decode", kv, plan.batches, plan.seen) for kv in caches},
+                  made=f"{device.machine()}; JAX {jax.__version__}; {datetime.date.today()}")  # fmt: skip
+    kind = jax.devices()[0].device_kind
+    base = of_kind(kind) or Chip("", {"cpu": "cpu", "tpu": "tpu"}.get(jax.default_backend(), "gpu"), (kind,), None,
+                                 None, 1.0, device.memory_gib(), os.cpu_count() or 1, 1.0, 1.0)  # fmt: skip
+    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(Chip)}
+    fields |= {"name": name or device.slug(), "hbm_gbps": found["bandwidth",], "f32_tflops": found["peak", "float32"],
+               "bf16_tflops": found["peak", "bfloat16"], "int8_tops": found["peak", "int8"]}  # fmt: skip
+    return MeasuredChip(**fields, rates=rates)
+
+
+def _jobs(plan: Plan, dtype) -> Iterator[tuple[tuple, Callable[[], float]]]:
+    """What is measured, by what it is called; each gives its rate."""
+    yield ("bandwidth",), partial(_bandwidth, plan)
+    for of in ("float32", "bfloat16", "int8"):
+        yield ("peak", of), partial(_peak, plan, of)
+    for policy in (None, *plan.policies):
+        sides, rows = (plan.quantized_sides, plan.quantized_rows) if policy else (plan.sides, plan.rows)
+        stored = _stored(policy) if policy else str(dtype)
+        for side in sides:
+            for r in rows:
+                yield ("products", stored, r, side * side), partial(_products, plan, dtype, policy, r, side)
+    for kv in (str(dtype), "int8"):
+        for new in plan.new:
+            for more in plan.more:
+                yield ("prefill", kv, new, more), partial(_attention, plan, dtype, kv, 1, new, new * more)
+        for batch in plan.batches:
+            for seen in plan.seen:
+                yield ("decode", kv, batch, seen), partial(_attention, plan, dtype, kv, batch, 1, seen)
+
+
+def _stored(policy: str) -> str:
+    return policy.partition(":")[0]
+
+
+def _rounded(rate: float) -> float:
+    """To four digits: nothing is measured more closely."""
+    return float(f"{rate:.4g}")
+
+
+def _measure(work: Callable[[], Timing], rounds: int) -> float:
+    return interleaved({"it": work}, rounds)["it"].median
+
+
+def _bandwidth(plan: Plan) -> float:
+    work = read_bandwidth(plan.bandwidth_mb)
+    return work.bytes_read / _measure(work, max(5, plan.rounds)) / 1e9
+
+
+def _peak(plan: Plan, dtype: str, times: int = 8) -> float:
+    """TFLOP/s of square products, each of which takes the one before."""
+    # bf16 is emulated on a CPU, some fifty times as slow: a smaller one says it too.
+    n = plan.square // 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else plan.square
+    w = jax.random.normal(jax.random.key(0), (n, n)) * n**-0.5
+    w = (w * 127).astype(jnp.int8) if dtype == "int8" else w.astype(dtype)
+    settings = {"preferred_element_type": jnp.int32} if dtype == "int8" else {"precision": precision_of(w.dtype)}
+
+    @jax.jit
+    def run(x):
+        return lax.fori_loop(0, times, lambda _, y: jnp.einsum("ai,oi->ao", y, w, **settings).astype(w.dtype), x)
+
+    return 2 * n**3 * times / _measure(lambda: once(lambda: run(w)), plan.rounds) / 1e12
+
+
+def _products(plan: Plan, dtype, policy: str | None, rows: int, side: int) -> float:
+    """Weights a second of a chain of products as the model makes them, each with a matrix of its own.
+
+    For a few rows the matrices together are larger than a CPU's caches, as a model's are; many rows are bound by
+    arithmetic, and a few matrices do.
+    """
+    kind = parse_kind(policy) if policy else None
+    each = side * side * (dtype.itemsize if kind is None else kind.bits / 8)
+    few = rows <= 32
+    wanted = max(2, int(plan.stream_mb * 1e6 / each)) if few else 2
+    count = min(wanted, 24)  # in one program; others of their kind follow as other arguments of it
+    keys = jax.random.split(jax.random.key(1), count)
+    one = [jax.random.normal(k, (side, side), dtype) * side**-0.5 for k in keys]
+    if kind is not None:
+        one = [quantized(w, kind, str(dtype)) for w in one]
+    sets = [one] + [jax.tree.map(jnp.copy, one) for _ in range(-(-wanted // count) - 1)]
+
+    @jax.jit
+    def chain(x, weights):
+        for w in weights:
+            x = linear(x, w)
+        return x
+
+    x = jax.random.normal(jax.random.key(2), (rows, side), dtype)
+
+    def through():
+        y = x
+        for weights in sets:
+            y = chain(y, weights)
+        return y
+
+    return side * side * count * len(sets) / _measure(lambda: once(through), plan.rounds)
+
+
+def _attention(plan: Plan, dtype, kv: str, batch: int, new: int, seen: int) -> float:
+    """FLOP/s of pairs that are seen, for many queries; bytes of keys and values a second for a few."""
+    one = Setup(dataclasses.replace(plan.model, num_layers=1, windows=()), str(dtype), kv_dtype=kv)
+    few = new <= MAX_QUERIES
+    cost = one.decode(batch, seen) if few else one.prefill(batch, new, seen - new)
+    count = max(2, min(16, int(plan.stream_mb * 1e6 / cost.bytes_by_part["kv read"]))) if few else 1
+    cfg, op = dataclasses.replace(one.cfg, num_layers=count, windows=()), decode_attention if few else flash_attention
+    cache = Stand(cfg, None, dtype, kv_dtype=kv).cache(batch, seen, seen)
+    starts = jnp.full(batch, seen - new)
+
+    @jax.jit
+    def run(q, cache):
+        for layer in cache.layers:
+            q = op(q, layer.k, layer.v, starts=starts, lengths=cache.lengths, scale=cfg.attn_scale,
+                   layout=layer.layout, kv_heads=cfg.num_kv_heads, **layer.scales)  # fmt: skip
+        return q
+
+    q = jax.random.normal(jax.random.key(4), (batch, new, cfg.num_heads, cfg.head_dim), dtype)
+    seconds = _measure(lambda: once(lambda: run(q, cache)), plan.rounds) / count
+    return (cost.bytes_by_part["kv read"] if few else cost.flops_by_part["attention"]) / seconds
+
+
+def _steps(plan: Plan, dtype):
+    """Tokens, cost and work of a few steps of the made-up transformer."""
+    stand = Stand(plan.model, init_params(plan.model, jax.random.key(5), dtype), dtype)
+    for rows in plan.decode_rows:
+        side = stand.decode(rows, 128)
+        yield rows, side.costs()[0], side.work
+    for tokens in plan.prefill_tokens:
+        side = stand.prefill(1, tokens)
+        yield tokens, side.costs()[0], side.work

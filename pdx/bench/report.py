@@ -1,0 +1,94 @@
+"""`pdx report`: the table of optimizations on this device, and how well the cost model foretells it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels.hardware import Chip
+from pdx.bench import pitfalls, report_page, report_plots, rows
+from pdx.bench.device import machine
+from pdx.bench.lab import Side, Stand
+from pdx.bench.report_data import Point, Report
+from pdx.bench.rows import Lab, Sizes
+from pdx.bench.timing import interleaved
+from pdx.chips import MeasuredChip
+from pdx.cost import Phase
+from pdx.errors import RequestError
+from pdx.weights.load import Model
+from pdx.weights.progress import Report as Progress
+from pdx.weights.progress import silent
+
+
+def run(
+    model: Model, chip: MeasuredChip, others: dict[str, Chip], sizes: Sizes | None = None, *,
+    only: Sequence[str] | None = None, progress: Progress = silent,
+) -> Report:  # fmt: skip
+    """Measure the grid, the rows and the pitfalls.
+
+    Args:
+      chip: this device, as `pdx.bench.calibrate` measured it.
+      others: published chips that gains are predicted for, by name.
+      only: names of the rows to measure, and no pitfalls; None: all.
+    """
+    begin = time.monotonic()
+    sizes = (sizes or Sizes()).within(model.config.max_context)
+    chosen = [r for r in rows.ROWS if only is None or r.name in only]
+    if only is not None and (unknown := set(only) - {r.name for r in chosen}):
+        raise RequestError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(r.name for r in rows.ROWS)}")
+    plain = Stand(model.config, model.params, model.dtype)
+    lab, grid = Lab(plain, chip, sizes), list(loads(sizes))
+    total, points, outcomes = len(grid) + len(chosen) + 1, [], []
+    for phase, batch, tokens in grid:
+        progress("measuring", len(points), total)
+        points.append(_point(plain.prefill(batch, tokens) if phase == "prefill" else plain.decode(batch, tokens),
+                             batch, tokens, chip, sizes.rounds))  # fmt: skip
+        gc.collect()
+    for row in chosen:
+        progress("measuring", len(points) + len(outcomes), total)
+        outcomes.append(rows.measure(row, lab, {chip.name: chip} | others))
+        gc.collect()
+    progress("measuring", total - 1, total)
+    seen = pitfalls.run(lab) if only is None else None
+    progress("measuring", total, total)
+    return Report(model.name, machine(), str(jax.numpy.dtype(model.dtype)), jax.__version__, chip, others,
+                  tuple(points), tuple(outcomes), seen, time.monotonic() - begin)  # fmt: skip
+
+
+def loads(sizes: Sizes) -> list[tuple[Phase, int, int]]:
+    """The grid that predictions are judged on: prompts alone, batches of a prompt, batches at contexts."""
+    found: list[tuple[Phase, int, int]] = [("prefill", 1, p) for p in sizes.prompts]
+    found += [("prefill", b, sizes.prompt) for b in sizes.batches if b > 1]
+    return found + [("decode", b, c) for c in sizes.contexts for b in sizes.batches]
+
+
+def _point(side: Side, batch: int, tokens: int, chip: MeasuredChip, rounds: int) -> Point:
+    seen = interleaved({"it": side.work}, rounds)["it"]
+    costs = side.costs()
+    return Point(side.phase, batch, tokens, seen, side.seconds(chip), side.floor(chip),
+                 sum(c.flops for c in costs), sum(c.bytes for c in costs))  # fmt: skip
+
+
+def write(report: Report, out: Path) -> list[Path]:
+    """`report.json`, `report.md` and its pictures into a folder. Returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = report_plots.draw(report, out)
+    (out / "report.json").write_text(json.dumps(_rounded(report.to_dict()), indent=1) + "\n", encoding="utf-8")
+    text = report_page.to_markdown(report, [p.name for p in pictures])
+    (out / "report.md").write_text(text, encoding="utf-8")
+    return [out / "report.md", out / "report.json", *pictures]
+
+
+def _rounded(x: Any) -> Any:
+    """Floats to five digits, so that files say what was seen and no more."""
+    if isinstance(x, float):
+        return float(f"{x:.5g}")
+    if isinstance(x, dict):
+        return {k: _rounded(v) for k, v in x.items()}
+    return [_rounded(v) for v in x] if isinstance(x, list) else x

@@ -1,0 +1,79 @@
+"""`pdx calibrate` and `pdx report`: this device measured, and the table of optimizations on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdx.cli.app import DtypeOption, JsonOption, ModelOption, app, load_model
+from pdx.weights.builtin import DEFAULT_MODEL
+
+
+@app.command()
+def calibrate(
+    name: Annotated[str | None, typer.Option(help="Of the chip; without it, made of the device's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; without it, where --chip finds it by name.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this device: bandwidth, matmul rates and how fast it is at the pieces of a step; store it as a chip."""
+    import dataclasses
+    import json
+
+    from pdx import chips
+    from pdx.bench.calibrate import calibrate as measure
+    from pdx.compilation import enable_cache
+    from pdx.weights.progress import progress_bar
+
+    enable_cache()
+    with progress_bar(unit="measurements") as progress:
+        chip = measure(name, progress=progress)
+    file = chips.save(chip, out)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
+        return
+    print(f"{chip.name}: reads {chip.hbm_gbps:.1f} GB/s; products of float32 {chip.f32_tflops * 1e3:.0f} GFLOP/s, "
+          f"bfloat16 {chip.bf16_tflops * 1e3:.0f}, int8 {chip.int8_tops * 1e3:.0f}\nwritten to {file}: "
+          f"pdx plan MODEL --chip {out or chip.name}")  # fmt: skip
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and pictures.")],
+    model: ModelOption = DEFAULT_MODEL,
+    chip: Annotated[str | None, typer.Option(help="This device, as `pdx calibrate` stored it; without it, the one of "
+                                             "its name, measured now if there is none.")] = None,
+    predict: Annotated[list[str] | None, typer.Option(help="Other chips to predict for; more than one may be "
+                                                      "given.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Measure only this row, and no pitfalls; more than one "
+                                                  "may be given.")] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny loads: whether it runs, not what it says.")] = False,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Measure and predict each optimization on this device, prefill and decode apart: which pays where, and why?"""
+    from pdx import chips
+    from pdx.bench import calibrate as calibration
+    from pdx.bench import report as reporting
+    from pdx.bench import report_page
+    from pdx.bench.device import slug
+    from pdx.bench.rows import QUICK
+    from pdx.errors import RequestError
+    from pdx.weights.progress import progress_bar
+
+    others = {name: chips.chip(name) for name in predict or ("v5e", "h100")}
+    loaded = load_model(model, dtype, None)
+    with progress_bar(unit="measurements") as progress:
+        if chip is None and quick:
+            here = calibration.calibrate(plan=calibration.TINY, progress=progress)
+        elif chip is None and slug() not in chips.names():
+            here = calibration.calibrate(progress=progress)
+            chips.save(here)
+        else:
+            here = chips.chip(chip or slug())
+        if not isinstance(here, chips.MeasuredChip):
+            raise RequestError(f"{here.name} was not measured: the report needs this device as pdx calibrate stores it")
+        found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
+    report_page.show(found)
+    files = reporting.write(found, out)
+    print(f"written: {', '.join(map(str, files))}")
