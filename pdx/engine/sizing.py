@@ -45,7 +45,7 @@ def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
 
 
 def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
-    """The most tokens, doubling, of a step that is predicted to take at most `tpot_s` with all slots at half context."""
+    """The most tokens (a power of 2) of a step predicted to take at most `tpot_s` with all slots at half context."""
     chip = detect()
     if chip is None:
         return CPU_BUDGET
