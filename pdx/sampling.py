@@ -151,7 +151,7 @@ def sample(
     Args:
       positions: where in its sequence the token of each row will stand.
       num_logprobs: the width n of the alternatives reported (static, at most 64).
-      allowed: tokens that may be chosen, at least one a row; what is not is banned behind penalties and bias. None: all.
+      allowed: tokens that may be chosen, at least one a row; the others are banned, behind penalties and bias.
 
     Returns:
       Tokens int32. Log-probabilities are those of the logits as given, before any setting.

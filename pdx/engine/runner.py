@@ -1,8 +1,8 @@
 """The device's side of an engine: its compiled programs and what they work on.
 
 A step is two dispatches. The forward pass takes the tokens of its decode rows from where the step before left them, so
-that it can be dispatched before they are known; sampling is a program of its own, since a mask from the host (structured
-output) may have to wait for a token that the forward pass need not wait for.
+that it can be dispatched before they are known; sampling is a program of its own, since a mask from the host
+(structured output) may have to wait for a token that the forward pass need not wait for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Runner:
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         explain_mixed(config.kernels)  # raises before anything is made
-        self.model, self.config = model, config
+        self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
         self.compile_s = 0.0
         self._programs: dict[object, Callable] = {}
         self._make_cache = partial(
@@ -56,13 +56,13 @@ class Runner:
         self.cache = self.sampling = self.last = None  # freed before the new ones are made
         self.cache = self._make_cache()
         slots, mesh = self.config.slots, self.model.mesh
-        empty = SamplingState.create([], self.model.config.vocab_size, batch=slots)
+        empty = SamplingState.create([], self.vocab_size, batch=slots)
         self.sampling = place_rows(empty, mesh)
         self.last = place_rows(jnp.zeros(slots, jnp.int32), mesh)
 
     def warmup(self, report: Report = silent) -> None:
         """Compile every program that a step can need, and run each once."""
-        config, vocab = self.config, self.model.config.vocab_size
+        config = self.config
         plans = [empty_plan(config, shape, len(self.cache.groups)) for shape in config.ladder(config.max_context)]
         total = len(plans) + 4
         done = 0
@@ -75,7 +75,7 @@ class Runner:
         for plan in plans:
             logits = self.forward(plan)
             tick()
-        for allowed in (None, np.ones((config.slots, vocab), bool)):
+        for allowed in (None, np.ones((config.slots, self.vocab_size), bool)):
             self.fetch(self.sample(plan, logits, allowed), logprobs=True)
             tick()
         self.join(0, SamplingOptions(seed=0), [0], [])
@@ -119,7 +119,7 @@ class Runner:
 
     def join(self, slot: int, options: SamplingOptions, prompt: list[int], outputs: list[int]) -> None:
         """Put a request's sampling settings, and what it has generated already, into a slot."""
-        one = SamplingState.create([options], self.model.config.vocab_size, prompts=[prompt], outputs=[outputs])
+        one = SamplingState.create([options], self.vocab_size, prompts=[prompt], outputs=[outputs])
         self.sampling = self._call(
             "join", _join, sampling=self.sampling, slot=np.int32(slot), one=jax.tree.map(np.asarray, one),
             static={"mesh": self.model.mesh},

@@ -46,8 +46,8 @@ def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
 
 
 def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
-    """A token for each slot and the largest chunk beside them, in whole `CHUNK_STEP`s, with which a step is predicted to
-    take at most `tpot_s` at half the context."""
+    """A token for each slot and the largest chunk beside them, in whole `CHUNK_STEP`s, with which a step is predicted
+    to take at most `tpot_s` at half the context."""
     chip = detect()
     if chip is None:
         return CPU_BUDGET

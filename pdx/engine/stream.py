@@ -7,6 +7,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 from pdx.completion import Completion, Row, TokenLogprobs
 from pdx.engine.request import Sequence
@@ -68,7 +70,7 @@ class RequestStream:
                     break
                 loop = asyncio.get_running_loop()
                 waiting = loop.create_future()
-                self._wake = lambda: loop.call_soon_threadsafe(_resolve, waiting)
+                self._wake = partial(loop.call_soon_threadsafe, _resolve, waiting)
             await waiting
         if output is None:
             raise StopAsyncIteration
@@ -121,7 +123,7 @@ class RequestStream:
         timing = ServedTiming(
             done.timing.tokens, done.timing.ttft_s, done.timing.e2e_s,
             queue_s=(seq.started if seq.started is not None else seq.arrival) - self._arrival,
-            gaps_s=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+            gaps_s=tuple(b - a for a, b in pairwise(times)),
             hit_tokens=seq.hit_tokens, preemptions=seq.preemptions,
         )  # fmt: skip
         return Completion(done.index, done.text, done.token_ids, done.prompt_tokens, done.finish_reason, timing,

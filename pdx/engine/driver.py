@@ -1,0 +1,231 @@
+"""The thread of an engine: it plans steps, dispatches them, takes their tokens and hands them to the clients.
+
+While the device computes a step, the next one is planned and dispatched; the tokens of a step are taken when the one
+after it is under way. What goes wrong in a step costs the requests of that step; at a client, that client's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from pdx.completion import TokenLogprobs
+from pdx.engine.plan import StepPlan
+from pdx.engine.request import Sequence, Status
+from pdx.engine.runner import NO_TOKEN, Runner
+from pdx.engine.scheduler import Output, Scheduler
+from pdx.engine.stats import Stats
+from pdx.engine.stream import ClientError, RequestStream
+from pdx.errors import EngineError, RequestError
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass
+class Flight:
+    """A step under way."""
+
+    plan: StepPlan
+    dispatched: float
+    logits: Any = None
+    drawn: Any = None
+
+
+class Driver:
+    """Runs `scheduler` on `runner`.
+
+    Attributes:
+      work: held by whoever touches the scheduler or the streams; notified when there is something to do, and when there
+        is room.
+      streams: of all requests that are not over.
+      closing: no more requests; the thread ends with the last one.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner):
+        self.scheduler, self.runner, self.config = scheduler, runner, runner.config
+        self.stats = Stats(self.config.slots)
+        self.streams: dict[Sequence, RequestStream] = {}
+        self.work = threading.Condition()
+        self.closing = False
+
+    def cancel(self, seq: Sequence) -> None:
+        with self.work:
+            stream = self.streams.pop(seq, None)
+            if stream is None:
+                return
+            self.scheduler.finish(seq, "cancelled")
+            self.stats.cancelled += 1
+            self.work.notify_all()
+        self._tell(seq, stream, lambda: stream.end(seq, "cancelled"))
+
+    def run(self) -> None:
+        me = threading.get_ident()
+
+        def compiled(name: str, _seconds: float, **_kwargs) -> None:
+            if name == COMPILED and threading.get_ident() == me:
+                self.stats.compiles += 1
+
+        jax.monitoring.register_event_duration_secs_listener(compiled)
+        try:
+            self._drive()
+        except BaseException as error:  # a defect of the engine itself: nobody may wait for it forever
+            with self.work:
+                self.closing = True
+                lost, self.streams = self.streams, {}
+            broken = EngineError(f"the engine broke down: {error!r}")
+            for stream in lost.values():
+                with suppress(ClientError):
+                    stream.fail(broken)
+            raise
+        finally:
+            jax.monitoring.unregister_event_duration_listener(compiled)
+
+    def _drive(self) -> None:
+        flights: deque[Flight] = deque()
+        depth = 1 if self.config.overlap else 0
+        while True:
+            with self.work:
+                plan = self.scheduler.schedule(time.perf_counter())
+                timed_out = [(s, self.streams.pop(s, None)) for s in self.scheduler.take_timed_out()]
+                if plan is None and not flights and not timed_out:
+                    if self.closing and self.scheduler.is_idle:
+                        return
+                    self.stats.rests()
+                    self.work.wait(self._rest())
+                    continue
+            for seq, stream in timed_out:
+                self.stats.cancelled += 1
+                self._tell(seq, stream, lambda seq=seq, stream=stream: stream.end(seq, "timeout"))
+            try:
+                if plan is not None:
+                    flight = Flight(plan, time.perf_counter())
+                    flights.append(flight)
+                    self._dispatch(flight, flights)
+                if flights and (len(flights) > depth or plan is None):
+                    self._collect(flights)
+            except Exception as error:
+                self._recover(flights, error)
+
+    def _rest(self) -> float | None:
+        """Seconds to sleep when there is nothing to do: until the next request may time out."""
+        deadline = self.scheduler.next_deadline
+        return None if deadline is None else max(0.0, deadline - time.perf_counter())
+
+    def _dispatch(self, flight: Flight, flights: deque[Flight]) -> None:
+        """Send a step to the device. One with masks samples only when all tokens before it are known."""
+        plan = flight.plan
+        before = flights[-2] if len(flights) > 1 else None
+        self.runner.join_all(plan.joins)
+        flight.logits = self.runner.forward(plan)
+        is_late = before is None or before.drawn.tokens.is_ready()
+        with self.work:
+            self.stats.dispatched(plan, time.perf_counter(), is_late=is_late)
+        masked = [c for c in plan.chunks if c.samples and c.sequence.request.mask is not None]
+        if masked:
+            while len(flights) > 1:
+                self._collect(flights)
+        flight.drawn = self.runner.sample(plan, flight.logits, self._allowed(masked) if masked else None)
+        flight.logits = None
+
+    def _allowed(self, chunks) -> np.ndarray:
+        """The masks of a step's requests; one that gives none that makes sense fails alone."""
+        allowed = np.ones((self.config.slots, self.runner.vocab_size), bool)
+        for chunk in chunks:
+            seq = chunk.sequence
+            if seq.status is Status.FINISHED:
+                continue
+            try:
+                mask = seq.request.mask(list(seq.outputs))
+                if mask is not None:
+                    mask = np.asarray(mask, bool)
+                    if mask.shape != allowed.shape[1:] or not mask.any():
+                        raise RequestError(f"a mask must be bool [{allowed.shape[1]}] and allow at least one token, "
+                                           f"got shape {mask.shape} with {int(mask.sum())} allowed")  # fmt: skip
+                    allowed[chunk.slot] = mask
+            except Exception as error:
+                self._fail(seq, ClientError(f"the request's mask failed: {type(error).__name__}: {error}"))
+        return allowed
+
+    def _collect(self, flights: deque[Flight]) -> None:
+        """Wait for the tokens of the oldest step and hand them out."""
+        flight = flights[0]
+        plan = flight.plan
+        wanted = any(c.samples and c.sequence.request.options.logprobs is not None for c in plan.chunks)
+        got = self.runner.fetch(flight.drawn, logprobs=wanted)
+        flights.popleft()
+        now = time.perf_counter()
+        for chunk in plan.chunks:
+            if chunk.samples and got.tokens[chunk.slot] == NO_TOKEN:
+                self._fail(chunk.sequence, EngineError(
+                    f"the logits behind token {chunk.start + chunk.count - 1} of the request are NaN: the model "
+                    "overflows for this input (try another dtype)"))  # fmt: skip
+        with self.work:
+            self.stats.ended(flight.dispatched, now)
+            slots = {c.sequence: c.slot for c in plan.chunks}
+            outputs = self.scheduler.commit(plan, got.tokens, now)
+            self.work.notify_all()  # whoever waits for room in the queue
+        for output in outputs:
+            self._deliver(output, _logprobs(got, slots[output.sequence], output), now)
+
+    def _deliver(self, output: Output, token: TokenLogprobs, now: float) -> None:
+        seq = output.sequence
+        stream = self.streams.get(seq)
+        if stream is None:
+            return
+
+        def push() -> None:
+            if stream.push(seq, token, now):
+                with self.work:
+                    if self.streams.pop(seq, None) is not None:
+                        self.stats.finished += 1
+                    self.scheduler.finish(seq, "stop")  # a stop string, which only the text tells
+
+        self._tell(seq, stream, push)
+
+    def _tell(self, seq: Sequence, stream: RequestStream | None, what: Callable[[], Any]) -> None:
+        """Call into a client's stream. What goes wrong there is the client's, and costs it the request."""
+        if stream is None:
+            return
+        try:
+            what()
+        except Exception as error:
+            self._fail(seq, error, stream)
+
+    def _fail(self, seq: Sequence, error: Exception, stream: RequestStream | None = None) -> None:
+        with self.work:
+            stream = self.streams.pop(seq, stream)
+            if seq.status is not Status.FINISHED:
+                # What it computed may be unsound: nobody shall find it.
+                self.scheduler.finish(seq, "error", keep=False)
+                self.scheduler.memory.tree.clear()
+            if stream is None or stream.is_over:
+                return
+            self.stats.failed += 1
+        with suppress(ClientError):  # it has nobody to tell it to
+            stream.fail(error)
+
+    def _recover(self, flights: deque[Flight], error: Exception) -> None:
+        """A step failed: its requests and those of the steps behind it end, everything else starts anew."""
+        with self.work:
+            lost = self.scheduler.fail([flight.plan for flight in flights])
+            flights.clear()
+            self.stats.rests()
+        for seq in lost:
+            self._fail(seq, EngineError(f"the step that computed the request failed: {type(error).__name__}: {error}"))
+        self.runner.reset()
+
+
+def _logprobs(got, slot: int, output: Output) -> TokenLogprobs:
+    best = output.sequence.request.options.logprobs
+    if best is None:
+        return TokenLogprobs(output.token, float("inf"))
+    top = zip(got.top_ids[slot, :best].tolist(), got.top_logprobs[slot, :best].tolist(), strict=True)
+    return TokenLogprobs(output.token, float(got.logprob[slot]), tuple(top))
