@@ -1,44 +1,28 @@
 """`pdx compare`: that its loops do what they claim, that it tells faster from slower and right from wrong, and says
 what ran."""
 
-import csv
-import json
 import re
-import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from pallas_kernels import hlo, problems, targets
-from pallas_kernels.hardware import Chip
-from pdx.bench import compare as comparing
-from pdx.bench.compare import ceiling, contestants, device_time, exact, measure, plot, selection, static, steps
+from pallas_kernels import hlo, problems
+from pdx.bench.compare import contestants, device_time, exact, measure
 from pdx.bench.compare.device_time import Loop, chained, empty_result
-from pdx.bench.compare.rows import COLUMNS, Comparison, Row, verdict
+from pdx.bench.compare.rows import Comparison, Row, verdict
 from pdx.bench.compare.show import show
-from pdx.bench.compare.steps import Shape, Subject
 from pdx.bench.timing import Timing
-from pdx.cli import app
-from pdx.errors import RequestError
-from tests import tiny_model
-
-CPU = Chip("cpu", "cpu", ("cpu",), None, 0.2, 20.0, 1.0, 2, 0.0, 0.1)
-SMALL = "one KV head of 256"
-NAMES = {"flash_attention": "whole prompts, ragged", "decode_attention": "one query head a KV head",
-         "paged_attention": SMALL, "quantized_matmul": "W4A16, affine"}  # fmt: skip
-
-
-def case_of(op, name=None):
-    return next(c for c in problems.cases(op) if c.name == (name or NAMES[op]))
+from tests.compare_cases import CPU, case_of, really_run, tell_the_time
+from tests.compare_cases import NAMES as OPS
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(device_time, "SECONDS", 1e-3)
+    tell_the_time(monkeypatch)
 
 
 def contestant(op, arrays=None):
@@ -97,7 +81,7 @@ def test_an_op_stays_in_its_loop_and_so_does_what_it_makes_of_its_weights():
         assert all(i in inside for i in found), opcode
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", OPS)
 def test_a_loop_of_an_op_needs_each_result(op):
     """After n turns the result is what n calls give, each fed with the one before; other queries give another."""
     c = contestant(op)
@@ -135,7 +119,7 @@ def test_a_loop_is_made_long_enough(monkeypatch):
 # Right and wrong, faster and slower
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", OPS)
 def test_xla_and_the_interpreted_kernel_are_right_and_zeros_are_not(op):
     case = case_of(op)
     xla, pallas, *_ = measure.case_rows(op, case, CPU, "cpu", 1, ("v5e",))
@@ -197,24 +181,34 @@ def test_pieces_change_nothing(monkeypatch, pieces):
 
 
 def test_a_slower_implementation_is_shown_as_slower(capsys, monkeypatch):
-    """A path that does everything many times over, timed beside the one that does it once."""
-    c = contestant("quantized_matmul")
-    problem = problems.OPS["quantized_matmul"](case_of("quantized_matmul"), "xla", "heads_last")
-    arrays = exact.draw(problem)
-    right = exact.answer(problem, arrays)
+    """One that does everything again and again beside one that does it once, on a clock that counts what is done."""
+    done = []
+
+    def once(x, *held):
+        jax.debug.callback(lambda _: done.append(1), x.ravel()[0])
+        return c.fn(x, *held)
 
     def often(x, *held):
-        body = lambda _, y: c.fn(device_time.fed(x, 0 * y), *held)  # noqa: E731
-        return jax.lax.fori_loop(0, 40, body, c.fn(x, *held))
+        return jax.lax.fori_loop(0, 3, lambda _, y: once(device_time.fed(x, 0 * y), *held), once(x, *held))
 
-    rows = measure.compete([c, replace(c, path="pallas", fn=often)], measure.start_row(problem, CPU, "cpu"), right, 5)
+    def clock():
+        jax.effects_barrier()
+        return len(done) * 1e-3
+
+    monkeypatch.setattr(Loop, "run", really_run)
+    monkeypatch.setattr(device_time, "time", SimpleNamespace(perf_counter=clock))
+    problem = problems.OPS["quantized_matmul"](case_of("quantized_matmul"), "xla", "heads_last")
+    arrays = exact.draw(problem)
+    c = contestant("quantized_matmul", arrays)
+    contestants_here = [replace(c, fn=once), replace(c, path="pallas", fn=often)]
+    rows = measure.compete(contestants_here, measure.start_row(problem, CPU, "cpu"), exact.answer(problem, arrays), 3)
+    assert [r.seconds for r in rows] == pytest.approx([1e-3, 4e-3])
     found = Comparison("cpu", CPU, "told", {}, list(rows))
     (said,) = found.verdicts()
-    assert (said["path"], said["verdict"]) == ("pallas", "slower")
-    assert said["over_xla"] < 0.5
+    assert (said["path"], said["verdict"], said["over_xla"]) == ("pallas", "slower", pytest.approx(0.25))
     monkeypatch.setenv("COLUMNS", "120")
     show(found)
-    assert re.search(r"pallas .* 0\.\d+x slower", capsys.readouterr().out)
+    assert re.search(r"pallas .* 0\.25x slower", capsys.readouterr().out)
 
 
 def test_verdicts_are_by_device_time_and_spread():
@@ -288,172 +282,3 @@ def test_jax_nn_does_a_whole_prompt():
     (peer,) = [c for c in contestants.peers("flash_attention", case, arrays, "cpu") if c.path == "jax.nn"]
     _, relative = exact.errors(peer.fn(peer.x, *peer.held), *exact.answer(problem, arrays))
     assert relative < 1e-4
-
-
-# Steps
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tiny_model.make(tmp_path_factory.mktemp("model")))
-
-
-@pytest.mark.parametrize("shape", [Shape("prefill", 2, 16), Shape("decode", 2, 16)], ids=lambda s: s.phase)
-def test_steps_are_measured_and_right(directory, shape):
-    subject = Subject(directory, "float32")
-    params = steps.parameters(subject)
-    xla, pallas = steps.rows(subject, params, shape, CPU, "cpu", 1)
-    assert (xla.op, xla.rung, xla.ran) == (shape.phase, "measured", "XLA")
-    assert xla.relative_error < 1e-4
-    assert xla.seconds > 0
-    assert pallas.note == "not on cpu: not compiled"
-    cost = getattr(subject.setup(), shape.phase)(2, 16)
-    assert (xla.flops, xla.bytes) == (cost.flops, cost.bytes)
-
-
-def test_each_decode_step_of_a_loop_takes_the_token_before(directory):
-    """Three turns give what three steps give, of which each stands at the same place with another token."""
-    cfg, shape = Subject(directory, "float32").config(), Shape("decode", 1, 12)
-    params = steps.parameters(Subject(directory, "float32"))
-    loop = steps.make_loop(cfg, params, shape, "xla")
-    loop.run(3)
-    history, token = steps.prompts(cfg, shape), int(steps.prompts(cfg, shape)[0, -1])
-    logits = np.zeros((1, cfg.vocab_size))
-    for _ in range(3):
-        history[0, -1] = (token + int(logits.argmax())) % cfg.vocab_size
-        logits = np.asarray(steps._plain_logits(params, cfg, history))
-    np.testing.assert_allclose(np.asarray(loop.state[0]), logits, rtol=1e-3, atol=1e-3)
-    assert int(loop.state[1].lengths[0]) == 12
-
-
-def test_a_shape_of_configs_gets_random_weights(monkeypatch):
-    seen = []
-    monkeypatch.setattr(steps, "init_params", lambda cfg, key, dtype: seen.append((cfg.num_layers, dtype)) or {})
-    assert steps.parameters(Subject("smollm2-135m", "float32")) == {}
-    assert seen == [(30, jnp.dtype("float32"))]
-
-
-# The command
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """A run of one small case on a device whose figures are told."""
-    monkeypatch.setattr(ceiling, "of_this_device", lambda: (CPU, "told"))
-    monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install X")
-    return ["compare", "decode_attention", "--shapes", NAMES["decode_attention"], "--rounds", "1"]
-
-
-def run(*arguments):
-    done = CliRunner().invoke(app, list(arguments))
-    if done.exit_code:
-        raise done.exception
-    return done.stdout
-
-
-def test_json_csv_and_the_picture(small, tmp_path):
-    pytest.importorskip("matplotlib")
-    table, picture = tmp_path / "rows.csv", tmp_path / "roofline.png"
-    found = json.loads(run(*small, "--json", "--csv", str(table), "--plot", str(picture)))
-    assert set(found) == {"device", "ceiling", "versions", "rows", "verdicts", "notes"}
-    assert found["notes"][0].startswith("No accelerator here")
-    assert [(r["path"], r["device"], r["rung"]) for r in found["rows"]] == [
-        ("xla", "cpu", "measured"), ("pallas", "cpu", "interpreted"), ("jax.nn", "cpu", "measured"),
-        ("pallas", "v5e", "counted")]  # fmt: skip
-    xla, _, peer, counted = found["rows"]
-    assert set(xla) == set(COLUMNS)
-    for row in (xla, peer):
-        assert min(row[k] for k in ("seconds", "gb_per_s", "tflop_per_s", "of_roofline", "compile_seconds",
-                                    "dispatch_seconds")) > 0  # fmt: skip
-        assert row["low"] <= row["seconds"] <= row["high"]
-    assert counted["moved_bytes"] >= counted["bytes"] > 0
-    assert counted["done_flops"] >= counted["flops"] > 0
-    assert "pip install X" in counted["note"]
-    assert [v["path"] for v in found["verdicts"]] == ["jax.nn"]
-    with table.open(encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    assert len(read) == 4
-    assert set(read[0]) == set(COLUMNS)
-    assert float(read[0]["seconds"]) == xla["seconds"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_fit_and_say_what_is_missing(small, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    out = run(*small, "--targets", "v5e,h100")
-    assert max(map(len, out.splitlines())) <= 120
-    assert "No accelerator here" in out
-    assert re.search(r"xla\*.*XLA", out)
-    assert re.search(r"pallas +- .*interpreted", out)
-    assert "not on cpu: compiled statically for v5e, h100" in out.replace("\n", " ")
-    for target in ("v5e", "h100"):
-        assert f"compiling for {target} needs libtpu: pip install X" in out
-
-
-def test_only_the_static_part_is_counted_for_targets(small, monkeypatch):
-    monkeypatch.setattr(static, "_in_a_process", lambda *_: pytest.fail("a compiler was started"))
-    rows = static.rows("h100", [("decode_attention", case_of("decode_attention"))], None, [], True)
-    assert [(r.path, r.rung, r.device) for r in rows] == [("pallas", "counted", "h100")]
-
-
-def test_a_compiler_that_ends_leaves_what_it_gave_and_says_so(monkeypatch):
-    monkeypatch.setattr(targets, "missing", lambda name: None)
-    given = [Row("decode_attention", "a", "pallas", "v5e", "compiled")]
-    monkeypatch.setattr(static, "_in_a_process", lambda order, told: iter(given))
-    (row,) = static.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
-    assert "The compiler ended here: 1 more are missing" in row.note
-    given.clear()
-    with pytest.raises(RequestError, match="the compiler for v5e ended"):
-        static.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
-
-
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["attention"], "no op 'attention' to compare; there are flash_attention, .*, steps"),
-    (["decode_attention", "--shapes", "nothing"], "no case has 'nothing' in its name; there are: Llama 3 8B, bf16;"),
-    (["decode_attention", "--targets", "v9"], "target 'v9': no chip 'v9'.*targets are v4, v5e"),
-    (["decode_attention", "--targets", "t4"], "t4 has no Pallas compiler"),
-])  # fmt: skip
-def test_what_does_not_exist_is_answered_with_what_does(arguments, says):
-    with pytest.raises(RequestError, match=says):
-        run("compare", *arguments)
-
-
-def test_a_picture_needs_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RequestError, match=r"pip install 'pdx-inference\[notebook\]'"):
-        plot.require()
-
-
-def test_every_default_case_exists():
-    for op, names in selection.ON_CPU.items():
-        assert {c.name for c in selection.cases(op, None, "cpu")} == set(names)
-        assert len(selection.cases(op, "all", "cpu")) > len(selection.cases(op, None, "tpu")) > 3
-    assert set(selection.ON_CPU) == set(problems.ops())
-
-
-def test_this_device_is_measured_where_the_table_lacks_it():
-    chip = ceiling.measured(megabytes=1, side=64)
-    assert chip.hbm_gbps > 0
-    assert chip.tflops("float32") > 0
-    assert chip.tflops("int8") > 0
-    assert chip.tflops("bfloat16") == chip.tflops("float32")
-
-
-def test_the_library_call_is_the_command(small):
-    found = comparing.compare(["decode_attention"], shapes=NAMES["decode_attention"], targets=(), rounds=1)
-    assert [r.path for r in found.rows] == ["xla", "pallas", "jax.nn"]
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_smoke_cases_and_steps_are_compiled(target, directory):
-    if why := targets.missing(target):
-        pytest.skip(why)
-    cases = [("decode_attention", case_of("decode_attention")), ("quantized_matmul", case_of("quantized_matmul"))]
-    rows = static.rows(target, cases, Subject("smollm2-135m", "bfloat16"), [], True)
-    assert [(r.op, r.path, r.rung) for r in rows] == [(op, p, "compiled") for op, _ in cases for p in ("pallas", "xla")]
-    for row in rows:
-        assert row.compile_seconds > 0
-        assert row.ran == ("XLA" if row.path == "xla" else "Pallas kernel")
-    assert all(r.vmem_bytes or r.shared_bytes for r in rows if r.path == "pallas")
-    assert target == "h100" or rows[2].cycles > 0

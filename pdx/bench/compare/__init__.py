@@ -52,7 +52,7 @@ def compare(
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
     chip, source = ceiling.of_this_device()
-    found = Comparison(device_name(), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
+    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
     if platform not in ACCELERATORS:
         found.notes.insert(0, f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
                               "interpreted, where a case is small enough.")  # fmt: skip

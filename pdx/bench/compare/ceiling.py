@@ -30,9 +30,9 @@ def measured(megabytes: int = 512, side: int = SIDE) -> Chip:
     times = interleaved({"read": read, "float32": lambda: once(f32), "int8": lambda: once(int8)}, RUNS)
     rate = {name: 2 * side**3 / times[name].best / 1e12 for name in ("float32", "int8")}
     device = jax.devices()[0]
-    return Chip(device_name(), device.platform, (device.device_kind,), bf16_tflops=None, int8_tops=rate["int8"],
-                hbm_gbps=read.bytes_read / times["read"].best / 1e9, hbm_gib=0.0, cores=os.cpu_count() or 1,
-                clock_ghz=0.0, f32_tflops=rate["float32"])  # fmt: skip
+    return Chip(device_name(every=False), device.platform, (device.device_kind,), bf16_tflops=None,
+                int8_tops=rate["int8"], hbm_gbps=read.bytes_read / times["read"].best / 1e9, hbm_gib=0.0,
+                cores=os.cpu_count() or 1, clock_ghz=0.0, f32_tflops=rate["float32"])  # fmt: skip
 
 
 def _product(side: int, dtype):
