@@ -7,7 +7,7 @@ from typing import Any
 
 from pallas_kernels.hardware import Chip
 from pdx import cost
-from pdx.chips import chip
+from pdx.chips import MeasuredChip, chip
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
@@ -165,8 +165,10 @@ def show(plan: Plan) -> None:
     from rich.table import Table
 
     gib, console, setup = 2**30, Console(), plan.setup
+    measured = isinstance(plan.chip, MeasuredChip) and plan.chips == 1
+    figures = "estimates, at measured rates" if measured else "floors, from its peaks"
     console.print(f"[bold]{plan.model}[/bold] on {plan.chips} x {plan.chip.name}: batch {plan.batch}, prompt "
-                  f"{plan.prompt}, context {plan.context}; figures are floors, from published peaks",
+                  f"{plan.prompt}, context {plan.context}; figures are {figures}",
                   highlight=False)  # fmt: skip
     memory = Table("memory", "GiB", box=None, pad_edge=False)
     for part, size in setup.weights.items():
@@ -176,8 +178,8 @@ def show(plan: Plan) -> None:
     memory.add_row("left" if plan.fits else "[red]missing[/red]",
                    f"{abs(plan.capacity * (1 - cost.RESERVE) - plan.needed) / gib:.2f}")  # fmt: skip
     console.print(memory)
-    phases = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "at least", "of peak", "of bandwidth", box=None,
-                   pad_edge=False)  # fmt: skip
+    phases = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if measured else "at least", "of peak",
+                   "of bandwidth", box=None, pad_edge=False)  # fmt: skip
     rate, peak = plan.chip.hbm_gbps * 1e9 * plan.chips, plan.chip.tflops(setup.dtype) * 1e12 * plan.chips
     for step, name in ((plan.prefill, "prefill (TTFT)"), (plan.decode, "decode (TPOT)")):
         t = plan.seconds(step)
