@@ -105,6 +105,8 @@ def test_plan_takes_them(home, tmp_path):
         found = json.loads(done.stdout)
         assert found["chip"] == ("own" if name.endswith("toml") else "laptop")
     assert found["chips"] == 2
+    assert "estimates, at measured rates" in " ".join(CliRunner().invoke(
+        app, ["plan", "smollm2-135m", "--chip", "laptop"]).stdout.split())  # fmt: skip
     wrong = CliRunner().invoke(app, ["plan", "smollm2-135m", "--chip", str(tmp_path / "no.toml")])
     assert isinstance(wrong.exception, RequestError)
 

@@ -9,7 +9,7 @@ from typing import Any
 from pallas_kernels.hardware import Chip
 from pdx import cost, tradeoffs
 from pdx.cache.dense import default_layout
-from pdx.chips import chip
+from pdx.chips import MeasuredChip, chip
 from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
@@ -32,7 +32,7 @@ class Chunking:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on some chips under a load; times in seconds, all of them floors."""
+    """A model on some chips under a load; times in seconds: floors, but on one measured chip estimates."""
 
     model: str
     setup: Setup
@@ -44,6 +44,11 @@ class Plan:
     output_tokens: int = 256
     slo_ttft: float | None = None
     slo_tpot: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether times are what the chip was measured to take."""
+        return isinstance(self.chip, MeasuredChip) and self.chips == 1
 
     @property
     def capacity(self) -> int:

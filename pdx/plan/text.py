@@ -18,8 +18,9 @@ GIB = 2**30
 def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
     """Print it; `compiled` is what the real compiler said of the same steps."""
     console = Console()
+    figures = "estimates, at measured rates" if plan.is_measured else "floors, from its peaks"
     console.print(f"[bold]{plan.model}[/bold] on {plan.chips} x {plan.chip.name}: batch {plan.batch}, prompt "
-                  f"{plan.prompt}, context {plan.context}; figures are floors, from published peaks",
+                  f"{plan.prompt}, context {plan.context}; figures are {figures}",
                   highlight=False)  # fmt: skip
     console.print(_memory(plan))
     console.print(_phases(plan))
@@ -50,7 +51,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _phases(plan: Plan) -> Table:
-    table = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "at least", "of peak", "of bandwidth", box=None,
+    table = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if plan.is_measured else "at least", "of peak", "of bandwidth", box=None,
                   pad_edge=False)  # fmt: skip
     for step, name in ((plan.prefill, "prefill (TTFT)"), (plan.decode, "decode (TPOT)")):
         compute, memory = step.shares(plan.chip, plan.chips)
