@@ -147,9 +147,9 @@ def test_nothing_is_compiled_after_the_warm_up(tight, count_compiles):
 
 def test_deterministic_results_are_equal_bit_for_bit(windowed):
     rng = random.Random(5)
-    prompts, options = random_requests(rng, 16, tokens=24)
+    prompts, options = random_requests(rng, 16, tokens=60)
     options = [dataclasses.replace(o, logprobs=2) for o in options]
-    with Engine(windowed, pdx.EngineConfig(**TIGHT | {"deterministic": True})) as engine:
+    with Engine(windowed, pdx.EngineConfig(**TIGHT | {"pages": 20, "deterministic": True})) as engine:
         alone = [engine.generate([p], [o])[0] for p, o in zip(prompts, options, strict=True)]
         before = engine.metrics().preemptions
         order = rng.sample(range(16), 16)
