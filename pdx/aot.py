@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from pallas_kernels.targets import Compiled, Target
 from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
+from pdx.cache.paged import PackedRows, paged_cache_specs
 from pdx.config import ModelConfig
 from pdx.model import param_specs
 from pdx.quant import Policy, quantized_specs
 from pdx.sharding import ArraySpec, is_spec
 
-Step = Literal["prefill", "decode_step", "verify"]
+Step = Literal["prefill", "decode_step", "verify", "mixed_step"]
 
 
 def compile_step(
@@ -40,10 +41,11 @@ def compile_step(
     """Compile one step of a model for `target`.
 
     Args:
-      step: `prefill` and `verify` take `tokens` tokens a row, `decode_step` one.
+      step: `prefill` and `verify` take `tokens` tokens a row, `decode_step` one; `mixed_step` packs `tokens` tokens:
+        one for each of `batch` decode rows, and where there are more, the chunk of another row.
       cfg: any model's; weights are not needed.
       target: a chip (`v5e`, `h100`, ...) or a slice of several (`v5e:2x4`).
-      batch, capacity: rows of the cache and tokens that each can hold.
+      batch, capacity: rows of the cache and tokens that each can hold; over pages, enough of them for that.
       dtype, kv_dtype: of parameters and cache (None: dtype).
       quantize: which weights are int8 or int4, see `pdx.quant`; None: none.
       mesh: sizes of the axes `data` and `model` over the slice's chips; None: one chip.
@@ -74,19 +76,38 @@ def step_arguments(
         raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
     chips = Target.get(target)
     devices = chips.mesh({"data": 1, "model": 1} | dict(mesh)) if mesh else None
-    layout = default_layout(chips.chip.platform)
-    cache = cache_specs(
-        cfg, batch, capacity, chunk=tokens, dtype=kv_dtype or dtype, mesh=devices, layout=layout
-    )
+    where = {"dtype": kv_dtype or dtype, "mesh": devices, "layout": default_layout(chips.chip.platform)}
 
     def rows(dtype, *shape):
         return ArraySpec((batch, *shape), ("batch", *[None] * len(shape)), dtype)
 
-    params = quantized_specs(param_specs(cfg, dtype), Policy.parse(quantize))
-    declared = {"params": params, "cache": cache}
-    if step == "decode_step":
-        declared |= {"tokens": rows(jnp.int32), "active": rows(jnp.bool_)}
+    declared: dict[str, Any] = {"params": quantized_specs(param_specs(cfg, dtype), Policy.parse(quantize))}
+    if step == "mixed_step":
+        declared |= _packed(cfg, batch, capacity, tokens, where)
     else:
-        declared |= {"tokens": rows(jnp.int32, min(tokens, cache.chunk)), "lengths": rows(jnp.int32)}
+        cache = declared["cache"] = cache_specs(cfg, batch, capacity, chunk=tokens, **where)
+        if step == "decode_step":
+            declared |= {"tokens": rows(jnp.int32), "active": rows(jnp.bool_)}
+        else:
+            declared |= {"tokens": rows(jnp.int32, min(tokens, cache.chunk)), "lengths": rows(jnp.int32)}
     arguments = jax.tree.map(lambda spec: spec.abstract(devices), declared, is_leaf=is_spec)
     return steps.PROGRAMS[step], arguments
+
+
+def _packed(cfg: ModelConfig, decode_rows: int, capacity: int, tokens: int, where: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a mixed step: pages for all that its rows can hold, and one chunk beside the decode rows."""
+    if tokens < decode_rows:
+        raise ValueError(f"a mixed step of {tokens} tokens has none for some of its {decode_rows} decode rows")
+    count = decode_rows + (tokens > decode_rows)
+    page = paged_cache_specs(cfg, 1, **where).page_size
+    width = -(-capacity // page)
+    cache = paged_cache_specs(cfg, count * width, **where)
+
+    def ints(*shape):
+        return ArraySpec(shape, (None,) * len(shape), jnp.int32)
+
+    packed = PackedRows(
+        ints(len(cache.groups), count, width), ints(count), ints(count + 1), decode_rows,
+        max(1, tokens - decode_rows),
+    )  # fmt: skip
+    return {"tokens": ints(tokens), "rows": packed, "cache": cache}

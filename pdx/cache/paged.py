@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
@@ -146,10 +147,23 @@ def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Ar
     The cache is donated. A copy whose `dst` is no page (-1) is none; all sources are read before any is written.
     """
     count = cache.pages[group]
-    to = jnp.where((dst >= 0) & (dst < count), dst, count)
-    of = jnp.clip(src, 0, count - 1)
+    real = (dst >= 0) & (dst < count)
+    # A copy that is none writes a page over itself, and so comes before those that change one.
+    order = jnp.argsort(real, stable=True)
+    dst = jnp.where(real, dst, 0)[order]
+    src = jnp.where(real, jnp.clip(src, 0, count - 1), 0)[order]
     layers = [
-        jax.tree.map(lambda x: x.at[to].set(x[of], mode="drop"), layer) if g == group else layer
+        jax.tree.map(lambda x: _copied(x, src, dst), layer) if g == group else layer
         for layer, g in zip(cache.layers, cache.group_of_layer, strict=True)
     ]
     return cache.replace(layers=tuple(layers)).placed()
+
+
+def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:
+    """Page by page: a TPU re-lays a whole int8 pool for a scatter, and none for an update of one page."""
+    n = src.shape[0]
+    # Reads behind a write would make the compiler keep the pool as it was.
+    x, sources = lax.optimization_barrier((x, [lax.dynamic_index_in_dim(x, src[i]) for i in range(n)]))
+    for i, page in enumerate(sources):
+        x = lax.dynamic_update_index_in_dim(x, page, dst[i], 0)
+    return x

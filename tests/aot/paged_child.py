@@ -1,4 +1,4 @@
-"""Compile a step over donated pages, write then attend, for one target; print a JSON object a line.
+"""Compile a step over donated pages, write then attend, and a copy of pages, for one target; a JSON object a line.
 
 `python -m tests.aot.paged_child TARGET NAME ...`, in a process started with `targets.environment()`.
 """
@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from pallas_kernels import hlo, paged_attention, quantize_kv, write_pages
 from pallas_kernels.layouts import cache_shape, round_up
 from pallas_kernels.targets import Target
+from pdx.cache.paged import copy_pages, paged_cache_specs
+from pdx.config import ModelConfig
+from pdx.sharding import is_spec
 
 PAGE, ROWS, WIDTH, POOL = 128, 34, 64, 640 << 20
 # KV heads, group, head size, type of the pages.
@@ -56,11 +59,25 @@ def step_of(name: str, platform: str):
     return step, (pools, q, new, new, ints(tokens), ints(ROWS, WIDTH), ints(ROWS), ints(ROWS + 1))
 
 
+def copy_of(dtype: str, platform: str):
+    """Four pages copied in a pool of one layer, and its abstract arguments."""
+    heads, _, size, _ = CASES["bf16"]
+    cfg = ModelConfig(family="llama", vocab_size=128, d_model=128, num_layers=1, num_heads=heads, num_kv_heads=heads,
+                      head_dim=size, d_ff=128, max_context=8192)  # fmt: skip
+    pages = POOL // (2 * PAGE * heads * size * jnp.dtype(dtype).itemsize)
+    layout = "folded" if platform == "tpu" else "heads_last"
+    specs = paged_cache_specs(cfg, pages, page_size=PAGE, dtype=jnp.dtype(dtype), layout=layout)
+    cache = jax.tree.map(lambda spec: spec.abstract(), specs, is_leaf=is_spec)
+    ids = jax.ShapeDtypeStruct((4,), jnp.int32)
+    return lambda cache, src, dst: copy_pages(cache, 0, src, dst), (cache, ids, ids)
+
+
 def facts(target: str, name: str) -> dict:
     chip = Target.get(target)
-    step, arguments = step_of(name, chip.chip.platform)
+    copied = name.removeprefix("copied ")
+    step, arguments = (step_of if copied == name else copy_of)(copied, chip.chip.platform)
     compiled = chip.compile(step, *arguments, donate_argnums=0)
-    sizes = [x.size * x.dtype.itemsize for x in arguments[0]]
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0])]
     return {
         "name": name,
         "seconds": compiled.seconds,

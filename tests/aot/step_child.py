@@ -55,7 +55,17 @@ CASES = {
     "mesh": ("decode_step", model("llama3-8b", 2), {"batch": 80, "capacity": 8192, "mesh": {"data": 2, "model": 4}}),
     "mesh prefill": ("prefill", model("llama3-8b", 2),
                      {"batch": 80, "capacity": 8192, "tokens": 128, "mesh": {"data": 2, "model": 4}}),
+    # 128 tokens: the largest activations, 128 x 14336 in bf16, are smaller than LARGE.
+    "mixed smollm2": ("mixed_step", model("smollm2", 30), {"batch": 47, "capacity": 8192, "tokens": 128}),
+    "mixed llama3-8b": ("mixed_step", model("llama3-8b", 24), {"batch": 8, "capacity": 2048, "tokens": 128}),
+    "mixed decode": ("mixed_step", model("smollm2", 2), {"batch": 48, "capacity": 8192, "tokens": 48}),
+    "mixed int8": ("mixed_step", model("llama3-8b", 2),
+                   {"batch": 63, "capacity": 8192, "tokens": 128, "kv_dtype": jnp.int8, "quantize": "int8"}),
+    "mixed gemma3": ("mixed_step", model("gemma3", 3, **GEMMA), {"batch": 191, "capacity": 8192, "tokens": 256}),
+    "mixed mesh": ("mixed_step", model("llama3-8b", 2),
+                   {"batch": 79, "capacity": 8192, "tokens": 128, "mesh": {"model": 4}}),
     "smoke": ("decode_step", model("smollm2", 1), {"batch": 4, "capacity": 1024}),
+    "smoke mixed": ("mixed_step", model("smollm2", 1), {"batch": 4, "capacity": 1024, "tokens": 128}),
     "smoke prefill": ("prefill", model("smollm2", 1), {"batch": 1, "capacity": 1024, "tokens": 256}),
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ import pytest
 from pallas_kernels import targets
 
 pytestmark = pytest.mark.aot
-NAMES = ("bf16", "three heads of 64", "f32", "int8", "int8, three heads of 64")
+NAMES = ("bf16", "three heads of 64", "f32", "int8", "int8, three heads of 64", "copied bfloat16",
+         "copied int8")  # fmt: skip
 
 
 @cache

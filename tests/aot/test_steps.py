@@ -18,7 +18,7 @@ FULL = {
     "v6e": ("gemma3", "prefill"),
     "v5e:2x4": ("mesh", "mesh prefill"),
 }
-SMOKE = {name: ("smoke", "smoke prefill") for name in targets.NAMES}
+SMOKE = {name: ("smoke", "smoke prefill", "smoke mixed") for name in targets.NAMES}
 
 
 @cache
@@ -69,6 +69,25 @@ def test_a_step_moves_nothing_but_what_it_needs(target, name):
         assert 0 < largest < found["cache"] / found["layers"] / 2, f"a cache is gathered: {found['collectives']}"
 
 
+MIXED = {
+    "v5e": ("mixed smollm2", "mixed llama3-8b", "mixed decode", "mixed int8", "mixed gemma3"),
+    "v5e:2x4": ("mixed mesh",),
+}
+
+
+@pytest.mark.parametrize(("target", "name"), [(t, n) for t, names in MIXED.items() for n in names])
+def test_a_mixed_step_takes_pages_and_weights_as_they_lie(target, name):
+    found = of(target, name, MIXED[target])
+    check(found, target)
+    temporary = found["memory"]["temp"] / found["declared"]
+    print(f"{target} {name}: {found['seconds']:.0f} s, temporary {temporary:.4f} of weights + pages, "
+          f"{found['kernels']} kernels, VMEM {found['vmem_bytes'] / 2**20:.1f} MiB")  # fmt: skip
+    assert temporary < 0.02
+    if "mesh" in name:
+        largest = max((size for _, size in found["collectives"]), default=0)
+        assert 0 < largest < found["cache"] / found["layers"] / 2, f"pages are gathered: {found['collectives']}"
+
+
 QUANTIZED = ("llama3-8b int8", "llama3-8b int4", "w8a8", "int8 prefill", "int4 prefill")
 # Of bf16: 2 bytes for each of the 8.03 billion weights, and for a cache of 8 rows of 2048 tokens.
 LLAMA_WEIGHTS = 2 * (2 * 128256 * 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096 * 2))
@@ -110,9 +129,9 @@ def test_llama_3_8b_fits_a_v5e_in_int8_alone():
     assert "RESOURCE_EXHAUSTED" in refused["error"], refused
 
 
-@pytest.mark.parametrize("name", ["smoke", "smoke prefill"])
+@pytest.mark.parametrize("name", ["smoke", "smoke prefill", "smoke mixed"])
 @pytest.mark.parametrize("target", SMOKE)
-def test_smoke_every_target_compiles_both_phases(target, name):
+def test_smoke_every_target_compiles_each_step(target, name):
     found = of(target, name, SMOKE[target])
     assert found["kernels"] >= found["layers"]
     assert found["memory"]["alias"] >= found["cache"]
