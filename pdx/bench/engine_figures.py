@@ -80,12 +80,14 @@ class Figure:
         return dataclasses.asdict(self) | {"holds": self.holds}
 
 
+_VERDICTS = {None: "", True: "holds", False: "falls short"}
+
+
 def table(figures: Sequence[Figure]) -> str:
     """As Markdown."""
     head = "| figure | measured | target | | seen |\n|---|---|---|---|---|"
     rows = [
-        f"| {f.what} | {f.value:.2f} | {_target(f)} | {'' if f.holds is None else 'holds' if f.holds else 'falls short'} "
-        f"| {'; '.join(f'{k} {v:.4g}' for k, v in f.seen.items())} |"
+        f"| {f.what} | {f.value:.2f} | {_target(f)} | {_VERDICTS[f.holds]} | {'; '.join(f'{k} {v:.4g}' for k, v in f.seen.items())} |"
         for f in figures
     ]
     return "\n".join([head, *rows])
