@@ -86,10 +86,10 @@ _VERDICTS = {None: "", True: "holds", False: "falls short"}
 def table(figures: Sequence[Figure]) -> str:
     """As Markdown."""
     head = "| figure | measured | target | | seen |\n|---|---|---|---|---|"
-    rows = [
-        f"| {f.what} | {f.value:.2f} | {_target(f)} | {_VERDICTS[f.holds]} | {'; '.join(f'{k} {v:.4g}' for k, v in f.seen.items())} |"
-        for f in figures
-    ]
+    rows = []
+    for f in figures:
+        seen = "; ".join(f"{name} {value:.4g}" for name, value in f.seen.items())
+        rows.append(f"| {f.what} | {f.value:.2f} | {_target(f)} | {_VERDICTS[f.holds]} | {seen} |")
     return "\n".join([head, *rows])
 
 
