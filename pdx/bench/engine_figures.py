@@ -47,9 +47,10 @@ class Sizes:
 
     slots: int = 8
     prompt: int = 32
-    outputs: str = "uniform:64:256"
+    context: int = 2048  # of every engine, so that they share programs
+    outputs: str = "uniform:48:192"
     requests: int = 24
-    alone: int = 3  # requests of that load that one slot is given
+    alone: int = 2  # requests of that load that one slot is given
     steps: int = 96  # of a bare loop
     long_prompt: int = 2000
     before: int = 8  # tokens that each request has had when the long prompt comes
@@ -122,11 +123,11 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
     prompts, rng = Prompts.of(model), np.random.default_rng(0)
     outputs = Lengths.parse(sizes.outputs).sample(rng, sizes.requests)
     requests = [_request(prompts.cut(sizes.prompt), n) for n in outputs]
-    longest, mean = sizes.prompt + max(outputs), sum(outputs) / len(outputs)
+    mean = sum(outputs) / len(outputs)
     full: list[float] = []
     bandwidth, multiply = read_bandwidth(), matmul_rate()
     with ExitStack() as stack:
-        many, one = (stack.enter_context(_engine(model, longest, slots=s, prefix_cache=False))
+        many, one = (stack.enter_context(_engine(model, sizes, slots=s, prefix_cache=False))
                      for s in (sizes.slots, 1))  # fmt: skip
 
         def served() -> Timing:
@@ -144,11 +145,13 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
         }  # fmt: skip
         if peer:
             contestants["peer"] = peer.generate([r.prompt for r in requests], outputs, sizes.slots)
-        times = interleaved(contestants, sizes.rounds)
+            peer.generate([requests[0].prompt], [2], 1)()
+        contestants["loop"]()  # the engines are warm
+        times = interleaved(contestants, sizes.rounds, warm_up=False)
         metrics = many.metrics()
     rate, single, loop = (1 / times[x].median for x in ("engine", "one slot", "loop"))
     loop *= sizes.slots
-    steady = median(full[1:])  # the first was the warm-up
+    steady = median(full)
     yield Figure(
         "throughput", f"tokens/s with all {sizes.slots} slots taken, against the bare decode_step loop", steady / loop,
         0.9, seen={"engine tok/s": steady, "loop tok/s": loop, "whole run tok/s": rate, "occupancy": metrics.occupancy,
@@ -171,15 +174,14 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
 def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
     """A long prompt comes while all slots but one decode."""
     prompts = Prompts.of(model)
-    context = sizes.long_prompt + 16
     worst: dict[bool, list[float]] = {True: [], False: []}
     first: dict[bool, list[float]] = {True: [], False: []}
     with ExitStack() as stack:
-        engines = {chunked: stack.enter_context(_engine(model, context, slots=sizes.slots, chunked_prefill=chunked))
+        engines = {chunked: stack.enter_context(_engine(model, sizes, slots=sizes.slots, chunked_prefill=chunked))
                    for chunked in worst}  # fmt: skip
         for _ in range(sizes.rounds + 1):
             for chunked, engine in engines.items():
-                gap_s, ttft_s = _interrupted(engine, prompts, sizes, context)
+                gap_s, ttft_s = _interrupted(engine, prompts, sizes)
                 worst[chunked].append(gap_s)
                 first[chunked].append(ttft_s)
     on, off = (median(worst[chunked][1:]) for chunked in (True, False))
@@ -194,8 +196,7 @@ def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
 def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
     """Two prompts with a common beginning, one after the other."""
     cold, warm, hits = [], [], []
-    context = sizes.prefix + sizes.own + 16
-    with _engine(model, context, slots=sizes.slots) as engine:
+    with _engine(model, sizes, slots=sizes.slots) as engine:
         for seed in range(sizes.rounds + 2):
             prompts = Prompts.of(model, seed + 1, shared=sizes.prefix)
             first, second = (engine.submit(_request(prompts.cut(sizes.prefix + sizes.own), 8)).result()
@@ -212,7 +213,7 @@ def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
 def overhead(model: Model, sizes: Sizes) -> Iterator[Figure]:
     """One request on an engine of one slot."""
     prompts = Prompts.of(model)
-    with _engine(model, sizes.prompt + sizes.steps, slots=1, prefix_cache=False) as engine:
+    with _engine(model, sizes, slots=1, prefix_cache=False) as engine:
 
         def served() -> Timing:
             done = engine.submit(_request(prompts.cut(sizes.prompt), sizes.steps)).result()
@@ -258,9 +259,8 @@ def bare_loop(model: Model, batch: int, prompt: int, count: int) -> Callable[[],
     return work
 
 
-def _engine(model: Model, context: int, **settings) -> Engine:
-    config = EngineConfig(max_context=min(round_up(context, 128), model.config.max_context), **settings)
-    return Engine(model, config)
+def _engine(model: Model, sizes: Sizes, **settings) -> Engine:
+    return Engine(model, EngineConfig(max_context=min(sizes.context, model.config.max_context), **settings))
 
 
 def _request(prompt: tuple[int, ...], tokens: int) -> EngineRequest:
@@ -280,9 +280,10 @@ def _full_rate(done: Sequence[Completion]) -> float:
     return sum(t <= end for t in times) / end
 
 
-def _interrupted(engine: Engine, prompts: Prompts, sizes: Sizes, context: int) -> tuple[float, float]:
+def _interrupted(engine: Engine, prompts: Prompts, sizes: Sizes) -> tuple[float, float]:
     """Seconds of the longest gap between two tokens of the requests that decode, and TTFT of the long prompt."""
-    decoding = [engine.submit(_request(prompts.cut(16), context - 16)) for _ in range(sizes.slots - 1)]
+    answer = engine.config.max_context - 16  # longer than the long prompt will take
+    decoding = [engine.submit(_request(prompts.cut(16), answer)) for _ in range(sizes.slots - 1)]
     for stream in decoding:
         for _ in range(sizes.before):
             next(stream)
