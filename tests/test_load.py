@@ -323,7 +323,7 @@ def test_settings_side_by_side_on_a_real_engine(directory, capsys):
     model = pdx.load(directory)
     shared = Prompts.of(model, shared=40)
     asked = [workload.make("closed", 2, 6, Lengths.parse("48"), Lengths.parse("uniform:2:5"), shared)]
-    each = load.sides(EngineConfig(slots=2, token_budget=32), None, ["prefix_cache=on,off"])
+    each = load.sides(EngineConfig(slots=2, token_budget=16), None, ["prefix_cache=on,off"])
     on, off = load.compare({None: model}, each, asked, Objectives(ttft_s=1e3))
     for found in (on, off):
         assert [t.tokens for t in found.timings] == [r.output_tokens for r in asked[0].requests]
@@ -336,7 +336,7 @@ def test_settings_side_by_side_on_a_real_engine(directory, capsys):
 
 def test_the_command(directory, tmp_path):
     arguments = ["bench", "load", "--model", str(directory), "--rate", "200", "--rate", "inf", "--requests", "4",
-                 "--prompt-len", "uniform:4:20", "--output-len", "3", "--slots", "2", "--slo-ttft", "100000",
+                 "--prompt-len", "uniform:4:20", "--output-len", "3", "--slots", "2", "--token-budget", "16", "--slo-ttft", "100000",
                  "--plot", str(tmp_path / "load.svg"), "--json"]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
@@ -362,18 +362,29 @@ def test_the_command_refuses_before_it_loads_anything(arguments, says):
 # What the engine is held to.
 
 
-def test_the_figures_run(directory):
-    sizes = engine_figures.Sizes(2, prompt=8, outputs="uniform:3:9", requests=5, alone=2, steps=4, long_prompt=120,
-                                 before=2, prefix=64, own=8, rounds=1)  # fmt: skip
-    figures, notes = engine_figures.run(pdx.load(directory), peer=False, sizes=sizes)
+TINY = engine_figures.Sizes(
+    slots=2, budget=32, context=128, prompt=8, outputs="uniform:3:9", requests=5, alone=2, steps=4, long_prompt=80,
+    before=2, prefix=64, own=8, rounds=1,
+)  # fmt: skip
+
+
+def test_a_figure_is_measured(directory):
+    (found,), notes = engine_figures.run(pdx.load(directory), ["overhead"], sizes=TINY)
+    assert found.value == pytest.approx(found.seen["engine ms"] / found.seen["loop ms"])
+    assert notes == []
+    with pytest.raises(RequestError, match="speed is no figure: there are throughput, gap"):
+        engine_figures.run(None, ["speed"])
+
+
+@pytest.mark.slow
+def test_all_figures_are_measured(directory):
+    figures, notes = engine_figures.run(pdx.load(directory), peer=False, sizes=TINY)
     seen = {f.name: f for f in figures}
     assert (list(seen), notes) == (["throughput", "gain", "gap", "prefix", "overhead"], [])
     assert all(f.value > 0 and math.isfinite(f.value) for f in figures)
     assert seen["prefix"].seen["found tokens"] == 64
     assert seen["throughput"].seen["compiles"] == 0
     assert 1 < seen["gain"].seen["predicted"] <= 2
-    with pytest.raises(RequestError, match="speed is no figure: there are throughput, gap"):
-        engine_figures.run(None, ["speed"])
 
 
 def test_a_figure_beside_its_target():

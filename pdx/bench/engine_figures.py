@@ -47,6 +47,7 @@ class Sizes:
 
     slots: int = 8
     prompt: int = 32
+    budget: int | None = None  # tokens of a step; None: the engine's own choice
     context: int = 2048  # of every engine, so that they share programs
     outputs: str = "uniform:48:192"
     requests: int = 24
@@ -260,7 +261,8 @@ def bare_loop(model: Model, batch: int, prompt: int, count: int) -> Callable[[],
 
 
 def _engine(model: Model, sizes: Sizes, **settings) -> Engine:
-    return Engine(model, EngineConfig(max_context=min(sizes.context, model.config.max_context), **settings))
+    context = min(sizes.context, model.config.max_context)
+    return Engine(model, EngineConfig(max_context=context, token_budget=sizes.budget, **settings))
 
 
 def _request(prompt: tuple[int, ...], tokens: int) -> EngineRequest:
