@@ -336,8 +336,8 @@ def test_settings_side_by_side_on_a_real_engine(directory, capsys):
 
 def test_the_command(directory, tmp_path):
     arguments = ["bench", "load", "--model", str(directory), "--rate", "200", "--rate", "inf", "--requests", "4",
-                 "--prompt-len", "uniform:4:20", "--output-len", "3", "--slots", "2", "--token-budget", "16", "--slo-ttft", "100000",
-                 "--plot", str(tmp_path / "load.svg"), "--json"]  # fmt: skip
+                 "--prompt-len", "uniform:4:20", "--output-len", "3", "--slots", "2", "--token-budget", "16",
+                 "--slo-ttft", "100000", "--plot", str(tmp_path / "load.svg"), "--json"]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])["results"]
