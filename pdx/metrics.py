@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -53,6 +53,46 @@ class ServedTiming(RequestTiming):
     def gap_s(self, share: float) -> float | None:
         """A percentile of the inter-token latency; None for fewer than two tokens."""
         return percentile(self.gaps_s, share) if self.gaps_s else None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A distribution as benchmarks tell it: `count` values, their mean, percentiles (linear between two values, as
+    numpy's default) and the largest. NaN of none."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        values = sorted(values)
+        mean = sum(values) / len(values) if values else math.nan
+        return cls(len(values), mean, *(percentile(values, share) for share in (0.5, 0.9, 0.99, 1.0)))
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What a request must keep to be a good one, in seconds, each at most; None: anything.
+
+    As in vLLM's benchmark, a request of one token keeps any `tpot_s`.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def met(self, timing: RequestTiming) -> bool:
+        pairs = (timing.ttft_s, self.ttft_s), (timing.tpot_s or 0.0, self.tpot_s), (timing.e2e_s, self.e2e_s)
+        return all(limit is None or value <= limit for value, limit in pairs)
+
+
+def goodput(timings: Iterable[RequestTiming], objectives: Objectives, duration_s: float) -> float:
+    """Requests a second that met all objectives."""
+    return sum(objectives.met(t) for t in timings) / duration_s
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pdx.bench.timing import Timing
@@ -49,6 +49,30 @@ class Transformers:
                 for _ in range(tokens):
                     out = self.model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
                 return Timing((time.perf_counter() - start,)).per(tokens)
+
+        return work
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch: int
+    ) -> Callable[[], Timing]:
+        """A contestant: greedy answers of these lengths in static batches, prompts padded on the left; a batch runs
+        until its longest answer is done. Seconds of all of them."""
+        groups = []
+        for at in range(0, len(prompts), batch):
+            part = prompts[at : at + batch]
+            width = max(map(len, part))
+            ids = self.torch.tensor([[0] * (width - len(p)) + list(p) for p in part])
+            mask = self.torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            longest = max(lengths[at : at + batch])
+            groups.append({"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest,
+                           "min_new_tokens": longest})  # fmt: skip
+
+        def work() -> Timing:
+            with self.torch.inference_mode():
+                start = time.perf_counter()
+                for group in groups:
+                    self.model.generate(**group, do_sample=False, pad_token_id=0)
+                return Timing((time.perf_counter() - start,))
 
         return work
 

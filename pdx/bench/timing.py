@@ -48,9 +48,12 @@ def once(work: Callable[[], Any]) -> Timing:
     return Timing((time.perf_counter() - start,))
 
 
-def interleaved(contestants: dict[str, Callable[[], Timing]], rounds: int) -> dict[str, Timing]:
-    """Run all in turn, `rounds` times after a warm-up: what disturbs the machine disturbs all of them alike."""
-    for work in contestants.values():
+def interleaved(
+    contestants: dict[str, Callable[[], Timing]], rounds: int, *, warm_up: bool = True
+) -> dict[str, Timing]:
+    """Run all in turn, `rounds` times after a warm-up: what disturbs the machine disturbs all of them alike.
+    `warm_up=False`: they are warm."""
+    for work in contestants.values() if warm_up else ():
         work()
     times = {name: Timing(()) for name in contestants}
     for _ in range(rounds):

@@ -1,0 +1,297 @@
+"""An engine under load: requests come by the clock, or clients wait for their answers; what each of them got is kept.
+
+Settings are compared side by side: every load is given to each of them in turn, with the same prompts at the same
+times, so that a machine that slows down slows all of them down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdx.bench.workload import Arriving, Load
+from pdx.engine.config import EngineConfig
+from pdx.engine.engine import Engine
+from pdx.engine.request import EngineRequest
+from pdx.errors import ContextLengthError, PdxError, RequestError
+from pdx.metrics import EngineMetrics, Objectives, ServedTiming, Spread, goodput
+from pdx.sampling_options import SamplingOptions
+from pdx.shapes import round_up
+from pdx.weights.load import Model
+from pdx.weights.progress import Report, progress_bar, silent
+
+# What `--vary` may set beside the engine's own settings.
+MODEL_SETTINGS = ("quantize",)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What became of a request: its timing, or the error it ended with. `late_s`: how much later than it was due it was
+    handed in, which is the load generator's fault and no part of the timing."""
+
+    prompt_tokens: int
+    late_s: float
+    timing: ServedTiming | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One load on one engine. All seconds are from the first request's submission to the last one's end."""
+
+    side: str
+    load: str
+    pressure: float
+    duration_s: float
+    objectives: Objectives
+    served: tuple[Served, ...]
+    counted: Mapping[str, float] = field(default_factory=dict)  # the engine's own counts during the load
+
+    @property
+    def timings(self) -> list[ServedTiming]:
+        return [s.timing for s in self.served if s.timing is not None]
+
+    @property
+    def failed(self) -> int:
+        return sum(s.timing is None for s in self.served)
+
+    @property
+    def input_tokens_per_s(self) -> float:
+        """Prompt tokens of finished requests a second, found in the prefix cache or computed."""
+        return sum(s.prompt_tokens for s in self.served if s.timing is not None) / self.duration_s
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return sum(t.tokens for t in self.timings) / self.duration_s
+
+    @property
+    def requests_per_s(self) -> float:
+        return len(self.timings) / self.duration_s
+
+    @property
+    def goodput(self) -> float:
+        """Requests a second that met all objectives."""
+        return goodput(self.timings, self.objectives, self.duration_s)
+
+    @property
+    def good_share(self) -> float:
+        """Of all requests, those that failed among them."""
+        return sum(self.objectives.met(t) for t in self.timings) / len(self.served)
+
+    def spreads(self) -> dict[str, Spread]:
+        """Of seconds, over requests; `itl` over all gaps between two tokens."""
+        timings = self.timings
+        return {
+            "queue": Spread.of(t.queue_s for t in timings),
+            "ttft": Spread.of(t.ttft_s for t in timings),
+            "tpot": Spread.of(t.tpot_s for t in timings if t.tpot_s is not None),
+            "itl": Spread.of(gap for t in timings for gap in t.gaps_s),
+            "e2e": Spread.of(t.e2e_s for t in timings),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        errors = sorted({s.error for s in self.served if s.error is not None})
+        return {
+            "settings": self.side, "load": self.load, "pressure": self.pressure, "duration_s": self.duration_s,
+            "requests": len(self.served), "failed": self.failed, "errors": errors,
+            "late_s": max((s.late_s for s in self.served), default=0.0),
+            "input_tokens_per_s": self.input_tokens_per_s, "output_tokens_per_s": self.output_tokens_per_s,
+            "requests_per_s": self.requests_per_s, "goodput": self.goodput, "good_share": self.good_share,
+            "objectives": dataclasses.asdict(self.objectives),
+            **{f"{name}_s": dataclasses.asdict(spread) for name, spread in self.spreads().items()},
+            "engine": dict(self.counted),
+        }  # fmt: skip
+
+
+def run(
+    engine: Engine, load: Load, objectives: Objectives | None = None, *, side: str = "",
+    sampling: SamplingOptions | None = None, report: Report = silent,
+) -> LoadResult:  # fmt: skip
+    """Give an engine a load and wait for all of it. A request that is refused or fails is counted, not raised.
+
+    Args:
+      sampling: settings of all requests; `max_tokens` is replaced, and end tokens are ignored, so that every request
+        has the length that the load says.
+
+    Raises:
+      ContextLengthError: a request that is longer than the engine can serve at all.
+    """
+    _check_fits(load.longest, engine.config.max_context)
+    sampling = sampling or SamplingOptions()
+    requests = [EngineRequest(r.prompt, dataclasses.replace(sampling, max_tokens=r.output_tokens, ignore_eos=True))
+                for r in load.requests]  # fmt: skip
+    label, done = f"{side or 'engine'}: {load.name}", itertools.count(1)
+    report(label, 0, len(requests))
+    tick = lambda: report(label, next(done), len(requests))  # noqa: E731
+    before, start = engine.metrics(), time.perf_counter()
+    if load.is_closed:
+        served = _clients(engine, requests, min(int(load.pressure), len(requests)), tick)
+    else:
+        served = _by_clock(engine, load.requests, requests, start, tick)
+    duration = time.perf_counter() - start
+    return LoadResult(side, load.name, load.pressure, duration, objectives or Objectives(), tuple(served),
+                      counted(before, engine.metrics()))  # fmt: skip
+
+
+def _check_fits(longest: int, most: int) -> None:
+    if longest > most:
+        raise ContextLengthError(f"a request of the load has {longest} tokens with its answer, but the context is "
+                                 f"{most}: ask for shorter ones")  # fmt: skip
+
+
+def _by_clock(
+    engine: Engine, arriving: Sequence[Arriving], requests: Sequence[EngineRequest], start: float, tick: Callable
+) -> list[Served]:
+    """Hand each request in when it is due, whatever has become of the others."""
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    served: list[Served] = []
+
+    def collect() -> None:
+        while (item := waiting.get()) is not None:
+            served.append(_result(*item))
+            tick()
+
+    collector = threading.Thread(target=collect, name="pdx-load", daemon=True)
+    collector.start()
+    for due, request in zip(arriving, requests, strict=True):
+        if (left := start + due.arrival_s - time.perf_counter()) > 0:
+            time.sleep(left)
+        late = max(0.0, time.perf_counter() - start - due.arrival_s)
+        waiting.put((request, late, _submit(engine, request)))
+    waiting.put(None)
+    collector.join()
+    return served
+
+
+def _clients(engine: Engine, requests: Sequence[EngineRequest], clients: int, tick: Callable) -> list[Served]:
+    """As many threads as clients, each with one request at a time."""
+    left, lock = iter(enumerate(requests)), threading.Lock()
+    served: dict[int, Served] = {}
+
+    def client() -> None:
+        while True:
+            with lock:
+                index, request = next(left, (None, None))
+            if request is None:
+                return
+            served[index] = _result(request, 0.0, _submit(engine, request))
+            with lock:
+                tick()
+
+    threads = [threading.Thread(target=client, name=f"pdx-client-{i}", daemon=True) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [served[index] for index in range(len(requests))]
+
+
+def _submit(engine: Engine, request: EngineRequest) -> Any:
+    """Its stream, or the error with which the engine refused it."""
+    try:
+        return engine.submit(request)
+    except PdxError as error:
+        return error
+
+
+def _result(request: EngineRequest, late: float, stream: Any) -> Served:
+    try:
+        if isinstance(stream, PdxError):
+            raise stream
+        return Served(len(request.prompt), late, stream.result().timing)
+    except PdxError as error:
+        return Served(len(request.prompt), late, error=f"{type(error).__name__}: {error}")
+
+
+def counted(before: EngineMetrics, after: EngineMetrics) -> dict[str, float]:
+    """What an engine counted between two looks at it."""
+    names = ("steps", "decode_tokens", "prefill_tokens", "hit_tokens", "preemptions", "compiles")
+    found: dict[str, float] = {name: getattr(after, name) - getattr(before, name) for name in names}
+    steps = max(found["steps"], 1)
+    found["occupancy"] = (after.occupancy * after.steps - before.occupancy * before.steps) / steps
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings side by side.
+
+
+@dataclass(frozen=True)
+class Side:
+    """An engine's settings under a name; `quantize` is the model's."""
+
+    name: str
+    config: EngineConfig
+    quantize: str | None = None
+
+
+def sides(base: EngineConfig, quantize: str | None, vary: Iterable[str]) -> list[Side]:
+    """All combinations of what varies: `chunked_prefill=on,off`, `slots=1,4,8`, `kv_dtype=auto,int8`,
+    `quantize=none,int8`, or any other setting of an engine. Raises RequestError."""
+    axes: dict[str, list[tuple[str, Any]]] = {}
+    types = {f.name: f.type for f in dataclasses.fields(EngineConfig)}
+    for text in vary:
+        name, _, values = text.partition("=")
+        if name not in types and name not in MODEL_SETTINGS:
+            raise RequestError(f"{name!r} is no setting of an engine: there are {', '.join([*types, *MODEL_SETTINGS])}")
+        if not values or name in axes:
+            raise RequestError(f"--vary {text}: give it once, with its values, such as {name}=A,B")
+        axes[name] = [(value, _value(name, types.get(name, "str"), value)) for value in values.split(",")]
+    found = []
+    for combination in itertools.product(*axes.values()):
+        changes = {name: value for name, (_, value) in zip(axes, combination, strict=True)}
+        label = ", ".join(f"{name} {text}" for name, (text, _) in zip(axes, combination, strict=True))
+        stored = changes.pop("quantize", quantize)
+        found.append(Side(label, dataclasses.replace(base, **changes), stored))
+    return found
+
+
+def _value(name: str, kind: str, text: str) -> Any:
+    """A setting's value as its type has it."""
+    if "str" in kind or kind == "Policy":
+        return None if name == "quantize" and text in ("none", "off") else text
+    try:
+        if kind == "bool":
+            return {"on": True, "true": True, "off": False, "false": False}[text]
+        if "None" in kind and text in ("none", "auto"):
+            return None
+        return float(text) if kind.startswith("float") else int(text)
+    except (KeyError, ValueError):
+        wanted = "on or off" if kind == "bool" else "a number"
+        raise RequestError(f"{name}={text}: it must be {wanted}") from None
+
+
+def compare(
+    models: Mapping[str | None, Model], each: Sequence[Side], loads: Sequence[Load],
+    objectives: Objectives | None = None, *, sampling: SamplingOptions | None = None,
+) -> list[LoadResult]:  # fmt: skip
+    """Every load on every side, one load after the other, the sides in turn. Progress goes to standard error.
+
+    Args:
+      models: by the way their weights are stored, as the sides ask for.
+    """
+    longest = max(load.longest for load in loads)
+    for side in each:
+        _check_fits(longest, side.config.max_context or models[side.quantize].config.max_context)
+    results: list[LoadResult] = []
+    with ExitStack() as stack, progress_bar(unit="requests") as report:
+        engines = []
+        for side in each:
+            model = models[side.quantize]
+            context = side.config.max_context or min(round_up(longest, 128), model.config.max_context)
+            share = side.config.memory_share / len(each)
+            config = dataclasses.replace(side.config, max_context=context, memory_share=share)
+            engine = Engine(model, config)
+            engine.start(lambda label, at, total, name=side.name: report(f"{name}: {label}".lstrip(": "), at, total))
+            engines.append((side, stack.enter_context(engine)))
+        for load in loads:
+            for side, engine in engines:
+                results.append(run(engine, load, objectives, side=side.name, sampling=sampling, report=report))
+    return results
