@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layouts import SUBLANES, cache_shape, round_up
+from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, round_up
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
 
@@ -36,11 +36,12 @@ class Problem:
     scalars: Mapping[str, np.ndarray]  # values of some of the arrays: lengths, tables
     full: Mapping[str, np.ndarray]  # the same for full rows, which a CostEstimate speaks of
     call: Any  # the op's static facts
-    run: Callable[..., Any]  # run(arrays, config)
+    run: Callable[..., Any]  # run(arrays, config, interpret)
     bytes_needed: int  # the rows' own K, V, Q, O and scales, once
     flops_needed: int
     cache: tuple[str, ...] = ()  # arrays that must not be copied: a cache, or weights
     donated: tuple[str, ...] = field(default=())
+    case: Any = None  # of the op's cases.py
 
     @property
     def module(self) -> ModuleType:
@@ -68,9 +69,9 @@ class Problem:
         sizes = self.call.head_dim, self.call.value_dim
         return sum(sizes) / sum(round_up(n, mxu) for n in sizes) if mxu else 1.0
 
-    def fn(self, config: Any = None) -> Callable:
+    def fn(self, config: Any = None, interpret: Any = False) -> Callable:
         """A function of the arrays' values, in their order."""
-        return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config)
+        return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config, interpret)
 
     def arguments(self, full: bool = False) -> list:
         """The arrays: shapes, and values where they are known."""
@@ -89,20 +90,20 @@ def nbytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _dense(op: str) -> Callable:
-    def make(case: Any, implementation: str) -> Problem:
+    def make(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
         from pallas_kernels.checks import describe
 
-        layout = LAYOUT[implementation]
+        layout = layout or LAYOUT[implementation]
         arrays, settings = case.abstract(layout), case.settings(layout)
         described = {k: v for k, v in settings.items() if k != "scale"}
         absent = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree"))
         call = describe(op, **absent | arrays, **described, return_lse=False)
         function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
 
-        def run(values, config):
+        def run(values, config, interpret=False):
             rest = {"lengths": None} | {k: v for k, v in values.items() if k not in "qkv"}
             return function(values["q"], values["k"], values["v"], **rest, **settings, config=config,
-                            implementation=implementation)  # fmt: skip
+                            implementation=implementation, interpret=interpret)  # fmt: skip
 
         rows = len(case.held)
         scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
@@ -111,7 +112,7 @@ def _dense(op: str) -> Callable:
         tokens, queries, pairs = _dense_needs(case)
         cache = tuple(n for n in ("k", "v", "k_scale", "v_scale") if n in arrays)
         return Problem(op, case.name, case.smoke, implementation, arrays, scalars, full, call, run,
-                       *_needs(call, tokens, queries, pairs), cache)  # fmt: skip
+                       *_needs(call, tokens, queries, pairs), cache, case=case)  # fmt: skip
 
     return make
 
@@ -132,12 +133,12 @@ def _dense_needs(case: Any) -> tuple[int, int, int]:
     return tokens, queries, pairs
 
 
-def _paged(case: Any, implementation: str) -> Problem:
+def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
     from pallas_kernels.paged_attention.api import paged_attention
     from pallas_kernels.paged_attention.call import make_call
     from pallas_kernels.paged_attention.plan import full_rows
 
-    layout, rows, width = LAYOUT[implementation], len(case.lengths), case.table_width
+    layout, rows, width = layout or LAYOUT[implementation], len(case.lengths), case.table_width
     # As the op's tests draw them: every row's own pages, and spare ones.
     pages = sum(-(-n // case.page) for n in case.lengths) + case.spare
     dtype, kv = jnp.dtype(case.dtype), jnp.dtype(case.stored)
@@ -161,11 +162,11 @@ def _paged(case: Any, implementation: str) -> Problem:
     named = {k: v for k, v in (absent | arrays).items() if k not in ("q", "k_pages", "v_pages")}
     call = make_call(*(arrays[n] for n in ("q", "k_pages", "v_pages")), **named, **settings, return_lse=False)
 
-    def run(values, config):
+    def run(values, config, interpret=False):
         q, k, v, *rest = values.values()
         named = dict(zip(list(values)[3:], rest, strict=True))
         return paged_attention(q, k, v, **named, **settings, scale=case.logit_scale, config=config,
-                               implementation=implementation)  # fmt: skip
+                               implementation=implementation, interpret=interpret)  # fmt: skip
 
     tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
     starts = np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32)
@@ -180,7 +181,7 @@ def _paged(case: Any, implementation: str) -> Problem:
             tokens, pairs = tokens + length - int(low.min()), pairs + int((positions - low + 1).sum())
     cache = tuple(n for n in ("k_pages", "v_pages", "k_scale", "v_scale") if n in arrays)
     return Problem("paged_attention", case.name, getattr(case, "smoke", False), implementation, arrays, scalars, full,
-                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache)  # fmt: skip
+                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache, case=case)  # fmt: skip
 
 
 def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
@@ -192,7 +193,7 @@ def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
     return held, 2 * pairs * call.heads * sizes
 
 
-def _matmul(case: Any, implementation: str) -> Problem:
+def _matmul(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
     from pallas_kernels.quant_array import DTYPES, QuantArray
     from pallas_kernels.quantized_matmul.api import quantized_matmul
     from pallas_kernels.quantized_matmul.call import make_call
@@ -207,16 +208,18 @@ def _matmul(case: Any, implementation: str) -> Problem:
     def weight(values):
         return QuantArray(values["values"], values["scales"], values.get("offsets"), case.activations, case.dtype)
 
-    def run(values, config):
-        return quantized_matmul(values["x"], weight(values), config=config, implementation=implementation)
+    def run(values, config, interpret=False):
+        return quantized_matmul(values["x"], weight(values), config=config, implementation=implementation,
+                                interpret=interpret)  # fmt: skip
 
     call = make_call(arrays["x"], weight(arrays))
     io = case.rows * (case.columns + case.out) * jnp.dtype(case.dtype).itemsize
     return Problem("quantized_matmul", case.name, case.smoke, implementation, arrays, {}, {}, call, run,
-                   call.weight_bytes + io, 2 * case.rows * case.columns * case.out, ("values",))  # fmt: skip
+                   call.weight_bytes + io, 2 * case.rows * case.columns * case.out, ("values",), case=case)  # fmt: skip
 
 
-OPS: dict[str, Callable[[Any, str], Problem]] = {
+# (case, implementation[, layout of its cache instead of the implementation's own]) -> Problem
+OPS: dict[str, Callable[..., Problem]] = {
     "flash_attention": _dense("flash_attention"),
     "decode_attention": _dense("decode_attention"),
     "paged_attention": _paged,
@@ -252,9 +255,13 @@ def problems(op: str, implementation: str, name: str | None = None, large_only: 
     Raises:
       ValueError: no such op.
     """
+    return [OPS[op](c, implementation) for c in cases(op, large_only) if name is None or name in c.name]
+
+
+def cases(op: str, large_only: bool = False) -> list[Any]:
+    """The cases of an op, real sizes first. Raises ValueError: no such op."""
     if op not in OPS:
         raise ValueError(f"no op {op!r}; there are {', '.join(ops())}")
-    cases = import_module(f"pallas_kernels.{op}.cases")
-    small = getattr(cases, "CASES", None) or getattr(cases, "SMALL", ())
-    found = [*cases.LARGE, *(() if large_only else [c for c in small if c not in cases.LARGE])]
-    return [OPS[op](c, implementation) for c in found if name is None or name in c.name]
+    listed = import_module(f"pallas_kernels.{op}.cases")
+    small = getattr(listed, "CASES", None) or getattr(listed, "SMALL", ())
+    return [*listed.LARGE, *(() if large_only else [c for c in small if c not in listed.LARGE])]

@@ -72,7 +72,7 @@ def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
         "temp": c.memory["temp"],
         "cache": problem.cache_bytes,
         "moved": [str(i) for i in hlo.moved(c.text, max(1 << 24, problem.cache_bytes // 8))],
-        "kernels": [{**asdict(k), "tensor_cores": k.tensor_cores} for k in c.kernels],
+        "kernels": [{**vars(k), "tensor_cores": k.tensor_cores} for k in c.kernels],
     }
 
 

@@ -25,6 +25,14 @@ class Timing:
     def best(self) -> float:
         return min(self.seconds)
 
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between which the middle half of the runs lies."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
     def __add__(self, other: Timing) -> Timing:
         return Timing(self.seconds + other.seconds)
 

@@ -1,14 +1,16 @@
-"""`pdx tune`: the kernels by themselves."""
+"""`pdx tune` and `pdx compare`: the kernels by themselves."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pdx.cli.app import app
+from pdx.cli.app import JsonOption, ModelOption, app
 from pdx.errors import RequestError
+from pdx.weights.builtin import DEFAULT_MODEL
 
 
 @app.command()
@@ -28,3 +30,40 @@ def tune(
         tuning.run(op, target, case, write, folder)
     except (ValueError, targets.CompilerMissing) as error:
         raise RequestError(str(error)) from error
+
+
+@app.command()
+def compare(
+    op: Annotated[list[str] | None, typer.Argument(help="flash_attention, decode_attention, paged_attention, "
+                                                   "quantized_matmul, steps (prefill and decode); none: all.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="all, or part of a case's name; without it a few on a CPU, all of "
+                                               "real size elsewhere.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Chips that are not here, for static figures: v5e,h100, or "
+                                                "none.")] = None,
+    cycles: Annotated[bool, typer.Option("--cycles", help="The compilers' static cycles too; slow.")] = False,
+    model: ModelOption = DEFAULT_MODEL,
+    rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
+    csv: Annotated[Path | None, typer.Option(help="Write every row to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the roofline with what was measured.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """XLA's path against the Pallas kernel and other people's: each op, and the whole prefill and decode steps."""
+    from pdx.bench import compare as comparing
+    from pdx.bench.compare import plot as plotting
+    from pdx.bench.compare.show import show
+    from pdx.weights.progress import progress_bar
+
+    if plot is not None:
+        plotting.require()
+    chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
+    with progress_bar(unit="cases") as bar:
+        found = comparing.compare(op or (), shapes=shapes, targets=chips, model=model, rounds=rounds, cycles=cycles,
+                                  progress=bar)  # fmt: skip
+    if csv is not None:
+        found.write_csv(csv)
+    if plot is not None:
+        plotting.save(found, plot)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        show(found)

@@ -1,0 +1,88 @@
+"""`pdx compare`: XLA's paths against the Pallas kernels and against other people's, op by op and for whole steps.
+
+What is here is measured; chips that are not are compiled for. Which is which stands in every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pdx.bench.compare import ceiling, contestants, measure, selection, static, steps
+from pdx.bench.compare.rows import Comparison, Row
+from pdx.bench.compare.steps import Subject
+from pdx.report_text import device_name
+from pdx.weights.load import default_dtype
+from pdx.weights.progress import Report, silent
+
+__all__ = ["Comparison", "Row", "compare"]
+
+ROUNDS = 5
+ACCELERATORS = ("tpu", "gpu")
+
+
+def compare(
+    ops: Sequence[str] = (), *, shapes: str | None = None, targets: Sequence[str] | None = None,
+    model: str = "smollm2-135m-instruct", rounds: int = ROUNDS, cycles: bool = False, progress: Report = silent,
+) -> Comparison:  # fmt: skip
+    """Measure on this process' device, and compile for those asked for.
+
+    Args:
+      ops: of `pallas_kernels.problems`, and `steps` for prefill and decode of a whole model; none: all.
+      shapes: `all`, or part of a case's name; None: `selection`'s default.
+      targets: chips to give static figures for, as `pallas_kernels.targets` names them; None: `selection.TARGETS`
+        where there is no accelerator, else none.
+      model: whose steps: anything that `pdx.load` takes, or a shape of `configs/`, which gets random weights.
+      rounds: how often each contestant of a case is timed; they take turns.
+      cycles: the compilers' static cycles too: a process and a compilation a kernel.
+      progress: told of what is done.
+
+    Raises:
+      RequestError: an op, a shape or a target that does not exist; the message lists those that do.
+      ModelNotFoundError: no such model.
+    """
+    named = selection.ops(ops)
+    platform = measure.platform()
+    cases = selection.chosen(named, shapes, platform)
+    wanted = selection.check_targets(targets if targets is not None else
+                                     () if platform in ACCELERATORS else selection.TARGETS)  # fmt: skip
+    subject = Subject(model, jnp.dtype(default_dtype(jax.devices()[0])).name) if selection.STEPS in named else None
+    phases = steps.shapes_for(platform, subject.config()) if subject else []
+    progress("measuring the device", 0, 1)
+    chip, source = ceiling.of_this_device()
+    found = Comparison(device_name(), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
+    if platform not in ACCELERATORS:
+        found.notes.insert(0, f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
+                              "interpreted, where a case is small enough.")  # fmt: skip
+    total = len(cases) + len(phases)
+    for i, (op, case) in enumerate(cases):
+        progress("measuring", i, total)
+        found.rows += measure.case_rows(op, case, chip, found.device, rounds, tuple(wanted))
+    if subject:
+        params = steps.parameters(subject)
+        for i, shape in enumerate(phases, len(cases)):
+            progress("measuring", i, total)
+            found.rows += steps.rows(subject, params, shape, chip, found.device, rounds, tuple(wanted))
+        del params
+    progress("measuring", total, total)
+    for target in wanted:
+        found.rows += _static(target, cases, subject, phases, cycles, progress)
+    return found
+
+
+def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, progress: Report) -> list[Row]:
+    if subject is not None:
+        subject = Subject(subject.model, "bfloat16")
+    done, total = 0, 2 * (len(cases) + len(phases))
+
+    def told(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress(f"compiling for {target}", min(done, total), total)
+
+    progress(f"compiling for {target}", 0, total)
+    rows = static.rows(target, cases, subject, phases, cycles, told)
+    progress(f"compiling for {target}", total, total)
+    return rows

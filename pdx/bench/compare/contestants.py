@@ -1,0 +1,152 @@
+"""What stands beside one another on a case: XLA's path, the Pallas path, and other people's kernels where installed.
+
+Caches are drawn lying heads_last; each contestant is given them as it reads them, and is not charged for that. pdx's
+two paths both read the layout of the device's caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import problems
+from pallas_kernels.problems import Problem
+from pdx.bench.compare.exact import Arrays, laid
+from pdx.bench.compare.rows import PALLAS, XLA
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`fn(x, *held)` on arrays that lie as it reads them; `result` brings what it returns into the op's own shape."""
+
+    path: str
+    fn: Callable[..., jax.Array]
+    x: jax.Array
+    held: tuple[Any, ...]
+    result: Callable[[jax.Array], jax.Array] = lambda out: out
+
+
+def ours(op: str, case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
+    """XLA's path, and the Pallas path on a device that has one. A case that it refuses raises when it is traced."""
+    layout = problems.LAYOUT.get(platform, problems.LAYOUT["xla"])
+    for path, name in ((XLA, "xla"), *([(PALLAS, platform)] if platform in ("tpu", "gpu") else [])):
+        problem = problems.OPS[op](case, name, layout)
+        yield of_problem(path, problem, arrays)
+
+
+def of_problem(path: str, problem: Problem, arrays: Arrays, interpret: bool = False) -> Contestant:
+    """A problem's own call on arrays whose caches lie heads_last."""
+    layout = getattr(problem.call, "layout", None)
+    x, *held = (laid(arrays, layout) if layout else arrays).values()
+    return Contestant(path, problem.fn(interpret=interpret), x, tuple(held))
+
+
+def peers(op: str, case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
+    """Other people's implementations that are installed and can express the case."""
+    if op in ("flash_attention", "decode_attention"):
+        yield from _dense_peers(case, arrays, platform)
+    elif op == "paged_attention" and platform in ("tpu", "gpu"):
+        yield from _paged_peers(case, arrays, platform)
+
+
+def absent() -> list[str]:
+    """Sentences on peers that are not here."""
+    return [] if find_spec("tokamax") else ["tokamax is not installed, so it is not compared (pip install tokamax)"]
+
+
+def _dense_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
+    square, decode = is_square(case), is_decode(case)
+    if not (square or decode):
+        return
+    q, k, v = (arrays[n] for n in "qkv")
+    settings: dict[str, Any] = {"scale": case.settings()["scale"]}
+    if square:
+        settings |= {"is_causal": case.causal}
+        settings |= {"local_window_size": (case.window - 1, 0)} if case.window else {}
+    lengths = {"key_value_seq_lengths": arrays["lengths"]} if decode else {}
+
+    def call(function, **more):
+        return lambda q, k, v, lengths: function(q, k, v, **settings, **lengths, **more)
+
+    jax_nn = [("jax.nn", {"implementation": "xla"})]
+    if platform == "gpu" and case.dtype != "float32":
+        jax_nn.append(("jax.nn, cuDNN", {"implementation": "cudnn"}))
+    for name, more in jax_nn:
+        yield Contestant(name, call(jax.nn.dot_product_attention, **more), q, (k, v, lengths))
+    if find_spec("tokamax"):
+        import tokamax
+
+        yield Contestant("tokamax", call(tokamax.dot_product_attention), q, (k, v, lengths))
+    scale = settings["scale"]
+    if platform == "gpu" and decode:
+        from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+
+        yield Contestant("jax Pallas gqa", lambda q, k, v, n: gqa(q, k, v, kv_seq_len=n, sm_scale=scale), q[:, 0],
+                         (k, v, arrays["lengths"]), lambda out: out[:, None])  # fmt: skip
+    if platform in ("tpu", "gpu") and square and not case.window:
+        yield _square_kernel(case, q, k, v, platform, scale)
+
+
+def _square_kernel(case: Any, q, k, v, platform: str, scale: float) -> Contestant:
+    """JAX's own prefill kernels. They have no GQA: K and V are given as many heads as Q."""
+    k, v = (jnp.repeat(x, case.group, axis=2) for x in (k, v))
+    if platform == "gpu":
+        from jax.experimental.pallas.ops.gpu.attention import mha
+
+        return Contestant("jax Pallas mha", lambda q, k, v: mha(q, k, v, None, scale, case.causal), q, (k, v))
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+    turned = [x.transpose(0, 2, 1, 3) for x in (q, k, v)]
+    return Contestant("jax Pallas flash", lambda q, k, v: flash_attention(q, k, v, causal=case.causal, sm_scale=scale),
+                      turned[0], tuple(turned[1:]), lambda out: out.transpose(0, 2, 1, 3))  # fmt: skip
+
+
+def _paged_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
+    plain = not case.sinks and case.value_size == case.head_dim and case.stored == case.dtype
+    if not plain or not all(case.queries):
+        return
+    k, v, tables, lengths = (arrays[n] for n in ("k_pages", "v_pages", "block_tables", "lengths"))
+    scale = case.logit_scale
+    if platform == "tpu":
+        from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+        # Its pages hold K and V heads in turn.
+        pages = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, case.head_dim)
+        rows = jnp.array([len(case.lengths)], jnp.int32)
+
+        def run(q, pages, lengths, tables, starts, rows):
+            return ragged_paged_attention(q, pages, lengths, tables, starts, rows, sm_scale=scale,
+                                          sliding_window=case.window, soft_cap=case.softcap)  # fmt: skip
+
+        yield Contestant("jax Pallas ragged", run, arrays["q"], (pages, lengths, tables, arrays["query_starts"], rows))
+    elif case.max_queries == 1 and not case.window:
+        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+        def run(q, k, v, tables, lengths):  # it has no scale of its own
+            return paged_attention((q * scale).astype(q.dtype), k, v, tables, lengths,
+                                   attn_logits_soft_cap=case.softcap)  # fmt: skip
+
+        yield Contestant("jax Pallas paged", run, arrays["q"], (k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3),
+                                                                tables, lengths))  # fmt: skip
+
+
+def _plain(case: Any) -> bool:
+    """Nothing that only pdx's ops have."""
+    same = case.value_dim in (None, case.head_dim) and case.kv_dtype in (None, case.dtype)
+    return same and not (case.softcap or case.sinks or case.tree or case.quantized)
+
+
+def is_square(case: Any) -> bool:
+    """Whole prompts that fill their cache: query i stands at position i of as many keys."""
+    return _plain(case) and not any(case.held) and set(case.new) == {case.queries} == {case.slots}
+
+
+def is_decode(case: Any) -> bool:
+    """One query a row behind everything that the row holds, in a cache that did not wrap."""
+    simple = _plain(case) and case.queries == 1 and case.causal and not case.window and not case.full
+    return simple and max(case.lengths) <= case.slots

@@ -1,0 +1,139 @@
+"""The ops on this process' device: every contestant of a case in turn, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import hardware, hlo, problems
+from pallas_kernels.hardware import Chip
+from pallas_kernels.problems import Problem
+from pdx.bench.compare.contestants import Contestant, of_problem, ours, peers
+from pdx.bench.compare.device_time import Loop, chained, empty_result
+from pdx.bench.compare.exact import answer, draw, errors
+from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
+from pdx.bench.timing import Timing, interleaved
+
+# Custom calls that are Pallas kernels: Mosaic on a TPU, Triton and Mosaic on a GPU.
+KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu")
+# What the interpreter gets through in a few seconds.
+INTERPRETED_FLOPS, INTERPRETED_BYTES = 2e8, 1 << 24
+FRESH = 4  # queries that take turns
+
+
+def case_rows(op: str, case: Any, chip: Chip, device: str, rounds: int, targets: tuple[str, ...] = ()) -> list[Row]:
+    """Rows of one case: times, errors, and what really ran.
+
+    Args:
+      targets: what the Pallas path is compiled for elsewhere in the run, for a note where it does not exist.
+    """
+    platform = chip.platform
+    problem = problems.OPS[op](case, "xla", "heads_last")
+    arrays = draw(problem)
+    right = answer(problem, arrays)
+    base = start_row(problem, chip, device)
+    found = [*ours(op, case, arrays, platform), *peers(op, case, arrays, platform)]
+    rows = compete(found, base, right, rounds)
+    auto = chosen_by_auto(op, problems.OPS[op](case, "xla", layout_of(platform)), platform)
+    rows = [replace(r, auto=r.path == auto) for r in rows]
+    if platform not in ("tpu", "gpu"):
+        rows.insert(1, interpreted(op, case, arrays, right, replace(base, path=PALLAS), targets))
+    return rows
+
+
+def start_row(problem: Problem, chip: Chip, device: str) -> Row:
+    """What is known of a case before anything runs."""
+    needed = problem.flops_needed, problem.bytes_needed
+    return Row(problem.op, problem.name, "", device, NOT_RUN, dtype=problem.multiplied, flops=needed[0],
+               bytes=needed[1], **limits(chip, *needed, problem.multiplied))  # fmt: skip
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: of this process' device."""
+    return hardware.platform_of()
+
+
+def layout_of(platform: str) -> str:
+    """Of this platform's caches."""
+    return problems.LAYOUT.get(platform, problems.LAYOUT["xla"])
+
+
+def chosen_by_auto(op: str, problem: Problem, platform: str) -> str:
+    """xla or pallas: what a call with implementation="auto" takes on a platform."""
+    from importlib import import_module
+
+    choice = import_module(f"pallas_kernels.{op}.api").explain("auto", platform, problem.call)
+    return XLA if choice.implementation == "xla" else PALLAS
+
+
+def compete(found: list[Contestant], base: Row, right: tuple[np.ndarray, np.ndarray], rounds: int) -> list[Row]:
+    """Compile, check and time contestants in turn; one that fails has its reason in its row."""
+    rows, loops = {}, {}
+    for c in found:
+        row = replace(base, path=c.path)
+        try:
+            loop = make_loop(c)
+            loop.run(1)
+            worst, relative = errors(c.result(loop.state), *right)
+        except Exception as error:  # another kernel's limits are as many as there are kernels: say them and go on
+            rows[c.path] = replace(row, note=reason(error))
+            continue
+        rows[c.path] = replace(row, rung=MEASURED, ran=what_ran(loop.text), max_error=worst, relative_error=relative,
+                               compile_seconds=loop.compile_seconds)  # fmt: skip
+        loops[c.path] = loop
+    for path, row in timed(loops, rounds).items():
+        rows[path] = replace(rows[path], **row)
+    return list(rows.values())
+
+
+def make_loop(c: Contestant) -> Loop:
+    """Calls of a contestant, each fed with the result before; the first run's queries are `c.x` itself."""
+    others = [c.x[::-1], -c.x, -c.x[::-1]] if c.x.ndim else []
+    fresh = [jax.block_until_ready(x) for x in (c.x, *others)][:FRESH]
+    return Loop(chained(c.fn), empty_result(c.fn, c.x, *c.held), fresh, c.held)
+
+
+def timed(loops: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, dict[str, Any]]:
+    """The fields of a row that are times, by contestant."""
+    found = {}
+    for name, timing in interleaved(loops, rounds).items():
+        if timing.median <= 0:
+            found[name] = {"note": "shorter than what this machine's clock and other work let see"}
+            continue
+        low, high = timing.quartiles
+        found[name] = {"seconds": timing.median, "low": max(low, 0.0), "high": high,
+                       "dispatch_seconds": loops[name].dispatch.median}  # fmt: skip
+    return found
+
+
+def what_ran(text: str) -> str:
+    """`XLA`, or how many Pallas kernels a compiled program calls and of what kind."""
+    calls = [i for i in hlo.Module(text).instructions() if i.opcode.startswith("custom-call")]
+    kernels = [k for i in calls for k in KERNELS if f'custom_call_target="{k}"' in i.rest]
+    if not kernels:
+        return "XLA"
+    return f"{len(kernels)} Pallas kernel{'s' * (len(kernels) > 1)}"
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, with its type where it is not one that pdx raises on purpose."""
+    said = (str(error).splitlines() or [""])[0][:300]
+    return said if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {said}"
+
+
+def interpreted(op: str, case: Any, arrays, right, row: Row, targets: tuple[str, ...]) -> Row:
+    """The Pallas path where it does not exist: the error of the TPU's kernel, interpreted, and no time."""
+    compiled = f"compiled statically for {', '.join(targets)}" if targets else "not compiled"
+    row = replace(row, note=f"not on {jax.default_backend()}: {compiled}")
+    problem = problems.OPS[op](case, "tpu")
+    if why := problem.unsupported:
+        return replace(row, note=f"{row.note}; the TPU's kernel refuses this case: {why}")
+    if problem.flops_needed > INTERPRETED_FLOPS or sum(x.nbytes for x in arrays.values()) > INTERPRETED_BYTES:
+        return row
+    c = of_problem(PALLAS, problem, arrays, interpret=True)
+    worst, relative = errors(jax.jit(c.fn)(c.x, *c.held), *right)
+    return replace(row, rung=INTERPRETED, ran="interpreted", max_error=worst, relative_error=relative)

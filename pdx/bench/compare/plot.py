@@ -1,0 +1,69 @@
+"""The roofline of the device with the measured points of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdx.bench.compare.rows import Comparison, Row
+from pdx.errors import RequestError
+
+MARKERS = "os^Dv<>P*X"
+
+
+def require() -> None:
+    """Raises RequestError, saying what to install, where matplotlib is not."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise RequestError("a plot needs matplotlib: pip install 'pdx-inference[notebook]'") from None
+
+
+def save(found: Comparison, file: Path) -> None:
+    """Write the picture; its format is that of the file's ending.
+
+    Raises:
+      RequestError: matplotlib is not installed, or does not know the ending.
+    """
+    require()
+    try:
+        picture(found).savefig(file, dpi=150)
+    except ValueError as error:
+        raise RequestError(f"--plot {file}: {error}") from None
+
+
+def picture(found: Comparison):
+    """TFLOP/s against FLOPs a byte, both logarithmic: a roof for each type that was multiplied, a point for each row
+    that has a time, a colour an op and a marker a path. Returns a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    points = [r for r in found.rows if r.seconds]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    _roofs(axes, found, points)
+    ops, paths = (list(dict.fromkeys(getattr(r, name) for r in points)) for name in ("op", "path"))
+    for r in points:
+        axes.plot(r.flops / r.bytes, r.tflop_per_s, MARKERS[paths.index(r.path) % len(MARKERS)],
+                  color=f"C{ops.index(r.op) % 10}", markersize=8, alpha=0.8)  # fmt: skip
+    for i, op in enumerate(ops):
+        axes.plot([], [], "s", color=f"C{i % 10}", label=op)
+    for i, path in enumerate(paths):
+        axes.plot([], [], MARKERS[i % len(MARKERS)], color="grey", label=path)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that the case needs", ylabel="TFLOP/s",
+             title=f"{found.device}: measured, under its roofline ({found.ceiling})")  # fmt: skip
+    axes.legend(loc="lower right", fontsize=8)
+    axes.grid(True, which="major", alpha=0.3)
+    return figure
+
+
+def _roofs(axes, found: Comparison, points: list[Row]) -> None:
+    rate = found.chip.hbm_gbps / 1e3  # TFLOP/s for each FLOP a byte
+    peaks: dict[float, list[str]] = {}
+    for dtype in dict.fromkeys(r.dtype for r in points):
+        peaks.setdefault(found.chip.tflops(dtype), []).append(dtype)
+    intensities = [r.flops / r.bytes for r in points] or [1.0]
+    ridge = [peak / rate for peak in peaks]
+    low, high = min(*intensities, *ridge, 1.0) / 2, max(*intensities, *ridge, 1.0) * 4
+    for peak, dtypes in peaks.items():
+        axes.plot([low, peak / rate, high], [low * rate, peak, peak], "k-", linewidth=1)
+        axes.annotate(f"{peak:.3g} TFLOP/s, {', '.join(dtypes)}", (high, peak), ha="right", va="bottom", fontsize=8)
+    axes.annotate(f"{found.chip.hbm_gbps:.3g} GB/s", (low, low * rate), ha="left", va="bottom", fontsize=8)

@@ -1,0 +1,172 @@
+"""Whole steps of a model: prefill and decode with XLA's attention and with the Pallas kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.hardware import Chip
+from pdx import known, steps
+from pdx.bench.compare.device_time import Loop
+from pdx.bench.compare.exact import errors
+from pdx.bench.compare.measure import FRESH, reason, timed, what_ran
+from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
+from pdx.cache.dense import init_cache
+from pdx.config import ModelConfig
+from pdx.cost import Setup
+from pdx.layers.attention import layout_for
+from pdx.model import Params, forward, init_params
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model by its name, and the type that it runs in."""
+
+    model: str
+    dtype: str
+
+    def config(self) -> ModelConfig:
+        return known.config(self.model)
+
+    def setup(self) -> Setup:
+        return Setup(self.config(), self.dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A prefill of `tokens` a row into an empty cache, or a decode step behind `tokens` - 1 others."""
+
+    phase: str  # prefill | decode
+    batch: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        rows = f"batch {self.batch}, " if self.batch > 1 or self.phase == "decode" else ""
+        return f"{rows}{self.tokens} tokens" if self.phase == "prefill" else f"{rows}context {self.tokens}"
+
+    @property
+    def capacity(self) -> int:
+        return max(256, self.tokens)
+
+
+# Small enough for two cores; and what keeps an accelerator busy.
+SHAPES = {
+    "cpu": (Shape("prefill", 1, 128), Shape("decode", 1, 128), Shape("decode", 8, 128)),
+    "": (Shape("prefill", 1, 1024), Shape("decode", 1, 1024), Shape("decode", 32, 1024)),
+}
+
+
+def shapes_for(platform: str, cfg: ModelConfig) -> list[Shape]:
+    """What is compared on a platform, within the model's context."""
+    found = SHAPES.get(platform, SHAPES[""])
+    return [replace(s, tokens=min(s.tokens, cfg.max_context)) for s in found]
+
+
+def step_row(subject: Subject, shape: Shape, chip: Chip, device: str) -> Row:
+    """What the cost model says of a step."""
+    cost = getattr(subject.setup(), shape.phase)(shape.batch, shape.tokens)
+    row = Row(shape.phase, f"{subject.model}, {shape.name}", "", device, NOT_RUN, dtype=subject.dtype,
+              flops=cost.flops, bytes=cost.bytes, **limits(chip, cost.flops, cost.bytes, subject.dtype))  # fmt: skip
+    return replace(row, roofline_seconds=cost.seconds(chip), bound=cost.bound(chip))
+
+
+def parameters(subject: Subject) -> Params:
+    """Of a model that can be loaded; random ones for a mere shape of `configs/`."""
+    if subject.model in known.names():
+        return init_params(subject.config(), jax.random.key(0), jnp.dtype(subject.dtype))
+    from pdx.weights.load import load
+
+    return load(subject.model, dtype=jnp.dtype(subject.dtype)).params
+
+
+def rows(subject: Subject, params: Params, shape: Shape, chip: Chip, device: str, rounds: int,
+         targets: tuple[str, ...] = ()) -> list[Row]:  # fmt: skip
+    """A step with each kind of kernels, in turn; on a device without Pallas kernels only with XLA's."""
+    cfg, base = subject.config(), step_row(subject, shape, chip, device)
+    right = expected(cfg, params, shape)
+    found: dict[str, Row] = {}
+    loops: dict[str, Loop] = {}
+    for path in (XLA, PALLAS):
+        row = replace(base, path=path)
+        if path == PALLAS and chip.platform not in ("tpu", "gpu"):
+            compiled = f"compiled statically for {', '.join(targets)}" if targets else "not compiled"
+            found[path] = replace(row, note=f"not on {chip.platform}: {compiled}")
+            continue
+        try:
+            loop = make_loop(cfg, params, shape, path)
+            loop.run(1)
+        except Exception as error:  # a model that the kernels do not take
+            found[path] = replace(row, note=reason(error))
+            continue
+        worst, relative = errors(loop.state[0], right, np.ones(shape.batch, bool))
+        found[path] = replace(row, rung=MEASURED, ran=what_ran(loop.text), auto=path == _auto(chip.platform),
+                              max_error=worst, relative_error=relative,
+                              compile_seconds=loop.compile_seconds)  # fmt: skip
+        loops[path] = loop
+    for path, times in timed(loops, rounds).items():
+        found[path] = replace(found[path], **times)
+    return list(found.values())
+
+
+def _auto(platform: str) -> str:
+    return PALLAS if platform in ("tpu", "gpu") else XLA
+
+
+def prompts(cfg: ModelConfig, shape: Shape) -> np.ndarray:
+    """Tokens [B, T] of the histories and prompts that are run."""
+    return (np.arange(shape.batch * shape.tokens, dtype=np.int32).reshape(shape.batch, -1) * 7) % cfg.vocab_size
+
+
+def expected(cfg: ModelConfig, params: Params, shape: Shape) -> np.ndarray:
+    """Logits behind the last token of each prompt, in f32, by `forward` without a cache or a kernel."""
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    return np.concatenate([np.asarray(_plain_logits(wide, cfg, row[None])) for row in prompts(cfg, shape)])
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _plain_logits(params: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
+    return forward(params, cfg, tokens, logits="last").logits
+
+
+def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: str) -> Loop:
+    """Steps one behind the other: each feeds a token chosen by the logits before, and then forgets what it added.
+
+    The state is (logits [B, V], cache); before the first run there are none, and the tokens are `prompts`.
+    """
+    tokens, batch = jnp.asarray(prompts(cfg, shape)), shape.batch
+    dtype = params["embed"].dtype
+    cache = init_cache(cfg, batch, shape.capacity, chunk=shape.tokens, dtype=dtype, layout=layout_for(kernels))
+    held = 0
+    if shape.phase == "decode":
+        held = shape.tokens - 1
+        _, cache = steps.prefill(params, cfg, tokens[:, :held], np.full(batch, held), cache, kernels=kernels)
+        tokens = tokens[:, held:]
+    logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
+    fresh = [jax.block_until_ready((tokens + i) % cfg.vocab_size) for i in range(FRESH)]
+    return Loop(_turn(cfg, shape, held, kernels), (logits, cache), fresh, params)
+
+
+def _turn(cfg: ModelConfig, shape: Shape, held: int, kernels: str) -> Callable[[Any, Any, Any], Any]:
+    def turn(state, tokens, params):
+        logits, cache = state
+        # Weights hang on the logits before too: nothing is made of them once for all turns.
+        logits, params = lax.optimization_barrier((logits, params))
+        chosen = jnp.argmax(logits, -1).astype(jnp.int32)
+        tokens = (tokens + chosen[:, None] * jnp.array([1] + [0] * (tokens.shape[1] - 1))) % cfg.vocab_size
+        cache = cache.truncate(jnp.full(shape.batch, held, jnp.int32))
+        settings = {"cfg": cfg, "cache": cache, "kernels": kernels}
+        if shape.phase == "decode":
+            return steps.PROGRAMS["decode_step"](params, tokens=tokens[:, 0], active=jnp.ones(shape.batch, bool),
+                                                 **settings)  # fmt: skip
+        return steps.PROGRAMS["prefill"](params, tokens=tokens, lengths=jnp.full(shape.batch, shape.tokens),
+                                         **settings)  # fmt: skip
+
+    return turn
