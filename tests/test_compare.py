@@ -1,346 +1,33 @@
-"""`pdx compare`: that its loops do what they claim, that it tells faster from slower and right from wrong, and says
-what ran."""
+"""`pdx compare`: what it is asked for, what it prints and writes, and what compilers add."""
 
 import csv
 import json
 import re
 import sys
-from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels import hlo, problems, targets
-from pallas_kernels.hardware import Chip
+from pallas_kernels import problems, targets
 from pdx.bench import compare as comparing
-from pdx.bench.compare import ceiling, contestants, device_time, exact, measure, plot, selection, static, steps
-from pdx.bench.compare.device_time import Loop, chained, empty_result
-from pdx.bench.compare.rows import COLUMNS, Comparison, Row, verdict
-from pdx.bench.compare.show import show
+from pdx.bench.compare import ceiling, plot, selection, static
+from pdx.bench.compare.rows import COLUMNS, Row
 from pdx.bench.compare.steps import Shape, Subject
-from pdx.bench.timing import Timing
 from pdx.cli import app
 from pdx.errors import RequestError
-from tests import tiny_model
-
-CPU = Chip("cpu", "cpu", ("cpu",), None, 0.2, 20.0, 1.0, 2, 0.0, 0.1)
-SMALL = "one KV head of 256"
-NAMES = {"flash_attention": "whole prompts, ragged", "decode_attention": "one query head a KV head",
-         "paged_attention": SMALL, "quantized_matmul": "W4A16, affine"}  # fmt: skip
-
-
-def case_of(op, name=None):
-    return next(c for c in problems.cases(op) if c.name == (name or NAMES[op]))
+from tests.comparing import CPU, NAMES, case_of, told_time
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(device_time, "SECONDS", 1e-3)
-
-
-def contestant(op, arrays=None):
-    case = case_of(op)
-    problem = problems.OPS[op](case, "xla", "heads_last")
-    return next(contestants.ours(op, case, arrays or exact.draw(problem), "cpu"))
-
-
-# The loop
-
-
-def turns_seen(fn, turns):
-    """How often `fn`, called in a loop, is executed."""
-    calls = []
-
-    def counted(x):
-        jax.debug.callback(lambda _: calls.append(1), x.ravel()[0])
-        return fn(x)
-
-    x = jnp.ones((4, 4))
-    loop = Loop(chained(counted), empty_result(fn, x), [x], ())
-    loop.run(turns)
-    jax.effects_barrier()
-    return len(calls)
-
-
-@pytest.mark.parametrize("turns", [0, 1, 7])
-def test_every_turn_of_a_loop_is_executed(turns):
-    assert turns_seen(lambda x: x * 2, turns) == turns
-
-
-def inside_loops(text):
-    """Instructions of the program that belong to the body of a while loop, by opcode as they act."""
-    module = hlo.Module(text)
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    reached, new = set(), bodies
-    while new:
-        reached |= new
-        called = (re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", i.rest)
-                  for name in new for i in module.computations[name].values())
-        new = {name for names in called for name in names} - reached
-    return [i for name in reached for i in module.computations[name].values()], module
-
-
-def test_an_op_stays_in_its_loop_and_so_does_what_it_makes_of_its_weights():
-    """The product and the widening of int8 weights, which depend on no query, are both in the loop's body."""
-    w = jnp.ones((128, 256), jnp.int8)
-    x = jnp.ones((4, 256))
-    fn = lambda x, w: x @ w.astype(jnp.float32).T  # noqa: E731
-    text = Loop(chained(fn), empty_result(fn, x, w), [x], (w,)).text
-    inside, module = inside_loops(text)
-    everywhere = [i for body in module.computations.values() for i in body.values()]
-    for opcode, dims in (("dot", (4, 128)), ("convert", (128, 256))):
-        found = [i for i in everywhere if i.opcode == opcode and sorted(i.shapes[0].dims) == sorted(dims)]
-        assert found, opcode
-        assert all(i in inside for i in found), opcode
-
-
-@pytest.mark.parametrize("op", NAMES)
-def test_a_loop_of_an_op_needs_each_result(op):
-    """After n turns the result is what n calls give, each fed with the one before; other queries give another."""
-    c = contestant(op)
-    loop = measure.make_loop(c)
-    want = empty_result(c.fn, c.x, *c.held)
-    call = jax.jit(c.fn)
-    for _ in range(3):
-        want = call(device_time.fed(c.x, want), *c.held)
-    loop.run(3)
-    np.testing.assert_allclose(np.asarray(loop.state, np.float32), np.asarray(want, np.float32), rtol=1e-3, atol=1e-3)
-    once = call(c.x, *c.held)
-    assert np.abs(np.asarray(loop.state, np.float32) - np.asarray(once, np.float32)).max() > 0
-    before = np.asarray(loop.state)
-    loop.run(3)
-    assert not np.allclose(before, np.asarray(loop.state), equal_nan=True)
-
-
-def test_what_a_launch_costs_is_apart_and_cancels(monkeypatch):
-    x = jnp.ones((2, 2))
-    loop = Loop(chained(lambda x: x), x, [x], ())
-    monkeypatch.setattr(loop, "run", lambda turns: 5.0 + 2.0 * turns)
-    assert loop().seconds == (2.0,)
-    assert loop.dispatch.seconds == (5.0,)
-
-
-def test_a_loop_is_made_long_enough(monkeypatch):
-    x = jnp.ones((2, 2))
-    loop = Loop(chained(lambda x: x), x, [x], ())
-    monkeypatch.setattr(device_time, "SECONDS", 0.1)
-    monkeypatch.setattr(loop, "run", lambda turns: 1e-3 * turns)
-    loop.calibrate()
-    assert loop.turns == 128 + device_time.FEW
-
-
-# Right and wrong, faster and slower
-
-
-@pytest.mark.parametrize("op", NAMES)
-def test_xla_and_the_interpreted_kernel_are_right_and_zeros_are_not(op):
-    case = case_of(op)
-    xla, pallas, *_ = measure.case_rows(op, case, CPU, "cpu", 1, ("v5e",))
-    assert (xla.path, xla.rung, xla.ran, xla.auto) == ("xla", "measured", "XLA", True)
-    assert (pallas.path, pallas.rung, pallas.ran, pallas.auto) == ("pallas", "interpreted", "interpreted", False)
-    assert pallas.note == "not on cpu: compiled statically for v5e"
-    assert pallas.seconds is None
-    for row in (xla, pallas):
-        assert 0 <= row.relative_error < 1e-4
-        assert not row.wrong
-    problem = problems.OPS[op](case, "xla", "heads_last")
-    right, real = exact.answer(problem, exact.draw(problem))
-    assert exact.errors(jnp.zeros(right.shape), right, real)[1] == 1.0
-
-
-@pytest.mark.parametrize(("value", "error"), [(0.0, 1.0), (float("nan"), None)])
-def test_a_wrong_implementation_is_found_and_wins_nothing(value, error):
-    op = "quantized_matmul"
-    problem = problems.OPS[op](case_of(op), "xla", "heads_last")
-    arrays = exact.draw(problem)
-    c = contestant(op, arrays)
-    broken = replace(c, path="pallas", fn=lambda *a: jnp.full_like(c.fn(*a), value))
-    rows = measure.compete([c, broken], measure.start_row(problem, CPU, "cpu"), exact.answer(problem, arrays), 1)
-    by_path = {r.path: r for r in rows}
-    assert by_path["pallas"].wrong
-    assert not by_path["xla"].wrong
-    assert by_path["pallas"].to_dict()["relative_error"] == error
-    (said,) = Comparison("cpu", CPU, "told", {}, list(rows)).verdicts()
-    assert said["verdict"] == "wrong"
-
-
-FEATURES = (
-    ("flash_attention", "int8, three KV heads, ring, soft cap, sinks"), ("flash_attention", "token tree"),
-    ("flash_attention", "every slot held, no mask"), ("flash_attention", "ring that wrapped, rows far apart, chunks"),
-    ("decode_attention", "rows that take no part"), ("paged_attention", "int8, bf16 queries, window, sinks"),
-    ("quantized_matmul", "W8A8, rows"),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("op", "name"), FEATURES)
-def test_what_is_right_is_known_for_rarer_features(op, name):
-    case = case_of(op, name)
-    problem = problems.OPS[op](case, "xla", "heads_last")
-    arrays = exact.draw(problem)
-    c = contestants.of_problem("xla", problems.OPS[op](case, "xla"), arrays)
-    _, relative = exact.errors(jax.jit(c.fn)(c.x, *c.held), *exact.answer(problem, arrays))
-    assert relative < (3e-2 if "bf16" in name or name.startswith("W8A8") else 1e-4)
-
-
-@pytest.mark.parametrize("pieces", [1 << 12, 1 << 16])
-def test_pieces_change_nothing(monkeypatch, pieces):
-    for op, name in (("flash_attention", "chunk behind a context"), ("quantized_matmul", "W4A16, affine")):
-        problem = problems.OPS[op](case_of(op, name), "xla", "heads_last")
-        arrays = exact.draw(problem)
-        whole, real = exact.answer(problem, arrays)
-        with monkeypatch.context() as m:
-            m.setattr(exact, "PIECE_BYTES", pieces)
-            np.testing.assert_allclose(exact.answer(problem, arrays)[0][real], whole[real], rtol=1e-4, atol=1e-5)
-
-
-def test_a_slower_implementation_is_shown_as_slower(capsys, monkeypatch):
-    """A path that does everything many times over, timed beside the one that does it once."""
-    c = contestant("quantized_matmul")
-    problem = problems.OPS["quantized_matmul"](case_of("quantized_matmul"), "xla", "heads_last")
-    arrays = exact.draw(problem)
-    right = exact.answer(problem, arrays)
-
-    def often(x, *held):
-        body = lambda _, y: c.fn(device_time.fed(x, 0 * y), *held)  # noqa: E731
-        return jax.lax.fori_loop(0, 40, body, c.fn(x, *held))
-
-    rows = measure.compete([c, replace(c, path="pallas", fn=often)], measure.start_row(problem, CPU, "cpu"), right, 5)
-    found = Comparison("cpu", CPU, "told", {}, list(rows))
-    (said,) = found.verdicts()
-    assert (said["path"], said["verdict"]) == ("pallas", "slower")
-    assert said["over_xla"] < 0.5
-    monkeypatch.setenv("COLUMNS", "120")
-    show(found)
-    assert re.search(r"pallas .* 0\.\d+x slower", capsys.readouterr().out)
-
-
-def test_verdicts_are_by_device_time_and_spread():
-    base = Row("op", "case", "xla", "cpu", "measured", seconds=1.0, low=0.9, high=1.1, dispatch_seconds=9.0)
-    other = replace(base, path="pallas", dispatch_seconds=0.1)
-    assert verdict(replace(other, seconds=0.5, low=0.4, high=0.6), base) == "faster"
-    assert verdict(replace(other, seconds=2.0, low=1.9, high=2.1), base) == "slower"
-    assert verdict(replace(other, seconds=1.05, low=1.0, high=1.1), base) == "same"
-    assert verdict(replace(other, seconds=0.5, low=0.4, high=0.6, dtype="float32", relative_error=1.0), base) == "wrong"
-
-
-def test_times_are_median_and_quartiles():
-    assert Timing((5.0, 1.0, 2.0, 3.0, 4.0)).quartiles == (2.0, 4.0)
-    assert Timing((1.0,)).quartiles == (1.0, 1.0)
-
-
-# What ran
-
-
-@pytest.mark.parametrize(("target", "says"), [
-    ("tpu_custom_call", "1 Pallas kernel"), ("__gpu$xla.gpu.triton", "1 Pallas kernel"), ("Sharding", "XLA"),
-])  # fmt: skip
-def test_what_ran_is_read_from_the_program(target, says):
-    text = f"""HloModule m
-
-ENTRY %main (p: f32[8]) -> f32[8] {{
-  %p = f32[8]{{0}} parameter(0)
-  ROOT %c = f32[8]{{0}} custom-call(%p), custom_call_target="{target}"
-}}
-"""
-    assert measure.what_ran(text) == says
-
-
-def test_a_contestant_that_fails_says_why_and_the_others_go_on():
-    c = contestant("quantized_matmul")
-    problem = problems.OPS["quantized_matmul"](case_of("quantized_matmul"), "xla", "heads_last")
-    arrays = exact.draw(problem)
-
-    def refused(*_):
-        raise NotImplementedError("no tiles of 7")
-
-    rows = measure.compete([replace(c, path="pallas", fn=refused), c], measure.start_row(problem, CPU, "cpu"),
-                           exact.answer(problem, arrays), 1)  # fmt: skip
-    by_path = {r.path: r for r in rows}
-    assert (by_path["pallas"].rung, by_path["pallas"].note) == ("not run", "no tiles of 7")
-    assert by_path["xla"].seconds > 0
-
-
-def test_jax_nn_stands_beside_cases_that_it_can_express():
-    for op, name, there in (
-        ("decode_attention", "one query head a KV head", True), ("decode_attention", "window of one", False),
-        ("decode_attention", "int8", False), ("flash_attention", "Llama 3 8B, f32", True),
-        ("flash_attention", "token tree", False), ("flash_attention", "chunk behind a context", False),
-    ):  # fmt: skip
-        case = case_of(op, name)
-        assert (contestants.is_square(case) or contestants.is_decode(case)) == there, name
-    op = "decode_attention"
-    case = case_of(op)
-    problem = problems.OPS[op](case, "xla", "heads_last")
-    arrays = exact.draw(problem)
-    (peer,) = [c for c in contestants.peers(op, case, arrays, "cpu") if c.path == "jax.nn"]
-    _, relative = exact.errors(peer.result(peer.fn(peer.x, *peer.held)), *exact.answer(problem, arrays))
-    assert relative < 1e-4
-
-
-def test_jax_nn_does_a_whole_prompt():
-    case = replace(case_of("flash_attention", "Llama 3 8B, f32"), new=(64,), queries=64, slots=64, kv_heads=2, group=2,
-                   head_dim=16, window=20)  # fmt: skip
-    problem = problems.OPS["flash_attention"](case, "xla", "heads_last")
-    arrays = exact.draw(problem)
-    (peer,) = [c for c in contestants.peers("flash_attention", case, arrays, "cpu") if c.path == "jax.nn"]
-    _, relative = exact.errors(peer.fn(peer.x, *peer.held), *exact.answer(problem, arrays))
-    assert relative < 1e-4
-
-
-# Steps
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tiny_model.make(tmp_path_factory.mktemp("model")))
-
-
-@pytest.mark.parametrize("shape", [Shape("prefill", 2, 16), Shape("decode", 2, 16)], ids=lambda s: s.phase)
-def test_steps_are_measured_and_right(directory, shape):
-    subject = Subject(directory, "float32")
-    params = steps.parameters(subject)
-    xla, pallas = steps.rows(subject, params, shape, CPU, "cpu", 1)
-    assert (xla.op, xla.rung, xla.ran) == (shape.phase, "measured", "XLA")
-    assert xla.relative_error < 1e-4
-    assert xla.seconds > 0
-    assert pallas.note == "not on cpu: not compiled"
-    cost = getattr(subject.setup(), shape.phase)(2, 16)
-    assert (xla.flops, xla.bytes) == (cost.flops, cost.bytes)
-
-
-def test_each_decode_step_of_a_loop_takes_the_token_before(directory):
-    """Three turns give what three steps give, of which each stands at the same place with another token."""
-    cfg, shape = Subject(directory, "float32").config(), Shape("decode", 1, 12)
-    params = steps.parameters(Subject(directory, "float32"))
-    loop = steps.make_loop(cfg, params, shape, "xla")
-    loop.run(3)
-    history, token = steps.prompts(cfg, shape), int(steps.prompts(cfg, shape)[0, -1])
-    logits = np.zeros((1, cfg.vocab_size))
-    for _ in range(3):
-        history[0, -1] = (token + int(logits.argmax())) % cfg.vocab_size
-        logits = np.asarray(steps._plain_logits(params, cfg, history))
-    np.testing.assert_allclose(np.asarray(loop.state[0]), logits, rtol=1e-3, atol=1e-3)
-    assert int(loop.state[1].lengths[0]) == 12
-
-
-def test_a_shape_of_configs_gets_random_weights(monkeypatch):
-    seen = []
-    monkeypatch.setattr(steps, "init_params", lambda cfg, key, dtype: seen.append((cfg.num_layers, dtype)) or {})
-    assert steps.parameters(Subject("smollm2-135m", "float32")) == {}
-    assert seen == [(30, jnp.dtype("float32"))]
-
-
-# The command
+    told_time(monkeypatch)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A run of one small case on a device whose figures are told."""
     monkeypatch.setattr(ceiling, "of_this_device", lambda: (CPU, "told"))
-    monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install X")
+    monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install 'X[aot]'")
     return ["compare", "decode_attention", "--shapes", NAMES["decode_attention"], "--rounds", "1"]
 
 
@@ -358,9 +45,9 @@ def test_json_csv_and_the_picture(small, tmp_path):
     assert set(found) == {"device", "ceiling", "versions", "rows", "verdicts", "notes"}
     assert found["notes"][0].startswith("No accelerator here")
     assert [(r["path"], r["device"], r["rung"]) for r in found["rows"]] == [
-        ("xla", "cpu", "measured"), ("pallas", "cpu", "interpreted"), ("jax.nn", "cpu", "measured"),
-        ("pallas", "v5e", "counted")]  # fmt: skip
-    xla, _, peer, counted = found["rows"]
+        ("xla", "cpu", "measured"), ("pallas tpu", "cpu", "interpreted"), ("pallas gpu", "cpu", "interpreted"),
+        ("jax.nn", "cpu", "measured"), ("pallas", "v5e", "counted")]  # fmt: skip
+    xla, _, _, peer, counted = found["rows"]
     assert set(xla) == set(COLUMNS)
     for row in (xla, peer):
         assert min(row[k] for k in ("seconds", "gb_per_s", "tflop_per_s", "of_roofline", "compile_seconds",
@@ -368,11 +55,11 @@ def test_json_csv_and_the_picture(small, tmp_path):
         assert row["low"] <= row["seconds"] <= row["high"]
     assert counted["moved_bytes"] >= counted["bytes"] > 0
     assert counted["done_flops"] >= counted["flops"] > 0
-    assert "pip install X" in counted["note"]
+    assert "pip install 'X[aot]'" in counted["note"]
     assert [v["path"] for v in found["verdicts"]] == ["jax.nn"]
     with table.open(encoding="utf-8") as file:
         read = list(csv.DictReader(file))
-    assert len(read) == 4
+    assert len(read) == 5
     assert set(read[0]) == set(COLUMNS)
     assert float(read[0]["seconds"]) == xla["seconds"]
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -384,10 +71,10 @@ def test_the_tables_fit_and_say_what_is_missing(small, monkeypatch):
     assert max(map(len, out.splitlines())) <= 120
     assert "No accelerator here" in out
     assert re.search(r"xla\*.*XLA", out)
-    assert re.search(r"pallas +- .*interpreted", out)
-    assert "not on cpu: compiled statically for v5e, h100" in out.replace("\n", " ")
+    assert re.search(r"pallas tpu +- .*interpreted", out)
+    assert "not on cpu: static figures for v5e, h100 below" in out.replace("\n", " ")
     for target in ("v5e", "h100"):
-        assert f"compiling for {target} needs libtpu: pip install X" in out
+        assert f"compiling for {target} needs libtpu: pip install 'X[aot]'" in out
 
 
 def test_only_the_static_part_is_counted_for_targets(small, monkeypatch):
@@ -441,19 +128,34 @@ def test_this_device_is_measured_where_the_table_lacks_it():
 
 def test_the_library_call_is_the_command(small):
     found = comparing.compare(["decode_attention"], shapes=NAMES["decode_attention"], targets=(), rounds=1)
-    assert [r.path for r in found.rows] == ["xla", "pallas", "jax.nn"]
+    assert [r.path for r in found.rows] == ["xla", "pallas tpu", "pallas gpu", "jax.nn"]
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_smoke_cases_and_steps_are_compiled(target, directory):
+def test_smoke_cases_and_steps_are_compiled(target):
     if why := targets.missing(target):
         pytest.skip(why)
     cases = [("decode_attention", case_of("decode_attention")), ("quantized_matmul", case_of("quantized_matmul"))]
-    rows = static.rows(target, cases, Subject("smollm2-135m", "bfloat16"), [], True)
-    assert [(r.op, r.path, r.rung) for r in rows] == [(op, p, "compiled") for op, _ in cases for p in ("pallas", "xla")]
+    shapes = [Shape("decode", 1, 128)]
+    rows = static.rows(target, cases, Subject("smollm2-135m", "bfloat16"), shapes, True)
+    both = [*(op for op, _ in cases), "decode"]
+    assert [(r.op, r.path, r.rung) for r in rows] == [(op, p, "compiled") for op in both for p in ("pallas", "xla")]
     for row in rows:
         assert row.compile_seconds > 0
-        assert row.ran == ("XLA" if row.path == "xla" else "Pallas kernel")
-    assert all(r.vmem_bytes or r.shared_bytes for r in rows if r.path == "pallas")
+        kernels = 30 if row.op == "decode" else 1
+        assert row.ran == "XLA" if row.path == "xla" else re.match(r"(\d+) Pallas kernels?$", row.ran)
+        if row.path == "pallas":
+            assert int(row.ran.split()[0]) >= kernels
+    assert all(r.vmem_bytes or r.shared_bytes for r in rows[:4] if r.path == "pallas")
     assert target == "h100" or rows[2].cycles > 0
+
+
+def test_steps_without_a_compiler_have_what_the_cost_model_says(monkeypatch):
+    monkeypatch.setattr(targets, "missing", lambda name: "pip install X")
+    subject, shape = Subject("smollm2-135m", "bfloat16"), Shape("decode", 8, 128)
+    (row,) = static.rows("v5e", [], subject, [shape], False)
+    assert (row.op, row.rung, row.note) == ("decode", "counted", "pip install X")
+    cost = subject.setup().decode(8, 128)
+    assert (row.flops, row.bytes, row.seconds) == (cost.flops, cost.bytes, None)
+    assert row.roofline_seconds > cost.bytes / 819e9 * 0.99

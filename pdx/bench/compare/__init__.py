@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from pdx.bench.compare import ceiling, contestants, measure, selection, static, steps
 from pdx.bench.compare.rows import Comparison, Row
 from pdx.bench.compare.steps import Subject
-from pdx.report_text import device_name
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
 
@@ -52,10 +51,13 @@ def compare(
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
     chip, source = ceiling.of_this_device()
-    found = Comparison(device_name(), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
+    found = Comparison(ceiling.this_device(), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
     if platform not in ACCELERATORS:
         found.notes.insert(0, f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
                               "interpreted, where a case is small enough.")  # fmt: skip
+    if jax.config.jax_compilation_cache_dir:
+        found.notes.append(f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}: one that is found "
+                           "there takes less than compile says.")  # fmt: skip
     total = len(cases) + len(phases)
     for i, (op, case) in enumerate(cases):
         progress("measuring", i, total)
