@@ -7,13 +7,13 @@ from typing import Any
 from pdx.completion import Completion
 
 
-def device_name() -> str:
-    """This process's default device, such as `cpu` or `tpu (TPU v5 lite) x4`."""
+def device_name(every: bool = True) -> str:
+    """This process's default device, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` only the one."""
     import jax
 
     device, count = jax.devices()[0], len(jax.devices())
     kind = "" if device.device_kind.lower() == device.platform else f" ({device.device_kind})"
-    return f"{device.platform}{kind}" + (f" x{count}" if count > 1 else "")
+    return f"{device.platform}{kind}" + (f" x{count}" if every and count > 1 else "")
 
 
 def kernel_paths(kernels: str) -> dict[str, str]:

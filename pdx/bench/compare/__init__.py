@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pdx.bench.compare import ceiling, contestants, measure, selection, static, steps
 from pdx.bench.compare.rows import Comparison, Row
 from pdx.bench.compare.steps import Subject
+from pdx.report_text import device_name
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
 
@@ -51,7 +52,7 @@ def compare(
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
     chip, source = ceiling.of_this_device()
-    found = Comparison(ceiling.this_device(), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
+    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
     if platform not in ACCELERATORS:
         found.notes.insert(0, f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
                               "interpreted, where a case is small enough.")  # fmt: skip

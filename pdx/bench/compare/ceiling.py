@@ -11,6 +11,7 @@ from jax import lax
 from pallas_kernels import hardware
 from pallas_kernels.hardware import Chip
 from pdx.bench.timing import interleaved, once, read_bandwidth
+from pdx.report_text import device_name
 
 RUNS = 5
 SIDE = 2048  # of the square matrices whose product is timed
@@ -22,12 +23,6 @@ def of_this_device() -> tuple[Chip, str]:
     return (found, "published figures") if found is not None else (measured(), "measured in this run")
 
 
-def this_device() -> str:
-    """The one device that is measured, such as `cpu` or `tpu (TPU v5 lite)`."""
-    device = jax.devices()[0]
-    return device.platform + ("" if device.device_kind.lower() == device.platform else f" ({device.device_kind})")
-
-
 def measured(megabytes: int = 512, side: int = SIDE) -> Chip:
     """Memory bandwidth of reading a large array, and rates of square products: the best of a few runs each."""
     read = read_bandwidth(megabytes)
@@ -35,9 +30,9 @@ def measured(megabytes: int = 512, side: int = SIDE) -> Chip:
     times = interleaved({"read": read, "float32": lambda: once(f32), "int8": lambda: once(int8)}, RUNS)
     rate = {name: 2 * side**3 / times[name].best / 1e12 for name in ("float32", "int8")}
     device = jax.devices()[0]
-    return Chip(this_device(), device.platform, (device.device_kind,), bf16_tflops=None, int8_tops=rate["int8"],
-                hbm_gbps=read.bytes_read / times["read"].best / 1e9, hbm_gib=0.0, cores=os.cpu_count() or 1,
-                clock_ghz=0.0, f32_tflops=rate["float32"])  # fmt: skip
+    return Chip(device_name(every=False), device.platform, (device.device_kind,), bf16_tflops=None,
+                int8_tops=rate["int8"], hbm_gbps=read.bytes_read / times["read"].best / 1e9, hbm_gib=0.0,
+                cores=os.cpu_count() or 1, clock_ghz=0.0, f32_tflops=rate["float32"])  # fmt: skip
 
 
 def _product(side: int, dtype):

@@ -23,12 +23,13 @@ def contestant(op, arrays=None):
     return next(contestants.ours(op, case, arrays or exact.draw(problem), "cpu"))
 
 
-def told_time(monkeypatch) -> None:
-    """Loops run, and are said to take 1 ms and 10 us a turn: tests that need times do not depend on the machine."""
-    run = Loop.run
+really_run = Loop.run
 
+
+def tell_the_time(monkeypatch) -> None:
+    """Loops run, and are said to take 1 ms and 10 us a turn: tests that need times do not depend on the machine."""
     def timed(self, turns):
-        run(self, turns)
+        really_run(self, turns)
         return 1e-3 + 1e-5 * turns
 
     monkeypatch.setattr(Loop, "run", timed)
