@@ -232,6 +232,16 @@ def dots(text: str) -> list[Dot]:
     return found
 
 
+# Custom calls that are Pallas kernels: Mosaic on a TPU, Triton and Mosaic on a GPU.
+_PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "mosaic_gpu_v2")
+
+
+def pallas_calls(text: str) -> int:
+    """How many Pallas kernels a program calls."""
+    calls = (i.rest for i in Module(text).instructions() if i.opcode.startswith("custom-call"))
+    return sum(any(f'custom_call_target="{name}"' in rest for name in _PALLAS) for rest in calls)
+
+
 def vmem_bytes(text: str) -> int:
     """The most scoped VMEM that one instruction of a TPU program uses, in bytes."""
     used = re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', text)

@@ -70,6 +70,7 @@ def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
         "vmem_bytes": c.vmem_bytes,
         "cycles": sum(cycles.values()) if cycles else None,
         "temp": c.memory["temp"],
+        "pallas_calls": hlo.pallas_calls(c.text),
         "cache": problem.cache_bytes,
         "moved": [str(i) for i in hlo.moved(c.text, max(1 << 24, problem.cache_bytes // 8))],
         "kernels": [{**vars(k), "tensor_cores": k.tensor_cores} for k in c.kernels],

@@ -1,4 +1,4 @@
-"""`pdx compare`: whole steps, the command, what it writes, and what it says where something is missing."""
+"""`pdx compare`: what it is asked for, what it prints and writes, and what compilers add."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def test_steps_are_measured_and_right(directory, shape):
     assert (xla.op, xla.rung, xla.ran) == (shape.phase, "measured", "XLA")
     assert xla.relative_error < 1e-4
     assert xla.seconds > 0
-    assert pallas.note == "not on cpu: not compiled"
+    assert pallas.note == "not on cpu: --targets gives static figures"
     cost = getattr(subject.setup(), shape.phase)(2, 16)
     assert (xla.flops, xla.bytes) == (cost.flops, cost.bytes)
 
@@ -56,8 +56,8 @@ def test_each_decode_step_of_a_loop_takes_the_token_before(directory):
     for _ in range(3):
         history[0, -1] = (token + int(logits.argmax())) % cfg.vocab_size
         logits = np.asarray(steps._plain_logits(params, cfg, history))
-    np.testing.assert_allclose(np.asarray(loop.state[0]), logits, rtol=1e-3, atol=1e-3)
-    assert int(loop.state[1].lengths[0]) == 12
+    np.testing.assert_allclose(np.asarray(loop.state[1]), logits, rtol=1e-3, atol=1e-3)
+    assert int(loop.state[2].lengths[0]) == 12
 
 
 def test_a_shape_of_configs_gets_random_weights(monkeypatch):
@@ -67,14 +67,11 @@ def test_a_shape_of_configs_gets_random_weights(monkeypatch):
     assert seen == [(30, jnp.dtype("float32"))]
 
 
-# The command
-
-
 @pytest.fixture
 def small(monkeypatch):
     """A run of one small case on a device whose figures are told."""
     monkeypatch.setattr(ceiling, "of_this_device", lambda: (CPU, "told"))
-    monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install X")
+    monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install 'X[aot]'")
     return ["compare", "decode_attention", "--shapes", NAMES["decode_attention"], "--rounds", "1"]
 
 
@@ -92,9 +89,9 @@ def test_json_csv_and_the_picture(small, tmp_path):
     assert set(found) == {"device", "ceiling", "versions", "rows", "verdicts", "notes"}
     assert found["notes"][0].startswith("No accelerator here")
     assert [(r["path"], r["device"], r["rung"]) for r in found["rows"]] == [
-        ("xla", "cpu", "measured"), ("pallas", "cpu", "interpreted"), ("jax.nn", "cpu", "measured"),
-        ("pallas", "v5e", "counted")]  # fmt: skip
-    xla, _, peer, counted = found["rows"]
+        ("xla", "cpu", "measured"), ("pallas tpu", "cpu", "interpreted"), ("pallas gpu", "cpu", "interpreted"),
+        ("jax.nn", "cpu", "measured"), ("pallas", "v5e", "counted")]  # fmt: skip
+    xla, _, _, peer, counted = found["rows"]
     assert set(xla) == set(COLUMNS)
     for row in (xla, peer):
         assert min(row[k] for k in ("seconds", "gb_per_s", "tflop_per_s", "of_roofline", "compile_seconds",
@@ -102,11 +99,11 @@ def test_json_csv_and_the_picture(small, tmp_path):
         assert row["low"] <= row["seconds"] <= row["high"]
     assert counted["moved_bytes"] >= counted["bytes"] > 0
     assert counted["done_flops"] >= counted["flops"] > 0
-    assert "pip install X" in counted["note"]
+    assert "pip install 'X[aot]'" in counted["note"]
     assert [v["path"] for v in found["verdicts"]] == ["jax.nn"]
     with table.open(encoding="utf-8") as file:
         read = list(csv.DictReader(file))
-    assert len(read) == 4
+    assert len(read) == 5
     assert set(read[0]) == set(COLUMNS)
     assert float(read[0]["seconds"]) == xla["seconds"]
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -118,10 +115,10 @@ def test_the_tables_fit_and_say_what_is_missing(small, monkeypatch):
     assert max(map(len, out.splitlines())) <= 120
     assert "No accelerator here" in out
     assert re.search(r"xla\*.*XLA", out)
-    assert re.search(r"pallas +- .*interpreted", out)
-    assert "not on cpu: compiled statically for v5e, h100" in out.replace("\n", " ")
+    assert re.search(r"pallas tpu +- .*interpreted", out)
+    assert "not on cpu: static figures for v5e, h100 below" in out.replace("\n", " ")
     for target in ("v5e", "h100"):
-        assert f"compiling for {target} needs libtpu: pip install X" in out
+        assert f"compiling for {target} needs libtpu: pip install 'X[aot]'" in out
 
 
 def test_only_the_static_part_is_counted_for_targets(small, monkeypatch):
@@ -195,19 +192,34 @@ def test_this_device_is_measured_where_the_table_lacks_it():
 
 def test_the_library_call_is_the_command(small):
     found = comparing.compare(["decode_attention"], shapes=NAMES["decode_attention"], targets=(), rounds=1)
-    assert [r.path for r in found.rows] == ["xla", "pallas", "jax.nn"]
+    assert [r.path for r in found.rows] == ["xla", "pallas tpu", "pallas gpu", "jax.nn"]
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_smoke_cases_and_steps_are_compiled(target, directory):
+def test_smoke_cases_and_steps_are_compiled(target):
     if why := targets.missing(target):
         pytest.skip(why)
     cases = [("decode_attention", case_of("decode_attention")), ("quantized_matmul", case_of("quantized_matmul"))]
-    rows = static.rows(target, cases, Subject("smollm2-135m", "bfloat16"), [], True)
-    assert [(r.op, r.path, r.rung) for r in rows] == [(op, p, "compiled") for op, _ in cases for p in ("pallas", "xla")]
+    shapes = [Shape("decode", 1, 128)]
+    rows = static.rows(target, cases, Subject("smollm2-135m", "bfloat16"), shapes, True)
+    both = [*(op for op, _ in cases), "decode"]
+    assert [(r.op, r.path, r.rung) for r in rows] == [(op, p, "compiled") for op in both for p in ("pallas", "xla")]
     for row in rows:
         assert row.compile_seconds > 0
-        assert row.ran == ("XLA" if row.path == "xla" else "Pallas kernel")
-    assert all(r.vmem_bytes or r.shared_bytes for r in rows if r.path == "pallas")
+        kernels = 30 if row.op == "decode" else 1
+        assert row.ran == "XLA" if row.path == "xla" else re.match(r"(\d+) Pallas kernels?$", row.ran)
+        if row.path == "pallas":
+            assert int(row.ran.split()[0]) >= kernels
+    assert all(r.vmem_bytes or r.shared_bytes for r in rows[:4] if r.path == "pallas")
     assert target == "h100" or rows[2].cycles > 0
+
+
+def test_steps_without_a_compiler_have_what_the_cost_model_says(monkeypatch):
+    monkeypatch.setattr(targets, "missing", lambda name: "pip install X")
+    subject, shape = Subject("smollm2-135m", "bfloat16"), Shape("decode", 8, 128)
+    (row,) = static.rows("v5e", [], subject, [shape], False)
+    assert (row.op, row.rung, row.note) == ("decode", "counted", "pip install X")
+    cost = subject.setup().decode(8, 128)
+    assert (row.flops, row.bytes, row.seconds) == (cost.flops, cost.bytes, None)
+    assert row.roofline_seconds > cost.bytes / 819e9 * 0.99

@@ -56,6 +56,9 @@ def compare(
     if platform not in ACCELERATORS:
         found.notes.insert(0, f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
                               "interpreted, where a case is small enough.")  # fmt: skip
+    if jax.config.jax_compilation_cache_dir:
+        found.notes.append(f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}: one that is found "
+                           "there takes less than compile says.")  # fmt: skip
     total = len(cases) + len(phases)
     for i, (op, case) in enumerate(cases):
         progress("measuring", i, total)

@@ -16,7 +16,7 @@ from pallas_kernels import hlo, problems, static
 from pallas_kernels.hardware import Chip
 from pallas_kernels.targets import Target
 from pdx import aot
-from pdx.bench.compare.measure import reason, start_row, what_ran
+from pdx.bench.compare.measure import kernels_said, reason, start_row, what_ran
 from pdx.bench.compare.rows import COMPILED, NOT_RUN, PALLAS, XLA, Row
 from pdx.bench.compare.static import MARK
 from pdx.bench.compare.steps import Shape, Subject, step_row
@@ -41,7 +41,7 @@ def compiled(op: str, case: Any, path: str, target: Target) -> Row:
             return replace(row, note=refused)
     facts = static.facts(problem, target)
     kernels = facts["kernels"]
-    return replace(row, rung=COMPILED, ran="Pallas kernel", compile_seconds=facts["seconds"],
+    return replace(row, rung=COMPILED, ran=kernels_said(facts["pallas_calls"]), compile_seconds=facts["seconds"],
                    temp_bytes=facts["temp"], moved_bytes=facts["bytes"], done_flops=facts["flops"],
                    vmem_bytes=facts["vmem_bytes"] if chip.platform == "tpu" else None,
                    shared_bytes=max((k["shared_bytes"] for k in kernels), default=None),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import problems
 from pallas_kernels.problems import Problem
@@ -61,27 +62,31 @@ def absent() -> list[str]:
 
 def _dense_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
     square, decode = is_square(case), is_decode(case)
-    if not (square or decode):
+    if not expressible(case):
         return
     q, k, v = (arrays[n] for n in "qkv")
     settings: dict[str, Any] = {"scale": case.settings()["scale"]}
+    seen: dict[str, jax.Array] = {}
     if square:
         settings |= {"is_causal": case.causal}
         settings |= {"local_window_size": (case.window - 1, 0)} if case.window else {}
-    lengths = {"key_value_seq_lengths": arrays["lengths"]} if decode else {}
+    elif decode:
+        seen = {"key_value_seq_lengths": arrays["lengths"]}
+    else:
+        seen = {"mask": jnp.asarray(mask(case))}
 
     def call(function, **more):
-        return lambda q, k, v, lengths: function(q, k, v, **settings, **lengths, **more)
+        return lambda q, k, v, seen: function(q, k, v, **settings, **seen, **more)
 
     jax_nn = [("jax.nn", {"implementation": "xla"})]
     if platform == "gpu" and case.dtype != "float32":
         jax_nn.append(("jax.nn, cuDNN", {"implementation": "cudnn"}))
     for name, more in jax_nn:
-        yield Contestant(name, call(jax.nn.dot_product_attention, **more), q, (k, v, lengths))
+        yield Contestant(name, call(jax.nn.dot_product_attention, **more), q, (k, v, seen))
     if find_spec("tokamax"):
         import tokamax
 
-        yield Contestant("tokamax", call(tokamax.dot_product_attention), q, (k, v, lengths))
+        yield Contestant("tokamax", call(tokamax.dot_product_attention), q, (k, v, seen))
     scale = settings["scale"]
     if platform == "gpu" and decode:
         from jax.experimental.pallas.ops.gpu.decode_attention import gqa
@@ -139,6 +144,22 @@ def _plain(case: Any) -> bool:
     """Nothing that only pdx's ops have."""
     same = case.value_dim in (None, case.head_dim) and case.kv_dtype in (None, case.dtype)
     return same and not (case.softcap or case.sinks or case.tree or case.quantized)
+
+
+def expressible(case: Any) -> bool:
+    """Whether plain attention with a mask can do it: the cache did not wrap, and every row's position is its slot."""
+    return _plain(case) and max(case.lengths, default=0) <= case.slots
+
+
+def mask(case: Any) -> np.ndarray:
+    """[B, 1, T, S]: which keys a query sees. Padding sees key 0, so that no softmax is of nothing."""
+    positions, keys = case.positions[:, :, None], np.arange(case.slots)
+    seen = keys < np.asarray(case.lengths)[:, None, None]
+    if case.causal:
+        seen = seen & (keys <= positions)
+    if case.window:
+        seen = seen & (keys > positions - case.window)
+    return (seen | (~case.real[:, :, None] & (keys == 0)))[:, None]
 
 
 def is_square(case: Any) -> bool:

@@ -3,6 +3,8 @@
 Calls run one behind the other in a loop inside one program, each fed with the result before, so that none can be
 hoisted, left out or overlapped. The number of turns is an argument: a long loop less a short one, over the
 difference, is the time of a turn, and what a launch costs cancels. A loop of no turns is that cost by itself.
+What is fed back is one value, written in place: a call that waits for one value of a result waits for its kernel, and
+a pass over the whole result would be charged to the op. The whole result is the loop's own, so none of it is left out.
 """
 
 from __future__ import annotations
@@ -18,36 +20,37 @@ from jax import lax
 
 from pdx.bench.timing import Timing
 
-# Of the result, added to what the next call is given: enough to change it, too little to let values grow.
-FEEDBACK = 1e-3
+LARGEST = 100.0  # of a value that is fed back: they must not grow from call to call
 SECONDS = 0.1  # a long loop should take at least
 MOST_TURNS = 1 << 14
 FEW = 1  # turns of the short loop
 
-Turn = Callable[[Any, Any, Any], Any]  # (state, fresh, held) -> state
+Turn = Callable[[Any, Any], Any]  # (state, held) -> state; the first of a state is what was given
 
 
 def chained(fn: Callable[..., Any]) -> Turn:
-    """A turn that calls `fn(x, *held)`, x being `fresh` and a little of the result before, which is the state."""
+    """A turn that calls `fn(x, *held)`; the state is x and the result before, of which x takes a value."""
 
-    def turn(result, fresh, held):
+    def turn(state, held):
         # Behind the barrier weights and caches hang on the result too: what a call makes of them (widened, laid out
         # anew) is made in every turn, as in every call.
-        result, held = lax.optimization_barrier((result, held))
-        return fn(fed(fresh, result), *held)
+        (x, result), held = lax.optimization_barrier((state, held))
+        x = fed(x, result)
+        return x, fn(x, *held)
 
     return turn
 
 
-def fed(x: jax.Array, result: Any) -> jax.Array:
-    """x, and a little of every value of a result: cut or repeated until it fits."""
-    flat = jax.tree.leaves(result)[0].ravel().astype(jnp.float32)
-    return (x + FEEDBACK * jnp.resize(flat, x.shape)).astype(x.dtype)
+def fed(x: jax.Array, result: jax.Array) -> jax.Array:
+    """x with the first value of a result in the place of its own."""
+    value = jnp.clip(result[(0,) * result.ndim].astype(jnp.float32), -LARGEST, LARGEST)
+    return x.at[(0,) * x.ndim].set(value.astype(x.dtype))
 
 
-def empty_result(fn: Callable[..., Any], *arguments: Any) -> Any:
-    """Zeros in the shape of what `fn` returns: nothing is fed into the first call."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *arguments))
+def start(fn: Callable[..., jax.Array], x: jax.Array, *held: Any) -> tuple[jax.Array, jax.Array]:
+    """The state before the first turn, of which that turn takes x as it is."""
+    shape = jax.eval_shape(fn, x, *held)
+    return x, fed(jnp.zeros(shape.shape, shape.dtype), x)
 
 
 @dataclass
@@ -56,8 +59,8 @@ class Loop:
 
     Attributes:
       turn: what is repeated; what it returns must depend on its state.
-      state: what the first turn is given. It is donated: a cache in it is written in place.
-      fresh: inputs that take turns from run to run, so that no run repeats another.
+      state: a tuple, what the first turn is given. It is donated: a cache in it is written in place.
+      fresh: what stands first in the state of a run, in turn, so that no run repeats another.
       held: what every run reads: weights, keys and values.
     """
 
@@ -70,11 +73,11 @@ class Loop:
     dispatch: Timing = field(init=False, default=Timing(()))
 
     def __post_init__(self):
-        def many(turns, state, fresh, held):
-            return lax.fori_loop(0, turns, lambda _, state: self.turn(state, fresh, held), state)
+        def many(turns, state, held):
+            return lax.fori_loop(0, turns, lambda _, state: self.turn(state, held), state)
 
         started = time.perf_counter()
-        lowered = jax.jit(many, donate_argnums=1).lower(jnp.int32(0), self.state, self.fresh[0], self.held)
+        lowered = jax.jit(many, donate_argnums=1).lower(jnp.int32(0), self.state, self.held)
         self._program = lowered.compile()
         self.compile_seconds = time.perf_counter() - started
         self._runs = 0
@@ -86,11 +89,11 @@ class Loop:
 
     def run(self, turns: int) -> float:
         """Seconds of a loop of so many turns, as the host sees them; its result is the next state."""
-        fresh = self.fresh[self._runs % len(self.fresh)]
+        fresh = jnp.copy(self.fresh[self._runs % len(self.fresh)])  # the program takes it over
         self._runs += 1
-        count = jax.block_until_ready(jnp.int32(turns))
+        count, state = jax.block_until_ready((jnp.int32(turns), (fresh, *self.state[1:])))
         started = time.perf_counter()
-        self.state = self._program(count, self.state, fresh, self.held)
+        self.state = self._program(count, state, self.held)
         jax.block_until_ready(self.state)
         return time.perf_counter() - started
 

@@ -13,13 +13,11 @@ from pallas_kernels import hardware, hlo, problems
 from pallas_kernels.hardware import Chip
 from pallas_kernels.problems import Problem
 from pdx.bench.compare.contestants import Contestant, of_problem, ours, peers
-from pdx.bench.compare.device_time import Loop, chained, empty_result
+from pdx.bench.compare.device_time import Loop, chained, start
 from pdx.bench.compare.exact import answer, draw, errors
 from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.bench.timing import Timing, interleaved
 
-# Custom calls that are Pallas kernels: Mosaic on a TPU, Triton and Mosaic on a GPU.
-KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu")
 # What the interpreter gets through in a few seconds.
 INTERPRETED_FLOPS, INTERPRETED_BYTES = 2e8, 1 << 24
 FRESH = 4  # queries that take turns
@@ -41,7 +39,8 @@ def case_rows(op: str, case: Any, chip: Chip, device: str, rounds: int, targets:
     auto = chosen_by_auto(op, problems.OPS[op](case, "xla", layout_of(platform)), platform)
     rows = [replace(r, auto=r.path == auto) for r in rows]
     if platform not in ("tpu", "gpu"):
-        rows.insert(1, interpreted(op, case, arrays, right, replace(base, path=PALLAS), targets))
+        rows[1:1] = [interpreted(op, case, arrays, right, replace(base, path=f"{PALLAS} {name}"), targets)
+                     for name in ("tpu", "gpu")]  # fmt: skip
     return rows
 
 
@@ -78,7 +77,7 @@ def compete(found: list[Contestant], base: Row, right: tuple[np.ndarray, np.ndar
         try:
             loop = make_loop(c)
             loop.run(1)
-            worst, relative = errors(c.result(loop.state), *right)
+            worst, relative = errors(c.result(loop.state[1]), *right)
         except Exception as error:  # another kernel's limits are as many as there are kernels: say them and go on
             rows[c.path] = replace(row, note=reason(error))
             continue
@@ -94,7 +93,7 @@ def make_loop(c: Contestant) -> Loop:
     """Calls of a contestant, each fed with the result before; the first run's queries are `c.x` itself."""
     others = [c.x[::-1], -c.x, -c.x[::-1]] if c.x.ndim else []
     fresh = [jax.block_until_ready(x) for x in (c.x, *others)][:FRESH]
-    return Loop(chained(c.fn), empty_result(c.fn, c.x, *c.held), fresh, c.held)
+    return Loop(chained(c.fn), start(c.fn, c.x, *c.held), fresh, c.held)
 
 
 def timed(loops: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, dict[str, Any]]:
@@ -112,11 +111,11 @@ def timed(loops: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, d
 
 def what_ran(text: str) -> str:
     """`XLA`, or how many Pallas kernels a compiled program calls and of what kind."""
-    calls = [i for i in hlo.Module(text).instructions() if i.opcode.startswith("custom-call")]
-    kernels = [k for i in calls for k in KERNELS if f'custom_call_target="{k}"' in i.rest]
-    if not kernels:
-        return "XLA"
-    return f"{len(kernels)} Pallas kernel{'s' * (len(kernels) > 1)}"
+    return kernels_said(hlo.pallas_calls(text))
+
+
+def kernels_said(count: int) -> str:
+    return f"{count} Pallas kernel{'s' * (count > 1)}" if count else "XLA"
 
 
 def reason(error: Exception) -> str:
@@ -125,15 +124,20 @@ def reason(error: Exception) -> str:
     return said if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {said}"
 
 
+def not_here(targets: tuple[str, ...]) -> str:
+    """Why a Pallas path has no time on this process' device, and where it is looked at instead."""
+    looked = f"static figures for {', '.join(targets)} below" if targets else "--targets gives static figures"
+    return f"not on {jax.default_backend()}: {looked}"
+
+
 def interpreted(op: str, case: Any, arrays, right, row: Row, targets: tuple[str, ...]) -> Row:
-    """The Pallas path where it does not exist: the error of the TPU's kernel, interpreted, and no time."""
-    compiled = f"compiled statically for {', '.join(targets)}" if targets else "not compiled"
-    row = replace(row, note=f"not on {jax.default_backend()}: {compiled}")
-    problem = problems.OPS[op](case, "tpu")
+    """A chip's Pallas kernel where it does not exist: its error, interpreted, and no time."""
+    row = replace(row, note=not_here(targets))
+    problem = problems.OPS[op](case, row.path.split()[-1])
     if why := problem.unsupported:
-        return replace(row, note=f"{row.note}; the TPU's kernel refuses this case: {why}")
+        return replace(row, note=f"{row.note}; the kernel refuses this case: {why}")
     if problem.flops_needed > INTERPRETED_FLOPS or sum(x.nbytes for x in arrays.values()) > INTERPRETED_BYTES:
         return row
-    c = of_problem(PALLAS, problem, arrays, interpret=True)
+    c = of_problem(row.path, problem, arrays, interpret=True)
     worst, relative = errors(jax.jit(c.fn)(c.x, *c.held), *right)
     return replace(row, rung=INTERPRETED, ran="interpreted", max_error=worst, relative_error=relative)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pdx.bench.compare.rows import MEASURED, Comparison, Row
@@ -17,7 +18,7 @@ def show(found: Comparison, console: Console | None = None) -> None:
                   + ", ".join(f"{chip.tflops(t):.3g} TFLOP/s {t}" for t in ("float32", "bfloat16", "int8"))
                   + f" ({found.ceiling})")  # fmt: skip
     for note in found.notes:
-        _say(console, note)
+        _say(console, escape(note))
     here = [r for r in found.rows if r.device == found.device]
     for op in dict.fromkeys(r.op for r in here):
         _measured(found, op, [r for r in here if r.op == op], console)
@@ -70,15 +71,19 @@ def _against(r: Row, said: dict | None) -> str:
 
 def _static(target: str, rows: list[Row], console: Console) -> None:
     _say(console, f"\n[bold]{target}[/bold], from its compiler and by counting: nothing here was measured")
-    table = Table("op, case", box=None, pad_edge=False, header_style="")
-    for name in ("MB moved", "/need", "GFLOP", "/need", "roofline", "bound", "memory", "temp MB", "cycles", "compile"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for op, case in dict.fromkeys((r.op, r.case) for r in rows):
-        table.add_row(f"{op}, {case}")
-        for r in (r for r in rows if (r.op, r.case) == (op, case)):
-            table.add_row(f"  {r.path}", *_figures(r))
-    console.print(table)
+    for op in dict.fromkeys(r.op for r in rows):
+        table = Table(f"[bold]{op}[/bold]", box=None, pad_edge=False, header_style="")
+        for name in STATIC:
+            table.add_column(name, justify="left" if name == "ran" else "right", no_wrap=True)
+        for case in dict.fromkeys(r.case for r in rows if r.op == op):
+            table.add_row(case)
+            for r in (r for r in rows if (r.op, r.case) == (op, case)):
+                table.add_row(f"  {r.path}", *_figures(r))
+        console.print(table)
     _notes(rows, console)
+
+
+STATIC = ("MB moved", "/need", "GFLOP", "/need", "roofline", "bound", "memory", "temp MB", "cycles", "compile", "ran")
 
 
 def _figures(r: Row) -> list[str]:
@@ -89,8 +94,8 @@ def _figures(r: Row) -> list[str]:
     else:
         memory = "" if r.vmem_bytes is None else f"{r.vmem_bytes / 2**20:.1f} MiB"
     cycles = "" if r.cycles is None else f"{r.cycles:,}"
-    return [*moved, *done, _time(r.roofline_seconds), r.bound, memory, _mega(r.temp_bytes), cycles,
-            _s(r.compile_seconds)]  # fmt: skip
+    return [*moved, *done, _time(r.roofline_seconds), r.bound[:3], memory, _mega(r.temp_bytes), cycles,
+            _s(r.compile_seconds), r.ran]  # fmt: skip
 
 
 def _notes(rows: list[Row], console: Console) -> None:
@@ -101,7 +106,8 @@ def _notes(rows: list[Row], console: Console) -> None:
             cases.setdefault((r.path, r.note), []).append(r.case)
     for (path, note), names in cases.items():
         every = len(names) > 1 and len(set(names)) == len({r.case for r in rows})
-        _say(console, f"  {path}: {note}" + ("" if every else f" ({'; '.join(dict.fromkeys(names))})"))
+        where = "" if every else f" ({'; '.join(dict.fromkeys(names))})"
+        _say(console, escape(f"  {path}: {note}{where}"))
 
 
 def _say(console: Console, text: str) -> None:

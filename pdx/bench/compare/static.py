@@ -18,7 +18,7 @@ from pallas_kernels import problems, static, targets
 from pallas_kernels.targets import Target
 from pdx.bench.compare.measure import reason, start_row
 from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
-from pdx.bench.compare.steps import Shape, Subject
+from pdx.bench.compare.steps import Shape, Subject, step_row
 from pdx.errors import RequestError
 
 MARK = "COMPARE "  # begins a line of the process that holds a row
@@ -28,7 +28,7 @@ Case = tuple[str, Any]
 
 def rows(name: str, cases: Sequence[Case], subject: Subject | None, shapes: Sequence[Shape], cycles: bool,
          told: Callable[[str], None] = lambda what: None) -> list[Row]:  # fmt: skip
-    """Rows for one target. Without its compiler those of the kernels only, and without what a compiler says.
+    """Rows for one target. Without its compiler what is counted: of kernels, and by the cost model of steps.
 
     Args:
       subject, shapes: a model and the steps of it to compile; None: no steps.
@@ -40,7 +40,9 @@ def rows(name: str, cases: Sequence[Case], subject: Subject | None, shapes: Sequ
     """
     target = Target.get(name)
     if (why := targets.missing(name)) is not None:
-        return [counted(op, case, target, why, told) for op, case in cases]
+        return [*(counted(op, case, target, why, told) for op, case in cases),
+                *(replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
+                  for shape in (shapes if subject else ()))]  # fmt: skip
     wanted = [(op, case.name, path) for op, case in cases for path in (PALLAS, XLA)]
     order = {"target": name, "ops": wanted, "steps": [asdict(s) for s in shapes] if subject else [],
              "subject": asdict(subject) if subject else None}  # fmt: skip

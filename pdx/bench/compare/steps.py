@@ -16,7 +16,7 @@ from pallas_kernels.hardware import Chip
 from pdx import known, steps
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.exact import errors
-from pdx.bench.compare.measure import FRESH, reason, timed, what_ran
+from pdx.bench.compare.measure import FRESH, not_here, reason, timed, what_ran
 from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.cache.dense import init_cache
 from pdx.config import ModelConfig
@@ -97,8 +97,7 @@ def rows(subject: Subject, params: Params, shape: Shape, chip: Chip, device: str
     for path in (XLA, PALLAS):
         row = replace(base, path=path)
         if path == PALLAS and chip.platform not in ("tpu", "gpu"):
-            compiled = f"compiled statically for {', '.join(targets)}" if targets else "not compiled"
-            found[path] = replace(row, note=f"not on {chip.platform}: {compiled}")
+            found[path] = replace(row, note=not_here(targets))
             continue
         try:
             loop = make_loop(cfg, params, shape, path)
@@ -106,7 +105,7 @@ def rows(subject: Subject, params: Params, shape: Shape, chip: Chip, device: str
         except Exception as error:  # a model that the kernels do not take
             found[path] = replace(row, note=reason(error))
             continue
-        worst, relative = errors(loop.state[0], right, np.ones(shape.batch, bool))
+        worst, relative = errors(loop.state[1], right, np.ones(shape.batch, bool))
         found[path] = replace(row, rung=MEASURED, ran=what_ran(loop.text), auto=path == _auto(chip.platform),
                               max_error=worst, relative_error=relative,
                               compile_seconds=loop.compile_seconds)  # fmt: skip
@@ -139,7 +138,8 @@ def _plain_logits(params: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Ar
 def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: str) -> Loop:
     """Steps one behind the other: each feeds a token chosen by the logits before, and then forgets what it added.
 
-    The state is (logits [B, V], cache); before the first run there are none, and the tokens are `prompts`.
+    The state is (tokens [B, T], logits [B, V], cache). Before the first turn there are no logits, and the token that
+    they choose is the first of the vocabulary, which changes nothing.
     """
     tokens, batch = jnp.asarray(prompts(cfg, shape)), shape.batch
     dtype = params["embed"].dtype
@@ -151,22 +151,22 @@ def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: str) -> L
         tokens = tokens[:, held:]
     logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
     fresh = [jax.block_until_ready((tokens + i) % cfg.vocab_size) for i in range(FRESH)]
-    return Loop(_turn(cfg, shape, held, kernels), (logits, cache), fresh, params)
+    return Loop(_turn(cfg, shape, held, kernels), (tokens, logits, cache), fresh, params)
 
 
-def _turn(cfg: ModelConfig, shape: Shape, held: int, kernels: str) -> Callable[[Any, Any, Any], Any]:
-    def turn(state, tokens, params):
-        logits, cache = state
+def _turn(cfg: ModelConfig, shape: Shape, held: int, kernels: str) -> Callable[[Any, Any], Any]:
+    def turn(state, params):
+        given, logits, cache = state
         # Weights hang on the logits before too: nothing is made of them once for all turns.
         logits, params = lax.optimization_barrier((logits, params))
         chosen = jnp.argmax(logits, -1).astype(jnp.int32)
-        tokens = (tokens + chosen[:, None] * jnp.array([1] + [0] * (tokens.shape[1] - 1))) % cfg.vocab_size
+        tokens = given.at[:, 0].set((given[:, 0] + chosen) % cfg.vocab_size)
         cache = cache.truncate(jnp.full(shape.batch, held, jnp.int32))
         settings = {"cfg": cfg, "cache": cache, "kernels": kernels}
         if shape.phase == "decode":
-            return steps.PROGRAMS["decode_step"](params, tokens=tokens[:, 0], active=jnp.ones(shape.batch, bool),
-                                                 **settings)  # fmt: skip
-        return steps.PROGRAMS["prefill"](params, tokens=tokens, lengths=jnp.full(shape.batch, shape.tokens),
-                                         **settings)  # fmt: skip
+            rows = jnp.ones(shape.batch, bool)
+            return given, *steps.PROGRAMS["decode_step"](params, tokens=tokens[:, 0], active=rows, **settings)
+        lengths = jnp.full(shape.batch, shape.tokens)
+        return given, *steps.PROGRAMS["prefill"](params, tokens=tokens, lengths=lengths, **settings)
 
     return turn
