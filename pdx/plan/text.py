@@ -51,8 +51,8 @@ def _memory(plan: Plan) -> Table:
 
 
 def _phases(plan: Plan) -> Table:
-    table = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if plan.is_measured else "at least", "of peak", "of bandwidth", box=None,
-                  pad_edge=False)  # fmt: skip
+    table = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if plan.is_measured else "at least", "of peak",
+                  "of bandwidth", box=None, pad_edge=False)  # fmt: skip
     for step, name in ((plan.prefill, "prefill (TTFT)"), (plan.decode, "decode (TPOT)")):
         compute, memory = step.shares(plan.chip, plan.chips)
         table.add_row(name, f"{step.flops / 1e9:.1f}", f"{step.bytes / 1e9:.2f}", f"{step.intensity:.1f}",

@@ -160,8 +160,7 @@ def test_deterministic_results_are_equal_bit_for_bit(windowed):
             assert (got.token_ids, got.logprobs) == (alone[i].token_ids, alone[i].logprobs)
         metrics = settled(engine)
     assert metrics.preemptions > before
-    assert metrics.hit_tokens > 0
-    assert metrics.compiles == 0
+    assert (metrics.hit_tokens > 0, metrics.compiles) == (True, 0)
 
 
 @pytest.mark.slow  # it compiles for minutes
