@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.hardware import platform_of
 from pallas_kernels.layouts import Layout
 from pdx.cache.dense import LayerCache, default_layout, layer_specs, zeros
 from pdx.config import ModelConfig
@@ -146,12 +147,6 @@ def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Ar
 
     The cache is donated. A copy whose `dst` is no page (-1) is none; all sources are read before any is written.
     """
-    count = cache.pages[group]
-    real = (dst >= 0) & (dst < count)
-    # A copy that is none writes a page over itself, and so comes before those that change one.
-    order = jnp.argsort(real, stable=True)
-    dst = jnp.where(real, dst, 0)[order]
-    src = jnp.where(real, jnp.clip(src, 0, count - 1), 0)[order]
     layers = [
         jax.tree.map(lambda x: _copied(x, src, dst), layer) if g == group else layer
         for layer, g in zip(cache.layers, cache.group_of_layer, strict=True)
@@ -160,9 +155,14 @@ def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Ar
 
 
 def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:
-    """Page by page: a TPU re-lays a whole int8 pool for a scatter, and none for an update of one page."""
-    n = src.shape[0]
-    # Reads behind a write would make the compiler keep the pool as it was.
+    count, n = x.shape[0], src.shape[0]
+    real, of = (dst >= 0) & (dst < count), jnp.clip(src, 0, count - 1)
+    if platform_of() != "tpu":
+        return x.at[jnp.where(real, dst, count)].set(x[of], mode="drop")
+    # A TPU re-lays a whole int8 pool for a scatter, and none for updates of a page, if all reads come before them.
+    # A copy that is none writes a page over itself, and so comes before those that change one.
+    order = jnp.argsort(real, stable=True)
+    dst, src = jnp.where(real, dst, 0)[order], jnp.where(real, of, 0)[order]
     x, sources = lax.optimization_barrier((x, [lax.dynamic_index_in_dim(x, src[i]) for i in range(n)]))
     for i, page in enumerate(sources):
         x = lax.dynamic_update_index_in_dim(x, page, dst[i], 0)
