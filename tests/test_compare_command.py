@@ -197,7 +197,7 @@ def test_the_library_call_is_the_command(small):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_smoke_cases_and_steps_are_compiled(target):
+def test_cases_and_steps_are_compiled(target):
     if why := targets.missing(target):
         pytest.skip(why)
     cases = [("decode_attention", case_of("decode_attention")), ("quantized_matmul", case_of("quantized_matmul"))]

@@ -212,14 +212,3 @@ def test_the_commands(directory, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "report.json").exists()
     wrong = CliRunner().invoke(app, [*arguments, "v5e"])
     assert "was not measured" in str(wrong.exception)
-
-
-@pytest.mark.slow
-def test_the_real_report_foretells_this_device():
-    """Half of the grid: single figures move on a shared machine, medians less."""
-    sizes = dataclasses.replace(rows.Sizes(), prompts=(64, 256, 1024), batches=(1, 8), contexts=(128, 512), rounds=3)
-    here = calibrate.calibrate()
-    seen = report.run(pdx.load("smollm2-135m-instruct"), here, {}, sizes, only=["larger batch", "GQA / MQA"])
-    assert seen.error("decode") < 0.5
-    assert seen.error("prefill") < 0.5
-    assert all(f.verdict == "holds" for o in seen.outcomes for f in o.findings if f.phase == "decode")
