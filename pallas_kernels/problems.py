@@ -98,11 +98,14 @@ def _dense(op: str) -> Callable:
         absent = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree"))
         call = describe(op, **absent | arrays, **described, return_lse=False)
         function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
+        shape = arrays["q"].shape
+        arrays["q"] = _as_projected(arrays["q"])
 
         def run(values, config):
             rest = {"lengths": None} | {k: v for k, v in values.items() if k not in "qkv"}
-            return function(values["q"], values["k"], values["v"], **rest, **settings, config=config,
-                            implementation=implementation)  # fmt: skip
+            out = function(values["q"].reshape(shape), values["k"], values["v"], **rest, **settings, config=config,
+                           implementation=implementation)  # fmt: skip
+            return out.reshape(*shape[:2], -1)
 
         rows = len(case.held)
         scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
@@ -114,6 +117,15 @@ def _dense(op: str) -> Callable:
                        *_needs(call, tokens, queries, pairs), cache)  # fmt: skip
 
     return make
+
+
+def _as_projected(q: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Queries [..., N, H] as a projection makes them and results as one takes them: heads side by side.
+
+    An op's own [..., N, H] is then a view on every chip. As an argument of the whole program it would not be: a TPU
+    lays the last two axes out in tiles, and XLA re-lays queries and results around the kernel.
+    """
+    return jax.ShapeDtypeStruct((*q.shape[:-2], q.shape[-2] * q.shape[-1]), q.dtype)
 
 
 def _dense_needs(case: Any) -> tuple[int, int, int]:
@@ -161,11 +173,15 @@ def _paged(case: Any, implementation: str) -> Problem:
     named = {k: v for k, v in (absent | arrays).items() if k not in ("q", "k_pages", "v_pages")}
     call = make_call(*(arrays[n] for n in ("q", "k_pages", "v_pages")), **named, **settings, return_lse=False)
 
+    shape = arrays["q"].shape
+    arrays["q"] = _as_projected(arrays["q"])
+
     def run(values, config):
         q, k, v, *rest = values.values()
         named = dict(zip(list(values)[3:], rest, strict=True))
-        return paged_attention(q, k, v, **named, **settings, scale=case.logit_scale, config=config,
-                               implementation=implementation)  # fmt: skip
+        out = paged_attention(q.reshape(shape), k, v, **named, **settings, scale=case.logit_scale, config=config,
+                              implementation=implementation)  # fmt: skip
+        return out.reshape(shape[0], -1)
 
     tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
     starts = np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32)
