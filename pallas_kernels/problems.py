@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layouts import SUBLANES, cache_shape, round_up
+from pallas_kernels.layouts import SUBLANES, cache_shape, folded_width, round_up
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
 
@@ -41,6 +41,7 @@ class Problem:
     flops_needed: int
     cache: tuple[str, ...] = ()  # arrays that must not be copied: a cache, or weights
     donated: tuple[str, ...] = field(default=())
+    bytes_stored: int = 0  # what is needed as it lies in memory, padding included; 0: the same
 
     @property
     def module(self) -> ModuleType:
@@ -99,13 +100,14 @@ def _dense(op: str) -> Callable:
         call = describe(op, **absent | arrays, **described, return_lse=False)
         function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
         shape = arrays["q"].shape
-        arrays["q"] = _as_projected(arrays["q"])
+        if op == "flash_attention":  # of decode they are small
+            arrays["q"] = _as_projected(arrays["q"])
 
         def run(values, config):
             rest = {"lengths": None} | {k: v for k, v in values.items() if k not in "qkv"}
             out = function(values["q"].reshape(shape), values["k"], values["v"], **rest, **settings, config=config,
                            implementation=implementation)  # fmt: skip
-            return out.reshape(*shape[:2], -1)
+            return out.reshape(*shape[:2], -1) if op == "flash_attention" else out
 
         rows = len(case.held)
         scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
@@ -114,7 +116,8 @@ def _dense(op: str) -> Callable:
         tokens, queries, pairs = _dense_needs(case)
         cache = tuple(n for n in ("k", "v", "k_scale", "v_scale") if n in arrays)
         return Problem(op, case.name, case.smoke, implementation, arrays, scalars, full, call, run,
-                       *_needs(call, tokens, queries, pairs), cache)  # fmt: skip
+                       *_needs(call, tokens, queries, pairs), cache,
+                       bytes_stored=_stored(call, tokens, queries))  # fmt: skip
 
     return make
 
@@ -196,7 +199,8 @@ def _paged(case: Any, implementation: str) -> Problem:
             tokens, pairs = tokens + length - int(low.min()), pairs + int((positions - low + 1).sum())
     cache = tuple(n for n in ("k_pages", "v_pages", "k_scale", "v_scale") if n in arrays)
     return Problem("paged_attention", case.name, getattr(case, "smoke", False), implementation, arrays, scalars, full,
-                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache)  # fmt: skip
+                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache,
+                   bytes_stored=_stored(call, tokens, call.tokens))  # fmt: skip
 
 
 def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
@@ -206,6 +210,16 @@ def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
     scales = 8 if call.kv_dtype == "int8" else 0
     held = tokens * call.kv_heads * (sizes * kv + scales) + queries * call.heads * sizes * io
     return held, 2 * pairs * call.heads * sizes
+
+
+def _stored(call: Any, tokens: int, queries: int) -> int:
+    """Bytes of `tokens` cached tokens as they lie in memory, and of `queries` queries and results."""
+    folded = call.layout == "folded"
+    sizes = call.head_dim, call.value_dim
+    columns = sum(folded_width(call.kv_heads, n) if folded else call.kv_heads * n for n in sizes)
+    scales = 8 * (round_up(call.kv_heads, SUBLANES) if folded else call.kv_heads) if call.kv_dtype == "int8" else 0
+    held = tokens * (columns * jnp.dtype(call.kv_dtype).itemsize + scales)
+    return held + queries * call.heads * sum(sizes) * jnp.dtype(call.dtype).itemsize
 
 
 def _matmul(case: Any, implementation: str) -> Problem:
