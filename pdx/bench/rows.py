@@ -217,8 +217,8 @@ def _same(one: Stand, other: Stand, tokens: int = 32) -> None:
 
 @row("continuous batching", prefill="small", decode="huge")
 def continuous_batching(lab: Lab):
-    raise NotBuilt("an engine that admits a request while others decode; a batch of the offline loop runs until its "
-                   "longest answer is done")  # fmt: skip
+    raise NotApplicable("it takes requests that come and go, not one call: `pdx bench engine` measures it on this "
+                        "device, `pdx bench load` under any load")  # fmt: skip
     yield
 
 
