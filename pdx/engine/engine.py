@@ -148,7 +148,7 @@ class Engine:
     @property
     def is_closed(self) -> bool:
         """Whether nothing can be submitted any more: it was closed, or broke down."""
-        return self._closing
+        return self._driver.closing
 
     def metrics(self) -> EngineMetrics:
         with self._work:
