@@ -161,10 +161,13 @@ def test_int8_pages(cfg):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_pallas_interpreted_gives_what_xla_gives(dtype):
-    ids = prompts(LLAMA)
     page = {"page": 128, "width": 1} if dtype == "int8" else {"page": 16, "width": 4}
-    plain = Desk(LLAMA, dtype=jnp.dtype(dtype), **page)
-    kernel = Desk(LLAMA, dtype=jnp.dtype(dtype), kernels="pallas", layout="folded", **page)
+    # One layer in int8: a second one's keys come from the first's attention, and where two paths differ in the last
+    # bit, a key near the middle of two steps is rounded to one or the other.
+    cfg = dataclasses.replace(LLAMA, num_layers=1) if dtype == "int8" else LLAMA
+    ids = prompts(cfg)
+    plain = Desk(cfg, dtype=jnp.dtype(dtype), **page)
+    kernel = Desk(cfg, dtype=jnp.dtype(dtype), kernels="pallas", layout="folded", **page)
     for new, t, decode_rows in ((dict(enumerate(ids)), 100, 0), ({r: x[-1:] for r, x in enumerate(ids)}, 8, 4)):
         a, b = plain.step(new, t, decode_rows=decode_rows), kernel.step(new, t, decode_rows=decode_rows)
         close(a, b)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pallas_kernels.blocked import blocked_attention
 from pallas_kernels.checks import Call
+from pallas_kernels.hardware import platform_of
 
 # What a step reads too much is at most one block a row; smaller ones pay in loop overhead.
 KEY_BLOCK = 128
+# A GPU's host asks the device before each turn of such a loop whether there is another: few large blocks.
+KEY_BLOCK_GPU = 4096
 
 
 def supported(call: Call) -> str | None:
@@ -18,4 +21,5 @@ def attention(q, k, v, *, config=None, interpret=False, **kwargs):
     """See `api.decode_attention`. There are no tiles to set, and nothing to interpret."""
     if config is not None:
         raise ValueError("decode_attention: the XLA path takes no config")
-    return blocked_attention(q, k, v, query_block=q.shape[1], key_block=KEY_BLOCK, **kwargs)
+    key_block = KEY_BLOCK_GPU if platform_of() == "gpu" else KEY_BLOCK
+    return blocked_attention(q, k, v, query_block=q.shape[1], key_block=key_block, **kwargs)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.decode_attention.gpu_kernel import padded
 from pallas_kernels.masking import MASKED, precision_of
 
 LOG2_E = 1.4426950408889634
@@ -148,7 +149,7 @@ def body(plan: Plan, refs: Refs) -> None:
 
 
 def _lanes(dim: int):
-    return jnp.arange(pl.next_power_of_2(dim), dtype=jnp.int32)
+    return jnp.arange(padded(dim), dtype=jnp.int32)
 
 
 def fetch(plan: Plan, ref, block: Block, slots, held, dim: int):

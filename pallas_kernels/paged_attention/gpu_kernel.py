@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.decode_attention.gpu_kernel import padded
 from pallas_kernels.masking import precision_of, soft_cap
 from pallas_kernels.paged_attention.call import MASKED, START, Call
 
@@ -73,8 +74,8 @@ def attend(static: Static, r, piece, rows: int) -> None:
     heads = head * call.group + line % call.group
     real = token < jnp.minimum(stop, call.tokens)
     own = position + line // call.group  # where each query stands
-    lanes = jnp.arange(pl.next_power_of_2(call.head_dim), dtype=jnp.int32)
-    value_lanes = jnp.arange(pl.next_power_of_2(call.value_dim), dtype=jnp.int32)
+    lanes = jnp.arange(padded(call.head_dim), dtype=jnp.int32)
+    value_lanes = jnp.arange(padded(call.value_dim), dtype=jnp.int32)
     q = plgpu.load(r.q.at[token[:, None], heads[:, None], lanes[None, :]],
                    mask=real[:, None] & (lanes < call.head_dim)[None, :], other=0.0).astype(static.dtype)  # fmt: skip
     low, high = part(static, first, end, split)

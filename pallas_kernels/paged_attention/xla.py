@@ -13,12 +13,15 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hardware import platform_of
 from pallas_kernels.masking import precision_of, soft_cap
 from pallas_kernels.paged_attention.call import MASKED, START, Call
 from pallas_kernels.paged_attention.reference import split_heads
 
 # Keys a step: smaller blocks pay in loop overhead, larger ones in keys read past a row's end.
 KEY_BLOCK = 128
+# A GPU's host asks the device before each turn of such a loop whether there is another: few large blocks.
+KEY_BLOCK_GPU = 2048
 QUERY_BLOCK = 128
 
 
@@ -50,7 +53,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
     """
     b, t, n, h = q.shape
     kv_heads, group, p = call.kv_heads, call.group, call.page
-    per_step = max(1, KEY_BLOCK // p)
+    per_step = max(1, (KEY_BLOCK_GPU if platform_of() == "gpu" else KEY_BLOCK) // p)
     keys_a_step = per_step * p
     dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
     precision = precision_of(dtype)
