@@ -38,7 +38,7 @@ class Candidate:
     error: str = ""
 
 
-def measure(fn: Callable[..., Any], arrays: Sequence[jax.Array], loops: int = 20, repeats: int = 5) -> float:
+def measure(fn: Callable[..., Any], arrays: Sequence[jax.Array], loops: int = 64, repeats: int = 5) -> float:
     """Median seconds of one call of `fn(*arrays)` on this process' device.
 
     `loops` calls run inside one program, each with a first argument that has a value of the result before, behind a

@@ -89,8 +89,12 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     Registers: the sum of 128 x 128 takes 64 a thread with 8 warps, and a group's product as many again; 64 x 64 with
     4 warps spilled, and int4 with 128 columns. f32 has no tensor core, and its operands lie in registers: 32 x 32.
     Parts: until every multiprocessor has two programs, while their sums are less than a quarter of the weights.
+    Hopper, as measured on an H200 for 8 rows of Llama 3 8B: two steps of 256 columns of int8 on their way to 64
+    outputs, 32 us where three of 128 to 32 took 37; int4 to 128 outputs in two parts, 39 us where 32 in one took 68;
+    W8A8 to 64 outputs, 37 us where 32 took 43. All with some 10 us of launching.
     """
-    cores = (chip or hardware.chip("a100")).cores
+    chip = chip or hardware.chip("a100")
+    cores, hopper = chip.cores, chip.capability == (9, 0)
     wide = call.dtype == "float32" and not call.int8_activations
     rows = min(max(16, pl.next_power_of_2(call.rows)), 32 if wide else 64 if call.rows <= DECODE_ROWS else 128)
     decode = call.rows <= DECODE_ROWS
@@ -101,7 +105,11 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
         return -(-call.rows // rows) * -(-call.out // out)
 
     if decode:
-        if rows == 16 and programs() < PROGRAMS_A_CORE * cores:
+        full = 128 if call.bits == 4 else 64
+        if rows == 16 and not wide and hopper and 2 * -(-call.out // full) >= cores:
+            out = full
+            columns = 256 if call.bits == 8 and not call.int8_activations else columns
+        elif rows == 16 and programs() < PROGRAMS_A_CORE * cores:
             out = 32
     else:
         while programs() < cores and max(rows, out) > 64:
@@ -110,9 +118,9 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     splits = 1
     if decode:
         most = min(call.columns // LEAST_PART, call.columns * call.bits // 8 // (32 * call.rows))
-        splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs()), most))
+        splits = max(1, min(round(PROGRAMS_A_CORE * cores / programs()), most))
     warps = 8 if rows * out >= 64 * 64 else 4
-    return Config(rows, out, columns, splits, warps, num_stages=4 if decode else 3)
+    return Config(rows, out, columns, splits, warps, num_stages=4 if decode and columns < 256 else 3)
 
 
 def candidates(call: Call, chip: Chip) -> list[Config]:
