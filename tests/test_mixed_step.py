@@ -173,9 +173,15 @@ def test_pallas_interpreted_gives_what_xla_gives(dtype):
         close(a, b)
 
 
-@pytest.mark.parametrize(("cfg", "model"), [(LLAMA, 2), (NINE, 2), (GEMMA, 2), (LLAMA, 4), (GEMMA, 4)],
-                         ids=["llama", "nine heads", "gemma3", "llama over 4", "gemma3 over 4"])  # fmt: skip
-@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+MESHES = {"llama": (LLAMA, 2), "nine heads": (NINE, 2), "gemma3": (GEMMA, 2), "llama over 4": (LLAMA, 4),
+          "gemma3 over 4": (GEMMA, 4)}  # fmt: skip
+# Interpreted they take long to compile: two by default.
+ON_MESHES = [pytest.param(kernels, *of, id=f"{kernels}-{name}",
+                          marks=pytest.mark.slow if kernels == "pallas" and i % 4 else [])
+             for kernels in ("xla", "pallas") for i, (name, of) in enumerate(MESHES.items())]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernels", "cfg", "model"), ON_MESHES)
 def test_on_a_mesh(cfg, model, kernels):
     """Heads go over `model` where they divide; tables and tokens are on every device."""
     from pdx.layers.attention import layout_for

@@ -46,7 +46,7 @@ def test_any_blocks_and_splits_give_the_same(name, case, config):
     assert not np.asarray(out)[np.array(case.new) == 0].any()
 
 
-@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize("mode", [pytest.param("eager", marks=pytest.mark.slow), "on_wait"])
 @pytest.mark.parametrize("case", [RING, LONG, INT8], ids=lambda c: c.name)
 def test_the_tpu_interpreter_finds_no_race_and_no_missing_wait(case, mode, capfd):
     """Memory starts as NaN; with `on_wait` a DMA happens no earlier than its wait, with `eager` at once."""

@@ -30,8 +30,13 @@ def small_tiles(name, case):
             "bfloat16": tpu.Config(32, 32, 16)}[case.dtype]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids)
-@pytest.mark.parametrize("name", LAYOUT)
+# An interpreted kernel takes seconds to compile, the TPU's most: of its cases every third runs by default, all with
+# `slow`.
+RUNS = [pytest.param(name, case, id=f"{name}-{case.name}", marks=pytest.mark.slow if name == "tpu" and i % 3 else [])
+        for name in LAYOUT for i, case in enumerate(CASES)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "case"), RUNS)
 def test_agrees_with_float64(name, case):
     problem = make_once(case)
     settings = {"implementation": name, "interpret": True, "return_lse": True, "config": small_tiles(name, case)}
@@ -57,7 +62,7 @@ def test_gpu_parts_of_a_context_are_merged(monkeypatch):
         problem.check(*run(problem, "heads_last", **settings, config=gpu.Config(5, 16, splits=3)))
 
 
-@pytest.mark.parametrize("mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [CASES[3], CASES[14], CASES[22]], ids=ids)
 def test_tpu_without_races_and_unwritten_memory(case, mode):
     """The TPU interpreter: memory starts as NaN, what is out of bounds raises, a missing wait shows."""

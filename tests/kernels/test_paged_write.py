@@ -1,6 +1,6 @@
 """The page write: what lies where afterwards, what is dropped, and that the compiled program copies no pool."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,17 @@ def expected(before, new, slots, page=PAGE):
     return after
 
 
+@cache
+def caller(layout, **settings_):
+    return jax.jit(partial(write_pages, layout=layout, **settings_))
+
+
 def run(before, new, slots, layout, **settings_):
     names = ("new_k_scale", "new_v_scale")
     scales = dict(zip(names, map(jnp.asarray, new[2:]), strict=False))
     scales |= dict(zip(("k_scale", "v_scale"), [jnp.asarray(pad_scale(x)) for x in before[2:]], strict=False))
     pools_ = [jnp.asarray(to_layout(x, layout)) for x in before[:2]]
-    call = partial(write_pages, layout=layout, **settings_)
+    call = caller(layout, **settings_)
     return call(*pools_, *map(jnp.asarray, new[:2]), slots=jnp.asarray(slots, jnp.int32), **scales)
 
 
