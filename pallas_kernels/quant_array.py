@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -167,6 +168,11 @@ def dequantize(w: QuantArray, dtype=None) -> Float[Array, "out in"]:
 
 def take_rows(w: QuantArray, rows: Int[Array, ...], dtype=None) -> Float[Array, "... in"]:
     """Some rows of the matrix, dequantized: the lookup of an embedding. Row numbers outside are clipped."""
+    if rows.size == 1:
+        # One row is a slice, which a TPU takes out of a copy of the whole table, laid out as the wide row lies; two are
+        # a gather from where it lies.
+        twice = lax.optimization_barrier(jnp.repeat(rows.reshape(1), 2))
+        return take_rows(w, twice, dtype)[:1].reshape(*rows.shape, w.shape[1])
     values = jnp.take(w.values, rows, axis=0, mode="clip")
     spread = lambda x: jnp.repeat(jnp.moveaxis(jnp.take(x, rows, axis=1, mode="clip"), 0, -1), w.group, -1)  # noqa: E731
     found = values.astype(jnp.float32) * spread(w.scales)

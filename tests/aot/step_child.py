@@ -44,6 +44,7 @@ CASES = {
     "llama3-8b": ("decode_step", model("llama3-8b", 24), {"batch": 8, "capacity": 2048}),
     "llama3-8b bf16": ("decode_step", model("llama3-8b", 32), {"batch": 8, "capacity": 2048}),
     "llama3-8b int8": ("decode_step", model("llama3-8b", 32), LLAMA | {"quantize": "int8"}),
+    "int8 alone": ("decode_step", model("llama3-8b", 2), LLAMA | {"batch": 1, "quantize": "int8"}),
     "llama3-8b int4": ("decode_step", model("llama3-8b", 32), LLAMA | {"quantize": "int4:g128"}),
     "int8 prefill": ("prefill", model("llama3-8b", 2), LLAMA | {"quantize": "int8", "tokens": 384}),
     "int4 prefill": ("prefill", model("llama3-8b", 2), LLAMA | {"quantize": "int4:g128", "tokens": 384}),

@@ -90,7 +90,7 @@ def test_a_mixed_step_takes_pages_and_weights_as_they_lie(target, name):
         assert 0 < largest < found["cache"] / found["layers"] / 2, f"pages are gathered: {found['collectives']}"
 
 
-QUANTIZED = ("llama3-8b int8", "llama3-8b int4", "w8a8", "int8 prefill", "int4 prefill")
+QUANTIZED = ("llama3-8b int8", "llama3-8b int4", "int8 alone", "w8a8", "int8 prefill", "int4 prefill")
 # Of bf16: 2 bytes for each of the 8.03 billion weights, and for a cache of 8 rows of 2048 tokens.
 LLAMA_WEIGHTS = 2 * (2 * 128256 * 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096 * 2))
 LLAMA_CACHE = 2 * 32 * 2 * 8 * 2048 * 1024

@@ -117,6 +117,7 @@ def test_rounding_is_within_half_a_step(bits, group, symmetric):
     assert (np.abs(np.asarray(dequantize(q)) - np.asarray(w)) <= step * 0.5001).all()
     assert q.nbytes == 16 * 128 * bits // 8 + 4 * q.groups * 16 * (1 if symmetric else 2)
     np.testing.assert_allclose(take_rows(q, jnp.array([3, 0, 99])), np.asarray(dequantize(q))[[3, 0, 15]], rtol=1e-6)
+    np.testing.assert_allclose(take_rows(q, jnp.array([[3]])), np.asarray(dequantize(q))[[[3]]], rtol=1e-6)
 
 
 def test_rows_are_rounded_half_to_even():
