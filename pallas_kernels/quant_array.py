@@ -15,8 +15,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quantize_kv import quantize_kv

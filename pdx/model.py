@@ -14,6 +14,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from pdx import quant
 from pdx.cache.dense import DenseCache
 from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
@@ -171,8 +172,10 @@ def forward(
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
+    with quant.over(None if cache is None else 1 if cache.mesh is None else cache.mesh.size):
+        chosen = _logits(params, cfg, x, last, logits)
     return ForwardOutput(
-        logits=_logits(params, cfg, x, last, logits),
+        logits=chosen,
         cache=_appended(cache, lengths, tuple(layers)),
         final_hidden=x,
         hidden=hidden,
@@ -205,12 +208,13 @@ def layer(
     kernels: Kernels,
 ):  # fmt: skip
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
-    y, cache = attention(
-        p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
-        valid=valid, lengths=lengths, cache=cache, mesh=mesh, kernels=kernels,
-    )  # fmt: skip
-    x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
-    y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))
+    with quant.over(None if cache is None else 1 if mesh is None else mesh.size):
+        y, cache = attention(
+            p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
+            valid=valid, lengths=lengths, cache=cache, mesh=mesh, kernels=kernels,
+        )  # fmt: skip
+        x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
+        y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))
     return x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y), cache
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -237,12 +239,26 @@ def rounded(params: dict, kinds: Mapping[str, Kind]) -> dict:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
 
 
+_devices: ContextVar[int | None] = ContextVar("pdx_devices", default=None)
+
+
+@contextmanager
+def over(devices: int | None) -> Iterator[None]:
+    """Inside, products are traced for so many devices; None: nobody says, as many as the process has."""
+    token = _devices.set(devices)
+    try:
+        yield
+    finally:
+        _devices.reset(token)
+
+
 def matmul(x: Float[Array, "*b in"], w: QuantArray, dtype=None) -> Float[Array, "*b out"]:
     """x @ w.T in `dtype` (None: that of x).
 
-    With several devices XLA's path: Mosaic kernels cannot be partitioned by the compiler.
+    Over several devices XLA's path: Mosaic kernels cannot be partitioned by the compiler.
     """
-    return quantized_matmul(x, w, out_dtype=dtype, implementation="xla" if jax.device_count() > 1 else "auto")
+    alone = (_devices.get() or jax.device_count()) == 1
+    return quantized_matmul(x, w, out_dtype=dtype, implementation="auto" if alone else "xla")
 
 
 def lookup(table: QuantArray, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -54,6 +54,8 @@ CASES = {
     "verify": ("verify", model("smollm2", 2), {"batch": 12, "capacity": 32768, "tokens": 5}),
     "float32": ("decode_step", model("smollm2", 2), {"batch": 48, "capacity": 8192, "dtype": jnp.float32}),
     "mesh": ("decode_step", model("llama3-8b", 2), {"batch": 80, "capacity": 8192, "mesh": {"data": 2, "model": 4}}),
+    "mesh int8": ("decode_step", model("llama3-8b", 2),
+                  LLAMA | {"batch": 8, "quantize": "int8", "mesh": {"data": 2, "model": 4}}),
     "mesh prefill": ("prefill", model("llama3-8b", 2),
                      {"batch": 80, "capacity": 8192, "tokens": 128, "mesh": {"data": 2, "model": 4}}),
     # 128 tokens: the largest activations, 128 x 14336 in bf16, are smaller than LARGE.

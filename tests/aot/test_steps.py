@@ -120,6 +120,14 @@ def test_a_quantized_step_reads_small_weights_as_they_lie(name):
         assert both <= (0.55 if "int8" in name else 0.33)
 
 
+def test_a_quantized_step_compiles_for_a_mesh():
+    """Its products are XLA's, its attention is the kernel; each chip holds its share of the int8 weights."""
+    found = of("v5e:2x4", "mesh int8", ("mesh int8",))
+    assert found["layers"] <= found["kernels"] < 9 * found["layers"]
+    assert found["memory"]["alias"] >= found["cache"]
+    assert found["memory"]["argument"] <= found["declared"] * 1.01
+
+
 # [out, in] of Llama 3 8B.
 SIDES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 
