@@ -8,7 +8,7 @@ counts). A case has `.name` and `.smoke` (bool, False if absent); what its array
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -22,6 +22,8 @@ import numpy as np
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, round_up
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
+# Ops that are compiled between projections; the queries of decode are small.
+PROJECTED = ("flash_attention", "paged_attention")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,24 @@ class Problem:
     def fn(self, config: Any = None, interpret: Any = False) -> Callable:
         """A function of the arrays' values, in their order."""
         return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config, interpret)
+
+    def as_projected(self) -> Problem:
+        """The problem as a compiler should see it: queries as a projection makes them and results as one takes them,
+        the heads of [..., N, H] side by side.
+
+        [..., N, H] is then a view on every chip. As an argument of a whole program it is not: a TPU lays the last two
+        axes out in tiles, and XLA re-lays queries and results around the kernel.
+        """
+        if self.op not in PROJECTED:
+            return self
+        q = self.arrays["q"]
+
+        def run(values, config, interpret=False):
+            out = self.run(values | {"q": values["q"].reshape(q.shape)}, config, interpret)
+            return out.reshape(*q.shape[:-2], -1)
+
+        flat = jax.ShapeDtypeStruct((*q.shape[:-2], q.shape[-2] * q.shape[-1]), q.dtype)
+        return replace(self, arrays={**self.arrays, "q": flat}, run=run)
 
     def arguments(self, full: bool = False) -> list:
         """The arrays: shapes, and values where they are known."""

@@ -36,7 +36,7 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
       jax.errors.JaxRuntimeError: the compiler refuses.
       UnknownControl: the kernel decides by values that the case does not give.
     """
-    chip = target.chip
+    chip, problem = target.chip, problem.as_projected()
     with target.tracing():
         counted = traffic.count(problem.fn(config), *problem.arguments(), platform=chip.platform)
         full = traffic.count(problem.fn(config), *problem.arguments(full=True), platform=chip.platform)
