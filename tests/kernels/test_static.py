@@ -87,6 +87,20 @@ def test_lines_and_configs():
     assert "too much VMEM" in static.line({"case": "x", "error": "too much VMEM\nmore"})
 
 
+def test_a_summary_tells_the_worst_and_the_median_case(monkeypatch, capsys):
+    names = ("window of one", "draft of four, ragged")
+    chosen = [p for p in problems.problems("decode_attention", "tpu") if p.name in names]
+    monkeypatch.setattr(problems, "problems", lambda *a, **k: chosen)
+    static.main(["decode_attention", "--summary", "--target", "v5e"])
+    line = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    rows = [static.facts(p, Target.get("v5e"), compile=False) for p in chosen]
+    worst, median = map(float, line[3].split(", "))
+    assert line[2] == str(len(names))
+    assert worst == pytest.approx(max(r["bytes"] / r["bytes_needed"] for r in rows), abs=1e-3)
+    assert median < worst
+    assert float(line[4].split(", ")[0]) < worst  # heads of 8 lie in 128 lanes
+
+
 def test_a_missing_compiler_is_told(monkeypatch, capsys):
     monkeypatch.setattr(targets, "missing", lambda name: "needs libtpu: pip install x")
     with pytest.raises(SystemExit, match="needs libtpu"):
