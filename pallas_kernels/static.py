@@ -3,16 +3,16 @@
     python -m pallas_kernels.static decode_attention --target v5e [--case NAME] [--small] [--json] [--config A=1,B=2]
 
 For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
-hold; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the roofline time of what
-is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and, for kernels without loops of dynamic
-length, the compiler's static cycles, over them those at the published peak, and those of the matrix units, of which
-heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it. These are static
-figures, not times.
+hold, and over those as they are stored: on a TPU K*H is rounded up to whole lanes, and packed queries have padding
+whose zeros are written; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the
+roofline time of what is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and, for kernels
+without loops of dynamic length, the compiler's static cycles, over them those at the published peak, and those of the
+matrix units, of which heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it.
+These are static figures, not times.
 
     python -m pallas_kernels.static decode_attention --summary [--target v5e]
 
-A line a target: the worst and the median of the bytes moved over those needed, and over those as they are stored: on a
-TPU K*H is rounded up to whole lanes, and packed queries have padding whose zeros are written.
+A line a target: the worst and the median of the bytes moved over those needed, and over those as they are stored.
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['case'][:44]:44} {row['error'].splitlines()[0][:120]}"
     over = ratios(row)
-    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['declared']:7.3f} "
-            f"{row['flops'] / 1e9:9.2f} {over['flops']:6.2f} {row['roofline_seconds'] * 1e6:9.1f} "
-            f"{'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
+    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['stored']:7.3f} "
+            f"{over['declared']:8.3f} {row['flops'] / 1e9:9.2f} {over['flops']:6.2f} "
+            f"{row['roofline_seconds'] * 1e6:9.1f} {'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
     if row["kernels"]:
         most = max(row["kernels"], key=lambda k: k["registers"])
         return text + (f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
@@ -236,7 +236,7 @@ def line(row: dict[str, Any]) -> str:
     for tiles, count in row.get("peer", {}).items():
         over = ratios(row | {"cycles": count})
         told = f"{count:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}" if count else "none"
-        text += f"\n  JAX's own, tiles {tiles:95} {told}"
+        text += f"\n  JAX's own, tiles {tiles:107} {told}"
     return text
 
 
@@ -256,8 +256,8 @@ def summary(op: str, target: str) -> str:
 
 SUMMARY = ("| op | target | cases | moved / needed: worst, median | moved / stored: worst, median | declared / count | "
            "roofline us: longest, median |\n|---|---|---|---|---|---|---|")  # fmt: skip
-HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'decl/cnt':>7} {'GFLOP':>9} {'/need':>6} {'roofline':>9} "
-          f"{'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}")  # fmt: skip
+HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'/stored':>7} {'decl/cnt':>8} {'GFLOP':>9} {'/need':>6} "
+          f"{'roofline':>9} {'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -82,6 +82,8 @@ def test_lines_and_configs():
     told = static.line(row | {"kernels": [], "vmem_bytes": 2**20, "cycles": 1000, "dynamic": False})
     assert "1.00 MiB" in told
     assert "1,000" in told
+    over = row["bytes"] / row["bytes_needed"], row["bytes"] / row["bytes_stored"]
+    assert told.split(row["case"])[1].split()[1:3] == [f"{x:.3f}" for x in over]
     gpu = {"shared_bytes": 2048, "registers": 99, "spill_bytes": 0}
     assert "2.0 KiB, 99 regs, 0 B spilled" in static.line(row | {"kernels": [gpu]})
     assert "too much VMEM" in static.line({"case": "x", "error": "too much VMEM\nmore"})
