@@ -8,7 +8,7 @@ counts). A case has `.name` and `.smoke` (bool, False if absent); what its array
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, round_up
+from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, round_up
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
+# Ops that are compiled between projections; the queries of decode are small.
+PROJECTED = ("flash_attention", "paged_attention")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Problem:
     flops_needed: int
     cache: tuple[str, ...] = ()  # arrays that must not be copied: a cache, or weights
     donated: tuple[str, ...] = field(default=())
+    bytes_stored: int = 0  # what is needed as it lies in memory, padding included; 0: the same
     case: Any = None  # of the op's cases.py
 
     @property
@@ -72,6 +75,24 @@ class Problem:
     def fn(self, config: Any = None, interpret: Any = False) -> Callable:
         """A function of the arrays' values, in their order."""
         return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config, interpret)
+
+    def as_projected(self) -> Problem:
+        """The problem as a compiler should see it: queries as a projection makes them and results as one takes them,
+        the heads of [..., N, H] side by side.
+
+        [..., N, H] is then a view on every chip. As an argument of a whole program it is not: a TPU lays the last two
+        axes out in tiles, and XLA re-lays queries and results around the kernel.
+        """
+        if self.op not in PROJECTED:
+            return self
+        q = self.arrays["q"]
+
+        def run(values, config, interpret=False):
+            out = self.run(values | {"q": values["q"].reshape(q.shape)}, config, interpret)
+            return out.reshape(*q.shape[:-2], -1)
+
+        flat = jax.ShapeDtypeStruct((*q.shape[:-2], q.shape[-2] * q.shape[-1]), q.dtype)
+        return replace(self, arrays={**self.arrays, "q": flat}, run=run)
 
     def arguments(self, full: bool = False) -> list:
         """The arrays: shapes, and values where they are known."""
@@ -112,7 +133,8 @@ def _dense(op: str) -> Callable:
         tokens, queries, pairs = _dense_needs(case)
         cache = tuple(n for n in ("k", "v", "k_scale", "v_scale") if n in arrays)
         return Problem(op, case.name, case.smoke, implementation, arrays, scalars, full, call, run,
-                       *_needs(call, tokens, queries, pairs), cache, case=case)  # fmt: skip
+                       *_needs(call, tokens, queries, pairs), cache, bytes_stored=_stored(call, tokens, queries),
+                       case=case)  # fmt: skip
 
     return make
 
@@ -181,7 +203,8 @@ def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Prob
             tokens, pairs = tokens + length - int(low.min()), pairs + int((positions - low + 1).sum())
     cache = tuple(n for n in ("k_pages", "v_pages", "k_scale", "v_scale") if n in arrays)
     return Problem("paged_attention", case.name, getattr(case, "smoke", False), implementation, arrays, scalars, full,
-                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache, case=case)  # fmt: skip
+                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache,
+                   bytes_stored=_stored(call, tokens, call.tokens), case=case)  # fmt: skip
 
 
 def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
@@ -191,6 +214,16 @@ def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
     scales = 8 if call.kv_dtype == "int8" else 0
     held = tokens * call.kv_heads * (sizes * kv + scales) + queries * call.heads * sizes * io
     return held, 2 * pairs * call.heads * sizes
+
+
+def _stored(call: Any, tokens: int, queries: int) -> int:
+    """Bytes of `tokens` cached tokens as they lie in memory, and of `queries` queries and results."""
+    folded = call.layout == "folded"
+    sizes = call.head_dim, call.value_dim
+    columns = sum(folded_width(call.kv_heads, n) if folded else call.kv_heads * n for n in sizes)
+    scales = 8 * (round_up(call.kv_heads, SUBLANES) if folded else call.kv_heads) if call.kv_dtype == "int8" else 0
+    held = tokens * (columns * jnp.dtype(call.kv_dtype).itemsize + scales)
+    return held + queries * call.heads * sum(sizes) * jnp.dtype(call.dtype).itemsize
 
 
 def _matmul(case: Any, implementation: str, layout: Layout | None = None) -> Problem:

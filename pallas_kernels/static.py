@@ -3,11 +3,16 @@
     python -m pallas_kernels.static decode_attention --target v5e [--case NAME] [--small] [--json] [--config A=1,B=2]
 
 For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
-hold; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the roofline time of what
-is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and, for kernels without loops of dynamic
-length, the compiler's static cycles, over them those at the published peak, and those of the matrix units, of which
-heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it. These are static
-figures, not times.
+hold, and over those as they are stored: on a TPU K*H is rounded up to whole lanes, and packed queries have padding
+whose zeros are written; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the
+roofline time of what is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and, for kernels
+without loops of dynamic length, the compiler's static cycles, over them those at the published peak, and those of the
+matrix units, of which heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it.
+These are static figures, not times.
+
+    python -m pallas_kernels.static decode_attention --summary [--target v5e]
+
+A line a target: the worst and the median of the bytes moved over those needed, and over those as they are stored.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +42,7 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
       jax.errors.JaxRuntimeError: the compiler refuses.
       UnknownControl: the kernel decides by values that the case does not give.
     """
-    chip = target.chip
+    chip, problem = target.chip, problem.as_projected()
     with target.tracing():
         counted = traffic.count(problem.fn(config), *problem.arguments(), platform=chip.platform)
         full = traffic.count(problem.fn(config), *problem.arguments(full=True), platform=chip.platform)
@@ -47,6 +53,7 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
         "target": target.name,
         "bytes": counted.bytes,
         "bytes_needed": problem.bytes_needed,
+        "bytes_stored": problem.bytes_stored or problem.bytes_needed,
         "bytes_full": full.bytes,
         "bytes_declared": full.declared_bytes,
         "flops": counted.flops,
@@ -202,6 +209,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
     """The quotients of a row that tables print; those of cycles only where there are cycles."""
     found = {
         "moved": row["bytes"] / max(row["bytes_needed"], 1),
+        "stored": row["bytes"] / max(row["bytes_stored"], 1),
         "declared": row["bytes_declared"] / max(row["bytes_full"], 1),
         "flops": row["flops"] / max(row["flops_needed"], 1),
     }
@@ -215,9 +223,9 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['case'][:44]:44} {row['error'].splitlines()[0][:120]}"
     over = ratios(row)
-    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['declared']:7.3f} "
-            f"{row['flops'] / 1e9:9.2f} {over['flops']:6.2f} {row['roofline_seconds'] * 1e6:9.1f} "
-            f"{'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
+    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['stored']:7.3f} "
+            f"{over['declared']:8.3f} {row['flops'] / 1e9:9.2f} {over['flops']:6.2f} "
+            f"{row['roofline_seconds'] * 1e6:9.1f} {'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
     if row["kernels"]:
         most = max(row["kernels"], key=lambda k: k["registers"])
         return text + (f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
@@ -228,18 +236,34 @@ def line(row: dict[str, Any]) -> str:
     for tiles, count in row.get("peer", {}).items():
         over = ratios(row | {"cycles": count})
         told = f"{count:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}" if count else "none"
-        text += f"\n  JAX's own, tiles {tiles:95} {told}"
+        text += f"\n  JAX's own, tiles {tiles:107} {told}"
     return text
 
 
-HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'decl/cnt':>7} {'GFLOP':>9} {'/need':>6} {'roofline':>9} "
-          f"{'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}")  # fmt: skip
+def summary(op: str, target: str) -> str:
+    """A line of a Markdown table: the worst and the median case of an op on a target, counted without a compiler."""
+    known = Target.get(target)
+    with known.tracing():
+        chosen = [p for p in problems.problems(op, known.chip.platform, large_only=True) if not p.unsupported]
+    rows = [facts(p, known, compile=False) for p in chosen]
+    over = [ratios(r) for r in rows]
+    cells = [f"{max(x[k] for x in over):.3f}, {statistics.median(x[k] for x in over):.3f}" for k in ("moved", "stored")]
+    declared = max((x["declared"] for x in over), key=lambda x: abs(x - 1))
+    times = sorted(r["roofline_seconds"] * 1e6 for r in rows)
+    return (f"| {op} | {target} | {len(rows)} | {' | '.join(cells)} | {declared:.3f} | "
+            f"{times[-1]:.1f}, {statistics.median(times):.1f} |")  # fmt: skip
+
+
+SUMMARY = ("| op | target | cases | moved / needed: worst, median | moved / stored: worst, median | declared / count | "
+           "roofline us: longest, median |\n|---|---|---|---|---|---|---|")  # fmt: skip
+HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'/stored':>7} {'decl/cnt':>8} {'GFLOP':>9} {'/need':>6} "
+          f"{'roofline':>9} {'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.static", description=__doc__.split("\n")[0])
     parser.add_argument("op", help=f"one of {', '.join(problems.ops())}")
-    parser.add_argument("--target", required=True, help=f"{', '.join(targets.NAMES)}; slices such as v5e:2x4")
+    parser.add_argument("--target", help=f"{', '.join(targets.NAMES)}; slices such as v5e:2x4")
     parser.add_argument("--case", help="only cases whose name holds this")
     parser.add_argument("--small", action="store_true", help="the small cases too")
     parser.add_argument("--config", help="tiles instead of the heuristic's, such as key_block=512,splits=2")
@@ -247,7 +271,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--exact", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or tiles of the peer
     parser.add_argument("--peer", action="store_true", help="JAX's own prefill kernel beside cases without a mask")
+    parser.add_argument("--summary", action="store_true",
+                        help="a line of bytes and roofline a target, all of them without --target; needs no compiler")
     args = parser.parse_args(argv)
+    if args.summary:
+        print(SUMMARY)
+        for name in [args.target] if args.target else targets.NAMES:
+            if args.op in problems.ops(Target.get(name).chip.platform):
+                print(summary(args.op, name), flush=True)
+        return None
+    if args.target is None:
+        parser.error("--target is needed without --summary")
     if args.child:
         return _child(args)
     if args.peer and args.op != "flash_attention":

@@ -78,6 +78,10 @@ CASES = (
     Case("int8, bf16 queries, window, sinks", (300, 9, 150), (1, 1, 17), page=128, dtype="bfloat16", kv_dtype="int8",
          window=100, sinks=True, kv_heads=3),
     Case("pages of 128", (300, 129, 20), (1, 6, 20), page=128, head_dim=128),
+    Case("chunks of several tiles, window, sinks", (90, 70, 3, 61), (1, 60, 1, 37), tokens=104, head_dim=128, window=40,
+         sinks=True, decode_rows=1),
+    Case("int8, four KV heads, decode rows and chunks", (140, 0, 200, 30), (1, 0, 50, 9), page=128, kv_dtype="int8",
+         kv_heads=4, decode_rows=2),
 )  # fmt: skip
 
 # What a server runs; compiled for real targets, never interpreted. Pools of at least 512 MB of K and V.

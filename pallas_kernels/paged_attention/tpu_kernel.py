@@ -1,9 +1,11 @@
-"""The body of the paged kernel for TPU: one grid step is a piece, the queries of one row in one block of queries.
+"""The body of the paged kernel for TPU: one grid step is a piece, the queries of one row in one block of queries, and
+a group of KV heads.
 
 Keys and values of a piece arrive in steps of `key_block` tokens, fetched page by page into one of two buffers while
 the other is attended to; the last step of a piece fetches the first one of the next. Of the units that a window or
-the row's end cuts, only the memory tiles inside are fetched. A piece of few queries (a decode row) is computed in a
-tile of `sub` queries, others in the whole block.
+the row's end cuts, only the memory tiles inside are fetched. All queries of the piece use a step before the next one,
+a tile of them at a time; tiles that see nothing of a step skip it. A piece of few queries (a decode row) is computed
+in a tile of `sub` queries.
 
 A head's lanes in a folded page need not begin at a whole register. So that K and V are never shifted, the queries are:
 they stand at their head's place among zeros in the registers that the head touches, and of the result the
@@ -52,7 +54,9 @@ class Static:
 
     call: Call
     block: int  # queries of a block
+    tile: int  # queries of a tile
     sub: int  # queries of a small tile
+    heads: int  # KV heads of a group
     key_block: int
     unit: int  # tokens a DMA
     grain: int  # tokens of the smallest DMA, at the edges of what is seen
@@ -65,6 +69,10 @@ class Static:
         return self.key_block // self.unit
 
     @property
+    def groups(self) -> int:
+        return self.call.kv_heads // self.heads
+
+    @property
     def dtype(self):
         """Of the products' operands."""
         wide = "float32" in (self.call.dtype, self.call.kv_dtype)
@@ -73,7 +81,7 @@ class Static:
 
 def body(static: Static, r: SimpleNamespace) -> None:
     """One grid step; `r` holds the refs, None for those that the call does not need."""
-    item = pl.program_id(0)
+    group, item = pl.program_id(0), pl.program_id(1)
     field = lambda name, i=item: r.plan[FIELDS.index(name) * static.items + i]  # noqa: E731
 
     @pl.when((item == 0) | (field("block") != field("block", jnp.maximum(item - 1, 0))))
@@ -82,35 +90,43 @@ def body(static: Static, r: SimpleNamespace) -> None:
         if r.lse is not None:
             r.lse[...] = jnp.full_like(r.lse, -jnp.inf)
 
-    steps = -(-(field("end") - field("first")) // static.units)
+    steps = steps_of(static, field, item)
 
-    @pl.when((steps > 0) & (field("before") == 0))
+    @pl.when((steps > 0) & (field("before") == 0) & (group == 0))
     def _():
-        transfer(static, r, field, item, 0, 0, start=True)
+        transfer(static, r, field, group, item, 0, 0, start=True)
 
-    first_tile = field("start") // static.sub
-    small = (field("stop") - 1) // static.sub == first_tile
+    start, last = field("start"), field("stop") - 1
+    small = start // static.sub == last // static.sub
     if static.block > static.sub:
         @pl.when((steps > 0) & small)
         def _():
-            attend(static, r, field, item, steps, pl.multiple_of(first_tile * static.sub, static.sub), static.sub)
+            attend(static, r, field, group, item, steps, start // static.sub, 1, static.sub)
 
         @pl.when((steps > 0) & ~small)
         def _():
-            attend(static, r, field, item, steps, 0, static.block)
+            first = start // static.tile
+            tiles = 1 if static.block == static.tile else last // static.tile - first + 1
+            attend(static, r, field, group, item, steps, first, tiles, static.tile)
     else:
         @pl.when(steps > 0)
         def _():
-            attend(static, r, field, item, steps, 0, static.block)
+            attend(static, r, field, group, item, steps, 0, 1, static.block)
 
 
-def transfer(static: Static, r, field, item, step, slot, *, start: bool) -> None:
+def steps_of(static: Static, field, item):
+    """How many steps of keys an item takes."""
+    return -(-(field("end", item) - field("first", item)) // static.units)
+
+
+def transfer(static: Static, r, field, group, item, step, slot, *, start: bool) -> None:
     """Start, or wait for, the fetches of one step of an item: what its queries see, in whole tiles, and no more."""
     call, unit, grain = static.call, static.unit, static.grain
     per_page, per_unit = call.page // unit, unit // grain
     first = field("first", item) + step * static.units
     row = field("row", item)
     begin, end = seen(static, field, item)
+    k, v = (group_lanes(static, pool, group) for pool in (r.k, r.v))
 
     def move(pairs) -> None:
         for i, (there, here) in pairs:
@@ -129,20 +145,32 @@ def transfer(static: Static, r, field, item, step, slot, *, start: bool) -> None
 
         @pl.when(high - low == per_unit)
         def _():
-            move(enumerate([(r.k.at[source], r.k_buffer.at[slot, rows]), (r.v.at[source], r.v_buffer.at[slot, rows])]))
+            move(enumerate([(k(source), r.k_buffer.at[slot, rows]), (v(source), r.v_buffer.at[slot, rows])]))
 
-        def part(g, _):
-            there = pl.ds(pl.multiple_of(g * grain, grain), grain)
-            here = pl.ds(pl.multiple_of(u * unit + g * grain, grain), grain)
-            move(enumerate([(r.k.at[source, there], r.k_buffer.at[slot, here]),
-                            (r.v.at[source, there], r.v_buffer.at[slot, here])]))  # fmt: skip
-            return 0
+        some = jnp.where(high - low == per_unit, 0, high - low)
+        for power in reversed(range((per_unit - 1).bit_length())):  # 5 tiles: a DMA of 4 and one of 1
+            size = grain << power
 
-        if per_unit > 1:
-            lax.fori_loop(low, jnp.where(high - low == per_unit, low, high), part, 0)
+            @pl.when((some >> power) % 2 == 1)
+            def _(power=power, size=size):
+                at = (low + (some >> power + 1 << power + 1)) * grain
+                there = pl.ds(pl.multiple_of(at, grain), size)
+                here = pl.ds(pl.multiple_of(u * unit + at, grain), size)
+                move(enumerate([(k(source, there), r.k_buffer.at[slot, here]),
+                                (v(source, there), r.v_buffer.at[slot, here])]))  # fmt: skip
+
         return 0
 
     lax.fori_loop(0, jnp.minimum(static.units, field("end", item) - first), one, 0)
+
+
+def group_lanes(static: Static, pool, group):
+    """A function of unit and tokens: a reference to what the pool holds there for the group's heads."""
+    width = pool.shape[2] // static.groups
+    if static.groups == 1:
+        return lambda source, tokens=slice(None): pool.at[source, tokens]
+    lanes = pl.ds(pl.multiple_of(group * width, LANES), width)
+    return lambda source, tokens=slice(None): pool.at[source, tokens, lanes]
 
 
 def seen(static: Static, field, item) -> tuple:
@@ -152,28 +180,41 @@ def seen(static: Static, field, item) -> tuple:
     return oldest, position + field("stop", item) - field("start", item)
 
 
-def attend(static: Static, r, field, item, steps, base, count: int) -> None:
-    """Attend with the `count` queries from `base` on, and keep the results of those that are the item's."""
+def attend(static: Static, r, field, group, item, steps, first, tiles, count: int) -> None:
+    """Attend with the queries of `tiles` tiles of `count` from the first on, and keep the results of the item's own."""
     call = static.call
     rows = count * call.group
-    load_queries(static, r, base, count)
-    # Row i of a head's tile is query i mod count of query head i div count.
-    token = base + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % count
     oldest, end = seen(static, field, item)
-    position = field("position") + token - field("start")
+    position = field("position") + first * count - field("start")  # of the first tile's first query
+    total = steps_of(static, field, static.items - 1) + field("before", static.items - 1)
+    before = group * total + field("before")
+    following = field("next")
+    later = group + (following <= item).astype(jnp.int32)  # the group in which `next` comes
+
+    def each(low, high, act):
+        """Run `act(tile)`; a single tile without a loop."""
+        if isinstance(tiles, int):
+            act(0)
+        else:
+            lax.fori_loop(low, high, lambda t, _: act(t) or 0, 0)
+
+    def base(t):
+        return pl.multiple_of((first + t) * count, count)
+
+    each(0, tiles, lambda t: load_queries(static, r, group, t, base(t), count))
 
     def step(j, _):
-        slot = (field("before") + j) % 2
+        slot = (before + j) % 2
 
         @pl.when(j + 1 < steps)
         def _():
-            transfer(static, r, field, item, j + 1, 1 - slot, start=True)
+            transfer(static, r, field, group, item, j + 1, 1 - slot, start=True)
 
-        @pl.when((j + 1 == steps) & (field("next") < static.items))
+        @pl.when((j + 1 == steps) & (later < static.groups))
         def _():
-            transfer(static, r, field, field("next"), 0, 1 - slot, start=True)
+            transfer(static, r, field, later, following, 0, 1 - slot, start=True)
 
-        transfer(static, r, field, item, j, slot, start=False)
+        transfer(static, r, field, group, item, j, slot, start=False)
         begin = (field("first") + j * static.units) * static.unit
         if not call.scale_heads:
             # What the row does not hold has weight zero, but zero times NaN is NaN.
@@ -183,24 +224,33 @@ def attend(static: Static, r, field, item, steps, base, count: int) -> None:
                 v = r.v_buffer[slot]
                 r.v_buffer[slot] = jnp.where((at >= oldest) & (at < end), v, jnp.zeros_like(v))
         key = begin + lax.broadcasted_iota(jnp.int32, (1, static.key_block), 1)
-        mask = key <= position
-        if call.window:
-            mask &= key > position - call.window
         held = (key >= oldest) & (key < end)
-        for head in range(call.kv_heads):
-            update(static, r, head, rows, slot, mask, held)
+
+        def one(t):
+            # Row i of a head's tile is query i mod count of query head i div count.
+            own = position + t * count + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % count
+            mask = key <= own
+            if call.window:
+                mask &= key > own - call.window
+            for head in range(static.heads):
+                update(static, r, group, t, head, rows, slot, mask, held)
+
+        high = tiles
+        if call.window:
+            high = jnp.minimum(tiles, (begin + static.key_block + call.window - 2 - position) // count + 1)
+        each(jnp.maximum(begin - position, 0) // count, high, one)
         return 0
 
     lax.fori_loop(0, steps, step, 0)
-    store(static, r, field, base, count)
+    each(0, tiles, lambda t: store(static, r, field, t, base(t), count))
 
 
-def load_queries(static: Static, r, base, count: int) -> None:
+def load_queries(static: Static, r, group, tile, base, count: int) -> None:
     """Lay each head's queries into the scratch, among zeros; begin the softmax with nothing, or with the sink."""
     call = static.call
     h = call.head_dim
-    for head in range(call.kv_heads):
-        lanes = lanes_of(head, call.kv_heads, h)
+    for head in range(static.heads):
+        lanes = lanes_of(head, static.heads, h)
         for g in range(call.group):
             n = head * call.group + g
             rows = slice(g * count, (g + 1) * count)
@@ -208,11 +258,11 @@ def load_queries(static: Static, r, base, count: int) -> None:
             before, behind = lanes.offset, lanes.width - lanes.offset - h
             parts = [jnp.zeros((count, before), q.dtype)] * (before > 0) + [q]
             parts += [jnp.zeros((count, behind), q.dtype)] * (behind > 0)
-            r.queries[head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
-            sink = START if r.sinks is None else r.sinks[n]
+            r.queries[tile, head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
+            sink = START if r.sinks is None else r.sinks[group * static.heads * call.group + n]
             total = 0.0 if r.sinks is None else 1.0
-            r.state[head, rows] = pack_state(jnp.full((count, 1), sink), jnp.full((count, 1), total))
-        r.acc[head, : call.group * count] = jnp.zeros((call.group * count, r.acc.shape[2]), jnp.float32)
+            r.state[tile, head, rows] = pack_state(jnp.full((count, 1), sink), jnp.full((count, 1), total))
+        r.acc[tile, head, : call.group * count] = jnp.zeros((call.group * count, r.acc.shape[3]), jnp.float32)
 
 
 def pack_state(top, total):
@@ -221,32 +271,33 @@ def pack_state(top, total):
     return jnp.where(lane < LANES // 2, top, total)
 
 
-def update(static: Static, r, head: int, rows: int, slot, mask, held) -> None:
-    """One step of the online softmax for one KV head."""
+def update(static: Static, r, group, tile, head: int, rows: int, slot, mask, held) -> None:
+    """One step of the online softmax for one tile of queries and one KV head of the group."""
     call = static.call
     precision = precision_of(static.dtype)
-    at, to = lanes_of(head, call.kv_heads, call.head_dim), lanes_of(head, call.kv_heads, call.value_dim)
+    at, to = lanes_of(head, static.heads, call.head_dim), lanes_of(head, static.heads, call.value_dim)
     k = r.k_buffer[slot, :, at.base : at.base + at.width].astype(static.dtype)
     v = r.v_buffer[slot, :, to.base : to.base + to.width].astype(static.dtype)
-    logits = lax.dot_general(r.queries[head, :rows, : at.width], k, (((1,), (1,)), ((), ())), precision=precision,
-                             preferred_element_type=jnp.float32)  # fmt: skip
+    logits = lax.dot_general(r.queries[tile, head, :rows, : at.width], k, (((1,), (1,)), ((), ())),
+                             precision=precision, preferred_element_type=jnp.float32)  # fmt: skip
+    scales = pl.ds(group * static.heads + head, 1)
     if call.scale_heads:
-        logits = logits * r.k_scales[slot, head : head + 1]
+        logits = logits * r.k_scales[slot, scales]
     logits = jnp.where(mask, soft_cap(logits * static.scale, call.softcap), MASKED)
-    state = r.state[head, :rows]
+    state = r.state[tile, head, :rows]
     top, total = state[:, :1], state[:, LANES // 2 : LANES // 2 + 1]
     new_top = jnp.maximum(top, logits.max(1, keepdims=True))
     weights = jnp.exp(logits - new_top)
     fade = jnp.exp(top - new_top)
-    r.state[head, :rows] = pack_state(new_top, total * fade + weights.sum(1, keepdims=True))
+    r.state[tile, head, :rows] = pack_state(new_top, total * fade + weights.sum(1, keepdims=True))
     if call.scale_heads:  # what is not held may have NaN for a scale
-        weights = weights * jnp.where(held, r.v_scales[slot, head : head + 1], 0.0)
+        weights = weights * jnp.where(held, r.v_scales[slot, scales], 0.0)
     product = lax.dot_general(weights.astype(static.dtype), v, (((1,), (0,)), ((), ())), precision=precision,
                               preferred_element_type=jnp.float32)  # fmt: skip
-    r.acc[head, :rows, : to.width] = r.acc[head, :rows, : to.width] * fade + product
+    r.acc[tile, head, :rows, : to.width] = r.acc[tile, head, :rows, : to.width] * fade + product
 
 
-def store(static: Static, r, field, base, count: int) -> None:
+def store(static: Static, r, field, tile, base, count: int) -> None:
     """Divide, put the heads side by side, and keep other rows' results where they are."""
     call = static.call
     token = base + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
@@ -254,21 +305,21 @@ def store(static: Static, r, field, base, count: int) -> None:
     lane = lax.broadcasted_iota(jnp.int32, (count, LANES), 1)
     at = pl.ds(base, count)
     results = []
-    for head in range(call.kv_heads):
-        lanes = lanes_of(head, call.kv_heads, call.value_dim)
+    for head in range(static.heads):
+        lanes = lanes_of(head, static.heads, call.value_dim)
         for g in range(call.group):
             rows = slice(g * count, (g + 1) * count)
-            state = r.state[head, rows]
+            state = r.state[tile, head, rows]
             total = state[:, LANES // 2 : LANES // 2 + 1]
             saw = total > 0
-            part = r.acc[head, rows, : lanes.width][:, lanes.offset : lanes.offset + call.value_dim]
+            part = r.acc[tile, head, rows, : lanes.width][:, lanes.offset : lanes.offset + call.value_dim]
             results.append(part / jnp.where(saw, total, 1.0))
             if r.lse is not None:
                 n = head * call.group + g
                 lse = jnp.where(saw, state[:, :1] + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
                 where = slice(n // LANES * LANES, (n // LANES + 1) * LANES)
-                r.lse[at, where] = jnp.where(own & (lane == n % LANES), lse, r.lse[at, where])
-    padding = r.out.shape[1] - call.heads * call.value_dim
+                r.lse[0, at, where] = jnp.where(own & (lane == n % LANES), lse, r.lse[0, at, where])
+    padding = r.out.shape[1] - static.heads * call.group * call.value_dim
     if padding:
         results.append(jnp.zeros((count, padding), jnp.float32))
     out = jnp.concatenate(results, 1).astype(r.out.dtype)

@@ -23,6 +23,7 @@ def facts(problem: problems.Problem, target: Target) -> dict:
     with target.tracing():
         if why := problem.unsupported:
             return {"unsupported": why}
+    problem = problem.as_projected()
     c = target.compile(problem.fn(), *problem.arguments(), donate_argnums=problem.donate_argnums)
     with target.tracing():
         dots = list(traffic.dots(jax.make_jaxpr(problem.fn())(*problem.arguments())))

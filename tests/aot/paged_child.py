@@ -29,7 +29,10 @@ CASES = {
 
 
 def step_of(name: str, platform: str):
-    """The step and its abstract arguments, the pools first; 32 decode rows and chunks of 512 and 256 tokens."""
+    """The step and its abstract arguments, the pools first; 32 decode rows and chunks of 512 and 256 tokens.
+
+    Queries come and results go with heads side by side, as projections make and take them (`Problem.as_projected`).
+    """
     heads, group, size, dtype = CASES[name]
     layout = "folded" if platform == "tpu" else "heads_last"
     int8, tokens = dtype == "int8", 1024
@@ -47,15 +50,16 @@ def step_of(name: str, platform: str):
             named = {"k_scale": pools[2], "v_scale": pools[3], "new_k_scale": ks, "new_v_scale": vs}
         pools = write_pages(*pools[:2], k, v, slots=slots, layout=layout, **named)
         scales = dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
+        q = q.reshape(tokens, heads * group, size)
         out = paged_attention(q, *pools[:2], block_tables=tables, lengths=lengths, query_starts=starts, scale=0.1,
                               layout=layout, kv_heads=heads, decode_rows=32, implementation=platform, **scales)
-        return pools, out
+        return pools, out.reshape(tokens, -1)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     new = jax.ShapeDtypeStruct((tokens, heads, size), compute)
-    q = jax.ShapeDtypeStruct((tokens, heads * group, size), compute)
+    q = jax.ShapeDtypeStruct((tokens, heads * group * size), compute)
     return step, (pools, q, new, new, ints(tokens), ints(ROWS, WIDTH), ints(ROWS), ints(ROWS + 1))
 
 

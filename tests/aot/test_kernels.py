@@ -103,8 +103,6 @@ def check(found: dict, target: str) -> None:
         most = found["cache"] // 100
         if target not in ("v5e", "v6e"):
             most += 8 * found["queries"]
-        elif found["queries"] > found["cache"] // 10 and jax.__version_info__ < (0, 11):
-            most += found["queries"]  # a whole chunk's, which the older compiler folds in HBM
         assert found["temp"] <= most, f"{found['temp']} bytes of temporaries beside a cache of {found['cache']}"
     if chip.platform == "tpu":
         assert 0 < found["vmem"] <= chip.vmem_capacity_mib << 20

@@ -24,10 +24,12 @@ def small_tiles(name, case):
     """Such that small cases have several blocks of queries, several steps and several fetches a step."""
     if name == "gpu":
         return gpu.Config(block=8, key_block=16)
+    call = call_of(case)
+    heads = min(n for n in range(1, call.kv_heads + 1) if tpu._whole(call, n))
+    tile = 8 if case.dtype == "float32" else 16
     if case.stored == "int8":
-        return tpu.Config(32, 128, 128)
-    return {"float32": tpu.Config(block=16, key_block=32, unit=8 if case.stored == "float32" else 16),
-            "bfloat16": tpu.Config(32, 32, 16)}[case.dtype]  # fmt: skip
+        return tpu.Config(4 * tile, tile, heads, 128, 128)
+    return tpu.Config(4 * tile, tile, heads, 32, 8 if case.stored == "float32" else 16)
 
 
 # An interpreted kernel takes seconds to compile, the TPU's most: of its cases every third runs by default, all with
@@ -81,7 +83,7 @@ def test_a_missing_wait_would_be_seen(monkeypatch, mode):
     monkeypatch.setattr(tpu_kernel, "transfer", lambda *a, start: transfer(*a, start=True) if start else None)
     problem = make_once(CASES[3])
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan")
-    given = problem.arguments("folded") | {"config": tpu.Config(16, 32, 16)}
+    given = problem.arguments("folded") | {"config": tpu.Config(16, 16, 2, 32, 16)}
 
     def attempt():
         problem.check(paged_attention(**given, implementation="tpu", interpret=interpret))
@@ -125,7 +127,7 @@ def test_tpu_pages_and_tiles_that_do_not_fit():
     with pytest.raises(NotImplementedError, match="multiple of 16 tokens for bfloat16, not 24"):
         run(problem, "folded", implementation="tpu", interpret=True)
     with pytest.raises(ValueError, match="does not fit"):
-        run(make_once(CASES[3]), "folded", implementation="tpu", interpret=True, config=tpu.Config(16, 32, 12))
+        run(make_once(CASES[3]), "folded", implementation="tpu", interpret=True, config=tpu.Config(16, 16, 2, 32, 12))
 
 
 # --- bytes
@@ -143,14 +145,14 @@ def call_of(case, layout="folded"):
 
 
 def walked_bytes(call, config, starts, lengths) -> int:
-    """What the TPU kernel moves, from the plan as it reads it: DMAs of a piece, blocks whose index changes."""
+    """What one run of the TPU kernel moves, from its plan: DMAs of pieces, blocks whose index changes."""
     flat = np.asarray(tpu.flat_plan(call, config, jnp.asarray(starts), jnp.asarray(lengths)))
     fields = dict(zip(tpu.FIELDS, flat.reshape(len(tpu.FIELDS), -1), strict=True))
-    size = jnp.dtype(call.dtype).itemsize
+    size, groups = jnp.dtype(call.dtype).itemsize, call.kv_heads // config.heads
     widths = folded_width(call.heads, call.head_dim) + folded_width(call.heads, call.value_dim)
     blocks = 1 + int((np.diff(fields["block"]) != 0).sum())
     kv = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
-    unit = config.unit * (kv * jnp.dtype(call.kv_dtype).itemsize + 8 * call.scale_heads)
+    unit = config.unit * (kv * jnp.dtype(call.kv_dtype).itemsize + groups * 8 * call.scale_heads)
     steps = -(-(fields["end"] - fields["first"]) // (config.key_block // config.unit))
     assert (fields["before"] == np.cumsum(steps) - steps).all()
     return int((fields["end"] - fields["first"]).sum()) * unit + blocks * config.block * widths * size
@@ -159,10 +161,14 @@ def walked_bytes(call, config, starts, lengths) -> int:
 @pytest.mark.parametrize("name", ["v4", "v5e", "v6e", "7x"])
 @pytest.mark.parametrize("case", LARGE, ids=ids)
 def test_tpu_moves_what_it_says(case, name):
-    call = call_of(case)
-    config = tpu.heuristic(call, chip(name))
-    estimate = tpu.cost(call, config).bytes_accessed
-    assert abs(walked_bytes(call, config, *full_rows(call)) / estimate - 1) < 0.05
+    call, on = call_of(case), chip(name)
+    starts, lengths = full_rows(call)
+    for (part, rows), tiles in zip(
+        tpu.parts(call), tpu.tiles_of(call, tpu.heuristic(call, on), on), strict=True
+    ):
+        given = starts[rows.start : rows.stop + 1], lengths[rows]
+        estimate = tpu.cost(part, tiles, *given).bytes_accessed
+        assert abs(walked_bytes(part, tiles, *given) / estimate - 1) < 0.05
 
 
 @pytest.mark.parametrize(("layout", "module", "name"), [("folded", tpu, "v5e"), ("heads_last", gpu, "h100")])
@@ -177,6 +183,19 @@ def test_decode_rows_move_their_own_bytes(layout, module, name):
     assert own <= moved <= 1.05 * own
     if module is tpu:
         assert walked_bytes(call, config, starts, lengths) == moved
+
+
+@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e", "7x"])
+@pytest.mark.parametrize("case", LARGE, ids=ids)
+def test_chunks_and_decode_rows_move_their_own_bytes(case, name):
+    """What the rows of a mixed call hold, as it is stored, and all T queries and results move once: at most 5% more."""
+    call, on = call_of(case), chip(name)
+    lengths, queries = np.array(case.lengths, np.int32), np.array(case.queries, np.int32)
+    seen = np.minimum(lengths, queries + (case.window or lengths) - 1)
+    own = int(seen.sum()) * call.kv_bytes + call.tokens * call.heads * (case.head_dim + case.value_size) * 2
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    moved = tpu.moved_bytes(call, tpu.heuristic(call, on), starts, lengths, on)
+    assert own <= moved <= 1.05 * own
 
 
 def test_a_window_is_all_that_is_fetched():

@@ -82,9 +82,25 @@ def test_lines_and_configs():
     told = static.line(row | {"kernels": [], "vmem_bytes": 2**20, "cycles": 1000, "dynamic": False})
     assert "1.00 MiB" in told
     assert "1,000" in told
+    over = row["bytes"] / row["bytes_needed"], row["bytes"] / row["bytes_stored"]
+    assert told.split(row["case"])[1].split()[1:3] == [f"{x:.3f}" for x in over]
     gpu = {"shared_bytes": 2048, "registers": 99, "spill_bytes": 0}
     assert "2.0 KiB, 99 regs, 0 B spilled" in static.line(row | {"kernels": [gpu]})
     assert "too much VMEM" in static.line({"case": "x", "error": "too much VMEM\nmore"})
+
+
+def test_a_summary_tells_the_worst_and_the_median_case(monkeypatch, capsys):
+    names = ("window of one", "draft of four, ragged")
+    chosen = [p for p in problems.problems("decode_attention", "tpu") if p.name in names]
+    monkeypatch.setattr(problems, "problems", lambda *a, **k: chosen)
+    static.main(["decode_attention", "--summary", "--target", "v5e"])
+    line = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    rows = [static.facts(p, Target.get("v5e"), compile=False) for p in chosen]
+    worst, median = map(float, line[3].split(", "))
+    assert line[2] == str(len(names))
+    assert worst == pytest.approx(max(r["bytes"] / r["bytes_needed"] for r in rows), abs=1e-3)
+    assert median < worst
+    assert float(line[4].split(", ")[0]) < worst  # heads of 8 lie in 128 lanes
 
 
 def test_a_missing_compiler_is_told(monkeypatch, capsys):
