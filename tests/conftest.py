@@ -1,7 +1,7 @@
 """Tests run on the CPU as eight virtual devices, with JAX's persistent compilation cache on.
 
-The fast tests compile without LLVM's optimizations: compilation is most of their time, and the programs are the
-same. The slow ones, which run real models, compile as users do.
+Tests compile without LLVM's optimizations where no real model is run (`-m` unset, or with "not real"): compilation is
+most of their time, and the programs are the same.
 """
 
 import os
@@ -27,7 +27,7 @@ def pytest_configure(config):
     # Before any test module imports jax; the workers of xdist inherit the environment.
     _add_xla_flag("xla_force_host_platform_device_count", "8")
     chosen = config.getoption("markexpr") or ""
-    if not chosen or "not slow" in chosen:
+    if not chosen or "not slow" in chosen or "not real" in chosen:
         _add_xla_flag("xla_backend_optimization_level", "0")
         # Twice as fast to compile; later releases have no such flag, and are as fast without it.
         if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):

@@ -53,6 +53,7 @@ def test_memory_is_measured_in_processes_of_their_own(directory):
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_quantized_loading_takes_less_than_the_floats_alone():
     plain, small = memory.measure("gemma-3-270m", ["none", "int8"])
     assert small.peak < plain.parameters < plain.peak

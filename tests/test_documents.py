@@ -21,6 +21,7 @@ def test_the_api_is_shown_in_ten_lines():
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_the_readmes_python_runs():
     """Block after block in one namespace: the ten lines, then the engine on the model that they loaded."""
     readme, names = (ROOT / "README.md").read_text(encoding="utf-8"), {}
@@ -45,6 +46,7 @@ def test_notebooks_are_clean():
 
 
 @pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
     nbformat = pytest.importorskip("nbformat")

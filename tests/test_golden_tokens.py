@@ -12,7 +12,7 @@ import pytest
 
 import pdx
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokens.json").read_text())
 # Below this distance of transformers' two best logits either token is right.

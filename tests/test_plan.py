@@ -72,6 +72,7 @@ def test_a_shape_that_does_not_run_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize(("name", "model"), [("smollm2-135m", "smollm2-135m-instruct"), ("gemma-3-270m",) * 2])
 def test_a_shape_is_that_of_the_model(name, model):
     shape, real = Setup(known.config(name)), Setup(open_model(resolve(model)).config)

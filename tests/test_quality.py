@@ -128,6 +128,7 @@ def real(model, plain, **settings):
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_smollm2_keeps_its_quality_in_int8(smollm2):
     """A cut-down version of the table in docs/quantization.md."""
     int8 = real(pdx.load(smollm2.path, quantize="int8"), smollm2)
@@ -142,6 +143,7 @@ def test_smollm2_keeps_its_quality_in_int8(smollm2):
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_gptq_closes_most_of_what_rounding_loses(smollm2):
     nearest = real(pdx.load(smollm2.path, quantize="int4:g64"), smollm2)
     better = real(quantize_model(smollm2, "int4:g64", texts.calibration(), "gptq", sequences=8), smollm2)

@@ -12,7 +12,7 @@ from pdx.weights.builtin import BUILTIN
 from pdx.weights.checkpoint import save
 from pdx.weights.load import load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
 @pytest.fixture(scope="module", params=sorted(BUILTIN))

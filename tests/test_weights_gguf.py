@@ -217,6 +217,7 @@ def test_other_types_are_not_stored_kinds(tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_smollm2_is_taken_exactly():
     """Every matrix of the real file: Q4_1 as affine int4 in groups of 32, the embedding's Q8_0 as int8."""
     file = GgufFile(resolve("smollm2-135m-instruct").path)

@@ -45,10 +45,10 @@ class Sizes:
     long_context: int = 2048
     chunk: int = 256
     draft: int = 4
-    prompts: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
-    batches: tuple[int, ...] = (1, 2, 4, 8)
-    contexts: tuple[int, ...] = (128, 512, 2048)
-    rounds: int = 5
+    prompts: tuple[int, ...] = (32, 128, 256, 512, 1024)
+    batches: tuple[int, ...] = (1, 4, 8)
+    contexts: tuple[int, ...] = (128, 2048)
+    rounds: int = 3
 
     def within(self, max_context: int) -> Sizes:
         """The same, with what a model cannot hold left out."""

@@ -18,7 +18,7 @@ FULL = {
     "v6e": ("gemma3", "prefill"),
     "v5e:2x4": ("mesh", "mesh prefill"),
 }
-SMOKE = {name: ("smoke", "smoke prefill") for name in targets.NAMES}
+SMOKE = {name: ("smoke", "smoke prefill", "smoke mixed") for name in targets.NAMES}
 
 
 @cache
@@ -139,7 +139,7 @@ def test_llama_3_8b_fits_a_v5e_in_int8_alone():
     assert "RESOURCE_EXHAUSTED" in refused["error"], refused
 
 
-@pytest.mark.parametrize("name", ["smoke", "smoke prefill"])
+@pytest.mark.parametrize("name", ["smoke", "smoke prefill", "smoke mixed"])
 @pytest.mark.parametrize("target", SMOKE)
 def test_smoke_every_target_compiles_each_step(target, name):
     found = of(target, name, SMOKE[target])
