@@ -1,7 +1,7 @@
 """Tests run on the CPU as eight virtual devices, with JAX's persistent compilation cache on.
 
-Tests compile without LLVM's optimizations where no real model is run (`-m` unset, or with "not real" in it): compilation is
-most of their time, and the programs are the same.
+Tests compile without LLVM's optimizations where no real model is run (`-m` unset, or with "not real" in it):
+compilation is most of their time, and the programs are the same.
 """
 
 import os
