@@ -117,6 +117,20 @@ def test_what_a_launch_costs_is_apart_and_cancels(monkeypatch):
     assert loop.dispatch.seconds == (5.0,)
 
 
+def test_short_calls_on_a_gpu_run_in_blocks_of_a_known_length(monkeypatch):
+    """Each block is a loop whose length the program knows, and all of its calls are made."""
+    monkeypatch.setattr(device_time, "platform_of", lambda: "gpu")
+    monkeypatch.setattr(device_time, "BLOCK", 4)
+    fn, x = lambda x: x + 1, jnp.zeros((2, 2))
+    loop = Loop(chained(fn), start(fn, x), [x], ())
+    assert loop.block == 1
+    loop()
+    assert loop.block == 4
+    loop.state = start(fn, x)
+    loop.run(2)
+    assert loop.state[1][0, 0] == 8  # calls, each of which adds one to what the call before gave
+
+
 def test_a_loop_is_made_long_enough(monkeypatch):
     x = jnp.ones((2, 2))
     loop = Loop(chained(lambda x: x), (x, x + 0), [x], ())

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import pdx
-from pallas_kernels import QuantArray
+from pallas_kernels import QuantArray, quantized_matmul
 from pallas_kernels.quant_array import dequantize
+from pdx import quant
 from pdx.errors import ModelFileError, RequestError
+from pdx.model import forward
 from pdx.quant import Kind, Policy, parse_kind, quantize_params
 from pdx.weights.checkpoint import save
 from tests import models, tiny_model
@@ -64,6 +66,25 @@ def test_sharded_equals_one_device(directory):
     model = pdx.load(directory, quantize="int8", mesh="data=2,model=2")
     assert not model.params["layers"][0]["gate_proj"].values.is_fully_replicated
     assert pdx.generate(model, "Hello", max_tokens=12, ignore_eos=True)[0].token_ids == one.token_ids
+
+
+@pytest.mark.parametrize(("mesh", "asked"), [(None, "auto"), ("data=2,model=2", "xla")])
+def test_a_step_over_a_mesh_takes_xlas_products(directory, monkeypatch, mesh, asked):
+    """Of the cache's devices, not of the process': one of many keeps its kernels."""
+    seen = []
+
+    def product(x, w, *, implementation, **settings):
+        seen.append(implementation)
+        return quantized_matmul(x, w, implementation="xla", **settings)
+
+    monkeypatch.setattr(quant, "quantized_matmul", product)
+    model = pdx.load(directory, quantize="int8", mesh=mesh)
+    cache = pdx.init_cache(model.config, 2, 128, mesh=model.mesh)
+    jax.make_jaxpr(lambda tokens, cache: forward(model.params, model.config, tokens, cache).logits)(
+        jnp.zeros((2, 3), jnp.int32), cache
+    )
+    assert set(seen) == {asked}
+    assert jax.device_count() > 1
 
 
 def test_kinds_and_policies(tmp_path):

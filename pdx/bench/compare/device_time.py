@@ -122,7 +122,7 @@ class Loop:
         self.turns = FEW + turns
 
     def __call__(self) -> Timing:
-        """Seconds of one turn on the device, from one pair of loops; a contestant of `timing.interleaved`."""
+        """Seconds of one call on the device, from one pair of loops; a contestant of `timing.interleaved`."""
         if not self.turns:
             self.calibrate()
         self.dispatch += Timing((self.run(0),))
