@@ -255,9 +255,10 @@ def load_queries(static: Static, r, group, tile, base, count: int) -> None:
             n = head * call.group + g
             rows = slice(g * count, (g + 1) * count)
             q = r.q[pl.ds(base, count), n * h : (n + 1) * h].astype(static.dtype)
-            before, behind = lanes.offset, lanes.width - lanes.offset - h
-            parts = [jnp.zeros((count, before), q.dtype)] * (before > 0) + [q]
-            parts += [jnp.zeros((count, behind), q.dtype)] * (behind > 0)
+            around = (lanes.offset, lanes.width - lanes.offset - h)
+            # No array of no lanes: the older compiler refuses even one that nothing uses.
+            before, behind = ([jnp.zeros((count, n), q.dtype)] if n else [] for n in around)
+            parts = [*before, q, *behind]
             r.queries[tile, head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
             sink = START if r.sinks is None else r.sinks[group * static.heads * call.group + n]
             total = 0.0 if r.sinks is None else 1.0
