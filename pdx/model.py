@@ -172,7 +172,7 @@ def forward(
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    with quant.over(None if cache is None else 1 if cache.mesh is None else cache.mesh.size):
+    with quant.over(_devices(cache, cache.mesh if cache is not None else None)):
         chosen = _logits(params, cfg, x, last, logits)
     return ForwardOutput(
         logits=chosen,
@@ -180,6 +180,11 @@ def forward(
         final_hidden=x,
         hidden=hidden,
     )
+
+
+def _devices(cache, mesh: Mesh | None) -> int | None:
+    """Over how many devices a step is traced; None: without a cache nobody says."""
+    return None if cache is None else 1 if mesh is None else mesh.size
 
 
 def _rows(t: int, lengths: Int[Array, " B"], cache: DenseCache | None):
@@ -208,7 +213,7 @@ def layer(
     kernels: Kernels,
 ):  # fmt: skip
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
-    with quant.over(None if cache is None else 1 if mesh is None else mesh.size):
+    with quant.over(_devices(cache, mesh)):
         y, cache = attention(
             p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
             valid=valid, lengths=lengths, cache=cache, mesh=mesh, kernels=kernels,

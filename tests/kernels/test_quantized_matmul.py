@@ -198,10 +198,9 @@ def test_jit_vmap_and_shapes():
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape(data):
-    # From few numbers each: every shape is compiled anew.
-    rows, out = data.draw(st.sampled_from([1, 7])), data.draw(st.sampled_from([1, 40]))
+    rows, out = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 40))
     group = data.draw(st.sampled_from([None, 32, 64]))
-    columns = data.draw(st.sampled_from([1, 5])) * (group or 24)
+    columns = data.draw(st.integers(1, 5)) * (group or 24)
     bits = data.draw(st.sampled_from([4, 8]))
     symmetric = bits == 8 or data.draw(st.booleans())
     rng = np.random.default_rng(0)
