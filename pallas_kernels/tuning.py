@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import hardware, tiles
+from pallas_kernels.chain import chained, start
 from pallas_kernels.hardware import Chip
 from pallas_kernels.tiles import bucket
 
@@ -44,17 +45,11 @@ def measure(fn: Callable[..., Any], arrays: Sequence[jax.Array], loops: int = 64
     `loops` calls run inside one program, each with a first argument that has a value of the result before, behind a
     barrier: nothing is hoisted, overlapped or left out, and the launch is paid once.
     """
-    shapes = jax.tree.leaves(jax.eval_shape(fn, *arrays))
+    turn = chained(first := lambda *a: jax.tree.leaves(fn(*a))[0])
 
     @jax.jit
-    def many(first, *rest):
-        def body(_, state):
-            (x, results), held = jax.lax.optimization_barrier((state, rest))
-            value = jnp.clip(results[0][(0,) * results[0].ndim].astype(jnp.float32), -100, 100)
-            x = x.at[(0,) * x.ndim].set(value.astype(x.dtype))
-            return x, jax.tree.leaves(fn(x, *held))
-
-        return jax.lax.fori_loop(0, loops, body, (first, [jnp.zeros(s.shape, s.dtype) for s in shapes]))
+    def many(x, *held):
+        return jax.lax.fori_loop(0, loops, lambda _, state: turn(state, held), start(first, x, *held))
 
     jax.block_until_ready(many(*arrays))
     seconds = []

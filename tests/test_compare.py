@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hlo, problems
+from pallas_kernels.chain import chained, fed, start
 from pdx.bench.compare import contestants, device_time, exact, measure
-from pdx.bench.compare.device_time import Loop, chained, start
+from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.rows import Comparison, Row, verdict
 from pdx.bench.compare.show import show
 from pdx.bench.timing import Timing
@@ -81,7 +82,7 @@ def test_a_loop_of_an_op_needs_each_result(op):
     x, want = start(c.fn, c.x, *c.held)
     call = jax.jit(c.fn)
     for _ in range(3):
-        x = device_time.fed(x, want)
+        x = fed(x, want)
         want = call(x, *c.held)
     loop.run(3)
     found = np.asarray(loop.state[1], np.float32)

@@ -6,14 +6,13 @@ difference, is the time of a turn, and what a launch costs cancels. A loop of no
 A GPU's host asks the device before each turn of such a loop whether there is another, some tens of microseconds, which
 no difference cancels; a loop of a known length it only asks to run. Short calls are therefore repeated there in blocks
 of a known length.
-What is fed back is one value, written in place: a call that waits for one value of a result waits for its kernel, and
-a pass over the whole result would be charged to the op. The whole result is the loop's own, so none of it is left out.
+What is fed back is one value (`pallas_kernels.chain`); the whole result is the loop's own, so none of it is left out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,41 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chain import Turn
 from pallas_kernels.hardware import platform_of
 from pdx.bench.timing import Timing
 
-LARGEST = 100.0  # of a value that is fed back: they must not grow from call to call
 SECONDS = 0.1  # a long loop should take at least
 MOST_TURNS = 1 << 14
 FEW = 1  # turns of the short loop
 BLOCK, SHORT = 64, 1e-3  # turns in one of a GPU's loop, of calls shorter than so many seconds
-
-Turn = Callable[[Any, Any], Any]  # (state, held) -> state; the first of a state is what was given
-
-
-def chained(fn: Callable[..., Any]) -> Turn:
-    """A turn that calls `fn(x, *held)`; the state is x and the result before, of which x takes a value."""
-
-    def turn(state, held):
-        # Behind the barrier weights and caches hang on the result too: what a call makes of them (widened, laid out
-        # anew) is made in every turn, as in every call.
-        (x, result), held = lax.optimization_barrier((state, held))
-        x = fed(x, result)
-        return x, fn(x, *held)
-
-    return turn
-
-
-def fed(x: jax.Array, result: jax.Array) -> jax.Array:
-    """x with the first value of a result in the place of its own."""
-    value = jnp.clip(result[(0,) * result.ndim].astype(jnp.float32), -LARGEST, LARGEST)
-    return x.at[(0,) * x.ndim].set(value.astype(x.dtype))
-
-
-def start(fn: Callable[..., jax.Array], x: jax.Array, *held: Any) -> tuple[jax.Array, jax.Array]:
-    """The state before the first turn, of which that turn takes x as it is."""
-    shape = jax.eval_shape(fn, x, *held)
-    return x, fed(jnp.zeros(shape.shape, shape.dtype), x)
 
 
 @dataclass

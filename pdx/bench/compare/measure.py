@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from pallas_kernels import hardware, hlo, problems
+from pallas_kernels.chain import chained, start
 from pallas_kernels.hardware import Chip
 from pallas_kernels.problems import Problem
 from pdx.bench.compare.contestants import Contestant, of_problem, ours, peers
-from pdx.bench.compare.device_time import Loop, chained, start
+from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.exact import answer, draw, errors
 from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.bench.timing import Timing, interleaved
