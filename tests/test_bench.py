@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import pdx
 from pdx.bench import memory, model
+from pdx.bench.timing import Timing, read_bandwidth
 from pdx.cli import app
 from pdx.errors import PdxError
 from tests import tiny_model
@@ -20,7 +21,7 @@ def directory(tmp_path_factory):
 def test_other_ways_of_storing_a_model_stand_beside_it(directory, monkeypatch):
     monkeypatch.setattr(model, "ROUNDS", 1)
     others = {"w8a8": pdx.load(directory, quantize="w8a8")}
-    monkeypatch.setattr(model, "read_bandwidth", lambda: read_one_megabyte())
+    monkeypatch.setattr(model, "read_bandwidth", read_one_megabyte)
     result = model.run(pdx.load(directory), [16], [1], peer=True, kernels="auto", others=others)
     by_shape = {line.shape: line for line in result.lines}
     assert {"16 tokens", "16 tokens, weights w8a8", "batch 1", "batch 1, weights w8a8"} <= set(by_shape)
@@ -34,9 +35,33 @@ def test_other_ways_of_storing_a_model_stand_beside_it(directory, monkeypatch):
     assert f"{line.gain:.2f}x" in table
 
 
-def read_one_megabyte():
-    from pdx.bench.timing import read_bandwidth
+class Peer:
+    """A contestant that takes as long as it says."""
 
+    class torch:
+        __version__ = "0"
+
+    def prefill(self, tokens):
+        return lambda: Timing((20.0,))
+
+    def decode(self, batch, context, count):
+        return lambda: Timing((30.0,))
+
+
+def test_a_peer_stands_beside_both_phases(directory, monkeypatch):
+    monkeypatch.setattr(model, "ROUNDS", 1)
+    monkeypatch.setattr(model, "read_bandwidth", read_one_megabyte)
+    monkeypatch.setattr(model, "transformers_or_reason", lambda path: (Peer(), ""))
+    result = model.run(pdx.load(directory), [16], [1], peer=True, kernels="auto")
+    seen = {(line.phase, line.shape): line.peer_seconds for line in result.lines}
+    assert seen["prefill", "16 tokens"] == 20.0
+    assert seen["decode", "batch 1"] == 30.0
+    rows = [row for row in result.to_markdown().splitlines() if "30000.0 ms" in row]
+    assert len(rows) == 1
+    assert f"{30.0 / result.lines[1].seconds:.2f}x" in rows[0]
+
+
+def read_one_megabyte():
     return read_bandwidth(megabytes=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ class Line:
     seconds: float
     best_seconds: float
     tokens_per_s: float
+    _: KW_ONLY
     gb_per_s: float | None = None  # weights + KV read a second
     share_of_bandwidth: float | None = None
     gflop_per_s: float | None = None  # of matrix products, those of the model's configuration
@@ -193,7 +194,8 @@ def _decode_lines(
 
 def _decode_line(model: Model, batch: int, shape: str, times: Timing, read: float, peer_seconds) -> Line:
     rate = _step_bytes(model, batch) / times.median / 1e9
-    return Line("decode", shape, times.median, times.best, batch / times.median, rate, rate / read, peer_seconds)
+    return Line("decode", shape, times.median, times.best, batch / times.median, gb_per_s=rate,
+                share_of_bandwidth=rate / read, peer_seconds=peer_seconds)  # fmt: skip
 
 
 def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
