@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 
 
 def merge(
-    out: Float[Array, "P B T N H"], lse: Float[Array, "P B T N"]
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    out: Float[Array, "P *rows H"], lse: Float[Array, " P *rows"]
+) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
     """One softmax from the P parts of a context, each normalized by itself; f32.
 
     A part that saw nothing has a log-sum-exp of -inf, and its output may be anything.

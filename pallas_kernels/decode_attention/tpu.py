@@ -228,15 +228,22 @@ def _run(plan: Plan, call: Call, q, k, v, starts, lengths, sinks, k_scale, v_sca
     found = call_kernel(*scalars.values(), *(x for x, _ in inputs.values()))
 
     def spread(x, dim):
-        x = unfold(x, heads, dim).reshape(plan.splits, b, t, group, heads, dim)
-        return x.swapaxes(3, 4).reshape(plan.splits, b, t, n, dim)
+        return unfold(x, heads, dim).reshape(b, t, group, heads, dim).swapaxes(2, 3).reshape(b, t, n, dim)
 
-    out = spread(found[0], plan.value_dim)
-    lse = spread(found[1], 1)[..., 0] if len(found) > 1 else None
     if partial:
-        out, lse = merge(out, lse)
-        return out.astype(q.dtype), lse
-    return out[0], None if lse is None else lse[0]
+        out, lse = _merged(plan, *found)
+        return spread(out.astype(q.dtype), plan.value_dim), spread(lse, 1)[..., 0]
+    return spread(found[0][0], plan.value_dim), spread(found[1][0], 1)[..., 0] if len(found) > 1 else None
+
+
+def _merged(
+    plan: Plan, out: Float[Array, "P B R C"], lse: Float[Array, "P B R lanes"]
+) -> tuple[Float[Array, "B R K*Hv"], Float[Array, "B R K"]]:
+    """The parts of a context as one, f32. Head by head on the lanes as the kernel wrote them: heads as an axis of their
+    own would be laid out anew, once for each part and twice as wide as the result."""
+    dim = plan.value_dim
+    heads = [merge(out[..., k * dim : (k + 1) * dim], lse[..., k]) for k in range(plan.kv_heads)]
+    return jnp.concatenate([values for values, _ in heads], -1), jnp.stack([total for _, total in heads], -1)
 
 
 def _packed_sinks(plan: Plan, sinks: Float[Array, " N"]) -> Float[Array, "packs rows lanes"]:
