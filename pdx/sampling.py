@@ -79,13 +79,30 @@ class SamplingState:
           RequestError: a prompt, output or logit bias names a token outside the vocabulary.
           ValueError: more options than rows, or another number of prompts or outputs than of options.
         """
+        host = cls.on_host(options, vocab_size, prompts=prompts, outputs=outputs, batch=batch)
+        return jax.tree.map(jnp.asarray, host)
+
+    @classmethod
+    def on_host(
+        cls,
+        options: Sequence[SamplingOptions],
+        vocab_size: int,
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+        outputs: Sequence[Sequence[int]] | None = None,
+        batch: int | None = None,
+    ) -> SamplingState:
+        """What `create` makes, as numpy arrays: whoever may not wait for the device hands these to a program."""
         batch = len(options) if batch is None else batch
         if len(options) > batch:
             raise ValueError(f"{len(options)} requests do not fit a batch of {batch} rows")
         rows = [*options, *[SamplingOptions(seed=0)] * (batch - len(options))]
 
-        def column(name, dtype):
-            return jnp.asarray([getattr(o, name) for o in rows], dtype)
+        def column(values, dtype):
+            return np.array(list(values), dtype)
+
+        def setting(name):
+            return column((getattr(o, name) for o in rows), np.float32)
 
         seeds = [secrets.randbits(64) if o.seed is None else o.seed for o in rows]
         bias_ids, bias_values = _bias_arrays(rows, vocab_size)
@@ -95,19 +112,19 @@ class SamplingState:
         for row, ids in _histories("outputs", outputs, options, vocab_size):
             np.add.at(output_counts[row], ids, 1)
         return cls(
-            temperature=column("temperature", jnp.float32),
-            top_k=jnp.asarray([o.top_k if o.top_k < vocab_size else 0 for o in rows], jnp.int32),
-            top_p=column("top_p", jnp.float32),
-            min_p=column("min_p", jnp.float32),
-            repetition=column("repetition_penalty", jnp.float32),
-            presence=column("presence_penalty", jnp.float32),
-            frequency=column("frequency_penalty", jnp.float32),
-            seeds=jnp.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], jnp.uint32).reshape(batch, 2),
-            bias_ids=jnp.asarray(bias_ids),
-            bias_values=jnp.asarray(bias_values),
-            output_counts=jnp.asarray(output_counts),
-            in_prompt=jnp.asarray(in_prompt),
-            logprobs=jnp.asarray([o.logprobs is not None for o in rows]),
+            temperature=setting("temperature"),
+            top_k=column((o.top_k if o.top_k < vocab_size else 0 for o in rows), np.int32),
+            top_p=setting("top_p"),
+            min_p=setting("min_p"),
+            repetition=setting("repetition_penalty"),
+            presence=setting("presence_penalty"),
+            frequency=setting("frequency_penalty"),
+            seeds=column(([seed >> 32, seed & 0xFFFFFFFF] for seed in seeds), np.uint32).reshape(batch, 2),
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+            output_counts=output_counts,
+            in_prompt=in_prompt,
+            logprobs=column((o.logprobs is not None for o in rows), bool),
         )
 
     def observe(self, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> SamplingState:

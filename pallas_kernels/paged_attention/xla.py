@@ -46,6 +46,14 @@ def gather_scale(scales, ids, kv_heads: int):
     return block.reshape(*block.shape[:2], -1)
 
 
+def shrinking(rows: int) -> tuple[int, ...]:
+    """How many of the longest rows are read together, one number after another as shorter ones end. Each is a loop of
+    its own in the program, so there are few; on a GPU a loop costs its host a question a turn, and there is one."""
+    if platform_of() == "gpu":
+        return (rows,)
+    return tuple(dict.fromkeys((rows, max(1, rows // 2), max(1, rows // 4))))
+
+
 def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale, sinks, value_dim):
     """Online softmax of B rows with t queries each: (out [B, t, N, Hv] f32, lse [B, t, N]).
 
@@ -57,27 +65,31 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
     keys_a_step = per_step * p
     dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
     precision = precision_of(dtype)
+    steps = -(-(end - first) // per_step)
+    order = jnp.argsort(-steps)  # the longest first, so that those which are still read stand together
+    q, positions, tables, first, steps = (x[order] for x in (q, positions, tables, first, steps))
     rows = q.astype(dtype).reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, h)
     newest = positions.max(1)
     oldest = jnp.zeros_like(newest) if call.window is None else positions.min(1) - (call.window - 1)
 
     def body(step, carry):
         top, total, acc = carry
-        columns = first[:, None] + step * per_step + jnp.arange(per_step)
-        ids = jnp.take_along_axis(tables, jnp.minimum(columns, call.width - 1), axis=1)
+        m = len(top)  # of the rows; the others have ended
+        columns = first[:m, None] + step * per_step + jnp.arange(per_step)
+        ids = jnp.take_along_axis(tables[:m], jnp.minimum(columns, call.width - 1), axis=1)
         k = gather(arrays["k_pages"], ids, call.layout, kv_heads, h)
         v = gather(arrays["v_pages"], ids, call.layout, kv_heads, value_dim)
-        key = ((first + step * per_step) * p)[:, None] + jnp.arange(keys_a_step)  # [B, S]
-        held = (key >= oldest[:, None]) & (key <= newest[:, None])
-        logits = jnp.einsum("bkmh,bksh->bkms", rows, k.astype(rows.dtype), precision=precision,
+        key = ((first[:m] + step * per_step) * p)[:, None] + jnp.arange(keys_a_step)  # [m, S]
+        held = (key >= oldest[:m, None]) & (key <= newest[:m, None])
+        logits = jnp.einsum("bkmh,bksh->bkms", rows[:m], k.astype(rows.dtype), precision=precision,
                             preferred_element_type=jnp.float32)  # fmt: skip
         if call.scale_heads:
             logits = logits * gather_scale(arrays["k_scale"], ids, kv_heads)[:, :, None]
-        logits = soft_cap(logits.reshape(b, kv_heads, group, t, keys_a_step) * scale, call.softcap)
-        mask = key[:, None] <= positions[..., None]
+        logits = soft_cap(logits.reshape(m, kv_heads, group, t, keys_a_step) * scale, call.softcap)
+        mask = key[:, None] <= positions[:m, :, None]
         if call.window is not None:
-            mask &= key[:, None] > positions[..., None] - call.window
-        logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * t, keys_a_step)
+            mask &= key[:, None] > positions[:m, :, None] - call.window
+        logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(m, kv_heads, group * t, keys_a_step)
         new_top = jnp.maximum(top, logits.max(-1))
         weights = jnp.exp(logits - new_top[..., None])
         fade = jnp.exp(top - new_top)
@@ -96,8 +108,14 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
     else:
         sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), t, axis=1)
         top, total = jnp.broadcast_to(sink, (b, kv_heads, m)), jnp.ones((b, kv_heads, m))
-    start = (top.astype(jnp.float32), total.astype(jnp.float32), jnp.zeros((b, kv_heads, m, value_dim), jnp.float32))
-    top, total, acc = lax.fori_loop(0, jnp.max(-(-(end - first) // per_step)), body, start)
+    carry = (top.astype(jnp.float32), total.astype(jnp.float32), jnp.zeros((b, kv_heads, m, value_dim), jnp.float32))
+    done, sizes = 0, shrinking(b)
+    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+        until = jnp.maximum(done, steps[smaller])  # the row that the next loop leaves out has ended
+        part = lax.fori_loop(done, until, body, tuple(x[:size] for x in carry))
+        carry = tuple(jnp.concatenate([new, old[size:]]) for new, old in zip(part, carry, strict=True))
+        done = until
+    top, total, acc = (x[jnp.argsort(order)] for x in carry)
     out = acc / jnp.where(total == 0, 1.0, total)[..., None]
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))
     out = out.reshape(b, kv_heads, group, t, value_dim).transpose(0, 3, 1, 2, 4).reshape(b, t, n, value_dim)

@@ -123,11 +123,12 @@ class Driver:
         """Send a step to the device. One with masks samples only when all tokens before it are known."""
         plan = flight.plan
         before = flights[-2] if len(flights) > 1 else None
+        seen_running = time.perf_counter() if before and not before.drawn.tokens.is_ready() else None
         self.runner.join_all(plan.joins)
         flight.logits = self.runner.forward(plan)
         is_late = before is None or before.drawn.tokens.is_ready()
         with self.work:
-            self.stats.dispatched(plan, time.perf_counter(), is_late=is_late)
+            self.stats.dispatched(plan, time.perf_counter(), is_late=is_late, seen_running=seen_running)
         masked = [c for c in plan.chunks if c.samples and c.sequence.request.mask is not None]
         if masked:
             while len(flights) > 1:

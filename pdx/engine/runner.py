@@ -119,11 +119,11 @@ class Runner:
 
     def join(self, slot: int, options: SamplingOptions, prompt: list[int], outputs: list[int]) -> None:
         """Put a request's sampling settings, and what it has generated already, into a slot."""
-        one = SamplingState.create([options], self.vocab_size, prompts=[prompt], outputs=[outputs])
+        # Made on the host: a device computes one thing after another, and would be asked in the middle of a step.
+        one = SamplingState.on_host([options], self.vocab_size, prompts=[prompt], outputs=[outputs])
         self.sampling = self._call(
-            "join", _join, sampling=self.sampling, slot=np.int32(slot), one=jax.tree.map(np.asarray, one),
-            static={"mesh": self.model.mesh},
-        )  # fmt: skip
+            "join", _join, sampling=self.sampling, slot=np.int32(slot), one=one, static={"mesh": self.model.mesh}
+        )
 
     def join_all(self, sequences: tuple[Sequence, ...]) -> None:
         for seq in sequences:

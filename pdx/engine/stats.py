@@ -15,7 +15,8 @@ class Stats:
     """Adds up what happens; `snapshot` tells it.
 
     A step lasts from when it could begin (it was dispatched, and the one before had ended) until its tokens were on the
-    host. Where none was under way when it was dispatched although there was work, the device was idle for the gap.
+    host. Where none was under way when it was dispatched although there was work, the device was idle for at most the
+    time since a step was last seen running, or had its tokens taken: the gap.
     """
 
     def __init__(self, slots: int):
@@ -26,7 +27,9 @@ class Stats:
         self._times: deque[float] = deque(maxlen=KEPT)
         self._ended: float | None = None
 
-    def dispatched(self, plan: StepPlan, now: float, *, is_late: bool) -> None:
+    def dispatched(self, plan: StepPlan, now: float, *, is_late: bool, seen_running: float | None = None) -> None:
+        """A step went to the device. `is_late`: the one before had ended by then; `seen_running`: when it last had
+        not."""
         self.steps += 1
         self.decode_tokens += plan.decode_tokens
         self.prefill_tokens += plan.prefill_tokens
@@ -35,7 +38,7 @@ class Stats:
         self.hit_tokens += sum(s.hit_tokens for s in plan.joins if not s.preemptions)
         self.late += is_late
         if is_late and self._ended is not None:
-            self.idle_s += max(0.0, now - self._ended)
+            self.idle_s += max(0.0, now - (seen_running or self._ended))
 
     def ended(self, dispatched: float, now: float) -> None:
         began = dispatched if self._ended is None else max(dispatched, self._ended)

@@ -380,6 +380,6 @@ def test_settings_that_make_no_sense(fields, says):
 
 def test_ladders():
     config = EngineConfig(slots=8, token_budget=100)
-    assert config.ladder(512) == (8, 16, 32, 64, 100)
+    assert config.ladder(512) == (8, 16, 32, 48, 64, 96, 100)
     assert dataclasses.replace(config, deterministic=True).ladder(512) == (100,)
     assert dataclasses.replace(config, chunked_prefill=False).ladder(512)[-1] == 520
