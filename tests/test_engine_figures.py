@@ -54,7 +54,11 @@ def test_a_figure_beside_its_target():
 
 
 def test_tokens_while_all_slots_were_taken():
-    early = ServedTiming(4, 1.0, 4.0, queue_s=0.0, gaps_s=(1.0, 1.0, 1.0))
-    late = ServedTiming(3, 3.5, 5.5, queue_s=2.0, gaps_s=(1.0, 1.0))
-    done = [SimpleNamespace(timing=early), SimpleNamespace(timing=late)]
-    assert engine_figures._full_rate(done) == 2 / 2.0
+    """From when the second of two slots was taken (0.5 s) until the last request got one (2 s)."""
+    timings = [
+        ServedTiming(4, 0.4, 4.0, queue_s=0.0, gaps_s=(0.6, 1.0, 1.0)),  # tokens at 0.4, 1.0, 2.0 and 3.0 s
+        ServedTiming(3, 1.5, 2.5, queue_s=0.5, gaps_s=(1.0,)),
+        ServedTiming(3, 3.5, 5.5, queue_s=2.0, gaps_s=(1.0, 1.0)),
+    ]
+    done = [SimpleNamespace(timing=t) for t in timings]
+    assert engine_figures._full_rate(done, 2) == 3 / 1.5

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import pdx
 from pdx import chips, steps
-from pdx.bench import calibrate, pitfalls, report, report_page, rows
+from pdx.bench import calibrate, pitfalls, report, report_page, rows, served
 from pdx.bench.lab import Side, Stand, some_ids
 from pdx.bench.rows import Lab
 from pdx.bench.timing import Timing
@@ -20,6 +21,7 @@ from pdx.cli import app
 from pdx.cost import Setup
 from pdx.errors import PdxError, RequestError
 from pdx.rates import Rates, Surface
+from pdx.weights.loaded import Model
 from tests import models, tiny_model
 
 SETUP = Setup(models.LLAMA, "float32")
@@ -102,14 +104,18 @@ def stand():
     return Stand(models.LLAMA, models.params(models.LLAMA), np.dtype("float32"))
 
 
+def lab_of(stand: Stand) -> Lab:
+    return Lab(Model(stand.params, stand.cfg, "tiny", Path(), stand.dtype), chip(1e9), SIZES)
+
+
 def test_repeated_heads_say_the_same(stand):
-    whole = Lab(stand, chip(1e9), SIZES).multihead
+    whole = lab_of(stand).multihead
     assert whole.cfg.num_kv_heads == whole.cfg.num_heads
     rows._same(whole, stand)
     wrong = jax.tree.map(lambda x: -x, whole.params)
     with pytest.raises(PdxError, match="must say the same"):
         rows._same(dataclasses.replace(whole, params=wrong), stand)
-    outcome = rows.measure(next(r for r in rows.ROWS if r.name.startswith("GQA")), Lab(whole, chip(1e9), SIZES), {})
+    outcome = rows.measure(next(r for r in rows.ROWS if r.name.startswith("GQA")), lab_of(whole), {})
     assert outcome.verdict == "not applicable here"
 
 
@@ -140,11 +146,45 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(directory):
-    chosen = ["larger batch", "chunked prefill", "speculative decoding"]
+    chosen = ["larger batch", "continuous batching", "chunked prefill", "speculative decoding"]
     model, here = pdx.load(directory), chip(1e9)
     found = report.run(model, here, {"v5e": chips.chip("v5e")}, SIZES, only=chosen)
-    lab = Lab(Stand(model.config, model.params, model.dtype), here, SIZES)
-    return dataclasses.replace(found, pitfalls=pitfalls.run(lab))
+    return dataclasses.replace(found, pitfalls=pitfalls.run(Lab(model, here, SIZES)))
+
+
+def test_answers_are_of_mixed_length():
+    lengths = served.mixed_lengths(400, 16)
+    assert len(lengths) == 400
+    assert np.mean(lengths) == pytest.approx(16, rel=0.05)
+    assert np.median(lengths) == pytest.approx(16 * np.log(2), rel=0.1)
+    assert (min(lengths), max(lengths) > 80) == (1, True)
+    assert lengths != sorted(lengths)
+
+
+def test_slots_are_filled_as_they_fall_free():
+    """Every token of every request has its step, behind those before it; never more rows than slots."""
+    prompt, outputs, slots = 5, [3, 1, 4, 1, 2], 2
+    seen = list(served._schedule(prompt, outputs, slots))
+    assert seen == [
+        [(5, 0), (5, 0)],  # the first two; the second ends at once
+        [(1, 5), (5, 0)],
+        [(1, 6), (1, 5)],  # the last token of the first
+        [(1, 6), (5, 0)],  # the fourth ends at once
+        [(1, 7), (5, 0)],  # the last of the third
+        [(1, 5)],
+    ]
+
+
+def test_both_sides_serve_the_same_requests(seen):
+    outcome = next(o for o in seen.outcomes if o.name == "continuous batching")
+    assert [f.phase for f in outcome.findings] == ["prefill", "decode"]
+    assert not outcome.verdict
+    for f in outcome.findings:
+        # Tokens are equal, so the gain is that of the times.
+        assert f.gain == pytest.approx(np.median([a / b for a, b in zip(f.off_s.seconds, f.on_s.seconds, strict=True)]))
+        assert "static batches of 2 → an engine of 2 slots" in f.load
+    # The prediction: batches that wait for their longest answer compute more.
+    assert outcome.findings[1].predicted["v5e"] > 1.05
 
 
 def test_errors_are_those_of_the_predictions(seen, directory):
@@ -177,7 +217,7 @@ def test_it_is_written(seen, tmp_path):
                   "TTFT", "![", "Pitfalls", "one number says", "chunked prefill, decode: "):  # fmt: skip
         assert words in text, words
     assert data["median_error"]["tpot"] == pytest.approx(seen.error("decode"), rel=1e-4)
-    (batch, spec, chunked) = data["outcomes"]
+    (batch, spec, _, chunked) = data["outcomes"]
     assert batch["findings"][1]["gain"] == pytest.approx(seen.outcomes[0].findings[1].gain, rel=1e-4)
     assert set(batch["findings"][0]["predicted"]) == {"here", "v5e"}
     assert spec["verdict"] == "not built"

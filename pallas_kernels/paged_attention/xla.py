@@ -48,10 +48,11 @@ def gather_scale(scales, ids, kv_heads: int):
 
 def shrinking(rows: int) -> tuple[int, ...]:
     """How many of the longest rows are read together, one number after another as shorter ones end. Each is a loop of
-    its own in the program, so there are few; on a GPU a loop costs its host a question a turn, and there is one."""
+    its own in the program, which takes a CPU a second to compile for 30 layers, so there are two; on a GPU a loop costs
+    its host a question a turn, and there is one."""
     if platform_of() == "gpu":
         return (rows,)
-    return tuple(dict.fromkeys((rows, max(1, rows // 2), max(1, rows // 4))))
+    return tuple(dict.fromkeys((rows, max(1, rows * 3 // 8))))
 
 
 def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale, sinks, value_dim):
@@ -141,7 +142,8 @@ def attention(
     arrays = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
     run = partial(attend, call=call, arrays=arrays, scale=scale, sinks=sinks, value_dim=hv)
     asked = jnp.where(lengths > 0, query_starts[1:] - query_starts[:-1], 0)
-    block = min(QUERY_BLOCK, call.max_queries)
+    # Where many rows share the tokens, each has few: what a block has beyond them is computed for nothing.
+    block = min(QUERY_BLOCK, call.max_queries, max(16, 2 * t // max(1, call.rows - call.decode_rows)))
     nothing = jnp.full((t + block, n), -jnp.inf)
     if sinks is not None:
         nothing = jnp.broadcast_to(sinks.astype(jnp.float32), nothing.shape)

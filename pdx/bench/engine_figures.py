@@ -52,12 +52,12 @@ class Sizes:
     outputs: str = "uniform:48:192"
     requests: int = 24
     alone: int = 2  # requests of that load that one slot is given
-    steps: int = 96  # of a bare loop
+    steps: int = 120  # of a bare loop at most: as many as an answer has on average, so that contexts are alike
     long_prompt: int = 2000
     before: int = 8  # tokens that each request has had when the long prompt comes
     prefix: int = 1000
     own: int = 24  # tokens of a prompt behind a shared prefix
-    rounds: int = 2
+    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
 
         def served() -> Timing:
             done, seconds = _serve(many, requests)
-            full.append(_full_rate(done))
+            full.append(_full_rate(done, sizes.slots))
             return Timing((seconds,)).per(sum(outputs))
 
         def alone() -> Timing:
@@ -275,11 +275,12 @@ def _serve(engine: Engine, requests: Sequence[EngineRequest]) -> tuple[list[Comp
     return done, seconds
 
 
-def _full_rate(done: Sequence[Completion]) -> float:
-    """Tokens a second from the beginning until the last request got its slot: as long as all slots were taken."""
-    end = max(c.timing.queue_s for c in done)
+def _full_rate(done: Sequence[Completion], slots: int) -> float:
+    """Tokens a second from when all slots were first taken until the last request got its slot."""
+    admitted = sorted(c.timing.queue_s for c in done)
+    begin, end = admitted[slots - 1], admitted[-1]
     times = [t for c in done for t in accumulate((c.timing.ttft_s, *c.timing.gaps_s))]
-    return sum(t <= end for t in times) / end
+    return sum(begin < t <= end for t in times) / (end - begin)
 
 
 def _interrupted(engine: Engine, prompts: Prompts, sizes: Sizes) -> tuple[float, float]:

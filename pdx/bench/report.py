@@ -14,7 +14,7 @@ import jax
 from pallas_kernels.hardware import Chip
 from pdx.bench import pitfalls, report_page, report_plots, rows
 from pdx.bench.device import machine
-from pdx.bench.lab import Side, Stand
+from pdx.bench.lab import Side
 from pdx.bench.report_data import Point, Report
 from pdx.bench.rows import Lab, Sizes
 from pdx.bench.timing import interleaved
@@ -42,8 +42,8 @@ def run(
     chosen = [r for r in rows.ROWS if only is None or r.name in only]
     if only is not None and (unknown := set(only) - {r.name for r in chosen}):
         raise RequestError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(r.name for r in rows.ROWS)}")
-    plain = Stand(model.config, model.params, model.dtype)
-    lab, grid = Lab(plain, chip, sizes), list(loads(sizes))
+    lab, grid = Lab(model, chip, sizes), list(loads(sizes))
+    plain = lab.plain
     total, points, outcomes = len(grid) + len(chosen) + 1, [], []
     for phase, batch, tokens in grid:
         progress("measuring", len(points), total)

@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels.hardware import Chip
 from pdx import steps
+from pdx.bench import served
 from pdx.bench.lab import Side, Stand, some_ids
 from pdx.bench.timing import Timing, interleaved
 from pdx.bench.verdicts import CLAIMS, Comparison, Finding, judge
@@ -23,6 +24,7 @@ from pdx.config import ModelConfig
 from pdx.cost import Phase
 from pdx.errors import PdxError
 from pdx.quant import quantize_params
+from pdx.weights.loaded import Model
 
 
 class NotBuilt(Exception):
@@ -45,6 +47,9 @@ class Sizes:
     long_context: int = 2048
     chunk: int = 256
     draft: int = 4
+    requests: int = 24
+    answer_prompt: int = 16
+    answer: int = 16  # tokens, on average
     prompts: tuple[int, ...] = (32, 128, 256, 512, 1024)
     batches: tuple[int, ...] = (1, 4, 8)
     contexts: tuple[int, ...] = (128, 2048)
@@ -59,7 +64,7 @@ class Sizes:
         )  # fmt: skip
 
 
-QUICK = Sizes(2, 2, 16, 32, 128, 128, 16, 4, (16, 32), (1, 2), (128,), 2)
+QUICK = Sizes(2, 2, 16, 32, 128, 128, 16, 4, 4, 8, 4, (16, 32), (1, 2), (128,), 2)
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,13 @@ def row(name: str, *, prefill: str, decode: str):
 class Lab:
     """A model, this device and the loads that rows are to use."""
 
-    plain: Stand
+    model: Model
     chip: Chip
     sizes: Sizes
+
+    @cached_property
+    def plain(self) -> Stand:
+        return Stand(self.model.config, self.model.params, self.model.dtype)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -217,9 +226,16 @@ def _same(one: Stand, other: Stand, tokens: int = 32) -> None:
 
 @row("continuous batching", prefill="small", decode="huge")
 def continuous_batching(lab: Lab):
-    raise NotApplicable("it takes requests that come and go, not one call: `pdx bench engine` measures it on this "
-                        "device, `pdx bench load` under any load")  # fmt: skip
-    yield
+    """Many requests of mixed length at once, whose prompts and answers are timed as a whole. Without it: batches that
+    end with their longest answer."""
+    s = lab.sizes
+    outputs = served.mixed_lengths(s.requests, s.answer)
+    measures = f"{s.requests} requests of {s.answer_prompt} tokens, "
+    with served.engine(lab.model, s.answer_prompt, max(outputs), s.rows) as running:
+        for lengths, answers in (([1] * s.requests, "answers of one"), (outputs, f"answers of 1 to {max(outputs)}")):
+            yield Comparison(
+                served.static_batches(lab.plain, s.answer_prompt, lengths, s.rows),
+                served.continuous(running, lab.plain, s.answer_prompt, lengths), measures + answers)  # fmt: skip
 
 
 @row("chunked prefill", prefill="costs a little", decode="protects the others")

@@ -129,15 +129,14 @@ class EngineConfig:
         return self.budget if self.chunked_prefill else max(self.budget, max_context + self.slots)
 
     def ladder(self, max_context: int) -> tuple[int, ...]:
-        """The numbers of tokens T that steps are padded to: `slots` for decode rows alone, then powers of two and, as
-        padding is computed like tokens, one rung between two of them."""
+        """The numbers of tokens T that steps are padded to: `slots` for decode rows alone, then doubling."""
         top = self.whole(max_context)
         if self.deterministic:
             return (top,)
         rungs = [self.slots]
         rung = max(SMALLEST_MIXED, round_up(self.slots + 1, SMALLEST_MIXED))
         while rung < top:
-            rungs += [r for r in (rung, rung + rung // 2) if r < top and r % SMALLEST_MIXED == 0]
+            rungs.append(rung)
             rung *= 2
         return (*rungs, top)
 

@@ -105,6 +105,7 @@ class Scheduler:
         for seq in oldest_first:
             if seq.status is Status.RUNNING and seq.remaining == 1:
                 self._decode(seq, draft)
+        draft.left = self._fitting(draft)
         for seq in oldest_first:
             if seq.status is Status.RUNNING and seq.id not in draft.drafted:
                 self._prefill(seq, draft)
@@ -236,6 +237,20 @@ class Scheduler:
     def _is_elastic(self) -> bool:
         """Whether a chunk may have any length."""
         return self.config.chunked_prefill and not self.config.deterministic
+
+    def _fitting(self, draft: Draft) -> int:
+        """Tokens that prompts may take: what the budget leaves, or what a smaller step has room for where theirs would
+        fill less than half of the way to the next size. Padding is computed like tokens; the rest goes with the next
+        step. At least half of what waits is taken."""
+        if not self._is_elastic:
+            return draft.left
+        prompts = [s for s in self.running if s.id not in draft.drafted] + self.waiting[: len(self._slots)]
+        wanted = min(sum(s.remaining for s in prompts[: draft.rows_left]), draft.left)
+        taken = self.config.budget - draft.left
+        below = max((size for size in self.ladder[1:] if size < taken + wanted), default=0)
+        above = next(size for size in self.ladder if size >= taken + wanted)
+        is_little = taken + wanted - below < (above - below) / 2 and below - taken >= wanted / 2
+        return below - taken if below and is_little else draft.left
 
     def _count(self, seq: Sequence, draft: Draft) -> int:
         """Tokens of the next chunk by budget; 0 if none fits."""

@@ -322,6 +322,28 @@ def test_a_full_slot_is_taken_over_without_a_step_between():
     world.run()
 
 
+@pytest.mark.parametrize(("prompt", "decoding", "shapes"), [
+    (38, 0, [32, 16]),  # 6 tokens of the 32 between two sizes would be none
+    (36, 14, [64]),
+    (9, 0, [16]),
+    (18, 0, [16, 16]),
+    (20, 15, [32, 32]),
+    (5, 15, [32]),  # of which 16 would leave room for one token: at least half is taken
+])  # fmt: skip
+def test_a_step_is_not_made_of_padding(prompt, decoding, shapes):
+    world = World(depth=0, slots=max(2, decoding + 1), token_budget=64, pages=[400], max_queue=40)
+    for i in range(decoding):  # without an end
+        world.scheduler.submit(EngineRequest((1, i), SamplingOptions(max_tokens=30)), world.now)
+    while any(s.remaining > 1 for s in world.scheduler.running) or world.scheduler.waiting:
+        world.step()
+    assert len(world.scheduler.running) == decoding
+    seq = world.submit([2] * prompt, 1)
+    seen = []
+    while seq.status is not Status.FINISHED:
+        seen.append(world.step().shape)
+    assert seen == shapes
+
+
 def test_cancelling_frees_everything_in_every_state():
     world = World(depth=2, slots=1)
     waiting, running = world.submit([1] * 9, 9), world.submit([2] * 9, 9)
@@ -380,6 +402,6 @@ def test_settings_that_make_no_sense(fields, says):
 
 def test_ladders():
     config = EngineConfig(slots=8, token_budget=100)
-    assert config.ladder(512) == (8, 16, 32, 48, 64, 96, 100)
+    assert config.ladder(512) == (8, 16, 32, 64, 100)
     assert dataclasses.replace(config, deterministic=True).ladder(512) == (100,)
     assert dataclasses.replace(config, chunked_prefill=False).ladder(512)[-1] == 520
