@@ -95,8 +95,9 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     if call.kv_dtype == "int8" and widest < 128:  # spilled with 128 rows
         rows = min(rows, 64)
     stages = 3 if on.smem_kib >= 160 and dtype != jnp.float32 and widest <= 128 else 2
-    return Config(rows, keys, num_warps=8 if rows * widest >= 64 * 128 or (dtype == jnp.float32 and rows > 16) else 4,
-                  num_stages=stages)  # fmt: skip
+    # Small f32 heads leave little to do for 8 warps, which spilled on a B200.
+    many = rows * widest >= 64 * 128 or (dtype == jnp.float32 and rows > 16 and widest > 16)
+    return Config(rows, keys, num_warps=8 if many else 4, num_stages=stages)
 
 
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
