@@ -49,10 +49,10 @@ class Sizes:
     prompt: int = 32
     budget: int | None = None  # tokens of a step; None: the engine's own choice
     context: int = 2048  # of every engine, so that they share programs
-    outputs: str = "uniform:48:192"
+    outputs: str = "uniform:64:256"
     requests: int = 24
     alone: int = 2  # requests of that load that one slot is given
-    steps: int = 120  # of a bare loop at most: as many as an answer has on average, so that contexts are alike
+    steps: int = 160  # of a bare loop at most: as many as an answer has on average, so that contexts are alike
     long_prompt: int = 2000
     before: int = 8  # tokens that each request has had when the long prompt comes
     prefix: int = 1000
