@@ -1,6 +1,5 @@
 """The scheduler on a fake device: invariants under random events, and what each policy promises."""
 
-import dataclasses
 import random
 from collections import deque
 
@@ -384,24 +383,3 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(QueueFullError, match="max_queue"):
         world.submit([1], 2)
     world.run()
-
-
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"slots": 0}, "slots"), ({"token_budget": 8}, "above 8"), ({"policy": "lifo"}, "policy"),
-        ({"pages": 0}, "pages"), ({"aging_s": 0}, "aging_s"), ({"memory_share": 2}, "memory_share"),
-        ({"num_logprobs": 99}, "num_logprobs"), ({"deterministic": True, "chunked_prefill": False}, "one shape"),
-        ({"deterministic": True, "token_budget": 20, "page_size": 16}, "page"), ({"prefill_rows": 1.5}, "whole number"),
-    ],
-)  # fmt: skip
-def test_settings_that_make_no_sense(fields, says):
-    with pytest.raises(RequestError, match=says):
-        EngineConfig(**fields)
-
-
-def test_ladders():
-    config = EngineConfig(slots=8, token_budget=100)
-    assert config.ladder(512) == (8, 16, 32, 64, 100)
-    assert dataclasses.replace(config, deterministic=True).ladder(512) == (100,)
-    assert dataclasses.replace(config, chunked_prefill=False).ladder(512)[-1] == 520
