@@ -88,9 +88,9 @@ CASES = (
 LARGE = (
     Case("llama-3-8b decode", (1000,) * 64, (1,) * 64, page=128, kv_heads=8, group=4, head_dim=128, max_queries=1,
          dtype="bfloat16", width=64, spare=1024),
-    Case("llama-3-8b mixed", (1000,) * 32 + (2048, 512), (1,) * 32 + (512, 256), tokens=1024, page=128, kv_heads=8,
+    Case("llama-3-8b mixed", (1000,) * 32 + (2048, 768), (1,) * 32 + (640, 352), tokens=1024, page=128, kv_heads=8,
          group=4, head_dim=128, dtype="bfloat16", decode_rows=32, width=64, spare=1024, smoke=True),
-    Case("llama-3-8b mixed, int8", (1000,) * 32 + (2048, 512), (1,) * 32 + (512, 256), tokens=1024, page=128,
+    Case("llama-3-8b mixed, int8", (1000,) * 32 + (2048, 768), (1,) * 32 + (640, 352), tokens=1024, page=128,
          kv_heads=8, group=4, head_dim=128, dtype="bfloat16", kv_dtype="int8", decode_rows=32, width=64, spare=2048,
          smoke=True),
     Case("smollm2 mixed", (900,) * 16 + (700,), (1,) * 16 + (240,), tokens=256, page=64, kv_heads=3, group=3,
