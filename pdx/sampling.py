@@ -68,31 +68,19 @@ class SamplingState:
         prompts: Sequence[Sequence[int]] | None = None,
         outputs: Sequence[Sequence[int]] | None = None,
         batch: int | None = None,
+        on_host: bool = False,
     ) -> SamplingState:
         """The state of `batch` rows (as many as options by default), the first of which have a request.
 
         Args:
           prompts: the token ids of each prompt, for the repetition penalty.
           outputs: what each request has generated already, when it goes on in another batch.
+          on_host: as numpy arrays: whoever may not wait for the device hands these to a program.
 
         Raises:
           RequestError: a prompt, output or logit bias names a token outside the vocabulary.
           ValueError: more options than rows, or another number of prompts or outputs than of options.
         """
-        host = cls.on_host(options, vocab_size, prompts=prompts, outputs=outputs, batch=batch)
-        return jax.tree.map(jnp.asarray, host)
-
-    @classmethod
-    def on_host(
-        cls,
-        options: Sequence[SamplingOptions],
-        vocab_size: int,
-        *,
-        prompts: Sequence[Sequence[int]] | None = None,
-        outputs: Sequence[Sequence[int]] | None = None,
-        batch: int | None = None,
-    ) -> SamplingState:
-        """What `create` makes, as numpy arrays: whoever may not wait for the device hands these to a program."""
         batch = len(options) if batch is None else batch
         if len(options) > batch:
             raise ValueError(f"{len(options)} requests do not fit a batch of {batch} rows")
@@ -111,7 +99,7 @@ class SamplingState:
             in_prompt[row, ids] = True
         for row, ids in _histories("outputs", outputs, options, vocab_size):
             np.add.at(output_counts[row], ids, 1)
-        return cls(
+        made = cls(
             temperature=setting("temperature"),
             top_k=column((o.top_k if o.top_k < vocab_size else 0 for o in rows), np.int32),
             top_p=setting("top_p"),
@@ -126,6 +114,7 @@ class SamplingState:
             in_prompt=in_prompt,
             logprobs=column((o.logprobs is not None for o in rows), bool),
         )
+        return made if on_host else jax.tree.map(jnp.asarray, made)
 
     def observe(self, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> SamplingState:
         """The state after `tokens` were emitted in the rows that are active; in place where it is donated."""

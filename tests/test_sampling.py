@@ -131,8 +131,8 @@ def test_degenerate_settings_are_greedy(setting):
 def test_a_state_made_on_the_host_is_the_same_and_asks_no_device():
     options = [SamplingOptions(temperature=0.5, top_k=10**6, seed=1 << 40, logit_bias={3: 1.0}, logprobs=2),
                SamplingOptions(repetition_penalty=1.5, presence_penalty=0.1, seed=2)]  # fmt: skip
-    arguments = (options, 50), {"prompts": [[1, 2], [4]], "outputs": [[3], [3, 3]], "batch": 3}
-    host, device = (make(*arguments[0], **arguments[1]) for make in (SamplingState.on_host, SamplingState.create))
+    seen = {"prompts": [[1, 2], [4]], "outputs": [[3], [3, 3]]}
+    host, device = (SamplingState.create(options, 50, **seen, batch=3, on_host=on_host) for on_host in (True, False))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(host))
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), host, device)
     assert all(jax.tree.leaves(same))

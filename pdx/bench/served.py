@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +64,11 @@ def static_batches(stand: Stand, prompt: int, outputs: list[int], rows: int) -> 
     return Side(f"static batches of {rows}", _phase(outputs), work, sum(outputs), stand.setup, load)
 
 
-@contextmanager
-def engine(model: Model, prompt: int, longest: int, rows: int) -> Iterator[Engine]:
-    """An engine whose steps hold the prompts of a whole batch, warm."""
+def engine(model: Model, prompt: int, longest: int, rows: int) -> Engine:
+    """An engine whose steps hold the prompts of a whole batch."""
     config = EngineConfig(slots=rows, prefill_rows=rows, token_budget=rows * prompt, prefix_cache=False,
                           max_context=min(model.config.max_context, round_up(prompt + longest, 128)))  # fmt: skip
-    with Engine(model, config) as running:
-        yield running
+    return Engine(model, config)
 
 
 def continuous(running: Engine, stand: Stand, prompt: int, outputs: list[int]) -> Side:

@@ -120,7 +120,7 @@ class Runner:
     def join(self, slot: int, options: SamplingOptions, prompt: list[int], outputs: list[int]) -> None:
         """Put a request's sampling settings, and what it has generated already, into a slot."""
         # Made on the host: a device computes one thing after another, and would be asked in the middle of a step.
-        one = SamplingState.on_host([options], self.vocab_size, prompts=[prompt], outputs=[outputs])
+        one = SamplingState.create([options], self.vocab_size, prompts=[prompt], outputs=[outputs], on_host=True)
         self.sampling = self._call(
             "join", _join, sampling=self.sampling, slot=np.int32(slot), one=one, static={"mesh": self.model.mesh}
         )
