@@ -1,6 +1,5 @@
 """Each layer against its formula in float64 numpy."""
 
-import os
 from dataclasses import replace
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 
 from pdx.config import RopeConfig
 from pdx.layers.attention import explain, implementation, layout_for
-from pdx.layers.linear import _embed_columns, embed, linear, parts_for, product, unembed
+from pdx.layers.linear import _embed_columns, embed, linear, product, unembed, weight_first
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import frequencies, rotate, rotation
@@ -88,25 +87,25 @@ def test_mlp(activation, bias):
     close(mlp(layer, replace(cfg, activation=activation), f32(X)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 5])
-def test_a_product_in_blocks_is_the_product(parts):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_product_is_the_same_with_either_operand_first(platform, monkeypatch):
+    monkeypatch.setattr("pdx.layers.linear.platform_of", lambda: platform)
     weight = RNG.standard_normal((40, 32))
-    close(product(f32(X), f32(weight), parts), X @ weight.T, 1e-5)
-    assert product(f32(X), f32(weight), parts, jnp.bfloat16).dtype == jnp.bfloat16
+    close(product(f32(X), f32(weight)), X @ weight.T, 1e-5)
+    assert product(f32(X), f32(weight), jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_a_cpu_alone_multiplies_a_few_rows_in_blocks(monkeypatch):
-    weight = jnp.zeros((40, 32))
+def test_a_cpu_multiplies_some_rows_with_the_weight_first(monkeypatch):
+    def first(rows, dtype=jnp.float32):
+        return weight_first(jnp.zeros((rows, 1, 32), dtype))
 
-    def parts(rows, dtype=jnp.float32):
-        return parts_for(jnp.zeros((rows, 1, 32), dtype), weight)
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert [parts(n) for n in (1, 2, 32, 33)] == [1, 5, 5, 1]
-    assert parts(8, jnp.bfloat16) == 1
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert parts(8) == 1
+    assert [first(n) for n in (1, 2, 128, 129)] == [False, True, True, False]
+    assert not first(8, jnp.bfloat16)
+    # The form that is compiled: the weight's rows are the product's rows.
+    text = jax.jit(product).lower(jnp.zeros((8, 32)), jnp.zeros((40, 32))).compile().as_text()
+    assert "f32[40,8]" in text
+    monkeypatch.setattr("pdx.layers.linear.platform_of", lambda: "tpu")
+    assert not first(8)
 
 
 def test_embed_scales_and_clips():

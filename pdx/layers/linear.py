@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,8 +21,9 @@ from pdx import quant
 
 Weight = Float[Array, "o i"] | QuantArray
 
-# Rows up to which the CPU's form below pays: 1.5x at 8, 2x at 16, nothing at 64; one row has a path of its own.
-FEW_ROWS = range(2, 33)
+# Rows for which a CPU multiplies faster with the weight as the left operand: 1.1 to 1.4 times (2 times and more where
+# XLA takes Eigen's products, not YNNPACK's), the same at 256 rows, slower at 1024. One row has a path of its own.
+WEIGHT_FIRST_ROWS = range(2, 129)
 
 
 _watcher: ContextVar[Callable[[Weight, Array], None] | None] = ContextVar("pdx_watcher", default=None)
@@ -39,40 +39,33 @@ def watching(see: Callable[[Weight, Array], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def product(x: Float[Array, "*b i"], weight: Weight, parts: int = 1, dtype=None) -> Float[Array, "*b o"]:
-    """x @ weight.T in `dtype` (None: what the operands give), with the weight's rows in `parts` equal blocks.
-
-    XLA on the CPU packs both sides of a product of a few rows on one thread, the weight too. With the weight on the
-    left and in blocks, each core takes some of them and nothing large is packed.
-    """
+def product(x: Float[Array, "*b i"], weight: Weight, dtype=None) -> Float[Array, "*b o"]:
+    """x @ weight.T in `dtype` (None: what the operands give)."""
     if (see := _watcher.get()) is not None:
         see(weight, x)
     if isinstance(weight, QuantArray):
         return quant.matmul(x, weight, dtype)
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": dtype}
-    if parts == 1:
+    if not weight_first(x):
         return jnp.einsum("...i,oi->...o", x, weight, **settings)
-    blocks = weight.reshape(parts, -1, weight.shape[1])
-    rows = jnp.broadcast_to(x.reshape(-1, x.shape[-1]), (parts, math.prod(x.shape[:-1]), x.shape[-1]))
-    y = jnp.einsum("poi,pri->por", blocks, rows, **settings)
+    # The axis of size one keeps the compiler from turning the product round again.
+    y = jnp.einsum("poi,pri->por", weight[None], x.reshape(1, -1, x.shape[-1]), **settings)
     return y.transpose(2, 0, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def parts_for(x: Float[Array, "*b i"], weight: Weight) -> int:
-    """In how many blocks the device at hand multiplies best: one for each core of a CPU, for a few rows of f32."""
-    # Several CPU devices are a mesh: reshaping a sharded weight would gather it.
-    if platform_of() != "cpu" or jax.device_count() > 1 or x.dtype != jnp.float32 or weight.dtype != jnp.float32:
-        return 1
-    if isinstance(weight, QuantArray) or math.prod(x.shape[:-1]) not in FEW_ROWS:
-        return 1
-    return max(n for n in range(1, (os.cpu_count() or 1) + 1) if weight.shape[0] % n == 0)
+def weight_first(x: Float[Array, "*b i"]) -> bool:
+    """Whether the device at hand multiplies so many rows faster as (weight @ x.T).T.
+
+    A CPU's products pack their right operand anew in each call: better the few rows than the whole weight.
+    """
+    return platform_of() == "cpu" and x.dtype == jnp.float32 and math.prod(x.shape[:-1]) in WEIGHT_FIRST_ROWS
 
 
 def linear(
     x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "*b o"]:
     """x @ weight.T + bias, accumulated in f32, in the dtype of x."""
-    y = product(x, weight, parts_for(x, weight))
+    y = product(x, weight)
     return y if bias is None else y + bias
 
 
@@ -104,7 +97,7 @@ def _embed_columns(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Flo
 
 def unembed(x: Float[Array, "*b D"], table: Weight, cap: float | None) -> Float[Array, "*b V"]:
     """Vocabulary logits in f32."""
-    return soft_cap(product(x, table, parts_for(x, table), jnp.float32), cap)
+    return soft_cap(product(x, table, jnp.float32), cap)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
