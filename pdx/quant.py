@@ -101,6 +101,15 @@ class Policy:
         return cls._of(default, [(pattern.strip(), kind) for pattern, _, kind in pairs])
 
     @classmethod
+    def of(cls, params: dict) -> Policy:
+        """How parameters are stored, matrix by matrix."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
+        kinds = {name_of(path): kind_of(x) for path, x in leaves if isinstance(x, QuantArray)}
+        if "lm_head" not in params and "embed" in kinds:
+            kinds["lm_head"] = kinds["embed"]
+        return cls(tuple(kinds.items()))
+
+    @classmethod
     def _from_toml(cls, path: Path) -> Policy:
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8"))

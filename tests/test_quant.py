@@ -104,6 +104,15 @@ def test_kinds_and_policies(tmp_path):
     assert not Policy.parse("none")
 
 
+@pytest.mark.parametrize("text", ["none", "int8", "w8a8,layers.0.q_proj=none,lm_head=none", "none,embed=int8"])
+def test_the_policy_of_parameters_is_how_they_are_stored(text):
+    params = pdx.init_params(models.LLAMA, jax.random.key(0))
+    asked = Policy.parse(text)
+    found = Policy.of(quantize_params(params, asked) if asked else params)
+    names = ["embed", "lm_head", "layers.0.q_proj", "layers.1.down_proj", "layers.1.attn_norm"]
+    assert [found.kind(n) for n in names] == [asked.kind(n) for n in names]
+
+
 def test_layers_are_counted_from_the_end_too(directory):
     layers = pdx.load(directory, quantize="int8,layers.-1.*=none,*_norm=none").params["layers"]
     quantized = [isinstance(p["q_proj"], QuantArray) for p in layers]

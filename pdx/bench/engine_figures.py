@@ -36,6 +36,7 @@ from pdx.engine.engine import Engine
 from pdx.engine.request import EngineRequest
 from pdx.errors import RequestError
 from pdx.layers.attention import layout_for
+from pdx.quant import Policy
 from pdx.sampling_options import SamplingOptions
 from pdx.shapes import round_up
 from pdx.weights.load import Model
@@ -164,7 +165,7 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
         yield Figure("peer", f"tokens/s of {sizes.requests} requests, against transformers in static batches of "
                      f"{sizes.slots}", rate / static, 1.5, seen={"engine tok/s": rate, "transformers tok/s": static})
     chip = _chip(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
-    setup = Setup(model.config, dtype=jnp.dtype(model.dtype).name)
+    setup = Setup(model.config, jnp.dtype(model.dtype).name, Policy.of(model.params))
     context = sizes.prompt + int(mean) // 2
     floors = {batch: setup.decode(batch, context).seconds(chip) for batch in (1, sizes.slots)}
     yield Figure("gain", f"tokens/s at {sizes.slots} slots over 1 slot", rate / single, seen={

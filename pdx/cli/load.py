@@ -18,6 +18,7 @@ from pdx.cli.app import (
     bench_app,
     load_model,
 )
+from pdx.cli.serving import ProfileOption, SlotsOption, TokenBudgetOption, engine_config
 from pdx.errors import RequestError
 from pdx.weights.builtin import DEFAULT_MODEL
 
@@ -48,10 +49,9 @@ def bench_load(
     vary: Annotated[list[str] | None, typer.Option(help="Settings side by side: chunked_prefill=on,off, "
                                                    "prefix_cache=on,off, slots=1,4,8, kv_dtype=auto,int8, "
                                                    "quantize=none,int8, ...; all combinations of several.")] = None,
-    profile: Annotated[str | None, typer.Option(help="An engine's settings: a name of configs/engines, or a TOML "
-                                                "file.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Requests that decode together.")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="Tokens of a step.")] = None,
+    profile: ProfileOption = None,
+    slots: SlotsOption = None,
+    token_budget: TokenBudgetOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.", min=0)] = 0,
     plot: Annotated[Path | None, typer.Option(help="Picture of latency against throughput, such as load.png.")] = None,
@@ -63,7 +63,6 @@ def bench_load(
 ) -> None:
     """The engine under load: TTFT, TPOT, E2E, throughput and goodput, over rates and settings side by side."""
     from pdx.bench import load, load_report, workload
-    from pdx.engine.config import EngineConfig
     from pdx.metrics import Objectives
     from pdx.report_text import device_name
     from pdx.sampling_options import SamplingOptions
@@ -75,9 +74,7 @@ def bench_load(
         if value is not None and not value > 0:
             raise RequestError(f"{name.replace('_', '-')} is {value:g}: it must be above 0 milliseconds")
     objectives = Objectives(*(None if x is None else x / 1e3 for x in limits.values()))
-    settings = {"kv_dtype": kv_dtype, "kernels": kernels, "slots": slots, "token_budget": token_budget}
-    changes = {k: v for k, v in settings.items() if v not in (None, "auto")}
-    base = EngineConfig.from_toml(profile, **changes) if profile else EngineConfig(**changes)
+    base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget)
     each = load.sides(base, quantize, vary or ())
     if plot:
         load_report.check_plot(plot)

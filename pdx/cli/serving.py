@@ -23,6 +23,7 @@ from pdx.weights.builtin import DEFAULT_MODEL
 
 ProfileOption = Annotated[str | None, typer.Option("--engine", help="A profile of configs/engines/ or a TOML file.")]
 SlotsOption = Annotated[int | None, typer.Option(help="Requests that decode together.", min=1)]
+TokenBudgetOption = Annotated[int | None, typer.Option(help="Tokens of a step, decode rows included.", min=1)]
 MaxTokensOption = Annotated[int, typer.Option(help="Stop an answer after this many tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option(help="Keep the smallest set of this probability.")]
@@ -30,10 +31,10 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes sampling reproducibl
 
 
 def engine_config(profile: str | None, **settings):
-    """A profile with those settings that are not None."""
+    """A profile with those settings that say something: not None, and not auto, which leaves it to the profile."""
     from pdx.engine.config import EngineConfig
 
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value not in (None, "auto")}
     return EngineConfig.from_toml(profile, **given) if profile else EngineConfig(**given)
 
 
@@ -88,7 +89,7 @@ def batch(
     seed: SeedOption = None,
     profile: ProfileOption = None,
     slots: SlotsOption = None,
-    token_budget: Annotated[int | None, typer.Option(help="Tokens of a step, decode rows included.")] = None,
+    token_budget: TokenBudgetOption = None,
     dtype: DtypeOption = "auto",
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,

@@ -89,8 +89,8 @@ class Engine:
           prompt: with an `EngineRequest`, `options` and `settings` must be left out.
           settings: single fields of `SamplingOptions`.
           index: what `completion.index` will be.
-          on_output: called with each output from the engine's thread; it should be quick, and if it raises, the request
-            ends with that error.
+          on_output: called with each output from the engine's thread, the last one with the completion or the error; it
+            should be quick, and if it raises, the request ends with that error.
 
         Raises:
           QueueFullError: too many requests wait.

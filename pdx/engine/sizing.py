@@ -16,6 +16,7 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.memory import demand
 from pdx.errors import RequestError
 from pdx.layers.attention import layout_for
+from pdx.quant import Policy
 from pdx.tradeoffs import largest_chunk
 from pdx.weights.load import Model
 
@@ -51,7 +52,7 @@ def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
     chip = detect()
     if chip is None:
         return CPU_BUDGET
-    setup = Setup(model.config, dtype=jnp.dtype(model.dtype).name, kv_dtype=jnp.dtype(kv_dtype).name)
+    setup = Setup(model.config, jnp.dtype(model.dtype).name, Policy.of(model.params), jnp.dtype(kv_dtype).name)
     chips = 1 if model.mesh is None else model.mesh.size
     chunk = largest_chunk(setup, chip, config.slots, config.max_context // 2, config.tpot_s, chips)
     return config.slots + max(CHUNK_STEP, min(chunk, LARGEST_CHUNK) // CHUNK_STEP * CHUNK_STEP)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,6 +21,8 @@ from pdx.metrics import ServedTiming
 class StreamOutput:
     """Some tokens of a request and the text they made; the last output carries the completion.
 
+    To a callback the last output of a request that failed carries the error, and no tokens; iterating raises it.
+
     `text` may lag behind the tokens: characters of several tokens, and what may become a stop string, are held back.
     """
 
@@ -27,6 +30,7 @@ class StreamOutput:
     text: str
     logprobs: list[TokenLogprobs] | None = None
     completion: Completion | None = None
+    error: Exception | None = None
 
 
 class RequestStream:
@@ -115,6 +119,9 @@ class RequestStream:
     def fail(self, error: Exception) -> None:
         """The request ends with an error."""
         if not self.is_over:
+            if self._on_output is not None:
+                with suppress(Exception):  # the request is lost already: there is nothing left that it could cost
+                    self._on_output(StreamOutput([], "", error=error))
             self.error = error
             self._notify()
 
@@ -137,6 +144,7 @@ class RequestStream:
             try:
                 self._on_output(output)
             except Exception as error:
+                self._on_output = None  # not called again, not even about this
                 raise ClientError(f"the request's callback raised {type(error).__name__}: {error}") from error
 
     def _notify(self) -> None:

@@ -1,11 +1,19 @@
 """Settings of an engine, and profiles of them."""
 
 import dataclasses
+from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import hardware
+from pdx import known
+from pdx.engine import sizing
 from pdx.engine.config import EngineConfig, profiles
 from pdx.errors import RequestError
+from pdx.model import param_specs
+from pdx.quant import Policy, quantized_specs
+from pdx.weights.load import Model
 
 
 @pytest.mark.parametrize("name", profiles())
@@ -48,3 +56,16 @@ def test_ladders():
     assert config.ladder(512) == (8, 16, 32, 64, 100)
     assert dataclasses.replace(config, deterministic=True).ladder(512) == (100,)
     assert dataclasses.replace(config, chunked_prefill=False).ladder(512)[-1] == 520
+
+
+def test_the_budget_on_a_chip_knows_how_the_weights_are_stored(monkeypatch):
+    cfg = known.config("llama-3-8b")
+    specs = param_specs(cfg, jnp.bfloat16)
+    monkeypatch.setattr(sizing, "detect", lambda: hardware.chip("v5e"))
+    config = EngineConfig(slots=8, max_context=4096, tpot_s=0.015)
+
+    def budget(params):
+        return sizing.budget(Model(params, cfg, "llama", Path(), jnp.bfloat16), config, jnp.bfloat16)
+
+    # Reading 16 GB of weights takes longer than a step may, reading 8 GB does not: a chunk fits.
+    assert budget(specs) < budget(quantized_specs(specs, Policy.parse("int8")))

@@ -252,10 +252,10 @@ def test_masks_from_the_host(engine):
 
 @pytest.mark.parametrize("mask", [lambda ids: np.zeros(258, bool), lambda ids: np.ones(3, bool), lambda ids: 1 / 0])
 def test_a_mask_that_makes_no_sense_fails_its_request_alone(engine, mask):
-    neighbour = engine.submit("Hello", max_tokens=20, ignore_eos=True)
+    neighbour, told = engine.submit("Hello", max_tokens=20, ignore_eos=True), []
     with pytest.raises(EngineError, match="mask"):
-        engine.submit(EngineRequest((50, 51), mask=mask)).result(60)
-    assert len(neighbour.result(60).token_ids) == 20
+        engine.submit(EngineRequest((50, 51), mask=mask), on_output=told.append).result(60)
+    assert (len(neighbour.result(60).token_ids), ["mask" in str(x.error) for x in told]) == (20, [True])
 
 
 def test_a_callback_that_raises_fails_its_request_alone(engine):
