@@ -73,10 +73,10 @@ def print_models(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
+    Console(width=10_000).print(table)  # a row a line, however narrow the terminal: names and paths can be copied
     print("also: a .gguf file, a Hugging Face directory (safetensors), a hub id, a checkpoint of `pdx convert`")
 
 
