@@ -78,8 +78,6 @@ MIXED = {
 @pytest.mark.parametrize(("target", "name"), [(t, n) for t, names in MIXED.items() for n in names])
 def test_a_mixed_step_takes_pages_and_weights_as_they_lie(target, name):
     found = of(target, name, MIXED[target])
-    if name == "mixed smollm2" and all("embed" in x for x in found["moved"]) and found["moved"]:
-        pytest.xfail("above 64 tokens a table 576 wide is laid out anew for the lookup")
     check(found, target)
     temporary = found["memory"]["temp"] / found["declared"]
     print(f"{target} {name}: {found['seconds']:.0f} s, temporary {temporary:.4f} of weights + pages, "
