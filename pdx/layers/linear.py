@@ -69,8 +69,8 @@ def linear(
     return y if bias is None else y + bias
 
 
-# Tokens up to which a lookup on a TPU is made of slices, where it would otherwise copy the table: by the compiler's static
-# cycles 256 of a bf16 table of 49152 x 576 take 0.42 of the copy on a v5e and v6e, and a second to compile.
+# Tokens up to which a lookup on a TPU is made of slices, where it would otherwise copy the table: by the compiler's
+# static cycles 256 of a bf16 table of 49152 x 576 take 0.42 of the copy on a v5e and v6e, and a second to compile.
 FEW_TOKENS = 256
 
 
