@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from pallas_kernels.checks import describe
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.gradients import raising_under_grad
 
 
@@ -20,7 +20,7 @@ def attend(
         k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads, value_dim=value_dim,
         return_lse=return_lse,
     )  # fmt: skip
-    chosen = choose(op, implementation, modules, call).implementation
+    chosen = select(op, implementation, modules, call, interpret)
     module = modules[chosen]
 
     def run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree):

@@ -5,7 +5,8 @@ never falls back: what it cannot do raises NotImplementedError with the reason a
 
 For experiments, the environment variable PDX_KERNELS, or `with use("xla"):` around the call, says what `auto`
 means; a name that the caller gives stands. Both are read while a function is traced: a function that was jitted
-before keeps the path that it was traced with.
+before keeps the path that it was traced with. An op that has kernels only where XLA needs help (the page write) takes
+the device's own way where the one asked for does not exist.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from types import ModuleType
 from typing import Literal, get_args
 
 from pallas_kernels.checks import Call
-from pallas_kernels.hardware import platform_of
+from pallas_kernels.hardware import platform_of, without_pallas
 
 Implementation = Literal["auto", "xla", "tpu", "gpu"]
 ENVIRONMENT = "PDX_KERNELS"
+NAMED = "named by the caller"
+USE_XLA = "use implementation='xla', which takes every call on every device"
 _override: ContextVar[str | None] = ContextVar("pallas_kernels_override", default=None)
 
 
@@ -73,6 +76,8 @@ def choose(
     modules: Mapping[str, ModuleType],
     call: Call | None = None,
     platform: str | None = None,
+    *,
+    helper: bool = False,
 ) -> Choice:
     """Decide for one op.
 
@@ -83,12 +88,13 @@ def choose(
       call: the static facts of the call, to ask each implementation whether it can do it. None: what
         a call without rarer features would take.
       platform: `cpu`, `gpu` or `tpu`; None: that of the device traced for.
+      helper: the op has kernels only where XLA needs help: what `auto` was made to mean binds it where that exists.
 
     Raises:
       ValueError: `implementation` (or PDX_KERNELS) is not a known name.
       NotImplementedError: a named implementation that this op does not have, or that cannot do this call.
     """
-    why = "named by the caller"
+    why = NAMED
     if _known(implementation, "implementation") == "auto":
         if _override.get():
             implementation, why = _override.get(), "chosen by use()"
@@ -99,16 +105,36 @@ def choose(
             reason = f"it has {', '.join(modules)}"
         else:
             reason = call and modules[implementation].supported(call)
-        if reason:
-            raise NotImplementedError(f"{op} has no {implementation} implementation for this call: {reason}; "
-                                      f"use implementation='xla', which takes every call on every device")
-        return Choice(op, implementation, why)
-    platform = platform or platform_of()
-    platform = "gpu" if platform in ("cuda", "rocm") else platform
-    if platform not in modules:
-        return Choice(op, "xla", f"no Pallas kernel of {op} for {platform}")
-    reason = call and modules[platform].supported(call)
-    return Choice(op, "xla", reason) if reason else Choice(op, platform, f"Pallas kernel for {platform}")
+        if not reason:
+            return Choice(op, implementation, why)
+        if not helper or why == NAMED:
+            raise NotImplementedError(f"{op} has no {implementation} implementation for this call: {reason}; {USE_XLA}")
+    here = platform or platform_of()
+    here = "gpu" if here in ("cuda", "rocm") else here
+    if here not in modules:
+        return Choice(op, "xla", f"no Pallas kernel of {op} for {here}")
+    reason = (platform is None and without_pallas()) or (call and modules[here].supported(call))
+    return Choice(op, "xla", reason) if reason else Choice(op, here, f"Pallas kernel for {here}")
+
+
+def select(
+    op: str, implementation: Implementation, modules: Mapping[str, ModuleType], call: Call, interpret, *,
+    helper: bool = False,
+) -> str:  # fmt: skip
+    """The name of the implementation that a call runs: what `choose` says, held against the device traced for.
+
+    Raises:
+      ValueError, NotImplementedError: as `choose`; a kernel for another platform that is not to be interpreted.
+    """
+    choice = choose(op, implementation, modules, call, helper=helper)
+    name, here = choice.implementation, platform_of()
+    if name == "xla" or interpret:
+        return name
+    reason = without_pallas() if name == here else f"it is a kernel for {name}, and this is traced for {here}"
+    if reason:
+        raise NotImplementedError(f"{op}: the {name} implementation ({choice.reason}) cannot run here: {reason}; "
+                                  f"interpret=True runs it on a CPU for checking; {USE_XLA}")
+    return name
 
 
 def _known(name: str, where: str) -> str:

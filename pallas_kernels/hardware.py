@@ -11,6 +11,7 @@ IEEE f32: on a TPU six bf16 passes (`precision=HIGHEST`), on a GPU one multiply-
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -160,6 +161,20 @@ def platform_of(device: object | None = None) -> str:
             return known.platform
         device = abstract if getattr(abstract, "platform", None) else _default_device()
     return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+def without_pallas() -> str | None:
+    """Why the GPU that is traced for runs no Pallas kernel; None where it does, and where it is no GPU."""
+    if platform_of() != "gpu":
+        return None
+    device = _abstract_device() or _default_device()
+    kind = getattr(device, "device_kind", None) or "this GPU"
+    said = re.match(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", None)))
+    known = of_kind(kind)
+    capability = tuple(map(int, said.groups())) if said else known.capability if known else None
+    if capability is None or capability >= (8, 0):
+        return None
+    return f"Pallas needs a GPU of compute capability 8.0 or newer, {kind} has {capability[0]}.{capability[1]}"
 
 
 def _device_kind() -> str | None:

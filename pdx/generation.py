@@ -31,8 +31,8 @@ from pdx.weights.load import DTYPES, Model
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
 # Chunk lengths that programs are compiled for: each at most 1.5 times the one before, so that a prompt
-# is padded by a fifth or less on average.
-PREFILL_LADDER = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# is padded by a fifth or less on average. None so short that its attention would be the op for decoding.
+PREFILL_LADDER = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SMALLEST_CAPACITY = 256
 DEFAULT_CHUNK = PREFILL_LADDER[-1]
 DEFAULT_ROWS = 8

@@ -1,5 +1,6 @@
 """What the compiler made of the steps: caches updated in place, IEEE f32 in every product, nothing compiled twice."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
+from pallas_kernels.targets import Target
 from pdx import steps
-from pdx.cache.dense import cache_specs, init_cache
+from pdx.cache.dense import cache_specs, default_layout, init_cache
+from pdx.cache.paged import PackedRows, init_paged_cache
 from pdx.config import ModelConfig
 from pdx.model import forward, param_specs
 from pdx.sampling import SamplingOptions, SamplingState
@@ -158,3 +162,28 @@ def test_a_second_request_compiles_nothing(count_compiles):
         for k in (1, 3, 4):
             cache = request(cache, [24, k, 7], [k > 1, True, True], mixed, k, 3)
     assert compiles() == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize(("target", "means"), [("v5e", "tpu"), ("a100", "gpu"), ("v5e", "xla"), ("a100", "xla")])
+def test_steps_take_the_path_that_auto_was_made_to_mean(target, means, dtype):
+    """Traced for a chip, dense and paged, the write of new keys and values too, which has no kernel of most kinds."""
+    # A configuration that nothing else traces: what was traced before would stand.
+    cfg = dataclasses.replace(LLAMA, max_context=1000 + sum(map(ord, target + means)))
+    layout = default_layout(Target.get(target).chip.platform)
+    given = abstract(param_specs(cfg, jnp.bfloat16))
+    dense = init_cache(cfg, 2, 256, chunk=64, dtype=dtype, layout=layout)
+    paged = init_paged_cache(cfg, 4, page_size=128, dtype=dtype, layout=layout)
+    rows, starts = jnp.ones(2, jnp.int32), jnp.arange(3, dtype=jnp.int32)
+    packed = PackedRows(jnp.zeros((1, 2, 2), jnp.int32), rows, starts, 0, None)
+
+    def run(params, dense, paged):
+        return (
+            steps.PROGRAMS["prefill"](params, cfg, jnp.zeros((2, 64), jnp.int32), rows, dense, "auto"),
+            steps.PROGRAMS["decode_step"](params, cfg, rows, rows > 0, dense, "auto"),
+            steps.PROGRAMS["mixed_step"](params, cfg, jnp.zeros(24, jnp.int32), packed, paged, "auto"),
+        )
+
+    with Target.get(target).tracing(), dispatch.use(means):
+        text = str(jax.make_jaxpr(run)(given, dense, paged))
+    assert ("pallas_call" in text) == (means != "xla")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.call import Call, make_call
 
@@ -81,7 +81,7 @@ def paged_attention(
         softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,
         value_dim=value_dim, return_lse=return_lse, decode_rows=decode_rows, max_queries=max_queries,
     )  # fmt: skip
-    module = IMPLEMENTATIONS[explain(implementation, call=call).implementation]
+    module = IMPLEMENTATIONS[select("paged_attention", implementation, IMPLEMENTATIONS, call, interpret)]
     return module.attention(
         q, k_pages, v_pages, call=call, block_tables=block_tables, lengths=lengths, query_starts=query_starts,
         scale=scale, sinks=sinks, k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,

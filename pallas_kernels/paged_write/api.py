@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_write.call import Call, make_call
 
@@ -13,7 +13,7 @@ IMPLEMENTATIONS = Implementations("pallas_kernels.paged_write", ("xla", "tpu"))
 
 def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
     """Which path a call takes, and why. Raises as `write_pages` does."""
-    return choose("write_pages", implementation, IMPLEMENTATIONS, call, platform)
+    return choose("write_pages", implementation, IMPLEMENTATIONS, call, platform, helper=True)
 
 
 def write_pages(
@@ -55,5 +55,5 @@ def write_pages(
     pools, new = (k_pages, v_pages), (k, v)
     if call.scale_heads:
         pools, new = (*pools, k_scale, v_scale), (*new, new_k_scale, new_v_scale)
-    name = explain(implementation, call=call).implementation
+    name = select("write_pages", implementation, IMPLEMENTATIONS, call, interpret, helper=True)
     return IMPLEMENTATIONS[name].write(pools, new, slots, call=call, interpret=interpret)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
+from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quant_array import QuantArray, quantize_rows
 from pallas_kernels.quantized_matmul.call import Call, make_call
@@ -42,7 +42,7 @@ def quantized_matmul(
       NotImplementedError: a named implementation that cannot take this call.
     """
     call = make_call(x, w)
-    name = explain(implementation, call=call).implementation
+    name = select("quantized_matmul", implementation, IMPLEMENTATIONS, call, interpret)
     rows = x.reshape(call.rows, call.columns)
     out = jnp.dtype(out_dtype or x.dtype)
     settings = {"call": call, "out_dtype": out if w.offsets is None else jnp.dtype(jnp.float32)}

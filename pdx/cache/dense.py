@@ -231,6 +231,8 @@ def init_cache(
 ) -> DenseCache:  # fmt: skip
     """An empty cache for `batch` requests of up to `capacity` tokens (rounded up to a multiple of 128).
 
+    Steps run up to the capacity, be it more than the context that the model was trained for; `generate` and the engine
+    hold requests to the context.
     `chunk` is the most tokens one prefill call may append: window layers are laid out for it.
     `dtype` int8: keys and values are quantized as they are appended, a scale for each token and head.
     With a `mesh`, rows go over `data` and KV heads over `model`. `layout`: how it lies in memory; None:

@@ -68,7 +68,10 @@ def _explained(kernels: Kernels, ops: dict[str, Callable]) -> dict[str, str]:
     if name == "dense":
         return dict.fromkeys(("prefill", "decode"), "reference_attention: dense (asked for)")
     note = ", interpreted on the CPU" if interpreted else ""
-    return {phase: f"{explain_op(name)}{note}" for phase, explain_op in ops.items()}
+    try:
+        return {phase: f"{explain_op(name)}{note}" for phase, explain_op in ops.items()}
+    except ValueError as error:  # what PDX_KERNELS says is no implementation
+        raise RequestError(str(error)) from None
 
 
 def attention(

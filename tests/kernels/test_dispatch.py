@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import decode_attention, dispatch, flash_attention
+from pallas_kernels import decode_attention, dispatch, flash_attention, hardware
 from pallas_kernels.decode_attention.api import explain as explain_decode
 from pallas_kernels.flash_attention.api import explain as explain_flash
 
@@ -65,6 +65,43 @@ def test_a_call_that_a_kernel_cannot_do():
     assert (choice.implementation, choice.reason) == ("xla", "heads of 7")
     with pytest.raises(NotImplementedError, match="op has no gpu implementation for this call: heads of 7; use"):
         dispatch.choose("op", "gpu", have, "heads of 7")
+
+
+def test_a_kernel_for_another_platform_says_so():
+    with pytest.raises(NotImplementedError, match=r"flash_attention: the tpu .*named by the caller.* traced for cpu"):
+        shape(flash_attention, arguments(k=jnp.zeros((2, 128, 128)), v=jnp.zeros((2, 128, 128))), layout="folded",
+              kv_heads=2, implementation="tpu")  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "runs"), [
+    (SimpleNamespace(platform="gpu", device_kind="Tesla T4"), "xla"),
+    (SimpleNamespace(platform="gpu", device_kind="a card of tomorrow", compute_capability="7.0"), "xla"),
+    (SimpleNamespace(platform="gpu", device_kind="a card of tomorrow", compute_capability="12.0"), "gpu"),
+    (SimpleNamespace(platform="gpu", device_kind="a card of another make", compute_capability="gfx90a"), "gpu"),
+    (SimpleNamespace(platform="gpu", device_kind="NVIDIA L4"), "gpu"),
+])  # fmt: skip
+def test_a_gpu_older_than_pallas_gets_xla(device, runs, monkeypatch):
+    monkeypatch.setattr(hardware, "_default_device", lambda: device)
+    choice = explain_flash("auto")
+    assert choice.implementation == runs
+    assert ("compute capability 8.0 or newer" in choice.reason) == (runs == "xla")
+    call = {"layout": "heads_last", "implementation": "gpu"}
+    if runs == "xla":
+        with pytest.raises(NotImplementedError, match="cannot run here: Pallas needs a GPU of compute capability"):
+            shape(flash_attention, arguments(k=jnp.zeros((2, 128, 2, 8)), v=jnp.zeros((2, 128, 2, 8))), **call)
+
+
+def test_a_helper_follows_what_auto_means_only_where_that_exists():
+    have = {"xla": SimpleNamespace(supported=lambda call: None), "tpu": SimpleNamespace(supported=lambda call: call)}
+    with dispatch.use("gpu"):
+        assert dispatch.choose("op", "auto", have, platform="tpu", helper=True).implementation == "tpu"
+        with pytest.raises(NotImplementedError, match="it has xla, tpu"):
+            dispatch.choose("op", "auto", have, platform="tpu")
+    with dispatch.use("tpu"):
+        assert dispatch.choose("op", "auto", have, "floats", platform="tpu", helper=True).implementation == "xla"
+        assert dispatch.choose("op", "auto", have, platform="cpu", helper=True).implementation == "tpu"
+    with pytest.raises(NotImplementedError, match="it has xla, tpu"):
+        dispatch.choose("op", "gpu", have, helper=True)
 
 
 def test_what_auto_means_can_be_set(monkeypatch):
