@@ -159,10 +159,10 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
 def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Path | None = None) -> Path:
     """Keep the best candidate of a call's bucket; a static ranking does not replace a measurement."""
     path = tiles.path_of(chip, folder)
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"device": chip.name, "ops": {}}
+    table = tiles.read(path) or {"device": chip.name, "ops": {}}
     entries = table["ops"].setdefault(op, {})
     before = entries.get(bucket(call))
-    if not (rung == "static" and before and before["rung"] == "measured"):
+    if not (rung == "static" and before and before.get("rung") == "measured"):
         entries[bucket(call)] = {
             "config": asdict(best.config), "rung": rung, "jax": jax.__version__,
             "date": datetime.date.today().isoformat(), "figures": best.figures | {"score_seconds": best.score},
