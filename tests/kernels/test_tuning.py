@@ -210,3 +210,23 @@ def test_without_a_device_candidates_are_ranked_by_static_figures_and_it_is_said
     assert tiles.lookup("decode_attention", problem.call, chip("v5e"))["rung"] == "static"
     with pytest.raises(SystemExit, match="no chip to measure on here"):
         tuning.main(["decode_attention"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [("flash_attention --target v5e:3", "v5e has no slice 3"), ("nosuch", "no op 'nosuch'; there are flash"),
+     ("flash_attention --target v5e --case zzz", "'zzz' in its name; there are 'Llama 3 8B, bf16, no mask'")],
+    ids=["slice", "op", "case"],
+)  # fmt: skip
+def test_what_is_not_there_is_told_with_what_there_is(arguments, says):
+    with pytest.raises(SystemExit, match=says):
+        tuning.main(arguments.split())
+
+
+def test_a_case_without_any_working_candidate_fails(monkeypatch, capsys):
+    name = "one query head a KV head"
+    monkeypatch.setattr(static, "row", lambda *a: {"error": "RESOURCE_EXHAUSTED: too much VMEM\nmore"})
+    monkeypatch.setattr("pallas_kernels.targets.missing", lambda name: None)
+    with pytest.raises(SystemExit, match=f"v5e: no candidate works for {name} .RESOURCE_EXHAUSTED: too much VMEM.$"):
+        tuning.main(["decode_attention", "--target", "v5e", "--case", name, "--write"])
+    assert "kept" not in capsys.readouterr().out
