@@ -52,7 +52,7 @@ def decode_attention(
 
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """
-    if q.ndim == 4 and q.shape[1] > MAX_QUERIES:
+    if getattr(q, "ndim", 0) == 4 and q.shape[1] > MAX_QUERIES:
         raise ValueError(f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: "
                          f"use flash_attention")
     return dense.attend(

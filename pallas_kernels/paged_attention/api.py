@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import check_scale
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.call import Call, make_call
@@ -76,6 +77,7 @@ def paged_attention(
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
     """
+    check_scale("paged_attention", scale)
     call = make_call(
         q, k_pages, v_pages, block_tables=block_tables, lengths=lengths, query_starts=query_starts, window=window,
         softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,
