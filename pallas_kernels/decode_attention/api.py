@@ -48,7 +48,7 @@ def decode_attention(
 
     Raises:
       ValueError: shapes that do not fit, or more than 16 queries a row.
-      NotImplementedError: a named implementation that does not exist for this call, or its gradient.
+      NotImplementedError: a named implementation that does not exist for this call, or the gradient of a kernel.
 
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """

@@ -73,7 +73,7 @@ def paged_attention(
 
     Raises:
       ValueError: shapes or settings that do not fit.
-      NotImplementedError: a named implementation that cannot take this call, or its gradient.
+      NotImplementedError: a named implementation that cannot take this call, or a gradient: there is none over pages.
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
     """

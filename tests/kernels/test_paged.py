@@ -263,6 +263,14 @@ def test_bad_arguments_are_named(changes, says):
         paged_attention(**arguments(**changes))
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("hints", [{}, {"max_queries": 1}], ids=["chunks", "decode rows"])
+def test_a_derivative_is_refused(wrap, hints):
+    slope = jax.grad(lambda q: paged_attention(**arguments(q=q, implementation="xla", **hints)).sum())
+    with pytest.raises(NotImplementedError, match=r"over pages has no derivative: .* pdx\.forward without a cache"):
+        wrap(slope)(arguments()["q"])
+
+
 def test_the_result_has_the_values_size():
     shape = jax.eval_shape(partial(paged_attention, scale=1.0, layout="heads_last"),
                            *[jnp.zeros(s) for s in ((3, 4, 64), (4, 16, 2, 64), (4, 16, 2, 32))],
