@@ -43,6 +43,8 @@ def paged_attention(
 ) -> Float[Array, "T N Hv"] | tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
     """Causal softmax attention of packed queries, each over the pages of its row.
 
+    There is no `tree` mask here: drafts are verified over the dense cache, by `flash_attention` and `decode_attention`.
+
     Args:
       q: the queries of all rows, one row behind the other; N = K * G heads, G to a KV head.
       k_pages, v_pages: the pool, with this step's keys and values in it; V's head size Hv may differ. By `layout`:
