@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-from pallas_kernels.checks import describe
+from pallas_kernels.checks import check_scale, describe
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.gradients import raising_under_grad
 
@@ -15,6 +15,7 @@ def attend(
     k_scale, v_scale, tree, layout, kv_heads, value_dim, return_lse, implementation: Implementation, interpret, config,
 ):  # fmt: skip
     """Run `op`, whose implementations are `modules`; the arguments are those of `flash_attention`."""
+    check_scale(op, scale)
     call = describe(
         op, q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap, sinks=sinks,
         k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads, value_dim=value_dim,

@@ -1,10 +1,20 @@
-"""The Pallas kernels have no derivative, and say so."""
+"""What has no derivative, and says what to use instead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import jax
+
+# The XLA paths of flash and decode attention loop between bounds that are values: inside of jit they have no gradient.
+_DENSE = "use reference_attention, or pdx.forward without a cache"
+_KERNELS = "the Pallas kernels have no derivative"
+_REASONS = {
+    "flash_attention": f"{_KERNELS}: {_DENSE}",
+    "decode_attention": f"{_KERNELS}: {_DENSE}",
+    "paged_attention": f"attention over pages has no derivative: {_DENSE}",
+    "quantized_matmul": f"{_KERNELS}: use implementation='xla'",
+}
 
 
 def raising_under_grad(function: Callable, op: str) -> Callable:
@@ -13,6 +23,6 @@ def raising_under_grad(function: Callable, op: str) -> Callable:
 
     @wrapped.defjvp
     def _(primals, tangents):
-        raise NotImplementedError(f"{op}: the Pallas kernels have no derivative: use implementation='xla'")
+        raise NotImplementedError(f"{op}: {_REASONS[op]}")
 
     return wrapped

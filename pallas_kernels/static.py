@@ -113,11 +113,14 @@ def row(problem: Problem, target: str, config: Any = None) -> dict[str, Any]:
     """The row of one problem, compiled in subprocesses; `error` if it failed.
 
     Raises:
-      CompilerMissing, RuntimeError: see `table`.
+      ValueError, CompilerMissing, RuntimeError: see `table`.
     """
+    with Target.get(target).tracing():
+        if why := problem.unsupported:
+            return {"error": why}
     text = _config_text(config) if config is not None else None
     rows = table(problem.op, target, problem.name, True, text, exact=True)
-    return rows[0] if rows else {"error": problem.unsupported or "no figures came back"}
+    return rows[0] if rows else {"error": "no figures came back"}
 
 
 def table(op: str, target: str, case: str | None = None, small: bool = False, config: str | None = None,
@@ -125,9 +128,12 @@ def table(op: str, target: str, case: str | None = None, small: bool = False, co
     """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
 
     Raises:
+      ValueError: no such op, target or case, or no kernel that takes it; the message lists what there is.
       CompilerMissing: the target's compiler is not installed.
       RuntimeError: the compiler ended the process.
     """
+    known = Target.get(target)
+    by_name = {p.name: p for p in taken(op, known, case, small, exact)}
     if (why := targets.missing(target)) is not None:
         raise targets.CompilerMissing(why)
     command = [sys.executable, "-m", "pallas_kernels.static", op, "--target", target, "--child", "facts"]
@@ -138,8 +144,6 @@ def table(op: str, target: str, case: str | None = None, small: bool = False, co
     rows = list(_rows(done.stdout))
     if done.returncode:
         raise RuntimeError(f"the compiler for {target} ended after {len(rows)} cases: {done.stderr[-2000:]}")
-    known = Target.get(target)
-    by_name = {p.name: p for p in problems.problems(op, known.chip.platform, large_only=not small)}
     for found in rows:
         if "error" not in found and not found["dynamic"]:
             problem = by_name[found["case"]]
@@ -147,6 +151,34 @@ def table(op: str, target: str, case: str | None = None, small: bool = False, co
             if peer:
                 found["peer"] = {str(t): cycles(problem, known, peer=t) for t in peers.JAX_FLASH_TILES}
     return rows
+
+
+def taken(op: str, target: Target, case: str | None = None, small: bool = False, exact: bool = False) -> list[Problem]:
+    """The problems of an op that its kernel for the target takes.
+
+    Args:
+      case, small: those whose name holds `case` (`exact`: is it), real sizes only unless `small`.
+
+    Raises:
+      ValueError: no such op or case, or no kernel for them; the message lists what there is.
+    """
+    platform = target.chip.platform
+    if op not in problems.ops():
+        raise ValueError(f"no op {op!r}; there are {', '.join(problems.ops())}")
+    if op not in problems.ops(platform):
+        raise ValueError(f"{op} has no kernel for a {platform}; those that have: {', '.join(problems.ops(platform))}")
+    named = problems.problems(op, platform, case, large_only=not small)
+    named = [p for p in named if not exact or p.name == case]
+    if not named:
+        there = ", ".join(repr(c.name) for c in problems.cases(op, large_only=not small))
+        more = "" if small else "; small ones with --small"
+        raise ValueError(f"no case of {op} has {case!r} in its name; there are {there}{more}")
+    with target.tracing():
+        refused = {p.name: p.unsupported for p in named}
+    found = [p for p in named if refused[p.name] is None]
+    if not found:
+        raise ValueError(f"the kernel of {op} takes none of these cases on {target.name}: {refused[named[0].name]}")
+    return found
 
 
 def _environment(profile: str | None = None) -> dict[str, str]:
@@ -243,9 +275,7 @@ def line(row: dict[str, Any]) -> str:
 def summary(op: str, target: str) -> str:
     """A line of a Markdown table: the worst and the median case of an op on a target, counted without a compiler."""
     known = Target.get(target)
-    with known.tracing():
-        chosen = [p for p in problems.problems(op, known.chip.platform, large_only=True) if not p.unsupported]
-    rows = [facts(p, known, compile=False) for p in chosen]
+    rows = [facts(p, known, compile=False) for p in taken(op, known)]
     over = [ratios(r) for r in rows]
     cells = [f"{max(x[k] for x in over):.3f}, {statistics.median(x[k] for x in over):.3f}" for k in ("moved", "stored")]
     declared = max((x["declared"] for x in over), key=lambda x: abs(x - 1))
@@ -274,27 +304,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--summary", action="store_true",
                         help="a line of bytes and roofline a target, all of them without --target; needs no compiler")
     args = parser.parse_args(argv)
-    if args.summary:
-        print(SUMMARY)
-        for name in [args.target] if args.target else targets.NAMES:
-            if args.op in problems.ops(Target.get(name).chip.platform):
-                print(summary(args.op, name), flush=True)
-        return None
-    if args.target is None:
+    if args.target is None and not args.summary:
         parser.error("--target is needed without --summary")
     if args.child:
         return _child(args)
     if args.peer and args.op != "flash_attention":
         raise SystemExit(f"--peer: JAX ships no kernel that is put beside {args.op}, only beside flash_attention")
     try:
-        rows = table(args.op, args.target, args.case, args.small, args.config, peer=args.peer)
-    except (targets.CompilerMissing, ValueError, ModuleNotFoundError) as error:
+        return _summaries(args) if args.summary else _table(args)
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         raise SystemExit(str(error)) from error
+
+
+def _summaries(args: argparse.Namespace) -> None:
+    names = [args.target] if args.target else targets.NAMES
+    # Where none has the op, the first says why.
+    chosen = [t for t in names if args.op in problems.ops(Target.get(t).chip.platform)] or names[:1]
+    print("\n".join([SUMMARY, summary(args.op, chosen[0])]), flush=True)
+    for name in chosen[1:]:
+        print(summary(args.op, name), flush=True)
+
+
+def _table(args: argparse.Namespace) -> None:
+    rows = table(args.op, args.target, args.case, args.small, args.config, peer=args.peer)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
         print(f"{args.op} on {args.target}: static figures, nothing here was measured; roofline in us\n{HEADER}")
         print("\n".join(line(row) for row in rows))
+    if all("error" in row for row in rows):
+        raise RuntimeError(f"no case of {args.op} has figures for {args.target}: "
+                           f"{rows[0]['error'].splitlines()[0] if rows else 'none came back'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -111,6 +111,25 @@ class Compiled:
     executable: Any = field(default=None, repr=False, compare=False)  # jax.stages.Compiled
 
 
+def _topology(known: Chip, shape: str) -> str:
+    """The slice that a target's name asks for, that of one chip if `shape` is empty. Raises ValueError: no such slice.
+
+    libtpu describes slices that nobody can have, such as 9x9.
+    """
+    one = _ONE_CHIP.get(known.name, "1x1")
+    if known.platform == "gpu":
+        if shape and (not shape.isdecimal() or int(shape) < 1):
+            raise ValueError(f"{known.name}:{shape} does not say how many GPUs: write {known.name}:8 for eight")
+        return f"1x1x{shape or 1}"
+    sizes, flat = [int(x) if x.isdecimal() else 0 for x in (shape or one).split("x")], one == "1x1"
+    fits = {1, 2, 4, 8, 16} if flat else {1, 2, *range(4, 257, 4)}
+    if len(sizes) != len(one.split("x")) or not fits.issuperset(sizes):
+        has = "two axes of 1, 2, 4, 8 or 16 chips" if flat else "three axes of 1, 2 or a multiple of 4 chips"
+        raise ValueError(f"{known.name} has no slice {shape}: slices are {has}, "
+                         f"such as {known.name}:{'2x4' if flat else '2x2x2'}")
+    return shape or one
+
+
 @dataclass(frozen=True)
 class Target:
     """A chip, or a slice of them, to compile for."""
@@ -124,15 +143,13 @@ class Target:
         """`v5e`, `7x`, `h100`, ...; `v5e:2x4`, `v5p:2x2x2` or `h100:8` for several chips.
 
         Raises:
-          ValueError: the chip is unknown, or nothing compiles Pallas kernels for it.
+          ValueError: the chip is unknown, nothing compiles Pallas kernels for it, or it has no slice of that shape.
         """
         model, _, shape = name.partition(":")
         known = chip(model)
-        if known.platform == "gpu":
-            if known.name not in _GPU_FACTS:
-                raise ValueError(f"{known.name} has no Pallas compiler; targets are {', '.join(NAMES)}")
-            shape = f"1x1x{shape or 1}"
-        return Target(name, known, shape or _ONE_CHIP.get(known.name, "1x1"))
+        if known.platform == "gpu" and known.name not in _GPU_FACTS:
+            raise ValueError(f"{known.name} has no Pallas compiler; targets are {', '.join(NAMES)}")
+        return Target(name, known, _topology(known, shape))
 
     def devices(self) -> list[Any]:
         """The topology's devices.

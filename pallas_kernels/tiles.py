@@ -44,8 +44,28 @@ def path_of(chip: Chip, folder: Path | None = None) -> Path:
 
 @cache
 def _table(path: str) -> dict[str, Any]:
-    file = Path(path)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read(Path(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The table in a file, {} where there is none. Raises ValueError naming what in it is not a table of tiles."""
+    if not path.exists():
+        return {}
+    remedy = "correct it, or remove the file and tune again"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"the tuned table {path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(table, dict) or not isinstance(table.get("ops"), dict):
+        raise ValueError(f'the tuned table {path} must be an object with "ops", an object of ops: {remedy}')
+    for op, entries in table["ops"].items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"the tuned table {path} must have an object of entries under {op}: {remedy}")
+        for key, entry in entries.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
+                raise ValueError(f'the tuned table {path} has an entry without a "config" object, '
+                                 f"{op}, {key!r}: {remedy}")
+    return table
 
 
 def forget() -> None:
@@ -58,6 +78,18 @@ def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) ->
     if chip is None:
         return None
     return _table(str(path_of(chip, folder))).get("ops", {}).get(op, {}).get(bucket(call))
+
+
+def _config(op: str, call: Any, chip: Chip, entry: dict[str, Any], module: ModuleType, folder: Path | None) -> Any:
+    """An entry's Config. Raises ValueError naming the entry, where its fields are not those of the kernel's Config."""
+    try:
+        return module.Config(**entry["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the tuned table {path_of(chip, folder)} has an entry that {op} cannot take, {bucket(call)!r}: "
+            f"{entry['config']} ({error}); its fields are {', '.join(f.name for f in fields(module.Config))}: "
+            f"remove the entry, or tune again"
+        ) from error
 
 
 def misfit(module: ModuleType, call: Any, config: Any) -> str | None:
@@ -78,7 +110,7 @@ def resolve(
         `misfit(call, config)`. A bucket's tiles that do not suit this very call are passed over.
 
     Raises:
-      ValueError: an explicit Config that does not suit the call.
+      ValueError: an explicit Config that does not suit the call; a table that cannot be read, by its file and entry.
     """
     if config is not None:
         if (why := misfit(module, call, config)) is not None:
@@ -86,6 +118,8 @@ def resolve(
         return config, "explicit"
     chip = hardware.detect(platform)
     entry = lookup(op, call, chip, folder)
-    if entry is not None and misfit(module, call, found := module.Config(**entry["config"])) is None:
-        return found, "tuned"
+    if entry is not None:
+        found = _config(op, call, chip, entry, module, folder)
+        if misfit(module, call, found) is None:
+            return found, "tuned"
     return module.heuristic(call, chip), "heuristic"

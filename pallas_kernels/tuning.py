@@ -140,6 +140,8 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
     def judge(config):
         try:
             row = static.row(problem, target, config)
+        except ValueError:  # no such target: no candidate is to blame
+            raise
         except Exception as error:
             row = {"error": str(error)}
         if "error" in row:
@@ -159,10 +161,10 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
 def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Path | None = None) -> Path:
     """Keep the best candidate of a call's bucket; a static ranking does not replace a measurement."""
     path = tiles.path_of(chip, folder)
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"device": chip.name, "ops": {}}
+    table = tiles.read(path) or {"device": chip.name, "ops": {}}
     entries = table["ops"].setdefault(op, {})
     before = entries.get(bucket(call))
-    if not (rung == "static" and before and before["rung"] == "measured"):
+    if not (rung == "static" and before and before.get("rung") == "measured"):
         entries[bucket(call)] = {
             "config": asdict(best.config), "rung": rung, "jax": jax.__version__,
             "date": datetime.date.today().isoformat(), "figures": best.figures | {"score_seconds": best.score},
@@ -199,11 +201,12 @@ def run(op: str, target: str | None = None, case: str | None = None, keep: bool 
       keep: write the best into the table in `folder`.
 
     Raises:
-      ValueError: no such op or chip, or no chip here and no target.
+      ValueError: no such op, chip or case, no chip here and no target, or a case none of whose candidates works.
       targets.CompilerMissing: ranking needs a compiler that is not installed.
     """
     from pallas_kernels import problems, targets
 
+    there = problems.cases(op, large_only=case is None)
     here = hardware.detect()
     if target is None and here is None:
         raise ValueError("no chip to measure on here: --target NAME ranks for one by static figures")
@@ -211,9 +214,11 @@ def run(op: str, target: str | None = None, case: str | None = None, keep: bool 
     found = problems.problems(op, chip.platform, case, large_only=case is None)
     chosen = [p for p in found if not p.unsupported]
     if not chosen:
-        raise ValueError(f"no case of {op} for {chip.name} has {case!r} in its name")
+        raise ValueError(f"no case of {op} for {chip.name} has {case!r} in its name; "
+                         f"there are {', '.join(repr(c.name) for c in there)}")
     if chip != here and (why := targets.missing(target)):
         raise targets.CompilerMissing(why)
+    failed = []
     for problem in chosen:
         rung, judged = tune(problem, target)
         told = "measured here" if rung == "measured" else "ranked by static figures: nothing was measured"
@@ -223,6 +228,10 @@ def run(op: str, target: str | None = None, case: str | None = None, keep: bool 
             print(f"  {told}  {c.config}")
         if keep and judged[0].score is not None:
             print(f"  kept in {write(op, problem.call, chip, rung, judged[0], folder)}")
+        if judged[0].score is None:
+            failed.append(f"{problem.name} ({judged[0].error})")
+    if failed:
+        raise ValueError(f"{op} on {target or chip.name}: no candidate works for {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def decode_attention(
 
     Raises:
       ValueError: shapes that do not fit, or more than 16 queries a row.
-      NotImplementedError: a named implementation that does not exist for this call, or its gradient.
+      NotImplementedError: a named implementation that does not exist for this call, or the gradient of a kernel.
 
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """
-    if q.ndim == 4 and q.shape[1] > MAX_QUERIES:
+    if getattr(q, "ndim", 0) == 4 and q.shape[1] > MAX_QUERIES:
         raise ValueError(f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: "
                          f"use flash_attention")
     return dense.attend(

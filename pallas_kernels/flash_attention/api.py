@@ -72,7 +72,9 @@ def flash_attention(
 
     Raises:
       ValueError: shapes that do not fit.
-      NotImplementedError: a named implementation that does not exist for this call, or its gradient.
+      NotImplementedError: a named implementation that does not exist for this call, or the gradient of a kernel.
+
+    Inside of jit the XLA path has no gradient either (JAX says so); `reference_attention` has one everywhere.
 
     Source: Dao et al. 2022 (FlashAttention); the meaning is `reference.attention`.
     """

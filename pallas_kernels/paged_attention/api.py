@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import check_scale
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.call import Call, make_call
@@ -42,6 +43,8 @@ def paged_attention(
 ) -> Float[Array, "T N Hv"] | tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
     """Causal softmax attention of packed queries, each over the pages of its row.
 
+    There is no `tree` mask here: drafts are verified over the dense cache, by `flash_attention` and `decode_attention`.
+
     Args:
       q: the queries of all rows, one row behind the other; N = K * G heads, G to a KV head.
       k_pages, v_pages: the pool, with this step's keys and values in it; V's head size Hv may differ. By `layout`:
@@ -72,10 +75,11 @@ def paged_attention(
 
     Raises:
       ValueError: shapes or settings that do not fit.
-      NotImplementedError: a named implementation that cannot take this call, or its gradient.
+      NotImplementedError: a named implementation that cannot take this call, or a gradient: there is none over pages.
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
     """
+    check_scale("paged_attention", scale)
     call = make_call(
         q, k_pages, v_pages, block_tables=block_tables, lengths=lengths, query_starts=query_starts, window=window,
         softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,

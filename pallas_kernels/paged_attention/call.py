@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_arrays, check_softcap, check_whole
 from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
 
 # Where a running maximum starts, and a masked logit: so far below it that its weight exp(MASKED - START) is exactly
@@ -107,14 +108,25 @@ def make_call(
 ) -> Call:  # fmt: skip
     """Check the arguments of `api.paged_attention` and gather their static facts. Raises ValueError."""
     op = "paged_attention"
+    check_arrays(op, q, {"k_pages": k_pages, "v_pages": v_pages},
+                 {"block_tables": block_tables, "lengths": lengths, "query_starts": query_starts},
+                 {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale})  # fmt: skip
+    given = {"kv_heads": kv_heads, "value_dim": value_dim, "max_queries": max_queries, "window": window,
+             "decode_rows": decode_rows}  # fmt: skip
+    for name, x in given.items():
+        if x is not None or name == "decode_rows":
+            check_whole(op, name, x)
     check_layout(op, layout, k_pages, v_pages)
     if q.ndim != 3:
         raise ValueError(f"{op}: q must be [T, N, H], got {q.shape}")
+    if min(*q.shape, *k_pages.shape, *v_pages.shape, *block_tables.shape) < 1:
+        raise ValueError(f"{op}: no axis may be empty, got q {q.shape}, k_pages {k_pages.shape}, "
+                         f"v_pages {v_pages.shape}, block_tables {block_tables.shape}")
     tokens, heads, size = q.shape
     kv_heads = heads_of(op, k_pages, layout, kv_heads)
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: {heads} query heads are no multiple of {kv_heads} KV heads")
-    value_dim = value_dim or (size if layout == "folded" else v_pages.shape[-1])
+    value_dim = value_dim if value_dim is not None else (size if layout == "folded" else v_pages.shape[-1])
     check_pages(op, k_pages, v_pages, layout, kv_heads, size, value_dim)
     page = page_size(k_pages, layout)
     check_scales(op, k_pages, k_scale, v_scale, layout, kv_heads)
@@ -130,8 +142,7 @@ def make_call(
         raise ValueError(f"{op}: sinks must be [N] = {(heads,)}, got {sinks.shape}")
     if window is not None and window < 1:
         raise ValueError(f"{op}: window must be at least 1, got {window}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    check_softcap(op, softcap)
     most = min(max_queries or tokens, tokens)
     return Call(
         tokens, heads, kv_heads, size, value_dim, rows, block_tables.shape[1], k_pages.shape[0], page,

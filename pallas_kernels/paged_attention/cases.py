@@ -82,6 +82,14 @@ CASES = (
          sinks=True, decode_rows=1),
     Case("int8, four KV heads, decode rows and chunks", (140, 0, 200, 30), (1, 0, 50, 9), page=128, kv_dtype="int8",
          kv_heads=4, decode_rows=2),
+    Case("eight KV heads, one query head each", (30, 44, 0), (1, 9, 0), kv_heads=8, group=1, tokens=12),
+    Case("eight KV heads, two query heads each, bf16", (40, 9, 30), (1, 1, 17), dtype="bfloat16", kv_heads=8,
+         decode_rows=2),
+    Case("five query heads a KV head", (40, 9, 30), (1, 1, 17), group=5, head_dim=128, decode_rows=2),
+    Case("seven query heads a KV head, bf16", (33, 70, 6), (1, 9, 4), dtype="bfloat16", group=7),
+    Case("int8, eight query heads a KV head, eight KV heads", (140, 9, 30), (1, 1, 6), page=128, dtype="bfloat16",
+         kv_dtype="int8", kv_heads=8, group=8, decode_rows=2),
+    Case("seven query heads a KV head, decode rows", (1, 33, 0, 70), (1, 1, 0, 1), group=7, max_queries=1),
 )  # fmt: skip
 
 # What a server runs; compiled for real targets, never interpreted. Pools of at least 512 MB of K and V.

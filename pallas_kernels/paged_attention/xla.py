@@ -13,6 +13,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import platform_of
 from pallas_kernels.masking import precision_of, soft_cap
 from pallas_kernels.paged_attention.call import MASKED, START, Call
@@ -136,7 +137,18 @@ def attention(
     q, k_pages, v_pages, *, call: Call, block_tables, lengths, query_starts, scale, sinks, k_scale, v_scale,
     config=None, interpret=False,
 ):  # fmt: skip
-    """See `api.paged_attention`."""
+    """See `api.paged_attention`. Raises NotImplementedError for a derivative, which its loops do not have."""
+
+    def run(*arrays):
+        return _run(call, scale, *arrays)
+
+    return raising_under_grad(run, "paged_attention")(
+        q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale
+    )
+
+
+def _run(call: Call, scale, q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale):
+    """Decode rows at once, then the others."""
     t, n, _ = q.shape
     hv = call.value_dim
     arrays = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}

@@ -234,13 +234,41 @@ def arguments(**changes):
         ({"sinks": jnp.zeros(3)}, r"sinks must be \[N\]"),
         ({"window": 0}, "window must be at least 1"),
         ({"softcap": 0.0}, "softcap must be positive"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, or None for no cap; got inf"),
+        ({"q": jnp.zeros((3, 4, 64), jnp.int32)}, "q must be an array of floating type, got int32"),
+        ({"k_pages": jnp.zeros((4, 16, 128), jnp.int32)}, "k_pages must be an array of floating or int8 type"),
+        ({"lengths": [1, 1]}, "lengths must be an array of integer type, got list: give jnp.asarray of it"),
+        ({"lengths": jnp.ones(2)}, "lengths must be an array of integer type, got float32"),
+        ({"block_tables": jnp.zeros((2, 2))}, "block_tables must be an array of integer type, got float32"),
+        ({"query_starts": jnp.arange(3.0)}, "query_starts must be an array of integer type, got float32"),
+        ({"sinks": jnp.zeros(4, jnp.int32)}, "sinks must be an array of floating type, got int32"),
+        ({"window": 2.5}, "window must be a whole number, got 2.5"),
+        ({"max_queries": 1.0}, "max_queries must be a whole number, got 1.0"),
+        ({"decode_rows": None}, "decode_rows must be a whole number, got None"),
+        ({"value_dim": 0}, "v_pages must be .* for 2 heads of 0"),
+        ({"scale": None}, "scale must be a finite number, such as head_dim .* got None"),
+        ({"scale": float("nan")}, "scale must be a finite number"),
+        ({"q": jnp.zeros((0, 4, 64))}, r"no axis may be empty, got q \(0, 4, 64\)"),
+        ({"block_tables": jnp.zeros((2, 0), jnp.int32)}, r"no axis may be empty.*block_tables \(2, 0\)"),
+        ({"block_tables": jnp.zeros((0, 2), jnp.int32)}, r"no axis may be empty.*block_tables \(0, 2\)"),
+        ({"kv_heads": 0}, "no multiple of 0"),
+        ({x: jnp.zeros((4, 16, 0, 64)) for x in ("k_pages", "v_pages")} | {"layout": "heads_last", "kv_heads": None},
+         r"no axis may be empty.*k_pages \(4, 16, 0, 64\)"),
         ({"implementation": "cuda"}, "'cuda' is not one of"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(changes, says):
     with pytest.raises(ValueError, match=says):
         paged_attention(**arguments(**changes))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("hints", [{}, {"max_queries": 1}], ids=["chunks", "decode rows"])
+def test_a_derivative_is_refused(wrap, hints):
+    slope = jax.grad(lambda q: paged_attention(**arguments(q=q, implementation="xla", **hints)).sum())
+    with pytest.raises(NotImplementedError, match=r"over pages has no derivative: .* pdx\.forward without a cache"):
+        wrap(slope)(arguments()["q"])
 
 
 def test_the_result_has_the_values_size():

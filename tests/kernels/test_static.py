@@ -118,6 +118,42 @@ def test_a_missing_compiler_is_told(monkeypatch, capsys):
         static.main(["decode_attention", "--target", "v5e"])
 
 
+WRONG = (
+    ("nosuch --target v5e", "no op 'nosuch'; there are flash_attention"),
+    ("nosuch --summary", "no op 'nosuch'; there are flash_attention"),
+    ("decode_attention --summary --target zzz", "no chip 'zzz' .* it has v4, v5e"),
+    ("decode_attention --target zzz", "no chip 'zzz' .* it has v4, v5e"),
+    ("decode_attention --target v5e:9x9", "v5e has no slice 9x9.* such as v5e:2x4"),
+    ("decode_attention --target v5e --case zzz", "has 'zzz' in its name; there are 'Llama 3 8B, bf16'.*--small"),
+    ("decode_attention --target v5e --small --case zzz", "has 'zzz' in its name; .*'draft of four, ragged'"),
+)
+
+
+@pytest.mark.parametrize("compiler", [None, "needs libtpu"], ids=["compiler", "no compiler"])
+@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=[a for a, _ in WRONG])
+def test_what_is_not_there_is_told_with_what_there_is(monkeypatch, capsys, arguments, says, compiler):
+    monkeypatch.setattr(targets, "missing", lambda name: compiler)
+    with pytest.raises(SystemExit, match=says) as found:
+        static.main(arguments.split())
+    assert "\n" not in found.value.code
+    assert not capsys.readouterr().out
+
+
+def test_a_table_of_nothing_but_errors_fails(monkeypatch, capsys):
+    monkeypatch.setattr(static, "table", lambda *a, **k: [{"case": "one", "error": "JaxRuntimeError: no VMEM\nmore"}])
+    with pytest.raises(SystemExit, match=r"no case of decode_attention has figures for v5e: JaxRuntimeError: no VMEM$"):
+        static.main(["decode_attention", "--target", "v5e"])
+    assert "JaxRuntimeError: no VMEM" in capsys.readouterr().out
+
+
+def test_a_case_that_no_kernel_takes_is_refused(monkeypatch):
+    monkeypatch.setattr(problems.Problem, "unsupported", "heads too wide")
+    with pytest.raises(ValueError, match="takes none of these cases on v5e: heads too wide"):
+        static.table("decode_attention", "v5e")
+    problem = problems.problems("decode_attention", "tpu", large_only=True)[0]
+    assert static.row(problem, "v5e") == {"error": "heads too wide"}
+
+
 @pytest.mark.aot
 def test_the_command_prints_a_table():
     if why := targets.missing("v5e"):

@@ -117,6 +117,22 @@ def test_names():
         Target.get("v9")
 
 
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x8", "v6e:16x16", "v5p:2x2x1", "v4:4x4x12", "7x:2x2x4", "h100:16"])
+def test_slices_that_exist(name):
+    assert Target.get(name).topology.endswith(name.split(":")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("v5e:3", "has no slice 3.*such as v5e:2x4"), ("v5e:9x9", "no slice 9x9"), ("v5e:2x", "no slice 2x"),
+     ("v6e:2x2x2", "two axes"), ("v5p:2x2", "three axes.*such as v5p:2x2x2"), ("v4:2x2x0", "no slice 2x2x0"),
+     ("h100:0", "write h100:8"), ("h100:2x4", "write h100:8")],
+)  # fmt: skip
+def test_slices_that_do_not_exist_are_refused(name, says):
+    with pytest.raises(ValueError, match=says):
+        Target.get(name)
+
+
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     absent = ("libtpu", "jax_plugins.xla_cuda12")

@@ -79,6 +79,41 @@ def test_tiles_that_do_not_suit_the_call_are_passed_over_or_named(monkeypatch, t
         resolve(tmp_path, Config(512), misfit=large)
 
 
+KEY = tiles.bucket(CALL)
+
+
+def entry_of(**config) -> str:
+    """A table with one entry."""
+    return json.dumps({"ops": {"op": {KEY: {"config": config}}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", 'must be an object with "ops"'),
+        ('{"device": "v5e"}', 'must be an object with "ops"'),
+        ('{"ops": []}', 'must be an object with "ops"'),
+        ('{"ops": {"op": []}}', "an object of entries under op"),
+        (json.dumps({"ops": {"op": {KEY: {"rung": "static"}}}}), f'without a "config" object, op, {KEY!r}'),
+        (entry_of(block=128, old=1), f"{KEY!r}.*'old'.*block, splits, deep"),
+        (entry_of(block=100), f"{KEY!r}.*a multiple of 128"),
+        (entry_of(block="128"), f"{KEY!r}.*remove the entry, or tune again"),
+    ],
+    ids=["no JSON", "a list", "no ops", "ops a list", "entries a list", "no config", "an old field", "a wrong value",
+         "a wrong type"],
+)  # fmt: skip
+def test_a_table_that_cannot_be_read_is_named(monkeypatch, tmp_path, text, says):
+    be_on(monkeypatch, "v5e")
+    (tmp_path / "v5e.json").write_text(text)
+    with pytest.raises(ValueError, match=f"the tuned table .*v5e.json .*{says}"):
+        resolve(tmp_path)
+    assert resolve(tmp_path, Config(256)) == (Config(256), "explicit")
+    if "block" not in text:  # what cannot be read is not overwritten
+        with pytest.raises(ValueError, match="remove the file and tune again"):
+            tuning.write("op", CALL, chip("v5e"), "static", Candidate(Config(512), 1e-3), tmp_path)
+
+
 CHIPS = {"tpu": "v5e", "gpu": "a100"}
 KERNELS = [(platform, name, op) for platform, name in CHIPS.items() for op in problems.ops(platform)]
 
@@ -175,3 +210,23 @@ def test_without_a_device_candidates_are_ranked_by_static_figures_and_it_is_said
     assert tiles.lookup("decode_attention", problem.call, chip("v5e"))["rung"] == "static"
     with pytest.raises(SystemExit, match="no chip to measure on here"):
         tuning.main(["decode_attention"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [("flash_attention --target v5e:3", "v5e has no slice 3"), ("nosuch", "no op 'nosuch'; there are flash"),
+     ("flash_attention --target v5e --case zzz", "'zzz' in its name; there are 'Llama 3 8B, bf16, no mask'")],
+    ids=["slice", "op", "case"],
+)  # fmt: skip
+def test_what_is_not_there_is_told_with_what_there_is(arguments, says):
+    with pytest.raises(SystemExit, match=says):
+        tuning.main(arguments.split())
+
+
+def test_a_case_without_any_working_candidate_fails(monkeypatch, capsys):
+    name = "one query head a KV head"
+    monkeypatch.setattr(static, "row", lambda *a: {"error": "RESOURCE_EXHAUSTED: too much VMEM\nmore"})
+    monkeypatch.setattr("pallas_kernels.targets.missing", lambda name: None)
+    with pytest.raises(SystemExit, match=f"v5e: no candidate works for {name} .RESOURCE_EXHAUSTED: too much VMEM.$"):
+        tuning.main(["decode_attention", "--target", "v5e", "--case", name, "--write"])
+    assert "kept" not in capsys.readouterr().out
