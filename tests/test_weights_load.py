@@ -246,6 +246,9 @@ def test_a_broken_configuration_is_named(directory):
     (directory / "config.json").write_text("{")
     with pytest.raises(ModelFileError, match=r"config\.json: not readable as JSON"):
         load(directory)
+    (directory / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelFileError, match=r"config\.json: not readable as JSON"):
+        load(directory)
     (directory / "config.json").write_text("[]")
     with pytest.raises(ModelFileError, match=r"config\.json: expected a JSON object"):
         load(directory)

@@ -83,7 +83,7 @@ def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
         raise ModelFileError(f"{path}: expected a JSON object")
