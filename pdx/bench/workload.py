@@ -17,7 +17,7 @@ import numpy as np
 
 from pdx import texts
 from pdx.errors import RequestError
-from pdx.generation import encode
+from pdx.prompts import encode
 from pdx.weights.load import Model
 
 Arrival = Literal["poisson", "burst", "closed"]
