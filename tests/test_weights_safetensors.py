@@ -141,6 +141,32 @@ def test_random_damage_to_the_header_raises_nothing_but_a_clear_error(directory,
     assert 300 < refused < 600
 
 
+def test_a_value_of_the_header_changed_at_random_raises_nothing_but_a_clear_error(directory, tmp_path):
+    """JSON as before, another value: in the place of a field, or of a number within it."""
+    whole, rng = (directory / "model.safetensors").read_bytes(), np.random.default_rng(4)
+    (length,) = struct.unpack("<Q", whole[:8])
+    path = tmp_path / "damaged.safetensors"
+    odd = [None, True, -1, 1.0, 1.5, float("inf"), float("nan"), 2**70, "", "32", [], [1], [[1]], {}, {"a": 1}]
+    for _ in range(300):
+        header = json.loads(whole[8 : 8 + length])
+        entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+        field, value = rng.choice(["dtype", "shape", "data_offsets"]), odd[rng.integers(len(odd))]
+        if field != "dtype" and rng.integers(2):
+            entry[field][rng.integers(len(entry[field]))] = value
+        else:
+            entry[field] = value
+        content = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(content)) + content + whole[8 + length :])
+        with pytest.raises((ModelFileError, UnsupportedModelError)):
+            _read_all(path)
+
+
+def _read_all(path):
+    file = SafetensorsFile(path)
+    for name in file.names():
+        file.read(name, np.float32)
+
+
 def test_pickles_are_never_opened(tmp_path):
     class Trap:
         def __reduce__(self):
