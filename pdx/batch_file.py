@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pdx import texts
 from pdx.errors import PdxError, RequestError
 from pdx.sampling_options import SamplingOptions
+from pdx.tokenizer.chat import check_messages
 
 SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
 
@@ -38,17 +40,17 @@ def read(path: Path, defaults: SamplingOptions) -> list[Request]:
 
 def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
     """The number of each line that is not blank, what it says, and where that is for messages. Raises RequestError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(texts.lines(path), 1):
         where = f"{path}, line {number}"
         if line.strip():
             try:
-                yield number, json.loads(line), where
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # as it will be written
+            except UnicodeEncodeError:
+                raise RequestError(f"{where} holds half a surrogate pair, which is no character") from None
+            except (ValueError, RecursionError) as error:
                 raise RequestError(f"{where} is no JSON: {error}") from None
+            yield number, row, where
 
 
 def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Request:
@@ -58,6 +60,11 @@ def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Reque
     prompt = row.get("prompt", row.get("messages"))
     if not isinstance(prompt, str if "prompt" in row else list) or not prompt:
         raise RequestError(f"{where}: prompt must be a text and messages a list, neither of them empty")
+    if "messages" in row:
+        try:
+            check_messages(prompt)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
     settings = {key: value for key, value in row.items() if key in SETTINGS}
     try:
         return Request(number, row, prompt, dataclasses.replace(defaults, **settings))
@@ -75,34 +82,49 @@ def check_output(path: Path, source: Path) -> None:
         raise RequestError(f"{path.parent} is not a directory: make it first")
 
 
-def run(model, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str) -> None:
-    """Answer all requests; each row is on disk as soon as it and those before it in the file are finished."""
+def token_ids(model, source: Path, requests: list[Request]) -> list[list[int]]:
+    """The prompts as the model reads them. Raises RequestError or ContextLengthError that names the line."""
+    from pdx.generation import checked_ids
+
+    ids = []
+    for request in requests:
+        try:
+            ids.append(checked_ids(model, request.prompt, request.options))
+        except PdxError as error:
+            raise type(error)(f"{source}, line {request.line}: {error}") from error
+    return ids
+
+
+def run(
+    model, source: Path, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str
+) -> None:
+    """Answer all requests; each row is on disk as soon as it and those before it in the file are finished.
+
+    Raises RequestError or ContextLengthError, before anything runs or is written, for a row that cannot be served.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pdx.generation import stream
     from pdx.report_text import completion_fields
 
+    prompts = token_ids(model, source, requests)
     waiting: dict[int, dict[str, Any]] = {}
     written = tokens = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with output.open("w", encoding="utf-8") as file, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("requests", total=len(requests))
         pieces = stream(
-            model, [r.prompt for r in requests], [r.options for r in requests], batch_size=batch_size,
-            kernels=kernels, kv_dtype=kv_dtype,
-        )  # fmt: skip
-        try:
-            for piece in pieces:
-                if piece.completion is None:
-                    continue
-                waiting[piece.index] = requests[piece.index].row | completion_fields(piece.completion, kernels)
-                tokens += piece.completion.completion_tokens
-                while written in waiting:
-                    file.write(json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")
-                    written += 1
-                file.flush()
-                progress.update(task, advance=1, description=f"requests, {tokens} tokens")
-        except PdxError as error:
-            raise type(error)(f"{error} (prompts are counted from 0 in {len(requests)} requests)") from None
+            model, prompts, [r.options for r in requests], batch_size=batch_size, kernels=kernels, kv_dtype=kv_dtype
+        )
+        for piece in pieces:
+            if piece.completion is None:
+                continue
+            waiting[piece.index] = requests[piece.index].row | completion_fields(piece.completion, kernels)
+            tokens += piece.completion.completion_tokens
+            while written in waiting:
+                file.write(json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")
+                written += 1
+            file.flush()
+            progress.update(task, advance=1, description=f"requests, {tokens} tokens")
     print(f"{written} answers in {output}, {tokens} tokens", file=sys.stderr)

@@ -21,7 +21,7 @@ from typing import Any
 
 from pdx.batch_file import SETTINGS, Request, check_output, parse, rows_of
 from pdx.completion import Completion
-from pdx.errors import EngineError, PdxError, RequestError
+from pdx.errors import EngineError, RequestError
 from pdx.layers.attention import explain_mixed
 from pdx.report_text import completion_fields
 from pdx.sampling_options import SamplingOptions
@@ -190,7 +190,8 @@ async def _answer(engine, request: Request, tally: Tally) -> dict[str, Any]:
     try:
         async for output in engine.stream(request.prompt, request.options):
             completion = output.completion
-    except PdxError as error:
+    # Whatever it is, it is this row's: the others go on, and the row says what it was.
+    except Exception as error:
         if engine.is_closed:
             raise EngineError(f"{error}; what is finished is kept: the same command goes on from there") from error
         return _failed(request, error)
@@ -218,7 +219,7 @@ def _answered(engine, request: Request, done: Completion) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _failed(request: Request, error: PdxError) -> dict[str, Any]:
+def _failed(request: Request, error: Exception) -> dict[str, Any]:
     said = {"code": type(error).__name__, "message": str(error)}
     if "body" not in request.row:
         return request.row | {"error": said}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_tanh"]
+# Above what any model has: a corrupted size must not become a tuple of its length.
+MOST_LAYERS, MOST_HEAD_DIM = 10_000, 65_536
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,17 @@ class ModelConfig:
     post_norms: bool = False  # a norm behind attention and behind the MLP, before the residual sum
 
     def __post_init__(self):
-        if not self.windows:
-            object.__setattr__(self, "windows", (None,) * self.num_layers)
-        if self.attn_scale is None:
-            object.__setattr__(self, "attn_scale", self.head_dim**-0.5)
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff",
                      "max_context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in (("num_layers", MOST_LAYERS), ("head_dim", MOST_HEAD_DIM)):
+            if getattr(self, name) > most:
+                raise ValueError(f"ModelConfig.{name} must be at most {most}, got {getattr(self, name)}")
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+        if self.attn_scale is None:
+            object.__setattr__(self, "attn_scale", self.head_dim**-0.5)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:

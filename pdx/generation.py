@@ -20,15 +20,14 @@ import numpy as np
 from pdx import steps
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.completion import Completion, Row, TokenLogprobs
-from pdx.errors import ContextLengthError, RequestError
+from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.layers.attention import explain, layout_for
+from pdx.prompts import Prompt, as_list, check_bias, encode, spread
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, place_rows
 from pdx.weights.load import DTYPES, Model
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
 # Chunk lengths that programs are compiled for: each at most 1.5 times the one before, so that a prompt
 # is padded by a fifth or less on average. None so short that its attention would be the op for decoding.
@@ -214,40 +213,38 @@ def generator(model: Model, *, rows: int, tokens: int, **settings) -> Generator:
 
 def requests_of(model: Model, prompts: Sequence[Prompt], options: Sequence[SamplingOptions]) -> list[Row]:
     """Tokenize and check requests. Raises RequestError or ContextLengthError, naming the request."""
-    context = model.config.max_context
     rows = []
     for i, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
-        ids = encode(model, prompt)
-        if not ids:
-            raise RequestError(f"prompt {i} is empty: give it at least one token")
-        if len(ids) >= context:
-            raise ContextLengthError(
-                f"prompt {i} has {len(ids)} tokens, but the context of {model.name} is {context}: shorten it"
-            )
-        if len(ids) + option.max_tokens > context:
-            raise ContextLengthError(
-                f"prompt {i} has {len(ids)} tokens and asks for {option.max_tokens} more, but the context of "
-                f"{model.name} is {context}: ask for at most {context - len(ids)} (max_tokens)"
-            )
+        try:
+            ids = checked_ids(model, prompt, option)
+        except PdxError as error:
+            raise type(error)(f"prompt {i}: {error}") from error
         rows.append(Row(i, ids, option, model.tokenizer.stream(), ends_of(model, option)))
     return rows
+
+
+def checked_ids(model: Model, prompt: Prompt, options: SamplingOptions) -> list[int]:
+    """The token ids of a prompt that can be served with these options.
+
+    Raises RequestError or ContextLengthError.
+    """
+    context, ids = model.config.max_context, encode(model, prompt)
+    check_bias(model, options)
+    if not ids:
+        raise RequestError("the prompt is empty: give it at least one token")
+    if len(ids) >= context:
+        raise ContextLengthError(f"{len(ids)} tokens, but the context of {model.name} is {context}: shorten it")
+    if len(ids) + options.max_tokens > context:
+        raise ContextLengthError(
+            f"{len(ids)} tokens and {options.max_tokens} more asked for, but the context of {model.name} is "
+            f"{context}: ask for at most {context - len(ids)} (max_tokens)"
+        )
+    return ids
 
 
 def ends_of(model: Model, options: SamplingOptions) -> frozenset[int]:
     """The tokens that end a request."""
     return frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
-
-
-def encode(model: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a text, of chat messages (through the model's template), or ids as they are."""
-    if isinstance(prompt, str):
-        return model.tokenizer.encode(prompt) if prompt else []
-    if prompt and isinstance(prompt[0], Mapping):
-        return model.tokenizer.encode_chat(prompt)
-    ids = [int(t) for t in prompt]
-    if bad := [t for t in ids if not 0 <= t < model.config.vocab_size]:
-        raise RequestError(f"token id {bad[0]} is outside the vocabulary of {model.config.vocab_size}")
-    return ids
 
 
 def stream(
@@ -256,12 +253,14 @@ def stream(
     *, batch_size: int = DEFAULT_ROWS, kernels: str = "auto", kv_dtype=None, capacity: int | None = None, **settings,
 ) -> Iterator[Piece]:  # fmt: skip
     """Generate for one prompt or several; yields pieces of text as they come. Arguments as `generate`."""
-    prompts = [prompts] if _is_one(prompts) else list(prompts)
+    prompts = as_list(prompts)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
     if options is None or isinstance(options, SamplingOptions):
-        options = [dataclasses.replace(options or SamplingOptions(), **settings)] * len(prompts)
+        options = dataclasses.replace(options or SamplingOptions(), **settings)
     elif settings:
         raise RequestError(f"give {', '.join(settings)} in each request's options, or one set for all")
-    rows = requests_of(model, prompts, options)
+    rows = requests_of(model, prompts, spread(options, len(prompts)))
     if not rows:
         return
     longest = max(len(r.prompt) + r.options.max_tokens for r in rows)
@@ -287,7 +286,7 @@ def generate(
 
     Args:
       model: what `pdx.load` returns.
-      prompts: a text, a list of chat messages, a list of token ids, or a list of any of these.
+      prompts: a text, chat messages, token ids (a list or a one-dimensional array), or a list of any of these.
       options: sampling settings, one for all or one a prompt; None: greedy, 128 tokens.
       settings: single fields of `SamplingOptions` (max_tokens=, temperature=, ...), and batch_size=,
         kernels=, kv_dtype=, capacity= (tokens a row can hold; None: what the requests need, rounded up).
@@ -296,14 +295,9 @@ def generate(
       One completion a prompt, in the order of the prompts.
 
     Raises:
-      RequestError: an empty prompt or a setting out of range.
+      RequestError: an empty prompt, what is no prompt, or a setting out of range.
       ContextLengthError: a prompt that, with what it is to generate, the context cannot hold.
       NotImplementedError: a kernel path that does not exist here.
     """
     done = [piece.completion for piece in stream(model, prompts, options, **settings) if piece.completion]
     return sorted(done, key=lambda c: c.index)
-
-
-def _is_one(prompts) -> bool:
-    """Whether this is a single prompt: a text, token ids or chat messages."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping))

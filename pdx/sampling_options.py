@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -90,7 +91,8 @@ class SamplingOptions:
 
 def _number(name, value, low, high, hint="", *, open_below=False) -> float:
     """`value` as a float in [low, high] (in (low, high] with `open_below`), always finite."""
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared first: a whole number may be too large for a float.
+    good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not good or value > high or value < low or (open_below and value == low):
         above = f"{'above' if open_below else 'at least'} {low:g}"
         span = f"{above} and finite" if high == math.inf else f"{above} and at most {high:g}"
@@ -123,7 +125,9 @@ def _bias(bias) -> dict[int, float]:
     for token, value in bias.items():
         token = int(token) if isinstance(token, str) and token.isdecimal() else token
         token = _integer("a token id of logit_bias", token, 0, None)
-        if isinstance(value, bool) or not isinstance(value, Real) or not value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not (
+            value == -math.inf or abs(value) <= sys.float_info.max
+        ):
             raise RequestError(f"logit_bias of token {token} is {value!r}: it must be finite, or -inf for a ban")
         clean[token] = float(value)
     return clean

@@ -32,6 +32,17 @@ def calibration() -> str:
     return "\n\n".join(found)
 
 
+def lines(path: Path) -> list[str]:
+    """The lines of a JSONL file. Raises RequestError for a file that cannot be read.
+
+    Only a line feed ends one: JSON texts may hold the other characters that `str.splitlines` breaks at.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: not readable as UTF-8 text ({error})") from None
+
+
 def read(path: Path | None, otherwise) -> str:
     """A file's text, or without one what `otherwise()` gives. Raises RequestError for a file that cannot be read."""
     if path is None:

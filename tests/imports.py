@@ -15,7 +15,7 @@ LAYERS = (
      "texts", "rounding", "matrices", "tradeoffs", "chips", "rates"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
-    ("steps", "completion", "generation", "speculative", "aot", "calibration"),
+    ("steps", "completion", "prompts", "generation", "speculative", "aot", "calibration"),
     ("engine.",),
     ("bench.", "train.", "report_text", "batch_file", "batch_job", "chat", "plan."),
     ("cli.", "serve."),

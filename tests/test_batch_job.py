@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from pdx import batch_job
 from pdx.cli import app
 from pdx.errors import RequestError
+from pdx.prompts import encode
 from pdx.sampling_options import SamplingOptions
 from tests import tiny_model
 
@@ -89,6 +90,26 @@ def test_a_row_that_cannot_be_served_fails_alone(directory, tmp_path):
     assert last["token_ids"]
 
 
+def test_whatever_a_row_fails_of_the_others_go_on(directory, tmp_path, monkeypatch):
+    def failing(model, prompt):
+        if prompt == "break":
+            raise ValueError("broken")
+        return encode(model, prompt)
+
+    monkeypatch.setattr("pdx.engine.engine.encode", failing)
+    asked = [{"prompt": p} for p in ("one", "break", "two", "x", "three")]
+    asked[3]["logit_bias"] = {"99999": 1}
+    source = write(tmp_path / "in.jsonl", asked)
+    target = tmp_path / "out.jsonl"
+    done = run(source, target, "-m", directory, *ENGINE)
+    assert "2 of 5 requests failed" in str(done.exception)
+    answers = read(target)
+    assert answers[1]["error"] == {"code": "ValueError", "message": "broken"}
+    assert answers[3]["error"]["code"] == "RequestError"
+    assert "logit_bias names token 99999" in answers[3]["error"]["message"]
+    assert all(answers[i]["token_ids"] for i in (0, 2, 4))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -98,6 +119,9 @@ def test_a_row_that_cannot_be_served_fails_alone(directory, tmp_path):
         ({"body": {"prompt": "x"}}, "custom_id"),
         ({"prompt": "x", "temperature": -1}, "temperature"),
         ({"text": "x"}, "prompt"),
+        ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
+        ({"custom_id": "a", "body": {"messages": [{"role": 1, "content": "x"}]}}, r"messages\[0\] needs a role"),
     ],
 )
 def test_bad_rows_are_refused_before_anything_runs(tmp_path, row, message):

@@ -98,15 +98,42 @@ def test_a_file_of_requests(directory, tmp_path):
         ('{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
         ('{"prompt": "x", "logit_bias": {"a": 1}}', "line 2"),
         ('{"prompt": "x", "stop": 7}', "line 2"),
+        ('{"prompt": "x", "temperature": 1' + 400 * "0" + "}", "line 2: temperature"),
+        ('{"prompt": "x", "logit_bias": {"5": 1' + 400 * "0" + "}}", "line 2: logit_bias of token 5"),
+        ('{"prompt": "x", "id": 1' + 5000 * "0" + "}", "line 2 is no JSON"),
+        ("[" * 100_000, "line 2 is no JSON"),
+        ('{"prompt": "x", "id": "\\ud800"}', "line 2 holds half a surrogate pair"),
+        ('{"messages": ["hi"]}', "line 2: messages[0] must be an object with role and content, got 'hi'"),
+        ('{"messages": [{"role": "user", "content": "x"}, 5]}', "line 2: messages[1] must be an object"),
+        ('{"messages": [{"role": "user"}]}', "line 2: messages[0] has no content"),
+        ('{"messages": [{"content": "x"}]}', "line 2: messages[0] needs a role"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "line 2: messages[0].content must be text"),
+        # What only the model says:
+        ('{"prompt": "x", "logit_bias": {"99999": 1}}', "line 2: logit_bias names token 99999"),
+        (json.dumps({"prompt": "x" * 600}), "line 2: 600 tokens, but the context of"),
+        ('{"prompt": "x", "max_tokens": 512}', "line 2: 1 tokens and 512 more asked for"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_runs(directory, tmp_path, line, says):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "fine"}\n' + line + "\n", encoding="utf-8")
-    result = run("generate", "-m", directory, "--prompts", source, "--output", target)
+    result = run("generate", "-m", directory, "--prompts", source, "--output", target, "--batch-size", 1)
     assert result.exit_code == 1
+    assert isinstance(result.exception, PdxError)
     assert says in str(result.exception)
+    assert str(source) in str(result.exception)
     assert not target.exists()
+
+
+def test_only_a_line_feed_ends_a_line_and_a_mark_may_stand_before_the_first(directory, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["a\u2028b", "c\u2029d", "e\x85f", "plain"]
+    rows = [json.dumps({"prompt": p, "max_tokens": 1}, ensure_ascii=False) for p in prompts]
+    source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\r\n\n")
+    result = run("generate", "-m", directory, "--prompts", source, "--output", target)
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in target.read_bytes().decode().split("\n") if line]
+    assert [a["prompt"] for a in answers] == prompts
 
 
 @pytest.mark.parametrize(
@@ -117,6 +144,7 @@ def test_a_bad_line_is_named_before_anything_runs(directory, tmp_path, line, say
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--prompts", "in.jsonl"], "go together"),
         (["generate", "x", "--prompts", "a", "--output", "b"], "not both"),
+        (["generate", "x", "--model", ""], "the name is empty"),
     ],
 )
 def test_errors_end_the_process_with_one_line(arguments, says):
@@ -125,6 +153,27 @@ def test_errors_end_the_process_with_one_line(arguments, says):
     assert done.stderr.startswith("error: ")
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompts", "a", "--output", "b", "--chat"], 'rows with "messages" are chats'),
+        (["--prompts", "a", "--output", "b", "--system", "x"], 'rows with "messages" are chats'),
+        (["x", "--logprobs", "2"], "add --json"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments, says):
+    result = run("generate", *arguments)
+    assert isinstance(result.exception, PdxError)
+    assert says in str(result.exception)
+
+
+def test_sizes_to_measure_are_at_least_one():
+    for option in ("--batch", "--prompt-tokens"):
+        result = run("bench", "model", "-m", "no-such-model", option, 0)
+        assert result.exit_code == 2
+        assert "Invalid value" in result.output
 
 
 def test_convert_gives_the_same_tokens(directory, tmp_path):

@@ -73,6 +73,12 @@ def test_sizes_are_at_least_one(name):
         replace(LLAMA, **{name: 0}, windows=())
 
 
+def test_absurd_sizes_are_refused_before_tuples_are_made_of_them():
+    for name in ("num_layers", "head_dim"):
+        with pytest.raises(ValueError, match=f"ModelConfig.{name} must be at most .*, got 40000000000"):
+            replace(LLAMA, **{name: 40_000_000_000}, windows=())
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

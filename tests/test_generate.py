@@ -161,6 +161,41 @@ def test_what_makes_no_sense_is_said(model, prompt, settings, error, says):
         pdx.generate(model, [prompt], **settings)
 
 
+def test_token_ids_may_be_arrays(model):
+    ids = [5, 6, 7]
+    expected = pdx.generate(model, ids, max_tokens=3)[0].token_ids
+    for one in (np.array(ids), jnp.array(ids), (5, 6, 7), list(np.array(ids)), list(jnp.array(ids)), range(5, 8)):
+        found = pdx.generate(model, one, max_tokens=3)
+        assert [(c.prompt_tokens, c.token_ids) for c in found] == [(3, expected)]
+    for two in ([np.array(ids), jnp.array(ids)], np.array([ids, ids]), [ids, (5, 6, 7)]):
+        found = pdx.generate(model, two, max_tokens=3)
+        assert [(c.prompt_tokens, c.token_ids) for c in found] == [(3, expected)] * 2
+    assert len(pdx.generate(model, np.array(["a", "b"]), max_tokens=3)) == 2
+
+
+@pytest.mark.parametrize("prompts", [
+    None, 5, b"hello", {"role": "user", "content": "x"}, [5.9, 6.7], [[5.9, 6.7]], [True, False], [["hi"]], [None],
+    np.array([5.9]), [np.array([[5, 6]])], np.array(5), [5, "x"], [["x", 5]], [[{"role": "user", "content": "x"}, "x"]],
+    ["fine", None], ["fine", [{"role": "user"}]],
+], ids=repr)  # fmt: skip
+def test_what_is_no_prompt_is_said(model, prompts):
+    with pytest.raises(RequestError, match=r"a prompt is a text, chat messages or token ids|messages\["):
+        pdx.generate(model, prompts)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"options": [SamplingOptions()]}, "1 options for 2 prompts: give one set for all, or one a prompt"),
+    ({"options": {"temperature": 1}}, "options must be SamplingOptions or a list of them"),
+    ({"options": [None, None]}, "options must be SamplingOptions or a list of them"),
+    ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1"),
+    ({"batch_size": 1.5}, "batch_size is 1.5"),
+    ({"options": [SamplingOptions(), SamplingOptions(logit_bias={10_000: 1.0})]}, "prompt 1: logit_bias names token"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_the_prompts_are_said_before_anything_runs(model, settings, says):
+    with pytest.raises(RequestError, match=says):
+        next(pdx.stream(model, ["a", "b"], **({"batch_size": 1} | settings)))
+
+
 def test_bfloat16_cache_and_parameters(tmp_path):
     model = pdx.load(tiny_model.make(tmp_path), dtype="bf16")
     assert model.params["embed"].dtype == jnp.bfloat16

@@ -120,6 +120,9 @@ def test_a_trace_is_read_in_the_order_of_time(tmp_path):
         (0, 8, 2), (1, 20, 9), (2.5, 12, 3)]  # fmt: skip
     assert found.pressure == pytest.approx(2 / 2.5)
     assert len(workload.read_trace(file, prompts(), 2).requests) == 2
+    row = {"arrival_s": 0, "prompt_tokens": 3, "output_tokens": 1, "note": "a\u2028b"}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
+    assert len(workload.read_trace(file, prompts()).requests) == 1
 
 
 @pytest.mark.parametrize(("line", "says"), [

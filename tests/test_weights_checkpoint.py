@@ -136,6 +136,7 @@ def edit(path, **changes):
         (lambda d: edit(d / "params" / NAME / ".zarray", dtype="<i4"), rf"{NAME} is stored as <i4 .* expected float32"),
         (lambda d: edit(d / "params" / NAME / ".zarray", compressor={"id": "zstd"}), "one uncompressed chunk"),
         (lambda d: (d / "pdx.json").write_text("no"), r"pdx\.json: not the description of a pdx checkpoint"),
+        (lambda d: (d / "pdx.json").write_text("[" * 100_000), r"pdx\.json: not the description of a pdx checkpoint"),
         (lambda d: edit(d / "pdx.json", version=99), "version 99, expected 'pdx-checkpoint' version 1: convert the"),
         (lambda d: edit(d / "pdx.json", config={"family": "x"}), "incomplete ModelConfig"),
         (lambda d: edit(d / "pdx.json", params={}), r"tensor embed and \d+ more is missing"),

@@ -185,6 +185,36 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
         GgufFile(path)
 
 
+def test_a_length_that_no_text_can_have_is_named(tmp_path):
+    path = write(tmp_path / "t.gguf", {"x": np.ones(4, np.float32)}, lambda w: w.add_array("words", ["fine", "WWWW"]))
+    whole = path.read_bytes()
+    count, length = whole.index(b"fine") - 16, whole.index(b"fine") - 8
+    for at, value in ((length, 1 << 63), (length, (1 << 64) - 1), (count, 1 << 63), (count, 1 << 40)):
+        path.write_bytes(whole)
+        patch(path, at, struct.pack("<Q", value))
+        with pytest.raises(ModelFileError, match=r"t\.gguf: ends inside metadata field 'words'"):
+            GgufFile(path)
+
+
+def test_deep_arrays_are_refused(tmp_path):
+    nested = struct.pack("<IQ", 9, 1) * 5000 + struct.pack("<IQ", 4, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    path = tmp_path / "deep.gguf"
+    path.write_bytes(head + struct.pack("<Q", 4) + b"deep" + struct.pack("<I", 9) + nested)
+    with pytest.raises(ModelFileError, match=r"deep\.gguf: metadata field 'deep' has arrays more than 8 deep"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("value", ["two", [1, 2]])
+def test_a_count_of_parts_that_is_no_number_is_named(tmp_path, value):
+    def fields(w):
+        (w.add_string if isinstance(value, str) else w.add_array)("split.count", value)
+
+    path = write(tmp_path / "s.gguf", {"x": np.ones(4, np.float32)}, fields)
+    with pytest.raises(ModelFileError, match=r"s\.gguf: split\.count is .*, expected a whole number"):
+        GgufFile(path)
+
+
 def test_a_part_of_a_split_file_and_a_type_without_dequantizer_are_unsupported(tmp_path):
     path = write(tmp_path / "s.gguf", {"x": np.ones(4, np.float32)}, lambda w: w.add_uint16("split.count", 3))
     with pytest.raises(UnsupportedModelError, match=r"one of 3 parts; .*gguf-split --merge"):

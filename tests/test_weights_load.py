@@ -246,12 +246,45 @@ def test_a_broken_configuration_is_named(directory):
     (directory / "config.json").write_text("{")
     with pytest.raises(ModelFileError, match=r"config\.json: not readable as JSON"):
         load(directory)
+    (directory / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelFileError, match=r"config\.json: not readable as JSON"):
+        load(directory)
     (directory / "config.json").write_text("[]")
     with pytest.raises(ModelFileError, match=r"config\.json: expected a JSON object"):
         load(directory)
     (directory / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
     with pytest.raises(UnsupportedModelError, match=r"config\.json: architectures = 'MambaForCausalLM'"):
         load(directory)
+
+
+ABSURD = [
+    ({"num_hidden_layers": 2_000_000_000}, r"config\.json: field num_hidden_layers is 2000000000, .* the 20 tensors"),
+    ({"num_hidden_layers": 2_000_000_000, "architectures": ["MistralForCausalLM"]}, "num_hidden_layers is 2000000000"),
+    ({"head_dim": 4_000_000_000, "rope_scaling": {"type": "linear", "factor": 2.0}}, "head_dim is 4000000000"),
+    ({"vocab_size": 10**12 + 39}, r"embed_tokens\.weight has shape .*, expected \[1000000000039, 32\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), ABSURD, ids=["layers", "windows", "head", "vocabulary"])
+def test_absurd_sizes_are_refused_before_anything_is_made_of_them(directory, changes, said):
+    weight_files.reconfigure(directory, **changes)
+    with pytest.raises(ModelFileError, match=said):
+        load(directory, quantize="int8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"llama__block_count": 0x64000002}, r"broken\.gguf: field llama\.block_count is 1677721602, .* 20 tensors"),
+        ({"llama__attention__head_count": 1 << 31, "llama__attention__key_length": 8},
+         r"tensor blk\.0\.attn_q\.weight has shape \[32, 32\], expected \[17179869184, 32\]"),
+    ],
+    ids=["layers", "heads"],
+)
+def test_absurd_sizes_of_gguf_are_refused_before_anything_is_made_of_them(directory, fields, said):
+    path = weight_files.write_gguf(directory.parent / "broken.gguf", weight_files.tensors(directory), **fields)
+    with pytest.raises(ModelFileError, match=said):
+        load(path)
 
 
 def test_a_directory_with_only_pickles_is_refused(directory):

@@ -69,6 +69,14 @@ def test_a_path_with_a_built_in_name_is_ambiguous(home):
     assert resolve(Path("gemma-3-270m")).kind == "hf"
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(home, name):
+    tiny_model.make(Path("."))
+    with pytest.raises(ModelNotFoundError, match="the name is empty"):
+        resolve(name)
+    assert resolve(".").kind == "hf"
+
+
 def test_what_is_not_found_lists_what_is_known_and_near(home):
     with pytest.raises(ModelNotFoundError) as caught:
         resolve("smollm2-135m")

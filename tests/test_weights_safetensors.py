@@ -67,6 +67,9 @@ def test_a_missing_shard_and_a_tensor_in_no_shard_are_named(directory):
     index.write_text("[]")
     with pytest.raises(ModelFileError, match="not a JSON object with a weight_map"):
         open_safetensors(directory)
+    index.write_text('{"weight_map": {"extra": 5}}')
+    with pytest.raises(ModelFileError, match="does not map tensors to files"):
+        open_safetensors(directory)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
@@ -89,13 +92,79 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         (b'{"a": 3}', "tensor a has the header entry 3"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "takes bytes 0 to 4: corrupted"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "takes bytes -4 to 0: corrupted"),
+        (b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', "shape .* takes bytes 0 to 4"),
+        (b'{"a": {"dtype": "I4", "shape": [2], "data_offsets": [4, 0]}}', "takes bytes 4 to 0"),
+        (b'{"a": {"dtype": [1], "shape": [1], "data_offsets": [0, 4]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": [1180591620717411303424], "data_offsets": [0, 4]}}', "tensor a of type F32"),
+        (b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}', "tensor a of type F32"),
+        (b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}', "tensor a has the header entry"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}', "tensor a has the header entry"),
+        (b"[" * 100_000, "its header is not a JSON object"),
+        (b'{"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},'
+         b' "b": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}}',
+         "tensor b starts at byte 2 of the data, within tensor a, bytes 0 to 4: corrupted"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_header_is_named(tmp_path, header, said):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(ModelFileError, match=said):
+    with pytest.raises(ModelFileError, match=rf"x\.safetensors: .*{said}"):
         SafetensorsFile(path)
+
+
+def test_tensors_of_nothing_overlap_nothing(tmp_path):
+    save_file({"a": np.ones(3, np.float32), "b": np.ones((0, 4), np.float32)}, tmp_path / "x.safetensors")
+    assert SafetensorsFile(tmp_path / "x.safetensors").read("b", np.float32).shape == (0, 4)
+
+
+def test_random_damage_to_the_header_raises_nothing_but_a_clear_error(directory, tmp_path):
+    """Bytes changed, among them by those that JSON is made of, and files cut short; one digit more may be fine."""
+    whole, rng = (directory / "model.safetensors").read_bytes(), np.random.default_rng(3)
+    (length,) = struct.unpack("<Q", whole[:8])
+    path, refused = tmp_path / "damaged.safetensors", 0
+    for i in range(600):
+        data = bytearray(whole)
+        for at in rng.integers(0 if i % 4 == 0 else 8, 8 + length, 1 + i % 3):
+            data[at] = rng.integers(256) if i % 2 else rng.choice(list(b'0123456789[]{},":-e. '))
+        path.write_bytes(data[: rng.integers(len(data))] if i % 5 == 0 else data)
+        try:
+            file = SafetensorsFile(path)
+            for name in file.names():
+                file.read(name, np.float32)
+        except (ModelFileError, UnsupportedModelError):
+            refused += 1
+    assert 300 < refused < 600
+
+
+def test_a_value_of_the_header_changed_at_random_raises_nothing_but_a_clear_error(directory, tmp_path):
+    """JSON as before, another value: in the place of a field, or of a number within it."""
+    whole, rng = (directory / "model.safetensors").read_bytes(), np.random.default_rng(4)
+    (length,) = struct.unpack("<Q", whole[:8])
+    path = tmp_path / "damaged.safetensors"
+    odd = [None, True, -1, 1.0, 1.5, float("inf"), float("nan"), 2**70, "", "32", [], [1], [[1]], {}, {"a": 1}]
+    for _ in range(300):
+        header = json.loads(whole[8 : 8 + length])
+        entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+        field, value = rng.choice(["dtype", "shape", "data_offsets"]), odd[rng.integers(len(odd))]
+        if field != "dtype" and rng.integers(2):
+            entry[field][rng.integers(len(entry[field]))] = value
+        else:
+            entry[field] = value
+        content = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(content)) + content + whole[8 + length :])
+        with pytest.raises((ModelFileError, UnsupportedModelError)):
+            _read_all(path)
+
+
+def _read_all(path):
+    file = SafetensorsFile(path)
+    for name in file.names():
+        file.read(name, np.float32)
 
 
 def test_pickles_are_never_opened(tmp_path):

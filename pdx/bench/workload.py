@@ -17,7 +17,7 @@ import numpy as np
 
 from pdx import texts
 from pdx.errors import RequestError
-from pdx.generation import encode
+from pdx.prompts import encode
 from pdx.weights.load import Model
 
 Arrival = Literal["poisson", "burst", "closed"]
@@ -195,11 +195,7 @@ def make(
 def read_trace(file: Path, prompts: Prompts, limit: int | None = None) -> Load:
     """A recorded load: JSON lines of `arrival_s`, `prompt_tokens` and `output_tokens`, in any order; the first request
     comes at once. Raises RequestError, which names the line."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: not readable as UTF-8 text ({error})") from None
-    rows = sorted(_row(file, n, line) for n, line in enumerate(lines, 1) if line.strip())[:limit]
+    rows = sorted(_row(file, n, line) for n, line in enumerate(texts.lines(file), 1) if line.strip())[:limit]
     if not rows:
         raise RequestError(f"{file} has no requests")
     begin, span = rows[0][0], rows[-1][0] - rows[0][0]

@@ -25,8 +25,12 @@ from pdx.weights.builtin import DEFAULT_MODEL
 @bench_app.command("model")
 def bench_model(
     model: ModelOption = DEFAULT_MODEL,
-    prompt_tokens: Annotated[list[int] | None, typer.Option(help="Prefill length; more than one may be given.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Decode batch size; more than one may be given.")] = None,
+    prompt_tokens: Annotated[
+        list[int] | None, typer.Option(help="Prefill length; more than one may be given.", min=1)
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Decode batch size; more than one may be given.", min=1)
+    ] = None,
     peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
     quantize: Annotated[list[str] | None, typer.Option(help="Also run the model with its weights stored so; more than "
                                                        "one may be given.")] = None,

@@ -66,13 +66,18 @@ def generate(
         raise RequestError("--prompts and --output go together")
     if prompts is not None and prompt is not None:
         raise RequestError("give a PROMPT or --prompts, not both")
+    if prompts is not None and (chat or system is not None):
+        raise RequestError("--chat and --system are for a PROMPT: in --prompts, rows with \"messages\" are chats")
+    if logprobs is not None and prompts is None and not as_json:
+        raise RequestError("--logprobs are reported in the object that --json prints: add --json")
     run = {"kernels": kernels, "kv_dtype": kv_dtype}
     if prompts is not None:
         from pdx import batch_file
 
         requests = batch_file.read(prompts, options)
         batch_file.check_output(output, prompts)
-        batch_file.run(load_model(model, dtype, mesh, quantize), requests, output, batch_size=batch_size, **run)
+        loaded = load_model(model, dtype, mesh, quantize)
+        batch_file.run(loaded, prompts, requests, output, batch_size=batch_size, **run)
         return
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:

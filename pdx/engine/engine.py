@@ -35,8 +35,9 @@ from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import settle
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
-from pdx.generation import Prompt, cache_dtype, encode, ends_of
+from pdx.generation import cache_dtype, ends_of
 from pdx.metrics import EngineMetrics
+from pdx.prompts import Prompt, check_bias, encode, spread
 from pdx.sampling_options import SamplingOptions
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
@@ -130,7 +131,7 @@ class Engine:
 
         Raises what `submit` raises, and EngineError for a request that failed; the others are cancelled then.
         """
-        each = options if isinstance(options, list) else [options] * len(prompts)
+        each = spread(options, len(prompts)) if isinstance(options, list) else [options] * len(prompts)
         streams: list[RequestStream] = []
         try:
             for index, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
@@ -188,8 +189,7 @@ class Engine:
             options = dataclasses.replace(options or SamplingOptions(), **settings)
             request = EngineRequest(tuple(encode(self.model, prompt)), options)
         encode(self.model, list(request.prompt))  # ids outside the vocabulary
-        if bias := [i for i in request.options.logit_bias or () if i >= self.model.config.vocab_size]:
-            raise RequestError(f"logit_bias names token {bias[0]} of {self.model.config.vocab_size}")
+        check_bias(self.model, request.options)
         if request.options.seed is None:  # the same one when it has to start anew
             seeded = dataclasses.replace(request.options, seed=secrets.randbits(64))
             request = dataclasses.replace(request, options=seeded)

@@ -57,13 +57,13 @@ def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
 
 
 def config_from_hf(config: Mapping[str, Any], where: str = "config.json",
-                   notes: list[str] | None = None) -> tuple[Family, ModelConfig]:
-    """Map a Hugging Face config.json.
+                   notes: list[str] | None = None, tensors: int | None = None) -> tuple[Family, ModelConfig]:
+    """Map a Hugging Face config.json; `tensors` is how many the model's files hold, where that is known.
 
     Fields that pdx does not know go to `notes`, in words. Raises ModelFileError for a field that is missing or of the
     wrong type and UnsupportedModelError for what pdx does not implement, both naming file, field and value.
     """
-    family, fields = family_of_hf(config, where), Fields(config, where)
+    family, fields = family_of_hf(config, where), Fields(config, where, held=tensors)
     cfg = _checked(family.from_hf, fields)
     if notes is not None and (unused := fields.unused()):
         said = ", ".join(f"{k} = {v!r}" for k, v in unused.items())
@@ -79,7 +79,8 @@ def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str) 
     """
     family = family_of_gguf(metadata, where)
     prefix = f"{metadata['general.architecture']}."
-    fields = Fields({k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
+    under = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    fields = Fields(under, where, prefix, len(file.names()))
     cfg = _checked(family.from_gguf, fields, file)
     for key, value in fields.unused().items():
         raise fields.unsupported(key, value, "models without it")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pdx.config import ModelConfig
+from pdx.config import MOST_HEAD_DIM, ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families.fields import REFUSED, Fields
 from pdx.families.rope import extended_context, rope_from_gguf
@@ -156,10 +156,10 @@ def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidd
     return {
         "vocab_size": f.integer("vocab_size", defaults["vocab_size"]),
         "d_model": d_model,
-        "num_layers": f.integer("num_hidden_layers", defaults["num_hidden_layers"]),
+        "num_layers": f.layers("num_hidden_layers", defaults["num_hidden_layers"]),
         "num_heads": heads,
         "num_kv_heads": f.integer("num_key_value_heads", kv_default),
-        "head_dim": f.integer("head_dim", defaults.get("head_dim") or d_model // heads),
+        "head_dim": f.integer("head_dim", defaults.get("head_dim") or d_model // heads, MOST_HEAD_DIM),
         "d_ff": f.integer("intermediate_size", defaults["intermediate_size"]),
         "max_context": extended_context(
             f, f.integer("max_position_embeddings", defaults["max_position_embeddings"])),
@@ -197,18 +197,20 @@ def gguf_shape(f: Fields, file: TensorFile) -> dict[str, Any]:
     for key in ("vocab_size", "tensor_data_layout", "expert_used_count", "pooling_type"):
         f.get(key)
     d_model, heads = f.integer("embedding_length"), f.uniform("attention.head_count")
-    head_dim = f.integer("attention.key_length", d_model // heads)
+    head_dim = f.integer("attention.key_length", d_model // heads, MOST_HEAD_DIM)
     f.only("attention.value_length", head_dim)
     embed = GGUF_NAMES["embed"]
     if embed not in names:
         raise ModelFileError(f"{f.where}: tensor {embed} is missing, expected [vocabulary, {d_model}]")
-    max_context = f.integer("context_length")
+    kv_heads, max_context = f.uniform("attention.head_count_kv", heads), f.integer("context_length")
+    for leaf, count in (("q_proj", heads), ("k_proj", kv_heads)):
+        _check_heads(f, file, names, GGUF_NAMES[leaf].format(i=0), [count * head_dim, d_model])
     return {
         "vocab_size": file.shape(embed)[0],
         "d_model": d_model,
-        "num_layers": f.integer("block_count"),
+        "num_layers": f.layers("block_count"),
         "num_heads": heads,
-        "num_kv_heads": f.uniform("attention.head_count_kv", heads),
+        "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "d_ff": f.uniform("feed_forward_length"),
         "max_context": max_context,
@@ -220,6 +222,13 @@ def gguf_shape(f: Fields, file: TensorFile) -> dict[str, Any]:
         "mlp_bias": GGUF_NAMES["gate_bias"].format(i=0) in names,
         "qk_norm": GGUF_NAMES["q_norm"].format(i=0) in names,
     }
+
+
+def _check_heads(f: Fields, file: TensorFile, names: set[str], name: str, expected: list[int]) -> None:
+    """Hold the heads to a tensor before an order of their rows is made, which takes a number a row."""
+    if name in names and list(file.shape(name)) != expected:
+        raise ModelFileError(f"{f.where}: tensor {name} has shape {list(file.shape(name))}, expected {expected} "
+                             "from the configuration")
 
 
 def _rope_freqs(file: TensorFile, head_dim: int) -> tuple[float, ...] | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pdx.config import MOST_LAYERS
 from pdx.errors import ModelFileError, UnsupportedModelError
 
 # Fields of a Hugging Face config.json that do not change what the model computes in inference.
@@ -53,15 +54,18 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
 }
 
+PLAUSIBLE_LAYERS = 1000
+
 
 class Fields:
     """A configuration as a mapping that remembers what was read.
 
-    `where` is the file, for errors; `prefix` is what stands before each key in that file.
+    `where` is the file, for errors; `prefix` is what stands before each key in that file; `held` is how many
+    tensors the model's files hold, where that is known.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = ""):
-        self.data, self.where, self.prefix = data, where, prefix
+    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", held: int | None = None):
+        self.data, self.where, self.prefix, self.held = data, where, prefix, held
         self.used: set[str] = set()
 
     def has(self, key: str) -> bool:
@@ -78,13 +82,24 @@ class Fields:
         said = "is missing" if value is None else f"is {value!r}"
         return ModelFileError(f"{self.where}: field {self.prefix}{key} {said}, expected {expected}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1. Raises ModelFileError for anything else."""
+    def integer(self, key: str, default: int | None = None, most: int | None = None) -> int:
+        """A whole number of at least 1, and of at most `most`. Raises ModelFileError for anything else."""
         value = self.get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.wrong(key, value, "a positive integer")
+        if most is not None and value > most:
+            raise self.wrong(key, value, f"at most {most}")
+        return value
+
+    def layers(self, key: str, default: int | None = None) -> int:
+        """How many layers there are. A corrupted count would fill the memory with lists that have an entry a layer; a
+        plausible one is held to the names of the tensors, which says what is missing. Raises as `integer`."""
+        value = self.integer(key, default, MOST_LAYERS if self.held is None else None)
+        if self.held is not None and value > max(self.held, PLAUSIBLE_LAYERS):
+            raise self.wrong(key, value, f"fewer than the {self.held} tensors that the model's files hold: "
+                                         "corrupted, or the two do not belong together")
         return value
 
     def uniform(self, key: str, default: int | None = None) -> int:

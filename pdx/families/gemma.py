@@ -81,7 +81,7 @@ def _from_multimodal(name: str, f: Fields) -> ModelConfig:
         if key in ("vision_config", "mm_tokens_per_image") or key.endswith(("_token_index", "_token_id")):
             f.get(key)
     tied = f.flag("tie_word_embeddings", f.get("text_config").get("tie_word_embeddings", True))
-    inner = Fields({**f.get("text_config"), "tie_word_embeddings": tied}, f.where, "text_config.")
+    inner = Fields({**f.get("text_config"), "tie_word_embeddings": tied}, f.where, "text_config.", f.held)
     cfg = _from_hf(name, inner)
     f.data = {**f.data, **{f"text_config.{k}": v for k, v in inner.unused().items()}}
     return cfg

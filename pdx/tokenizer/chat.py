@@ -42,7 +42,7 @@ def render_chat(
         "documents": None,
         **named,
         **{key: _plain(value, key) for key, value in extra.items()},
-        "messages": _checked_messages(messages),
+        "messages": _plain_messages(messages),
         "tools": None if tools is None else _plain(list(tools), "tools"),
         "add_generation_prompt": add_generation_prompt,
     }
@@ -74,7 +74,8 @@ def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> s
     raise ModelFileError(f"{source} has the chat templates {', '.join(sorted(templates))} but none named 'default'")
 
 
-def _checked_messages(messages: Messages) -> list[dict[str, Any]]:
+def check_messages(messages: Messages) -> None:
+    """Raises RequestError for what is no chat, naming the message."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(
             'messages must be a list such as [{"role": "user", "content": "Hello"}], '
@@ -92,6 +93,10 @@ def _checked_messages(messages: Messages) -> list[dict[str, Any]]:
             raise RequestError(f"messages[{index}] has no content")
         if not isinstance(content, (str, list, tuple, type(None))):
             raise RequestError(f"messages[{index}].content must be text or a list of parts, got {content!r}")
+
+
+def _plain_messages(messages: Messages) -> list[dict[str, Any]]:
+    check_messages(messages)
     # An explicit null means the same as a missing key, but templates print it as "None".
     return [
         {key: _plain(value, f"messages[{index}].{key}") for key, value in message.items() if value is not None}

@@ -132,7 +132,7 @@ class CheckpointFile:
         try:
             head = json.loads(head_file.read_text(encoding="utf-8"))
             kind, version = head["format"], head["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelFileError(f"{head_file}: not the description of a pdx checkpoint ({error!r}); "
                                  "convert the model again") from None
         if kind != FORMAT or version != VERSION:
@@ -185,7 +185,7 @@ class CheckpointFile:
         try:
             meta = json.loads(described.read_text(encoding="utf-8"))
             found = meta["shape"], meta["chunks"], meta["compressor"], meta["order"], meta["filters"], meta["dtype"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ModelFileError(f"{described}: parameter {name} is missing or its description is corrupted, expected "
                                  f"{dtype} of shape {list(shape)}: convert the model again") from None
         stored = "bfloat16" if dtype == "bfloat16" else np.dtype(_DTYPES[dtype]).newbyteorder("<").str

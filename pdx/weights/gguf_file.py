@@ -7,6 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import reprlib
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ VERSIONS = (2, 3)
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+_DEEPEST = 8  # arrays of arrays; published files have none
 _PLAIN = {0: np.float32, 1: np.float16, 28: np.float64, 30: ml_dtypes.bfloat16}  # ggml types that are not quantized
 _BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # block types that a QuantArray holds value for value, in groups of 32
 # Values dequantized at a time: small enough to stay in the second-level cache, large enough for numpy.
@@ -60,8 +62,11 @@ class GgufFile:
                 raise self._error(f"{self._size} bytes are too few for a GGUF file")
             self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         _Parser(self).run()
-        if self.metadata.get("split.count", 1) > 1:
-            raise UnsupportedModelError(f"{self.path}: one of {self.metadata['split.count']} parts; "
+        parts = self.metadata.get("split.count", 1)
+        if not isinstance(parts, int):
+            raise self._error(f"split.count is {reprlib.repr(parts)}, expected a whole number: corrupted")
+        if parts > 1:
+            raise UnsupportedModelError(f"{self.path}: one of {parts} parts; "
                                         "merge them into one file with llama.cpp's gguf-split --merge")
 
     def _error(self, text: str) -> ModelFileError:
@@ -199,7 +204,7 @@ class _Parser:
         listed = [self._tensor(i, tensors) for i in range(tensors)]
         self._place(listed)
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
@@ -209,7 +214,9 @@ class _Parser:
             if inner == _ARRAY:
                 if count * 12 > self.size:
                     raise struct.error
-                return [self._value(_ARRAY) for _ in range(count)]
+                if depth == _DEEPEST:
+                    raise self.file._error(f"{self.doing} has arrays more than {_DEEPEST} deep: corrupted")
+                return [self._value(_ARRAY, depth + 1) for _ in range(count)]
             return self._numbers(inner, count)
         value = self._numbers(kind, 1)[0]
         # The shortest decimal of an f32 is what was published: 1e-05, not 9.999999747378752e-06.
@@ -227,7 +234,9 @@ class _Parser:
         return values
 
     def _strings(self, count: int) -> list[str]:
-        """The hot loop of a large vocabulary: everything in locals, one bounds check at the end."""
+        """The hot loop of a large vocabulary: everything in locals, the bounds checked before and at the end."""
+        if count * 8 > self.size:
+            raise struct.error
         buffer, at, unpack, out = self.buffer, self.at, _U64.unpack_from, []
         try:
             for _ in range(count):
@@ -235,7 +244,11 @@ class _Parser:
                 at += 8 + length
                 out.append(str(buffer[at - length : at], "utf-8"))
         except UnicodeDecodeError:
+            if at > self.size:
+                raise struct.error from None
             raise self.file._error(f"{self.doing}: entry {len(out)} is not UTF-8: corrupted") from None
+        except OverflowError:  # a length that leads to no place a file can have
+            raise struct.error from None
         if at > self.size:
             raise struct.error
         self.at = at

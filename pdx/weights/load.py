@@ -26,7 +26,7 @@ from pdx.weights.arrays import aligned_empty
 from pdx.weights.builtin import DEFAULT_MODEL
 from pdx.weights.checkpoint import CheckpointFile
 from pdx.weights.loaded import Model
-from pdx.weights.opening import OpenModel, check_names, open_model, read_stored, read_tensor
+from pdx.weights.opening import OpenModel, check_names, check_shape, open_model, read_stored, read_tensor
 from pdx.weights.progress import Report
 from pdx.weights.resolve import resolve
 
@@ -124,6 +124,8 @@ def _read_params(
     paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_parameter)
     jobs = [(_source(opened, path), spec, policy.kind(name_of(path))) for path, spec in paths]
     check_names(opened, {source.name for source, _, _ in jobs})
+    for source, spec, _ in jobs:  # before any is read: a size that is wrong costs no memory
+        check_shape(opened.file, source.name, tuple(spec.shape))
     sizes = [sum(x.size_bytes for x in jax.tree.leaves(spec, is_leaf=is_spec)) for _, spec, _ in jobs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 

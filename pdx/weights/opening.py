@@ -14,7 +14,7 @@ import numpy as np
 from pallas_kernels import QuantArray
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
-from pdx.families import config_from_gguf, config_from_hf
+from pdx.families import config_from_gguf, config_from_hf, family_of_hf
 from pdx.families.common import Names, QuantizedFile, Source, TensorFile
 from pdx.tokenizer import Tokenizer
 from pdx.weights.arrays import nonfinite
@@ -61,8 +61,10 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
 
 def _open_hf(files: ModelFiles) -> OpenModel:
     path, notes = files.path / "config.json", []
-    family, cfg = config_from_hf(_read_config(path), str(path), notes)
+    config = _read_config(path)
+    family_of_hf(config, str(path))  # a model that pdx does not have is that before its weights are looked at
     file = open_safetensors(files.path)
+    family, cfg = config_from_hf(config, str(path), notes, len(file.names()))
     return OpenModel(file, cfg, _by_names(family.hf_names, cfg, file), family.hf_names.ignores,
                      partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes))
 
@@ -81,7 +83,7 @@ def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
         raise ModelFileError(f"{path}: expected a JSON object")
@@ -123,7 +125,7 @@ def read_tensor(
 
     Raises ModelFileError for another shape and for values that are not finite, naming file and tensor.
     """
-    _check_shape(file, source.name, shape)
+    check_shape(file, source.name, shape)
     rows = source.rows
     if part is not None and len(part) < shape[0]:
         rows = np.arange(part.start, part.stop) if rows is None else rows[part.start : part.stop]
@@ -136,7 +138,7 @@ def read_tensor(
 
 def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dtype: Any) -> QuantArray:
     """One matrix as the file has it quantized, on the host, checked. Raises as `read_tensor`."""
-    _check_shape(file, source.name, shape)
+    check_shape(file, source.name, shape)
     found = file.read_stored(source.name, dtype, source.rows)
     _check_finite(file, source.name, found.scales, "scales ")
     if found.offsets is not None:
@@ -144,7 +146,8 @@ def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dty
     return found
 
 
-def _check_shape(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+def check_shape(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+    """Raises ModelFileError for a tensor of another shape."""
     if file.shape(name) != shape:
         raise ModelFileError(
             f"{file.path_of(name)}: tensor {name} has shape {list(file.shape(name))}, "

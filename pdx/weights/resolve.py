@@ -42,6 +42,8 @@ def resolve(model: str | Path, report: Report | None = None) -> ModelFiles:
     than one thing; DownloadError where something cannot be fetched.
     """
     text = str(model)
+    if not text.strip():
+        raise _not_found(text, "the name is empty")
     path = Path(model).expanduser()
     if isinstance(model, str) and text in BUILTIN:
         if kind_of(path) is not None:

@@ -7,8 +7,11 @@ library's numpy interface copies each tensor and lacks types. Format: https://gi
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 import struct
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +50,34 @@ class SafetensorsFile:
         try:
             self._header: dict[str, dict] = json.loads(self._bytes[8 : 8 + length].tobytes())
             self._header.pop("__metadata__", None)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise fail("its header is not a JSON object: corrupted, or not a safetensors file") from None
         self._start = 8 + length
         for name, entry in self._header.items():
             self._check(name, entry, size - self._start)
+        self._check_overlaps()
 
     def _check(self, name: str, entry: Any, room: int) -> None:
         fail = partial(_fail, self.path)
-        try:
-            shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
-            count = int(np.prod([int(n) for n in shape], dtype=np.int64))
-            begin, end = int(begin), int(end)
-        except (KeyError, TypeError, ValueError):
-            raise fail(f"tensor {name} has the header entry {entry!r}, expected dtype, shape and data_offsets: "
-                       "corrupted") from None
-        width = _WIDTHS.get(dtype)
-        if begin < 0 or (width is not None and end - begin != width * count):
-            raise fail(f"tensor {name} of type {dtype} and shape {list(shape)} takes bytes {begin} to {end}: corrupted")
+        said = entry if isinstance(entry, dict) else {}
+        shape, dtype, place = (said.get(key) for key in ("shape", "dtype", "data_offsets"))
+        if not (_are_whole(shape) and isinstance(dtype, str) and _are_whole(place) and len(place) == 2):
+            raise fail(f"tensor {name} has the header entry {reprlib.repr(entry)}, expected dtype, shape and "
+                       "data_offsets: corrupted")
+        begin, end = place
+        width, count = _WIDTHS.get(dtype), math.prod(shape)
+        if not 0 <= begin <= end or min(shape, default=0) < 0 or (width is not None and end - begin != width * count):
+            raise fail(f"tensor {name} of type {dtype} and shape {shape} takes bytes {begin} to {end}: corrupted")
         if end > room:
             raise fail(f"tensor {name} ends at byte {end} of the data, but there are only {room}: "
                        "truncated; download or copy it again")
+
+    def _check_overlaps(self) -> None:
+        places = sorted((*entry["data_offsets"], name) for name, entry in self._header.items())
+        for (begin, end, name), (start, _, other) in pairwise(place for place in places if place[0] < place[1]):
+            if start < end:
+                raise _fail(self.path, f"tensor {other} starts at byte {start} of the data, within tensor {name}, "
+                                       f"bytes {begin} to {end}: corrupted")
 
     def names(self) -> list[str]:
         return list(self._header)
@@ -103,8 +113,10 @@ class ShardedSafetensors:
         try:
             where: dict[str, str] = json.loads(self.index.read_text(encoding="utf-8"))["weight_map"]
             shards = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise fail("is not a JSON object with a weight_map: corrupted") from None
+        if any(not isinstance(shard, str) for shard in shards):
+            raise fail("has a weight_map that does not map tensors to files: corrupted")
         if any(Path(shard).name != shard for shard in shards):
             raise fail("names a shard outside its own directory")
         missing = [s for s in shards if not (self.index.parent / s).is_file()]
@@ -137,6 +149,11 @@ class ShardedSafetensors:
 
 def _fail(path: Path, text: str) -> ModelFileError:
     return ModelFileError(f"{path}: {text}")
+
+
+def _are_whole(numbers: Any) -> bool:
+    """Whether this is a list of whole numbers, as JSON has them."""
+    return isinstance(numbers, list) and all(type(n) is int for n in numbers)
 
 
 def has_weights(directory: Path) -> bool:
