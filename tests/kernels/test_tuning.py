@@ -44,7 +44,8 @@ def resolve(folder, config=None, platform="tpu", **misfit):
 
 def be_on(monkeypatch, name):
     """This process' device is the chip called `name`; None: a CPU."""
-    monkeypatch.setattr(hardware, "_device_kind", lambda: name and chip(name).kinds[0])
+    platform, kind = (chip(name).platform, chip(name).kinds[0]) if name else ("cpu", "cpu")
+    monkeypatch.setattr(hardware, "_default_device", lambda: SimpleNamespace(platform=platform, device_kind=kind))
 
 
 def test_neighbours_in_size_share_a_bucket_and_nothing_else_does():
