@@ -132,12 +132,7 @@ def test_random_damage_to_the_header_raises_nothing_but_a_clear_error(directory,
         for at in rng.integers(0 if i % 4 == 0 else 8, 8 + length, 1 + i % 3):
             data[at] = rng.integers(256) if i % 2 else rng.choice(list(b'0123456789[]{},":-e. '))
         path.write_bytes(data[: rng.integers(len(data))] if i % 5 == 0 else data)
-        try:
-            file = SafetensorsFile(path)
-            for name in file.names():
-                file.read(name, np.float32)
-        except (ModelFileError, UnsupportedModelError):
-            refused += 1
+        refused += weight_files.is_refused(SafetensorsFile, path)
     assert 300 < refused < 600
 
 
@@ -157,14 +152,7 @@ def test_a_value_of_the_header_changed_at_random_raises_nothing_but_a_clear_erro
             entry[field] = value
         content = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(content)) + content + whole[8 + length :])
-        with pytest.raises((ModelFileError, UnsupportedModelError)):
-            _read_all(path)
-
-
-def _read_all(path):
-    file = SafetensorsFile(path)
-    for name in file.names():
-        file.read(name, np.float32)
+        assert weight_files.is_refused(SafetensorsFile, path)
 
 
 def test_pickles_are_never_opened(tmp_path):

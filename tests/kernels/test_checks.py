@@ -47,7 +47,30 @@ WRONG = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "wrong"), list(product(OPS, WRONG)), ids=lambda x: x if isinstance(x, str) else x[1])
+# Of one query a row; what is wrong may stand anywhere in the message.
+MISFITS = (
+    ({"q": jnp.zeros((2, 4, 8))}, r".*q must be \[B, T, N, H\]"),
+    ({"k": jnp.zeros((3, 2, 128, 8))}, r".*k \(3, 2, 128, 8\) does not fit"),
+    ({"k": jnp.zeros((2, 3, 128, 8))}, ".*N a multiple of K"),
+    ({"k": jnp.zeros((2, 2, 128, 16))}, ".*does not fit"),
+    ({"v": jnp.zeros((2, 2, 64, 8))}, r".*v must be .* beside k = \(2, 2, 128, 8\)"),
+    ({"v": jnp.zeros((2, 2, 128, 8), jnp.bfloat16)}, ".*of one type"),
+    ({"k": jnp.zeros((2, 2, 128, 8), jnp.int8), "v": jnp.zeros((2, 2, 128, 8), jnp.int8)}, ".*come with k_scale"),
+    ({"k_scale": jnp.zeros((2, 2, 128))}, ".*come with k_scale"),
+    ({"layout": "heads"}, ".*not one of heads_first"),
+    ({"layout": "folded", "k": jnp.zeros((2, 128, 128)), "v": jnp.zeros((2, 128, 128))}, ".*give kv_heads"),
+    ({"starts": jnp.zeros((2, 3), jnp.int32)}, r".*starts must be \[B\] = \(2,\)"),
+    ({"tree": jnp.zeros((2, 3, 3), bool)}, r".*tree must be \[B, T, T\] = \(2, 1, 1\)"),
+    ({"sinks": jnp.zeros((3,))}, r".*sinks must be \[N\] = \(4,\)"),
+    ({"window": 3, "causal": False}, ".*window must be at least 1 and causal"),
+    ({"lengths": jnp.zeros((3,), jnp.int32)}, r".*lengths must be \[B\] = \(2,\)"),
+    ({"window": 0}, ".*window must be at least 1 and causal, got window 0"),
+    ({"softcap": 0.0}, ".*softcap must be positive"),
+)
+
+
+@pytest.mark.parametrize(("op", "wrong"), list(product(OPS, WRONG + tuple((c | {"t": 1}, s) for c, s in MISFITS))),
+                         ids=lambda x: x if isinstance(x, str) else x[1])  # fmt: skip
 def test_bad_arguments_are_named(op, wrong):
     changes, says = wrong
     with pytest.raises(ValueError, match=f"^{op}: {says}"):
