@@ -167,8 +167,7 @@ def without_pallas() -> str | None:
     """Why the GPU that is traced for runs no Pallas kernel; None where it does, and where it is no GPU."""
     if platform_of() != "gpu":
         return None
-    device = _abstract_device() or _default_device()
-    kind = getattr(device, "device_kind", None) or "this GPU"
+    device, kind = _device(), _device_kind() or "this GPU"
     said = re.match(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", None)))
     known = of_kind(kind)
     capability = tuple(map(int, said.groups())) if said else known.capability if known else None
@@ -178,8 +177,13 @@ def without_pallas() -> str | None:
 
 
 def _device_kind() -> str | None:
+    return getattr(_device(), "device_kind", None)
+
+
+def _device():
+    """What is traced for: the abstract device under AOT, else the default one."""
     abstract = _abstract_device()
-    return abstract.device_kind if abstract is not None else getattr(_default_device(), "device_kind", None)
+    return _default_device() if abstract is None else abstract
 
 
 def _abstract_device():
