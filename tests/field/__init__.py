@@ -1,0 +1,1 @@
+"""What users of systems like this one report, as tests: a file a kind."""
