@@ -191,9 +191,11 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
 
 
-def run(op: str, target: str | None = None, case: str | None = None, keep: bool = False,
-        folder: Path | None = None) -> None:  # fmt: skip
-    """Tune an op's cases and print what was found, best first.
+def run(
+    op: str, target: str | None = None, case: str | None = None, keep: bool = False, folder: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Tune an op's cases, `say` what was found, best first, and return it.
 
     Args:
       target: the chip to rank for; None: measure on this process' device.
@@ -218,20 +220,24 @@ def run(op: str, target: str | None = None, case: str | None = None, keep: bool 
                          f"there are {', '.join(repr(c.name) for c in there)}")
     if chip != here and (why := targets.missing(target)):
         raise targets.CompilerMissing(why)
-    failed = []
+    failed, results = [], []
     for problem in chosen:
         rung, judged = tune(problem, target)
         told = "measured here" if rung == "measured" else "ranked by static figures: nothing was measured"
-        print(f"{op}, {problem.name}, {chip.name}: {told}")
+        say(f"{op}, {problem.name}, {chip.name}: {told}")
+        results.append({"case": problem.name, "chip": chip.name, "rung": rung, "candidates": [
+            {"config": asdict(c.config), "score_s": c.score, "error": c.error} for c in judged]})  # fmt: skip
         for c in judged:
             told = f"{c.score * 1e6:10.1f} us" if c.score is not None else c.error[:80]
-            print(f"  {told}  {c.config}")
+            say(f"  {told}  {c.config}")
         if keep and judged[0].score is not None:
-            print(f"  kept in {write(op, problem.call, chip, rung, judged[0], folder)}")
+            results[-1]["file"] = str(write(op, problem.call, chip, rung, judged[0], folder))
+            say(f"  kept in {results[-1]['file']}")
         if judged[0].score is None:
             failed.append(f"{problem.name} ({judged[0].error})")
     if failed:
         raise ValueError(f"{op} on {target or chip.name}: no candidate works for {', '.join(failed)}")
+    return results
 
 
 if __name__ == "__main__":

@@ -71,19 +71,22 @@ def turn_summary(done: Completion) -> str:
             f"{done.completion_tokens} tokens{decode}; {done.finish_reason}]")  # fmt: skip
 
 
-def converse(chat: Chat, lines: Iterable[str], out: TextIO | None = None, err: TextIO | None = None) -> None:
-    """Answer line after line. The answers go to `out`, everything about them to `err`."""
+def converse(
+    chat: Chat, lines: Iterable[str], out: TextIO | None = None, err: TextIO | None = None
+) -> list[Completion]:
+    """Answer line after line; returns the answers. Their text goes to `out` as it comes, all about them to `err`."""
     out, err = out or sys.stdout, err or sys.stderr
 
     def show(piece: str) -> None:
         out.write(piece)
         out.flush()
 
+    turns: list[Completion] = []
     print(HELP, file=err)
     for line in lines:
         text = line.strip()
         if text == "/exit":
-            return
+            break
         if text == "/reset":
             chat.reset()
             print("[forgotten]", file=err)
@@ -92,10 +95,12 @@ def converse(chat: Chat, lines: Iterable[str], out: TextIO | None = None, err: T
         elif text:
             try:
                 done = chat.say(text, show)
+                turns.append(done)
                 show("\n")
                 print(turn_summary(done), file=err)
             except (ContextLengthError, EngineError) as error:
                 print(f"error: {error}", file=err)
+    return turns
 
 
 def typed(prompt: str = "> ") -> Iterable[str]:

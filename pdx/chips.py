@@ -47,7 +47,7 @@ def names() -> list[str]:
 
 
 def chip(name: str | Path) -> Chip:
-    """A chip by the path of its file, by the name of one of the user's own, or by that of a published one.
+    """A chip by the name of one of the user's own, by that of a published one, or by the path of its file.
 
     Raises:
       RequestError: nothing of that name, or a file that describes no chip.
@@ -59,6 +59,8 @@ def chip(name: str | Path) -> Chip:
     try:
         return hardware.chip(str(name))
     except ValueError as error:
+        if Path(name).is_file():
+            return read(Path(name))
         own = f"; your own: {', '.join(names())}" if names() else ""
         raise RequestError(f"{error}{own}; or a .toml file that describes one") from None
 

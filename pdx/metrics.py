@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pdx.errors import RequestError
+
 
 @dataclass(frozen=True)
 class RequestTiming:
@@ -78,12 +80,18 @@ class Spread:
 class Objectives:
     """What a request must keep to be a good one, in seconds, each at most; None: anything.
 
-    As in vLLM's benchmark, a request of one token keeps any `tpot_s`.
+    As in vLLM's benchmark, a request of one token keeps any `tpot_s`. Raises RequestError for an objective that is not
+    above zero.
     """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("TTFT", self.ttft_s), ("TPOT", self.tpot_s), ("E2E", self.e2e_s)):
+            if value is not None and not 0 < value < math.inf:
+                raise RequestError(f"the objective for {name} is {value * 1e3:g} ms: it must be above 0 milliseconds")
 
     def met(self, timing: RequestTiming) -> bool:
         pairs = (timing.ttft_s, self.ttft_s), (timing.tpot_s or 0.0, self.tpot_s), (timing.e2e_s, self.e2e_s)

@@ -67,17 +67,14 @@ def summary(completion: Completion, kernels: str) -> str:
 
 def print_models(rows: list[dict[str, Any]]) -> None:
     """A table of what `pdx models` knows."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 
-    table = Table(box=None, pad_edge=False)
+    from pdx.tables import Table
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console(width=10_000).print(table)  # a row a line, however narrow the terminal: names and paths can be copied
-    print("also: a .gguf file, a Hugging Face directory (safetensors), a hub id, a checkpoint of `pdx convert`")
+    cells = [[escape(_cell(row.get(column))) for column in columns] for row in rows]
+    Table(columns, cells, left=set(columns) - {"size_mb"}).show()
+    print("also: a .gguf file, a Hugging Face directory (safetensors), a hub id,\nor a checkpoint of `pdx convert`")
 
 
 def _cell(value: Any) -> str:

@@ -158,7 +158,7 @@ def test_a_journal_is_taken_up_and_one_of_another_job_is_not(tmp_path):
 def test_killed_at_any_time_and_run_again_nothing_is_lost_or_doubled(directory, tmp_path):
     source, target = write(tmp_path / "in.jsonl", rows(60)), tmp_path / "out.jsonl"
     journal = tmp_path / "out.jsonl.journal"
-    command = [sys.executable, "-m", "pdx.cli", "batch", str(source), str(target), "-m", directory, *ENGINE]
+    command = [sys.executable, "-m", "pdx", "batch", str(source), str(target), "-m", directory, *ENGINE]
     for least in (5, 25):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 1 + least):

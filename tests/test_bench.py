@@ -30,7 +30,7 @@ def test_other_ways_of_storing_a_model_stand_beside_it(directory, monkeypatch):
     # Less is read, at the same speed or not.
     assert line.gb_per_s * line.seconds < 0.5 * by_shape["batch 1"].gb_per_s * by_shape["batch 1"].seconds
     assert any("llama.cpp did not run" in note for note in result.notes)
-    table = result.to_markdown()
+    table = result.table().markdown()
     assert "over float32" in table
     assert f"{line.gain:.2f}x" in table
 
@@ -56,7 +56,7 @@ def test_a_peer_stands_beside_both_phases(directory, monkeypatch):
     seen = {(line.phase, line.shape): line.peer_seconds for line in result.lines}
     assert seen["prefill", "16 tokens"] == 20.0
     assert seen["decode", "batch 1"] == 30.0
-    rows = [row for row in result.to_markdown().splitlines() if "30000.0 ms" in row]
+    rows = [row for row in result.table().markdown().splitlines() if "30000.0 ms" in row]
     assert len(rows) == 1
     assert f"{30.0 / result.lines[1].seconds:.2f}x" in rows[0]
 
@@ -69,10 +69,10 @@ def test_memory_is_measured_in_processes_of_their_own(directory):
     done = CliRunner().invoke(app, ["bench", "memory", "--model", str(directory), "--quantize", "none", "--quantize",
                                     "int8", "--json"])  # fmt: skip
     assert done.exit_code == 0, done.output
-    plain, small = json.loads(done.stdout.splitlines()[-1])
-    assert (plain["policy"], small["policy"]) == ("none", "int8")
-    assert small["parameters"] < 0.6 * plain["parameters"]
-    assert all(x["before"] < x["peak"] and x["before"] < x["after"] for x in (plain, small))
+    plain, small = json.loads(done.stdout)["results"]
+    assert (plain["weights"], small["weights"]) == ("none", "int8")
+    assert small["parameters_bytes"] < 0.6 * plain["parameters_bytes"]
+    assert all(x["before_bytes"] < x["peak_bytes"] and x["before_bytes"] < x["after_bytes"] for x in (plain, small))
     with pytest.raises(PdxError, match="--quantize int3 failed"):
         memory.measure(str(directory), ["int3"])
 

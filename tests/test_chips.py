@@ -166,3 +166,10 @@ def test_without_flash_attention_scores_are_moved():
     assert dense.flops_by_part["attention"] == 4 * models.LLAMA.head_dim * pairs
     assert "scores" not in setup.prefill(2, 10).bytes_by_part
     assert dense.seconds(hardware.chip("v5e")) > setup.prefill(2, 10).seconds(hardware.chip("v5e"))
+
+
+def test_a_chip_is_read_from_a_file_of_any_name(tmp_path):
+    file = tmp_path / "my own.chip"
+    chips.save(hardware.chip("v5e"), file)
+    assert chips.chip(file).hbm_gbps == hardware.chip("v5e").hbm_gbps
+    assert chips.chip(str(file)) == chips.chip(file)

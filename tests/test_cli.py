@@ -27,7 +27,7 @@ def test_help_and_import_are_light():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    command = [sys.executable, "-X", "importtime", "-m", "pdx.cli", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "pdx", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "generate" in out.stdout
     imported = {line.rpartition("|")[2].strip() for line in out.stderr.splitlines()}
@@ -148,10 +148,12 @@ def test_only_a_line_feed_ends_a_line_and_a_mark_may_stand_before_the_first(dire
     ],
 )
 def test_errors_end_the_process_with_one_line(arguments, says):
-    done = subprocess.run([sys.executable, "-m", "pdx.cli", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "pdx", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert says in done.stderr
+    *progress, error = done.stderr.splitlines()
+    assert all(line.startswith("loading") for line in progress)
+    assert error.startswith("error: ")
+    assert says in error
     assert "Traceback" not in done.stderr
 
 
@@ -188,7 +190,7 @@ def test_convert_gives_the_same_tokens(directory, tmp_path):
 
 
 def test_models_lists_the_built_in_ones():
-    rows = json.loads(run("models", "--json").stdout)
+    rows = json.loads(run("models", "--json").stdout)["models"]
     assert {"smollm2-135m-instruct", "gemma-3-270m"} <= {row["name"] for row in rows}
     assert "Apache-2.0" in run("models").stdout
 
@@ -216,3 +218,54 @@ def test_tune_needs_a_chip_or_a_target_and_an_op():
         result = run("tune", *arguments)
         assert isinstance(result.exception, PdxError)
         assert says in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "x", "--batch-size", "8"], "--batch-size would change nothing: it is for the requests"),
+        (["generate", "x", "--top-p", "0.5"], "--top-p would change nothing: a temperature of 0"),
+        (["generate", "x", "--seed", "0"], "--seed would change nothing"),
+        (["generate", "--prompts", "a", "--output", "b", "--json"], "--json would change nothing"),
+        (["quantize", "m", "d", "--quantize", "none"], "quantizes nothing: `pdx convert`"),
+        (["quantize", "m", "d", "--method", "rtn", "--calibration", "t"], "--calibration would change nothing"),
+        (["quantize", "m", "d", "--method", "rtn", "--sequences", "4"], "--sequences would change nothing"),
+        (["tune", "decode_attention", "--folder", "f"], "--folder would change nothing"),
+        (["compare", "decode_attention", "--model", "m"], "--model would change nothing"),
+        (["compare", "--targets", "none", "--cycles"], "--cycles would change nothing"),
+        (["bench", "load", "--rate", "1", "--burstiness", "1"], "--burstiness would change nothing"),
+        (["bench", "load", "--trace", "t", "--output-len", "5"], "--output-len would change nothing"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments, says):
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert says in str(done.exception)
+
+
+def test_versions_are_told_without_importing_jax():
+    code = "import sys; from pdx.cli.app import versions; print(versions()); assert 'jax' not in sys.modules"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = run("--version").stdout.strip()
+    assert said.startswith("pdx 0.")
+    assert all(f"{name} " in said and name in told for name in ("pdx", "jax", "python"))
+
+
+def test_saving_and_batches_say_what_they_did_as_json(directory, tmp_path):
+    saved = json.loads(run("convert", directory, tmp_path / "saved", "--json").stdout)
+    assert saved["size_bytes"] > 1000
+    small = run("quantize", directory, tmp_path / "small", "--quantize", "int8", "--method", "rtn", "--json")
+    assert json.loads(small.stdout)["directory"] == str(tmp_path / "small")
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "one", "max_tokens": 2, "ignore_eos": true}\n')
+    done = run("batch", source, tmp_path / "out.jsonl", "-m", directory, "--slots", 1, "--json")
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "out.jsonl"), "rows": 1, "resumed_rows": 0,
+                                       "failed_rows": 0, "completion_tokens": 2}  # fmt: skip
+
+
+def test_a_conversation_is_one_object(directory):
+    done = run("chat", "-m", directory, "--max-tokens", 3, "--json", stdin="hi\n/unknown\nagain\n")
+    said = json.loads(done.stdout)
+    assert [m["role"] for m in said["messages"]] == ["user", "assistant"] * 2
+    assert [turn["text"] for turn in said["turns"]] == [m["content"] for m in said["messages"][1::2]]
+    assert all(turn["completion_tokens"] <= 3 for turn in said["turns"])

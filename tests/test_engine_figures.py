@@ -48,7 +48,7 @@ def test_a_figure_beside_its_target():
     least = engine_figures.Figure("rate", "tokens/s", 0.8, 0.9)
     assert (most.holds, replace(most, value=0.3).holds) == (True, False)
     assert (least.holds, replace(least, value=0.9).holds, replace(least, target=None).holds) == (False, True, None)
-    table = engine_figures.table([most, least])
+    table = engine_figures.table([most, least]).markdown()
     assert "| worst gap | 0.20 | <= 0.25 | holds | chunked s 0.5 |" in table
     assert "| tokens/s | 0.80 | >= 0.9 | falls short |" in table
 

@@ -194,11 +194,11 @@ def test_a_result_counts_what_was_finished():
 
 
 def test_the_report_says_what_must_be_known(tmp_path):
-    table = load_report.table([result(side="slots 1"), result(side="slots 8")]).splitlines()
+    table = load_report.table([result(side="slots 1"), result(side="slots 8")]).markdown().splitlines()
     assert table[0].startswith("| settings | load |")
     assert table[2].startswith("| slots 1 | 2 req/s | 2/3 | 1.0 | 5.0 | 375 / 498 | 500 / 500 | 745 / 750 |")
     assert "0.25 (33%)" in table[3]
-    assert load_report.table([result()]).startswith("| load |")
+    assert load_report.table([result()]).markdown().startswith("| load |")
     said = " ".join(load_report.notes([result()]))
     for text in ("1 of 3 requests failed: QueueFullError: full", "200 ms late", "1 programs were compiled",
                  "8 prompt tokens were found", "gave their pages up 2 times"):  # fmt: skip
@@ -353,7 +353,7 @@ def test_the_command(directory, tmp_path):
 @pytest.mark.parametrize(("arguments", "says"), [
     ([], "give --rate"), (["--arrival", "closed"], "needs --clients"), (["--clients", "2"], "takes --rate"),
     (["--arrival", "closed", "--rate", "1"], "takes --clients"), (["--trace", "x", "--rate", "1"], "--trace says when"),
-    (["--rate", "1", "--slo-ttft", "0"], "slo-ttft is 0"), (["--rate", "1", "--vary", "x=1"], "no setting"),
+    (["--rate", "1", "--slo-ttft", "0"], "for TTFT is 0 ms"), (["--rate", "1", "--vary", "x=1"], "no setting"),
     (["--rate", "1", "--plot", "x.txt"], "must end in"), (["--rate", "1", "--prompt-len", "x"], "no distribution"),
 ])  # fmt: skip
 def test_the_command_refuses_before_it_loads_anything(arguments, says):

@@ -89,11 +89,11 @@ def test_the_json_has_both_phases():
     assert found["hbm_capacity_bytes"] == 16 << 30
     assert found["hbm_bytes"] == pytest.approx(8.04e9 + 2048 * 131072, rel=0.001)
     assert set(found["prefill"]) == set(found["decode"])
-    assert {"flops", "bytes", "intensity", "bound", "seconds"} <= set(found["decode"])
+    assert {"flops", "bytes", "intensity_flops_per_byte", "bound", "seconds"} <= set(found["decode"])
     assert (found["prefill"]["bound"], found["decode"]["bound"]) == ("compute", "memory")
     assert found["decode"]["seconds"] == pytest.approx(found["decode"]["bytes"] / 819e9, rel=0.01)
-    assert found["prefill"]["intensity"] > 100 > 10 > found["decode"]["intensity"]
-    assert found["e2e"] == pytest.approx(found["ttft"] + 255 * found["tpot"])
+    assert found["prefill"]["intensity_flops_per_byte"] > 100 > 10 > found["decode"]["intensity_flops_per_byte"]
+    assert found["e2e_s"] == pytest.approx(found["ttft_s"] + 255 * found["tpot_s"])
     assert found["slo"] == {}
 
 
@@ -101,14 +101,14 @@ def test_objectives_are_judged():
     done = run("llama-3-8b", "--chip", "v5e", "--quantize", "int8", "--batch", 8, "--slo-ttft", 50, "--slo-tpot", 20,
                "--output-tokens", 10, "--json")  # fmt: skip
     found = json.loads(done.stdout)
-    assert found["slo"]["ttft"] == {"asked": 0.05, "predicted": found["ttft"], "met": False}
+    assert found["slo"]["ttft"] == {"asked_s": 0.05, "predicted_s": found["ttft_s"], "met": False}
     assert found["slo"]["tpot"]["met"]
     assert 8 < found["batch_within_slo"] <= found["largest_batch"]
-    assert 0 < found["largest_chunk_within_slo"] == found["chunked_prefill"]["chunk"] < 1024
+    assert 0 < found["largest_chunk_within_slo_tokens"] == found["chunked_prefill"]["chunk_tokens"] < 1024
     chunked = found["chunked_prefill"]
-    assert found["tpot"] < chunked["longest_step"] <= 0.02 < chunked["longest_step_unchunked"]
-    assert chunked["ttft"] > found["ttft"]
-    assert f"room for {chunked['chunk']} prompt tokens" in " ".join(found["advice"])
+    assert found["tpot_s"] < chunked["longest_step_s"] <= 0.02 < chunked["longest_step_unchunked_s"]
+    assert chunked["ttft_s"] > found["ttft_s"]
+    assert f"room for {chunked['chunk_tokens']} prompt tokens" in " ".join(found["advice"])
 
 
 @pytest.mark.parametrize(("chip", "chips", "name"), [("v5e", 1, "v5e"), ("v5e", 8, "v5e:2x4"), ("v5p", 8, "v5p:2x2x2"),
@@ -174,12 +174,44 @@ def test_the_table_is_on_one_screen():
     for words in ("prefill (TTFT)", "decode (TPOT)", "critical batch", "largest batch within", "left"):
         assert words in " ".join(done.stdout.split())
     assert len(done.stdout.splitlines()) < 40
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+def test_types_have_the_names_of_the_other_commands():
+    def stored(chip, **types):
+        setup = plan.make("smollm2-135m", known.shape("smollm2-135m"), chip, **types).setup
+        return setup.dtype, setup.kv_dtype
+
+    assert stored("v5e") == stored("v5e", dtype="bf16", kv_dtype="auto") == ("bfloat16", None)
+    assert stored("t4") == ("float32", None)  # it has no bf16
+    assert stored("v5e", dtype="f32", kv_dtype="int8") == stored("v5e", dtype="float32", kv_dtype="int8")
+    assert stored("v5e", kv_dtype="bf16") == ("bfloat16", "bfloat16")
+
+
+def test_lengths_that_are_not_said_follow_from_the_others():
+    def lengths(**given):
+        found = plan.make("smollm2-135m", known.shape("smollm2-135m"), "v5e", **given)
+        return found.prompt, found.context, found.output_tokens
+
+    assert lengths() == (1024, 2048, 256)
+    assert lengths(prompt=4096) == (4096, 4352, 256)
+    assert lengths(prompt=8192) == (8192, 8192, 1)
+    assert lengths(prompt=100, context=128) == (100, 128, 28)
 
 
 def test_bad_requests_are_refused(tmp_path):
     cfg = known.config("smollm2-135m")
     for settings, says in (({"on": "v9"}, "it has v4, v5e"), ({"on": "v5e", "batch": 0}, "must be at least 1"),
                            ({"on": "v5e", "context": 10**6}, "has a context of 8192"),
+                           ({"on": "v5e", "prompt": 8000, "output_tokens": 256}, "8192 tokens, not of 8256"),
+                           ({"on": "v5e", "prompt": 3000, "context": 2048}, "a row of 2048 tokens cannot hold 3000"),
+                           ({"on": "v5e", "context": 2048, "output_tokens": 2000}, "cannot hold 3024"),
+                           ({"on": "v5e", "output_tokens": 0}, "must be at least 1"),
+                           ({"on": "v5e", "slo_tpot": float("nan")}, "objective for TPOT is nan ms"),
+                           ({"on": "v5e", "slo_ttft": -1.0}, "objective for TTFT is -1000 ms"),
+                           ({"on": "v5e", "slo_ttft": float("inf")}, "must be above 0"),
+                           ({"on": "v5e", "dtype": "int8"}, "dtype 'int8' is not one of auto, f32, bf16"),
+                           ({"on": "v5e", "kv_dtype": "int4"}, "kv_dtype 'int4' is not one of auto, f32, bf16, int8"),
                            ({"on": "v5e", "quantize": "int4:g128"}, "do not divide rows of 576"),
                            ({"on": "v5e", "quantize": "stored"}, "is what a file holds"),
                            ({"on": "v5e", "quantize": "int8,nothing=none"}, "names no layer")):  # fmt: skip

@@ -39,6 +39,7 @@ from pdx.layers.attention import layout_for
 from pdx.quant import Policy
 from pdx.sampling_options import SamplingOptions
 from pdx.shapes import round_up
+from pdx.tables import Table
 from pdx.weights.load import Model
 
 
@@ -86,14 +87,13 @@ class Figure:
 _VERDICTS = {None: "", True: "holds", False: "falls short"}
 
 
-def table(figures: Sequence[Figure]) -> str:
-    """As Markdown."""
-    head = "| figure | measured | target | | seen |\n|---|---|---|---|---|"
+def table(figures: Sequence[Figure]) -> Table:
+    """A row a figure, with what it was made of."""
     rows = []
     for f in figures:
         seen = "; ".join(f"{name} {value:.4g}" for name, value in f.seen.items())
-        rows.append(f"| {f.what} | {f.value:.2f} | {_target(f)} | {_VERDICTS[f.holds]} | {seen} |")
-    return "\n".join([head, *rows])
+        rows.append((f.what, f"{f.value:.2f}", _target(f), _VERDICTS[f.holds], seen))
+    return Table(("figure", "measured", "target", "", "seen"), rows, left=("", "seen"))
 
 
 def _target(figure: Figure) -> str:

@@ -8,17 +8,17 @@ from pathlib import Path
 from pdx.bench.load import LoadResult
 from pdx.errors import RequestError
 from pdx.metrics import Spread
+from pdx.tables import Table
 
 HEAD = ("settings", "load", "done", "out tok/s", "in tok/s", "TTFT ms p50 / p99", "TPOT ms p50 / p99",
         "ITL ms p99 / worst", "E2E s p50 / p99", "goodput req/s", "slots taken")  # fmt: skip
 
 
-def table(results: Sequence[LoadResult]) -> str:
-    """As Markdown, a row for each load on each side; without settings to tell apart, their column is left out."""
-    lines = [HEAD, ("---",) * len(HEAD), *map(_cells, results)]
-    if not any(r.side for r in results):
-        lines = [line[1:] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(results: Sequence[LoadResult]) -> Table:
+    """A row for each load on each side; without settings to tell apart, their column is left out."""
+    has_sides = any(r.side for r in results)
+    head, *rows = [line if has_sides else line[1:] for line in (HEAD, *map(_cells, results))]
+    return Table(head, rows, keys=1 + has_sides)
 
 
 def _cells(r: LoadResult) -> tuple[str, ...]:

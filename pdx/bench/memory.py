@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdx.errors import PdxError
+from pdx.tables import Table
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Memory:
     after: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        sizes = asdict(self)
+        return {"weights": sizes.pop("policy"), **{f"{name}_bytes": size for name, size in sizes.items()}}
 
 
 def measure(model: str, policies: Sequence[str]) -> list[Memory]:
@@ -37,12 +39,11 @@ def measure(model: str, policies: Sequence[str]) -> list[Memory]:
     return [Memory(policy, **_run(model, policy)) for policy in policies]
 
 
-def to_markdown(found: Sequence[Memory]) -> str:
-    """A table in megabytes."""
-    rows = [f"| {x.policy} | " + " | ".join(f"{n / 1e6:.0f}" for n in (x.parameters, x.before, x.peak, x.after)) + " |"
-            for x in found]  # fmt: skip
-    head = "| weights | parameters, MB | process before | at the peak of loading | after four tokens |"
-    return "\n".join([head, "|---|---|---|---|---|", *rows])
+def table(found: Sequence[Memory]) -> Table:
+    """In megabytes."""
+    head = ("weights", "parameters, MB", "process before", "at the peak of loading", "after four tokens")
+    return Table(head, [(x.policy, *(f"{n / 1e6:.0f}" for n in (x.parameters, x.before, x.peak, x.after)))
+                        for x in found])  # fmt: skip
 
 
 def _run(model: str, policy: str) -> dict[str, int]:

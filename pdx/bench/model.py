@@ -22,6 +22,7 @@ from pdx.generation import DEFAULT_CHUNK
 from pdx.layers.attention import layout_for
 from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions
+from pdx.tables import Table
 from pdx.weights.load import Model
 
 LLAMA = "llama.cpp, as the file stores it"
@@ -76,22 +77,22 @@ class Result:
         rows = [dataclasses.asdict(line) | {"speedup": line.speedup, "gain": line.gain} for line in self.lines]
         return dataclasses.asdict(self) | {"lines": rows}
 
-    def to_markdown(self) -> str:
-        versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
-        head = [
-            f"{self.model}, {self.dtype}, on {self.device}; {versions}.",
-            f"Measured in the same run: reading {self.bandwidth_gb_per_s:.1f} GB/s, multiplying f32 "
-            f"{self.peak_gflop_per_s:.0f} GFLOP/s.",
-            "",
-            f"| phase | shape | median | tok/s | ceiling reached | transformers | speedup | over {self.dtype} |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+    def table(self) -> Table:
+        """A row for each line."""
+        head = ("phase", "shape", "median", "tok/s", "ceiling reached", "transformers", "speedup", f"over {self.dtype}")
         rows = [
-            f"| {x.phase} | {x.shape} | {x.seconds * 1e3:.1f} ms | {x.tokens_per_s:.0f} | {_ceiling(x)} "
-            f"| {_number(x.peer_seconds, ms=True)} | {_number(x.speedup, unit='x')} | {_number(x.gain, unit='x')} |"
+            (x.phase, x.shape, f"{x.seconds * 1e3:.1f} ms", f"{x.tokens_per_s:.0f}", _ceiling(x),
+             _number(x.peer_seconds, ms=True), _number(x.speedup, unit="x"), _number(x.gain, unit="x"))
             for x in self.lines
-        ]
-        return "\n".join([*head, *rows, "", *self.notes])
+        ]  # fmt: skip
+        return Table(head, rows, keys=2)
+
+    def opening(self) -> str:
+        """What was measured, where, and the machine's ceilings."""
+        versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        return (f"{self.model}, {self.dtype}, on {self.device}; {versions}.\n"
+                f"Measured in the same run: reading {self.bandwidth_gb_per_s:.1f} GB/s, multiplying f32 "
+                f"{self.peak_gflop_per_s:.0f} GFLOP/s.\n")  # fmt: skip
 
 
 def _number(value: float | None, *, ms: bool = False, unit: str = "") -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pdx.bench.pitfalls import ACCEPTANCE
 from pdx.bench.report_data import WITHIN, Report
 from pdx.bench.verdicts import CLAIMS, Finding
+from pdx.tables import Table, screen
 
 CAPTIONS = {
     "ttft": "TTFT against the prompt's length: prefill.",
@@ -16,8 +18,11 @@ CAPTIONS = {
 }
 
 
-def table(report: Report) -> list[list[str]]:
-    """The table of optimizations: a head, and a line for each phase of each row."""
+GRID = ("phase", "batch", "tokens", "measured", "best", "predicted", "error", "floor")
+
+
+def table(report: Report) -> Table:
+    """The table of optimizations: a line for each phase of each row."""
     others = list(report.others)
     head = ["optimization", "phase", "claim", "load", "off", "on", "gain here", "predicted here", *others, "verdict"]
     lines = []
@@ -26,7 +31,7 @@ def table(report: Report) -> list[list[str]]:
             found = next((f for f in row.findings if f.phase == phase), None)
             lines.append([row.name, phase, claim, *(_cells(found, report.chip.name, others) if found else
                                                     [""] * (5 + len(others)) + [row.verdict])])  # fmt: skip
-    return [head, *lines]
+    return Table(head, lines, keys=2, left=("claim", "load", "verdict"))
 
 
 def _cells(found: Finding, here: str, others: Sequence[str]) -> list[str]:
@@ -98,9 +103,8 @@ def to_markdown(report: Report, pictures: Sequence[str]) -> str:
     chip = report.chip
     peaks = f"reads {chip.hbm_gbps:.1f} GB/s, {chip.f32_tflops * 1e3:.0f} GFLOP/s in float32"
     claims = "; ".join(f"*{name}* {_range(*bounds)}" for name, bounds in CLAIMS.items())
-    grid = [["phase", "batch", "tokens", "measured", "best", "predicted", "error", "floor"]]
-    grid += [[p.phase, str(p.batch), str(p.tokens), _ms(p.measured.median), _ms(p.measured.best), _ms(p.predicted_s),
-              f"{p.error:+.0%}", _ms(p.floor_s)] for p in report.points]  # fmt: skip
+    grid = [[p.phase, str(p.batch), str(p.tokens), _ms(p.measured.median), _ms(p.measured.best), _ms(p.predicted_s),
+             f"{p.error:+.0%}", _ms(p.floor_s)] for p in report.points]  # fmt: skip
     parts = [
         f"# {report.model} on {report.device}",
         f"Made by `pdx report --model {report.model}` in {report.seconds:.0f} s; {report.dtype}, JAX {report.jax}. "
@@ -110,9 +114,9 @@ def to_markdown(report: Report, pictures: Sequence[str]) -> str:
         f"Gain: tokens a second with over without, median and range of {len(report.points[0].measured.seconds)} rounds "
         "in turn. Predicted here at the calibrated rates; for other chips floors in bf16 from published peaks. A claim "
         f"holds if the middle half of the rounds reaches into its range: {claims}.",
-        _markdown(table(report)),
+        table(report).markdown(),
         "\n".join(f"- {text}" for text in reasons(report)),
-        "## Predicted and measured", _markdown(grid),
+        "## Predicted and measured", Table(GRID, grid).markdown(),
         *(f"![{caption}]({name})\n\n{caption}" for name in pictures if (caption := CAPTIONS[name.partition(".")[0]])),
         *(["## Pitfalls", *said] if (said := pitfalls(report)) else []),
     ]  # fmt: skip
@@ -123,22 +127,14 @@ def _range(low: float, high: float) -> str:
     return f"from {low}x on" if high == float("inf") else f"{low} to {high}x"
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    head, *lines = rows
-    return "\n".join("| " + " | ".join(x) + " |" for x in (head, ["---"] * len(head), *lines))
-
-
 def show(report: Report) -> None:
     """The table on a terminal, with the reasons and the errors under it."""
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
-    head, *lines = table(report)
-    shown = Table(*head, box=None, pad_edge=False)
+    console = Console(width=screen())
     colours = {"holds": "green", "does not hold": "red"}
-    for *cells, verdict in lines:
-        shown.add_row(*cells, f"[{colours.get(verdict, 'yellow')}]{verdict}[/]")
-    console.print(shown)
+    plain = table(report)
+    rows = [[*cells, f"[{colours.get(verdict, 'yellow')}]{verdict}[/]"] for *cells, verdict in plain.rows]
+    replace(plain, rows=rows).show(console)
     for text in (*reasons(report), errors(report), *pitfalls(report)):
         console.print(f"- {text.replace('**', '')}", highlight=False, markup=False)

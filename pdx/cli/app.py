@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from typing import Annotated
 
 import typer
 
-from pdx.errors import PdxError
+from pdx.errors import PdxError, RequestError
 
 app = typer.Typer(
     help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
@@ -27,14 +28,60 @@ QuantizeOption = Annotated[str | None, typer.Option("--quantize", help="Weights:
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, however wide.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def pdx(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                          help="Print the versions of pdx, JAX and Python.")] = False,
+) -> None:  # fmt: skip
+    """LLM inference in JAX, prefill and decode apart."""
+
+
+def versions() -> dict[str, str]:
+    """Of pdx, JAX and Python, read without importing JAX."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from pdx import __version__
+
+    try:
+        jax = version("jax")
+    except PackageNotFoundError:
+        jax = "not installed"
+    return {"pdx": __version__, "jax": jax, "python": platform.python_version()}
+
+
+def refuse_without_effect(context: typer.Context, why: str, *names: str) -> None:
+    """Raise RequestError for an option of the command line that would change nothing; `why` says so."""
+    for name in names:
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            option = next(x.opts[0] for x in context.command.params if x.name == name)
+            raise RequestError(f"{option} would change nothing: {why}")
+
+
+def print_table(table, as_markdown: bool) -> None:
+    """A `pdx.tables.Table` for the screen, or as Markdown."""
+    if as_markdown:
+        print(table.markdown())
+    else:
+        table.show()
 
 
 def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = None):
     from pdx.compilation import enable_cache
     from pdx.weights.load import load
+    from pdx.weights.progress import still
 
     enable_cache()
-    loaded = load(model, dtype=dtype, mesh=mesh, quantize=quantize)
+    with still(f"loading {model}"):
+        loaded = load(model, dtype=dtype, mesh=mesh, quantize=quantize)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return loaded

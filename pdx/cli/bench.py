@@ -13,11 +13,13 @@ from pdx.cli.app import (
     JsonOption,
     KernelsOption,
     KvDtypeOption,
+    MarkdownOption,
     ModelOption,
     QuantizeOption,
     bench_app,
     eval_app,
     load_model,
+    print_table,
 )
 from pdx.weights.builtin import DEFAULT_MODEL
 
@@ -37,6 +39,7 @@ def bench_model(
     dtype: DtypeOption = "auto",
     kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     """Prefill and decode of a model, beside other ways of storing it, transformers, llama.cpp and this machine's memory
     bandwidth."""
@@ -46,7 +49,12 @@ def bench_model(
     others = {policy: load_model(model, dtype, None, policy) for policy in quantize or ()}
     result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
                        others=others)  # fmt: skip
-    print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    print(result.opening())
+    print_table(result.table(), as_markdown)
+    print("\n".join(["", *result.notes]))
 
 
 @bench_app.command("memory")
@@ -55,14 +63,20 @@ def bench_memory(
     quantize: Annotated[list[str] | None, typer.Option(help="How weights are stored; more than one may be given, "
                                                        "`none` among them.")] = None,
     as_json: JsonOption = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     """What a model takes of this machine's memory, at the peak of loading and when it has run."""
     from pdx.bench import memory
+    from pdx.weights.progress import still
     from pdx.weights.resolve import resolve
 
     resolve(model)
-    found = memory.measure(model, quantize or ("none", "int8"))
-    print(json.dumps([x.to_dict() for x in found]) if as_json else memory.to_markdown(found))
+    with still("loading and running the model, a process for each way of storing it"):
+        found = memory.measure(model, quantize or ("none", "int8"))
+    if as_json:
+        print(json.dumps({"model": model, "results": [x.to_dict() for x in found]}))
+    else:
+        print_table(memory.table(found), as_markdown)
 
 
 @eval_app.command("ppl")
@@ -87,6 +101,7 @@ def eval_ppl(
     from pdx import texts
     from pdx.bench import quality
     from pdx.quant import quantize_params
+    from pdx.weights.progress import still
 
     text = texts.read(file, texts.evaluation)
     plain = load_model(reference or model, dtype, None)
@@ -94,8 +109,9 @@ def eval_ppl(
         loaded = load_model(model, dtype, None, quantize)
     else:
         loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
-    found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
-                             max_tokens=max_tokens, kernels=kernels)  # fmt: skip
+    with still("scoring the text, window by window"):
+        found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
+                                 max_tokens=max_tokens, kernels=kernels)  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict()))
         return

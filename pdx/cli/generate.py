@@ -19,6 +19,7 @@ from pdx.cli.app import (
     QuantizeOption,
     app,
     load_model,
+    refuse_without_effect,
 )
 from pdx.errors import RequestError
 from pdx.weights.builtin import DEFAULT_MODEL
@@ -26,6 +27,7 @@ from pdx.weights.builtin import DEFAULT_MODEL
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
@@ -68,6 +70,13 @@ def generate(
         raise RequestError("give a PROMPT or --prompts, not both")
     if prompts is not None and (chat or system is not None):
         raise RequestError("--chat and --system are for a PROMPT: in --prompts, rows with \"messages\" are chats")
+    if prompts is None:
+        refuse_without_effect(context, "it is for the requests of --prompts", "batch_size")
+    else:
+        refuse_without_effect(context, "the answers to --prompts are JSON already, in --output", "as_json")
+    if prompts is None and temperature == 0:
+        refuse_without_effect(context, "a temperature of 0 always takes the best token; add --temperature",
+                              "top_k", "top_p", "min_p", "seed")  # fmt: skip
     if logprobs is not None and prompts is None and not as_json:
         raise RequestError("--logprobs are reported in the object that --json prints: add --json")
     run = {"kernels": kernels, "kv_dtype": kv_dtype}
@@ -90,9 +99,10 @@ def generate(
 def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
     from pdx import report_text
     from pdx.generation import stream
+    from pdx.weights.progress import patiently
 
     completion = None
-    for piece in stream(model, request, options, **run):
+    for piece in patiently(stream(model, request, options, **run), "compiling programs for this shape"):
         if not as_json:
             sys.stdout.write(piece.text)
             sys.stdout.flush()

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from pdx.cli.app import JsonOption, ModelOption, app
+from pdx.cli.app import JsonOption, ModelOption, app, refuse_without_effect
 from pdx.errors import RequestError
 from pdx.weights.builtin import DEFAULT_MODEL
 
 
 @app.command()
 def tune(
+    context: typer.Context,
     op: Annotated[str, typer.Argument(help="A kernel: flash_attention, decode_attention, paged_attention, "
                                            "quantized_matmul.")],
     target: Annotated[str | None, typer.Option(help="Rank for this chip (v5e, h100, ...) by static figures; without "
@@ -22,18 +23,24 @@ def tune(
     case: Annotated[str | None, typer.Option(help="Only cases whose name holds this.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Keep the best tiles for the kernels to take.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Of the tables; else $PDX_TUNED, else the package's.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Choose a kernel's tiles: measured on a real device, else ranked by what its compiler says."""
     from pallas_kernels import targets, tuning
 
+    if not write:
+        refuse_without_effect(context, "tables are written with --write", "folder")
     try:
-        tuning.run(op, target, case, write, folder)
+        found = tuning.run(op, target, case, write, folder, say=(lambda text: None) if as_json else print)
     except (ValueError, targets.CompilerMissing) as error:
         raise RequestError(str(error)) from error
+    if as_json:
+        print(json.dumps({"op": op, "cases": found}))
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     op: Annotated[list[str] | None, typer.Argument(help="flash_attention, decode_attention, paged_attention, "
                                                    "quantized_matmul, steps (prefill and decode); none: all.")] = None,
     shapes: Annotated[str | None, typer.Option(help="all, or part of a case's name; without it a few on a CPU, all of "
@@ -53,6 +60,10 @@ def compare(
     from pdx.bench.compare.show import show
     from pdx.weights.progress import progress_bar
 
+    if op and "steps" not in op:
+        refuse_without_effect(context, "only `steps` run a model", "model")
+    if targets == "none":
+        refuse_without_effect(context, "static cycles are of --targets", "cycles")
     if plot is not None:
         plotting.require()
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]

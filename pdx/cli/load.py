@@ -13,10 +13,13 @@ from pdx.cli.app import (
     JsonOption,
     KernelsOption,
     KvDtypeOption,
+    MarkdownOption,
     ModelOption,
     QuantizeOption,
     bench_app,
     load_model,
+    print_table,
+    refuse_without_effect,
 )
 from pdx.cli.serving import ProfileOption, SlotsOption, TokenBudgetOption, engine_config
 from pdx.errors import RequestError
@@ -27,6 +30,7 @@ LENGTHS = "128, uniform:LOW:HIGH, normal:MEAN:SD, lognormal:MEDIAN:SIGMA or zipf
 
 @bench_app.command("load")
 def bench_load(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     arrival: Annotated[str, typer.Option(help="poisson; burst (in clusters); closed (each client sends when it has its "
                                          "answer).")] = "poisson",
@@ -60,6 +64,7 @@ def bench_load(
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     """The engine under load: TTFT, TPOT, E2E, throughput and goodput, over rates and settings side by side."""
     from pdx.bench import load, load_report, workload
@@ -67,13 +72,13 @@ def bench_load(
     from pdx.report_text import device_name
     from pdx.sampling_options import SamplingOptions
 
+    if trace is not None:
+        refuse_without_effect(context, "the trace says how long prompts and answers are", "prompt_len", "output_len")
+    if trace is not None or arrival != "burst":
+        refuse_without_effect(context, "it is for --arrival burst", "burstiness")
     pressures = _pressures(arrival, rate, clients, trace)
     lengths = workload.Lengths.parse(prompt_len), workload.Lengths.parse(output_len)
-    limits = {"slo_ttft": slo_ttft, "slo_tpot": slo_tpot, "slo_e2e": slo_e2e}
-    for name, value in limits.items():
-        if value is not None and not value > 0:
-            raise RequestError(f"{name.replace('_', '-')} is {value:g}: it must be above 0 milliseconds")
-    objectives = Objectives(*(None if x is None else x / 1e3 for x in limits.values()))
+    objectives = Objectives(*(None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot, slo_e2e)))
     base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget)
     each = load.sides(base, quantize, vary or ())
     if plot:
@@ -94,8 +99,10 @@ def bench_load(
     if as_json:
         print(json.dumps({"model": first.name, "device": device_name(), "results": [r.to_dict() for r in results]}))
     else:
-        print("\n".join([f"{first.name}, {first.dtype}, on {device_name()}; {len(loads[0].requests)} requests a load, "
-                         f"{loads[0].process}\n", load_report.table(results), "", *load_report.notes(results)]))
+        print(f"{first.name}, {first.dtype}, on {device_name()}; {len(loads[0].requests)} requests a load, "
+              f"{loads[0].process}\n")  # fmt: skip
+        print_table(load_report.table(results), as_markdown)
+        print("\n".join(["", *load_report.notes(results)]))
 
 
 def _pressures(arrival: str, rate, clients, trace: Path | None) -> list[float]:
@@ -123,6 +130,7 @@ def bench_engine(
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
     as_json: JsonOption = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     """What the engine is held to: throughput, stalls, prefix reuse and overhead, each as a ratio beside its target."""
     from pdx.bench import engine_figures as figures
@@ -131,4 +139,5 @@ def bench_engine(
     if as_json:
         print(json.dumps({"figures": [f.to_dict() for f in found], "notes": notes}))
     else:
-        print("\n".join([figures.table(found), *notes]))
+        print_table(figures.table(found), as_markdown)
+        print("\n".join(notes), end="\n" if notes else "")

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from pdx.cli.app import DtypeOption, JsonOption, QuantizeOption, app, load_model
+from pdx.cli.app import DtypeOption, JsonOption, QuantizeOption, app, load_model, refuse_without_effect
+from pdx.errors import RequestError
 
 
 @app.command()
@@ -21,7 +22,7 @@ def models(as_json: JsonOption = False) -> None:
 
     rows = list_models()
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps({"models": rows}, indent=2))
     else:
         report_text.print_models(rows)
 
@@ -31,18 +32,18 @@ def convert(
     model: Annotated[str, typer.Argument(help="What to convert; anything --model takes.")],
     directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
     dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Save config, tokenizer and parameters as a checkpoint that loads faster."""
-    from pdx.weights.checkpoint import check_target, save
+    from pdx.weights.checkpoint import check_target
 
     check_target(directory)
-    loaded = load_model(model, dtype, None)
-    save(loaded, directory)
-    print(f"saved {loaded.name} to {directory}", file=sys.stderr)
+    _save(load_model(model, dtype, None), directory, as_json)
 
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="What to quantize; anything --model takes.")],
     directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
     policy: QuantizeOption = "int4",
@@ -53,16 +54,21 @@ def quantize(
     ] = None,
     sequences: Annotated[int, typer.Option(help="Of 512 tokens, taken from that text.", min=1)] = 16,
     dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Quantize a model, with a calibration text if need be, and save it as a checkpoint."""
     from pdx import calibration as calibrating
     from pdx import texts
-    from pdx.weights.checkpoint import check_target, save
+    from pdx.quant import Policy
+    from pdx.weights.checkpoint import check_target
     from pdx.weights.progress import progress_bar
 
-    check_target(directory)
+    if not Policy.parse(policy):
+        raise RequestError(f"--quantize {policy} quantizes nothing: `pdx convert` saves a model as it is")
     calibrating.check_method(method)
+    check_target(directory)
     if method == "rtn":
+        refuse_without_effect(context, "rtn rounds to the nearest and looks at no text", "calibration", "sequences")
         done = load_model(model, dtype, None, policy)
     else:
         text = texts.read(calibration, texts.calibration)
@@ -70,5 +76,17 @@ def quantize(
         with progress_bar(unit="layers") as bar:
             done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
                                               progress=partial(bar, method))  # fmt: skip
-    save(done, directory)
-    print(f"saved {done.name} to {directory}", file=sys.stderr)
+    _save(done, directory, as_json)
+
+
+def _save(model, directory: Path, as_json: bool) -> None:
+    from pdx.weights.checkpoint import save
+    from pdx.weights.progress import still
+
+    with still(f"saving to {directory}"):
+        save(model, directory)
+    if as_json:
+        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        print(json.dumps({"model": model.name, "directory": str(directory), "size_bytes": size}))
+    else:
+        print(f"saved {model.name} to {directory}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ def calibrate(
 ) -> None:
     """Measure this device: bandwidth, matmul rates and how fast it is at the pieces of a step; store it as a chip."""
     import dataclasses
-    import json
+    import shlex
 
     from pdx import chips
     from pdx.bench.calibrate import calibrate as measure
@@ -35,7 +36,7 @@ def calibrate(
         return
     print(f"{chip.name}: reads {chip.hbm_gbps:.1f} GB/s; products of float32 {chip.f32_tflops * 1e3:.0f} GFLOP/s, "
           f"bfloat16 {chip.bf16_tflops * 1e3:.0f}, int8 {chip.int8_tops * 1e3:.0f}\nwritten to {file}: "
-          f"pdx plan MODEL --chip {out or chip.name}")  # fmt: skip
+          f"pdx plan MODEL --chip {shlex.quote(str(out or chip.name))}")  # fmt: skip
 
 
 @app.command()
@@ -50,6 +51,7 @@ def report(
                                                   "may be given.")] = None,
     quick: Annotated[bool, typer.Option(help="Tiny loads: whether it runs, not what it says.")] = False,
     dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Measure and predict each optimization on this device, prefill and decode apart: which pays where, and why?"""
     from pdx import chips
@@ -74,6 +76,9 @@ def report(
         if not isinstance(here, chips.MeasuredChip):
             raise RequestError(f"{here.name} was not measured: the report needs this device as pdx calibrate stores it")
         found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
+    files = [str(file) for file in reporting.write(found, out)]
+    if as_json:
+        print(json.dumps(found.to_dict() | {"files": files}))
+        return
     report_page.show(found)
-    files = reporting.write(found, out)
-    print(f"written: {', '.join(map(str, files))}")
+    print(f"written: {', '.join(files)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ import typer
 
 from pdx.cli.app import (
     DtypeOption,
+    JsonOption,
     KernelsOption,
     KvDtypeOption,
     MeshOption,
@@ -62,9 +65,13 @@ def chat(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as one JSON object, at its "
+                                          "end.")] = False,
 ) -> None:
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
     from pdx.chat import Chat, converse, typed
+    from pdx.layers.attention import explain_mixed
+    from pdx.report_text import completion_fields
     from pdx.sampling_options import SamplingOptions
 
     options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -74,7 +81,12 @@ def chat(
     loaded = load_model(model, dtype, None, quantize)
     loaded.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])  # a model without a template says so now
     with start_engine(loaded, config) as engine:
-        converse(Chat(engine, options, system), typed())
+        talk = Chat(engine, options, system)
+        turns = converse(talk, typed(), out=io.StringIO() if as_json else None)
+    if as_json:
+        print(json.dumps({"model": loaded.name, "messages": talk.messages, "turns": [
+            completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}) for done in turns]},
+            ensure_ascii=False))  # fmt: skip
 
 
 @app.command()
@@ -95,6 +107,7 @@ def batch(
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
     mesh: MeshOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Answer a file of requests with continuous batching. Interrupted, the same command goes on where it was."""
     from pdx import batch_job
@@ -107,7 +120,11 @@ def batch(
     check_output(output, source)
     with start_engine(load_model(model, dtype, mesh, quantize), config) as engine:
         tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options)
-    print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
-          file=sys.stderr)  # fmt: skip
+    if as_json:
+        print(json.dumps({"output": str(output), "rows": len(requests), "resumed_rows": tally.resumed,
+                          "failed_rows": tally.failed, "completion_tokens": tally.tokens}))  # fmt: skip
+    else:
+        print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
+              file=sys.stderr)  # fmt: skip
     if tally.failed:
         raise RequestError(f"{tally.failed} of {len(requests)} requests failed: see `error` in their rows of {output}")

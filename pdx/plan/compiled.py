@@ -52,7 +52,9 @@ class CompiledStep:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        units = {"planned": "planned_bytes", "planned_accessed": "planned_accessed_bytes", "memory": "memory_bytes",
+                 "accessed": "accessed_bytes", "seconds": "compile_s", "wanted": "wanted_bytes"}  # fmt: skip
+        return {units.get(name, name): value for name, value in asdict(self).items()}
 
 
 def target(chip: Chip, chips: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,10 +15,14 @@ from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.errors import RequestError
 from pdx.known import Shape
+from pdx.metrics import Objectives
 from pdx.model import param_specs
 from pdx.quant import STORED, Policy, quantized_specs
 from pdx.shapes import DEFAULT_CHUNK
 from pdx.sharding import ArraySpec
+
+CONTEXT, OUTPUT = 2048, 256  # tokens of a row and of an answer, where nothing else is said
+TYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,9 @@ class Plan:
     def phase(self, step: cost.Cost) -> dict[str, Any]:
         """What `--json` says of a step."""
         compute, memory = step.shares(self.chip, self.chips)
-        return {"flops": step.flops, "bytes": step.bytes, "intensity": step.intensity, "bound": step.bound(self.chip),
-                "seconds": self.seconds(step), "of_peak": compute, "of_bandwidth": memory,
+        return {"flops": step.flops, "bytes": step.bytes, "intensity_flops_per_byte": step.intensity,
+                "bound": step.bound(self.chip), "seconds": self.seconds(step), "of_peak": compute,
+                "of_bandwidth": memory,
                 "flops_by_part": step.flops_by_part, "bytes_by_part": dict(step.bytes_by_part)}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,45 +140,81 @@ class Plan:
         objectives = (("ttft", self.slo_ttft, self.ttft), ("tpot", self.slo_tpot, self.tpot))
         return {
             "model": self.model, "chip": self.chip.name, "chips": self.chips, "batch": self.batch,
-            "prompt": self.prompt, "context": self.context, "output_tokens": self.output_tokens,
+            "prompt_tokens": self.prompt, "context_tokens": self.context, "output_tokens": self.output_tokens,
             "parameters": every, "active_parameters": active,
             "fits": self.fits, "hbm_bytes": self.needed, "hbm_capacity_bytes": self.capacity,
-            "weights_by_part": self.setup.weights,
+            "weights_by_part_bytes": self.setup.weights,
             "cache_bytes": self.setup.cache_bytes(self.batch, self.context),
             "prefill": self.phase(self.prefill), "decode": self.phase(self.decode),
-            "ttft": self.ttft, "tpot": self.tpot, "e2e": self.e2e,
+            "ttft_s": self.ttft, "tpot_s": self.tpot, "e2e_s": self.e2e,
             "critical_batch": cost.critical_batch(*on),
             "largest_batch": cost.largest_batch(*on, self.context, self.chips),
-            "largest_context": cost.largest_context(*on, self.batch, self.chips),
-            "batch_within_slo": self.within_slo, "largest_chunk_within_slo": self.largest_chunk,
-            "slo": {name: {"asked": asked, "predicted": got, "met": got <= asked}
+            "largest_context_tokens": cost.largest_context(*on, self.batch, self.chips),
+            "batch_within_slo": self.within_slo, "largest_chunk_within_slo_tokens": self.largest_chunk,
+            "slo": {name: {"asked_s": asked, "predicted_s": got, "met": got <= asked}
                     for name, asked, got in objectives if asked is not None},
-            "chunked_prefill": {"chunk": self.chunking.chunk, "ttft": self.chunking.ttft,
-                                "longest_step": self.chunking.longest,
-                                "longest_step_unchunked": self.chunking.whole},
+            "chunked_prefill": {"chunk_tokens": self.chunking.chunk, "ttft_s": self.chunking.ttft,
+                                "longest_step_s": self.chunking.longest,
+                                "longest_step_unchunked_s": self.chunking.whole},
         }  # fmt: skip
 
 
 def make(
     model: str, shape: Shape | ModelConfig, on: str, *, quantize: str | Policy | None = None,
-    kv_dtype: str | None = None, dtype: str = "bfloat16", batch: int = 1, prompt: int = 1024, context: int = 2048,
-    output_tokens: int = 256, slo_ttft: float | None = None, slo_tpot: float | None = None,
+    kv_dtype: str | None = None, dtype: str = "auto", batch: int = 1, prompt: int = 1024, context: int | None = None,
+    output_tokens: int | None = None, slo_ttft: float | None = None, slo_tpot: float | None = None,
 ) -> Plan:  # fmt: skip
-    """A plan on `on`: a chip, or so many of it (`v5e-8`); objectives in seconds.
+    """A plan on `on`: a chip, or so many of it (`v5e-8`).
+
+    Args:
+      dtype: f32, bf16 or auto: what `pdx.load` takes on such a chip.
+      kv_dtype: f32, bf16, int8; None or auto: as dtype.
+      context: tokens that a row holds when it decodes; None: 2048, or what prompt and answer need.
+      output_tokens: of an answer; None: 256, or what the context leaves.
+      slo_ttft, slo_tpot: objectives in seconds.
 
     Raises:
-      RequestError: an unknown chip, a load that makes no sense, a policy that does not fit the model.
+      RequestError: an unknown chip or dtype, a load that makes no sense, a policy that does not fit the model.
     """
     found, chips = _chips(on)
     shape = Shape(shape) if isinstance(shape, ModelConfig) else shape
-    if min(chips, batch, prompt, context, output_tokens) < 1:
+    if min(chips, batch, *(x for x in (prompt, context, output_tokens) if x is not None)) < 1:
         raise RequestError("chips, batch, prompt, context and output tokens must be at least 1")
-    if max(prompt, context) > shape.config.max_context:
-        raise RequestError(f"{model} has a context of {shape.config.max_context} tokens, not of "
-                           f"{max(prompt, context)}")  # fmt: skip
-    setup = shape.setup(dtype, quantize, kv_dtype, default_layout(found.platform))
+    context, output_tokens = _lengths(model, shape.config.max_context, prompt, context, output_tokens)
+    Objectives(slo_ttft, slo_tpot)  # checks them
+    setup = shape.setup(_dtype(dtype, found), quantize, _kv_dtype(kv_dtype), default_layout(found.platform))
     _check(setup, shape)
     return Plan(model, setup, found, chips, batch, prompt, context, output_tokens, slo_ttft, slo_tpot)
+
+
+def _lengths(model: str, most: int, prompt: int, context: int | None, output: int | None) -> tuple[int, int]:
+    """Tokens of a row and of an answer. Raises RequestError for what a row, or the model, cannot hold."""
+    needed = prompt + (output or 0)
+    if max(needed, context or 0) > most:
+        raise RequestError(f"{model} has a context of {most} tokens, not of {max(needed, context or 0)}")
+    if context is not None and needed > context:
+        raise RequestError(f"a row of {context} tokens cannot hold {needed}: raise --context to what prompt and answer "
+                           "need")  # fmt: skip
+    output = output or max(1, min(OUTPUT, (context or most) - prompt))
+    return context or min(max(CONTEXT, prompt + output), most), output
+
+
+def _dtype(name: str, on: Chip) -> str:
+    """The type of activations and unquantized weights. Raises RequestError for an unknown name."""
+    if name == "auto":
+        return "float32" if on.platform == "cpu" or on.bf16_tflops is None else "bfloat16"
+    return _named(name, "dtype", TYPES)
+
+
+def _kv_dtype(name: str | None) -> str | None:
+    """The type of the cache, None: as the activations. Raises RequestError for an unknown name."""
+    return None if name in (None, "auto") else _named(name, "kv_dtype", TYPES | {"int8": "int8"})
+
+
+def _named(name: str, what: str, known: Mapping[str, str]) -> str:
+    if name not in known and name not in known.values():
+        raise RequestError(f"{what} {name!r} is not one of auto, {', '.join(known)}")
+    return known.get(name, name)
 
 
 def _chips(on: str) -> tuple[Chip, int]:

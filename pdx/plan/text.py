@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from pdx import cost
 from pdx.plan.advice import advice
 from pdx.plan.compiled import CompiledStep
 from pdx.plan.figures import Plan
+from pdx.tables import Table, screen
 
 GIB = 2**30
 
 
 def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
     """Print it; `compiled` is what the real compiler said of the same steps."""
-    console = Console()
+    console = Console(width=screen())
     figures = "estimates, at measured rates" if plan.is_measured else "floors, from its peaks"
     console.print(f"[bold]{plan.model}[/bold] on {plan.chips} x {plan.chip.name}: batch {plan.batch}, prompt "
                   f"{plan.prompt}, context {plan.context}; figures are {figures}",
                   highlight=False)  # fmt: skip
-    console.print(_memory(plan))
-    console.print(_phases(plan))
+    _memory(plan).show(console)
+    _phases(plan).show(console)
     line = f"{plan.output_tokens} tokens end to end {plan.e2e:.2f} s; critical batch " \
            f"{cost.critical_batch(plan.setup, plan.chip):.0f}, largest batch " \
            f"{cost.largest_batch(plan.setup, plan.chip, plan.context, plan.chips)}, largest context " \
@@ -32,7 +32,7 @@ def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
         line += f", largest batch within the TPOT asked for {plan.within_slo}"
     console.print(line, highlight=False)
     if compiled:
-        console.print(_compiled(compiled))
+        _compiled(compiled).show(console)
         for step in compiled:
             if step.error:
                 console.print(f"{step.name}: {step.error}", highlight=False, markup=False)
@@ -41,32 +41,30 @@ def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
 
 
 def _memory(plan: Plan) -> Table:
-    table = Table("memory", "GiB", box=None, pad_edge=False)
-    for part, size in plan.setup.weights.items():
-        if size:
-            table.add_row(f"weights: {part}", f"{size / GIB:.2f}")
-    table.add_row("cache", f"{plan.setup.cache_bytes(plan.batch, plan.context) / GIB:.2f}")
-    table.add_row("left" if plan.fits else "[red]missing[/red]", f"{abs(plan.usable - plan.needed) / GIB:.2f}")
-    return table
+    sizes = {f"weights: {part}": size for part, size in plan.setup.weights.items() if size}
+    sizes["cache"] = plan.setup.cache_bytes(plan.batch, plan.context)
+    sizes["left" if plan.fits else "[red]missing[/red]"] = abs(plan.usable - plan.needed)
+    return Table(("memory", "GiB"), [(name, f"{size / GIB:.2f}") for name, size in sizes.items()])
 
 
 def _phases(plan: Plan) -> Table:
-    table = Table("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if plan.is_measured else "at least", "of peak",
-                  "of bandwidth", box=None, pad_edge=False)  # fmt: skip
+    head = ("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if plan.is_measured else "at least", "of peak",
+            "of bandwidth")  # fmt: skip
+    rows = []
     for step, name in ((plan.prefill, "prefill (TTFT)"), (plan.decode, "decode (TPOT)")):
         compute, memory = step.shares(plan.chip, plan.chips)
-        table.add_row(name, f"{step.flops / 1e9:.1f}", f"{step.bytes / 1e9:.2f}", f"{step.intensity:.1f}",
-                      step.bound(plan.chip), f"{plan.seconds(step) * 1e3:.2f} ms", f"{compute:.0%}",
-                      f"{memory:.0%}")  # fmt: skip
-    return table
+        rows.append((name, f"{step.flops / 1e9:.1f}", f"{step.bytes / 1e9:.2f}", f"{step.intensity:.1f}",
+                     step.bound(plan.chip), f"{plan.seconds(step) * 1e3:.2f} ms", f"{compute:.0%}",
+                     f"{memory:.0%}"))  # fmt: skip
+    return Table(head, rows, left=("bound",))
 
 
 def _compiled(compiled: Sequence[CompiledStep]) -> Table:
     """The two answers side by side, a device's share."""
-    table = Table("compiled", *(step.name for step in compiled), box=None, pad_edge=False)
+    rows: list[tuple[str, ...]] = []
 
     def row(name: str, say: Callable[[CompiledStep], str]) -> None:
-        table.add_row(name, *map(say, compiled))
+        rows.append((name, *map(say, compiled)))
 
     def size(n: int | None) -> str:
         return "-" if n is None else f"{n / GIB:.2f} GiB"
@@ -82,4 +80,4 @@ def _compiled(compiled: Sequence[CompiledStep]) -> Table:
     row("traffic, XLA's count", lambda x: "-" if x.accessed is None else
         f"{x.accessed / 1e9:.2f} GB, {x.accessed / x.planned_accessed:.2f}x")  # fmt: skip
     row("compile time here", lambda x: "-" if x.seconds is None else f"{x.seconds:.0f} s")
-    return table
+    return Table(("compiled", *(step.name for step in compiled)), rows)

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, TypeVar
+
+T = TypeVar("T")
+PATIENCE_S = 3.0  # seconds after which a user wants to know what is going on
 
 
 class Report(Protocol):
     """Called with what is being done, how much of it is done, and how much there is: bytes, or what else is counted."""
 
     def __call__(self, label: str, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def still(label: str, stream: TextIO | None = None, after_s: float = PATIENCE_S) -> Iterator[None]:
+    """Say on standard error what is going on once it has taken `after_s` seconds."""
+    timer = threading.Timer(after_s, lambda: print(f"{label} ...", file=stream or sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def patiently(items: Iterable[T], label: str, stream: TextIO | None = None, after_s: float = PATIENCE_S) -> Iterator[T]:
+    """The items as they come, with a line for each that keeps the caller waiting for `after_s` seconds."""
+    items = iter(items)
+    while True:
+        with still(label, stream, after_s):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def silent(label: str, done: int, total: int) -> None:

@@ -1,17 +1,17 @@
-"""A comparison on a terminal of 120 columns: a table an op of what was measured, a table a target of what was not."""
+"""A comparison on a terminal: a table an op of what was measured, a table a target of what was not."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from pdx.bench.compare.rows import MEASURED, Comparison, Row
+from pdx.tables import Table, screen
 
 
 def show(found: Comparison, console: Console | None = None) -> None:
     """Print everything."""
-    console = console or Console()
+    console = console or Console(width=screen())
     chip = found.chip
     versions = ", ".join(f"{k} {v}" for k, v in found.versions.items())
     _say(console, f"[bold]{found.device}[/bold], {versions}; roofline: {chip.hbm_gbps:.1f} GB/s, "
@@ -37,15 +37,13 @@ which side bounds; above 100% where operands stay in a cache. error: largest dif
 
 def _measured(found: Comparison, op: str, rows: list[Row], console: Console) -> None:
     over = {(v["case"], v["path"]): v for v in found.verdicts() if v["op"] == op}
-    table = Table(f"[bold]{op}[/bold]", box=None, pad_edge=False, header_style="")
-    for name in ("time", "+-", "host", "GB/s", "TFLOP/s", "roof", "error", "compile", "against XLA", "ran"):
-        table.add_column(name, justify="left" if name == "ran" else "right", no_wrap=True)
+    lines: list[list[str]] = []
     for case in dict.fromkeys(r.case for r in rows):
-        table.add_row(case)
+        lines.append([escape(case)])
         for r in (r for r in rows if r.case == case):
-            table.add_row(f"  {r.path}{'*' if r.auto else ''}", *_times(r), _against(r, over.get((case, r.path))),
-                          r.ran)  # fmt: skip
-    console.print(table)
+            lines.append([f"  {r.path}{'*' if r.auto else ''}", *_times(r), _against(r, over.get((case, r.path))),
+                          escape(r.ran)])  # fmt: skip
+    Table([f"[bold]{op}[/bold]", *TIMES], lines, left=("ran",)).show(console)
     _notes(rows, console)
 
 
@@ -72,17 +70,15 @@ def _against(r: Row, said: dict | None) -> str:
 def _static(target: str, rows: list[Row], console: Console) -> None:
     _say(console, f"\n[bold]{target}[/bold], from its compiler and by counting: nothing here was measured")
     for op in dict.fromkeys(r.op for r in rows):
-        table = Table(f"[bold]{op}[/bold]", box=None, pad_edge=False, header_style="")
-        for name in STATIC:
-            table.add_column(name, justify="left" if name == "ran" else "right", no_wrap=True)
+        lines: list[list[str]] = []
         for case in dict.fromkeys(r.case for r in rows if r.op == op):
-            table.add_row(case)
-            for r in (r for r in rows if (r.op, r.case) == (op, case)):
-                table.add_row(f"  {r.path}", *_figures(r))
-        console.print(table)
+            lines.append([escape(case)])
+            lines += [[f"  {r.path}", *_figures(r)] for r in rows if (r.op, r.case) == (op, case)]
+        Table([f"[bold]{op}[/bold]", *STATIC], lines, left=("ran",)).show(console)
     _notes(rows, console)
 
 
+TIMES = ("time", "+-", "host", "GB/s", "TFLOP/s", "roof", "error", "compile", "against XLA", "ran")
 STATIC = ("MB moved", "/need", "GFLOP", "/need", "roofline", "bound", "memory", "temp MB", "cycles", "compile", "ran")
 
 
@@ -95,7 +91,7 @@ def _figures(r: Row) -> list[str]:
         memory = "" if r.vmem_bytes is None else f"{r.vmem_bytes / 2**20:.1f} MiB"
     cycles = "" if r.cycles is None else f"{r.cycles:,}"
     return [*moved, *done, _time(r.roofline_seconds), r.bound[:3], memory, _mega(r.temp_bytes), cycles,
-            _s(r.compile_seconds), r.ran]  # fmt: skip
+            _s(r.compile_seconds), escape(r.ran)]  # fmt: skip
 
 
 def _notes(rows: list[Row], console: Console) -> None:
