@@ -93,7 +93,7 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not parse
             ids = _ids(self._backend, text, add_special=add_special)
-        if add_special and ids[:2] == [self.bos_id] * 2:
+        if add_special and ids[:2] == [self.bos_id] * 2 and self.opening:
             bos = self.token_text(ids[0])
             warnings.warn(f"the prompt begins with {bos}, and the tokenizer adds another: the model sees it twice. "
                           f"Leave {bos} out of the text", stacklevel=2)  # fmt: skip

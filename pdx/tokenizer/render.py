@@ -19,6 +19,7 @@ from typing import Any
 from pdx.errors import ModelFileError, RequestError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
+_SMALL = 1_000_000  # characters of messages and tools
 _WALL_SECONDS = 60.0  # where the system does not bound processor time, and for a process that hangs
 
 
@@ -30,11 +31,12 @@ class Renderer:
       memory_bytes: what all renderings may hold beyond an empty interpreter.
     """
 
-    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 30):
+    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29):
         self._seconds, self._memory = seconds, memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._stopped: dict[str, str] = {}
 
     def render(self, template: str, variables: Mapping[str, Any], source: str) -> str:
         """The text that a template makes of JSON values. `source` names the model in errors.
@@ -51,10 +53,14 @@ class Renderer:
             # A template repeats what it is given at most a few times.
             "max_characters": 1_000_000 + 16 * (len(values) + len(template)),
         })  # fmt: skip
-        reply = self._exchange(f'{request[:-1]}, "variables": {values}}}\n'.encode("ascii"), source)
+        if template in self._stopped:
+            raise ModelFileError(f"{source}: the chat template was stopped: {self._stopped[template]}")
+        reply = self._exchange(f'{request[:-1]}, "variables": {values}}}\n'.encode("ascii"))
         if "text" in reply:
             return reply["text"]
         kind, message = reply["kind"], reply["message"]
+        if kind == "limit" and len(values) < _SMALL:  # so it is no matter of the messages: not tried again
+            self._stopped[template] = message
         if kind == "refused":
             raise RequestError(
                 f"the chat template of {source} refuses these messages: {message}. "
@@ -74,7 +80,7 @@ class Renderer:
         for pipe in (process.stdin, process.stdout):
             pipe.close()
 
-    def _exchange(self, request: bytes, source: str) -> dict[str, str]:
+    def _exchange(self, request: bytes) -> dict[str, str]:
         with self._lock:
             process = self._started()
             timer = threading.Timer(_WALL_SECONDS, process.kill)
@@ -91,14 +97,9 @@ class Renderer:
                 raise
             finally:
                 timer.cancel()
-            if not line:
-                self.close()
-                raise ModelFileError(
-                    f"{source}: the chat template was stopped: it takes more than {self._seconds:g} seconds, or more "
-                    "memory than a chat template may have"
-                )
-            reply = json.loads(line)
-            if reply.get("kind") == "limit":  # what it left in memory would count against the next
+            needs = f"it takes more than {self._seconds:g} seconds, or more memory than a chat template may have"
+            reply = json.loads(line) if line else {"kind": "limit", "message": needs}
+            if reply.get("kind") == "limit":  # the process is gone, or holds memory that would count against the next
                 self.close()
             return reply
 
