@@ -1,18 +1,20 @@
 """Control tokens that users spell out stay text: whose a control token of a rendered chat is.
 
 The prompt itself is rendered as ever. To learn which of its control tokens came out of a user's words, the template is
-rendered once more with marks in those words: noncharacters of Unicode, which mean nothing in text. A control token of
-the prompt is the user's where a mark lies within it. Marks at the ends of a text do the same for a token that would
-only come about between the user's words and the template's, such as `<|im_` before `end|>`.
+rendered again with those words changed by marks: noncharacters of Unicode, which mean nothing in text. So are the ends
+of words that would only become a control token together with the template's, such as `end|>` behind `<|im_`.
 
-A template may act on a control token in the user's words (`content.split('</think>')`) and not find it with marks
-within; then they are put beside it. The tokens of the two renderings must be the same ones in the same order.
+1. Marks stand in the place of each character. Where the two renderings are otherwise the same, that is the answer.
+2. A template may act on a control token in the user's words (`content.split('</think>')`). So the marks are put beside
+   them; the control tokens of the two renderings must be the same ones in the same order.
+3. Otherwise the prompt is what the template makes of words whose control tokens are broken up by marks.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,15 +30,6 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _OPERATORS = ("system", "developer")
 _MODELS = ("assistant", "model")
 _SAID = ("role", "content", "reasoning_content", "reasoning", "thinking")
-
-
-@dataclass(frozen=True)
-class Marks:
-    """within: lies inside a token. after, before: a user's token ends, or starts, where this mark is."""
-
-    within: str
-    after: str
-    before: str
 
 
 @dataclass(frozen=True)
@@ -80,40 +73,47 @@ class ControlTokens:
 
         Raises RequestError for text that holds too many of Unicode's noncharacters to mark it with others.
         """
-        if not self.tokens or self._marked(inputs, _Style(Marks("\0", "\0", "\0"), beside=False)) == inputs:
+        if not self.tokens or self._marked(inputs, _Within("\0")) == inputs:
             return Prompt(prompt)
-        free = (c for c in _NONCHARACTERS if c not in prompt and c not in json.dumps(inputs, ensure_ascii=False))
-        marks = Marks(*[next(free, "") for _ in range(3)])
-        if not marks.before:
+        given = json.dumps({k: v for k, v in inputs.items() if not k.endswith("_token")}, ensure_ascii=False)
+        free = (c for c in _NONCHARACTERS if c not in prompt + given and f"u{ord(c):x}" not in (prompt + given).lower())
+        mark, after, before = (next(free, "") for _ in range(3))
+        if not before:
             raise RequestError("the messages hold Unicode's noncharacters U+FDD0 to U+FDEF, which stand for no text")
-        expected = self._found(prompt)
-        for beside in (False, True):
-            plain, users = self._users(render(self._marked(inputs, _Style(marks, beside))), marks)
-            if [plain[a:b] for a, b in self._found(plain)] == [prompt[a:b] for a, b in expected]:
-                return _apart(prompt, expected, users, marks.within)
-        # The template does something else with marked text: what it makes of that is as good a prompt.
-        return _apart(plain, self._found(plain), users, marks.within)
+        marks, spans = mark + after + before, self._found(prompt)
+        hidden = _readable(render(self._marked(inputs, _Hidden(mark))), marks)
+        if len(hidden) == len(prompt) and all(h in (p, mark) for h, p in zip(hidden, prompt, strict=True)):
+            return _apart(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
+        plain, users = self._users(render(self._marked(inputs, _Beside(mark, after, before))), mark, after, before)
+        tokens = [plain[a:b] for a, b in self._found(plain)]
+        others = Counter(token for token, is_users in zip(tokens, users, strict=True) if not is_users)
+        # Without the user's words, the template writes as many.
+        own = Counter(self._pattern.findall(hidden))
+        if tokens == [prompt[a:b] for a, b in spans] and all(n <= own[t] or t not in given for t, n in others.items()):
+            return _apart(prompt, spans, users, mark)
+        plain, users = self._users(render(self._marked(inputs, _Within(mark))), mark, after, before)
+        return _apart(plain, self._found(plain), users, mark)
 
     def _found(self, text: str) -> list[tuple[int, int]]:
         return [match.span() for match in self._pattern.finditer(text)]
 
-    def _users(self, text: str, marks: Marks) -> tuple[str, list[bool]]:
+    def _users(self, text: str, mark: str, after: str, before: str) -> tuple[str, list[bool]]:
         """A marked rendering without its marks, and of each control token in it whether it is a user's."""
-        pieces = re.split(f"([{marks.within}{marks.after}{marks.before}])", text)
+        pieces = re.split(f"([{mark}{after}{before}])", _readable(text, mark + after + before))
         plain = "".join(pieces[::2])
-        places: dict[str, set[int]] = {mark: set() for mark in (marks.within, marks.after, marks.before)}
+        places: dict[str, set[int]] = {mark: set(), after: set(), before: set()}
         at = 0
-        for piece, mark in zip(pieces[::2], pieces[1::2], strict=False):
+        for piece, found in zip(pieces[::2], pieces[1::2], strict=False):
             at += len(piece)
-            places[mark].add(at)
+            places[found].add(at)
         anywhere = set().union(*places.values())
         users = [
-            not anywhere.isdisjoint(range(a + 1, b)) or b in places[marks.after] or a in places[marks.before]
+            not anywhere.isdisjoint(range(a + 1, b)) or b in places[after] or a in places[before]
             for a, b in self._found(plain)
         ]
         return plain, users
 
-    def _marked(self, inputs: Mapping[str, Any], style: _Style) -> dict[str, Any]:
+    def _marked(self, inputs: Mapping[str, Any], style: _Within) -> dict[str, Any]:
         return {
             key: [self._message(message, style) for message in value] if key == "messages"
             # BOS and the like are the model's own.
@@ -121,7 +121,7 @@ class ControlTokens:
             for key, value in inputs.items()
         }  # fmt: skip
 
-    def _message(self, message: Mapping[str, Any], style: _Style) -> dict[str, Any]:
+    def _message(self, message: Mapping[str, Any], style: _Within) -> dict[str, Any]:
         role = message["role"]
         trusted = message.keys() if role in _OPERATORS else _SAID if role in _MODELS else ()
         # Templates make control tokens of roles: `<|` + role + `|>`.
@@ -131,44 +131,74 @@ class ControlTokens:
             for key, value in message.items()
         }  # fmt: skip
 
-    def _value(self, value: Any, style: _Style) -> Any:
+    def _value(self, value: Any, style: _Within) -> Any:
         if isinstance(value, str):
             return self._text(value, style)
         if isinstance(value, dict):
             return {self._text(key, style, ends=False): self._value(item, style) for key, item in value.items()}
         return [self._value(item, style) for item in value] if isinstance(value, list) else value
 
-    def _text(self, text: str, style: _Style, *, ends: bool = True) -> str:
+    def _text(self, text: str, style: _Within, *, ends: bool = True) -> str:
         marked = self._pattern.sub(style.token, text)
-        return self._mark_ends(marked, style.marks.within) if ends else marked
+        return self._mark_ends(marked, style) if ends else marked
 
-    def _mark_ends(self, text: str, mark: str) -> str:
+    def _mark_ends(self, text: str, style: _Within) -> str:
         words = text.strip()
         before = len(text) - len(text.lstrip())
         after = before + len(words)
         sizes = range(1, min(self._longest, len(words) + 1))
         start = any(words[:size] in self._ends for size in sizes) or self._is_inside(words)
         end = any(words[len(words) - size :] in self._starts for size in sizes)
-        return text[:before] + mark * start + words + mark * end + text[after:]
+        return text[:before] + style.ends(words, start, end) + text[after:]
 
     def _is_inside(self, words: str) -> bool:
         return 0 < len(words) < self._longest and any(words in token for token in self.tokens)
 
 
 @dataclass(frozen=True)
-class _Style:
-    """How a control token in a user's text is marked: within, or beside it, at the side where the text goes on."""
+class _Within:
+    """Marks between the characters of a control token, and at ends of words that could become part of one."""
 
-    marks: Marks
-    beside: bool
+    mark: str
 
     def token(self, match: re.Match[str]) -> str:
-        token = match[0]
-        if not self.beside:
-            return self.marks.within.join(token)
+        return self.mark.join(match[0])
+
+    def ends(self, words: str, start: bool, end: bool) -> str:
+        return self.mark * start + words + self.mark * end
+
+
+@dataclass(frozen=True)
+class _Hidden(_Within):
+    """Marks in the place of characters, so that lengths stay the same."""
+
+    def token(self, match: re.Match[str]) -> str:
+        return self.mark * len(match[0])
+
+    def ends(self, words: str, start: bool, end: bool) -> str:
+        words = self.mark * start + words[start:]
+        return words[: len(words) - end] + self.mark * end
+
+
+@dataclass(frozen=True)
+class _Beside(_Within):
+    """Marks before and after a control token, but none at the ends of the text, where templates look for tokens."""
+
+    after: str
+    before: str
+
+    def token(self, match: re.Match[str]) -> str:
         ends_text = not match.string[match.end() :].strip()
         starts_text = not match.string[: match.start()].strip()
-        return self.marks.before + token if ends_text and not starts_text else token + self.marks.after
+        after = "" if ends_text and not starts_text else self.after
+        return ("" if starts_text else self.before) + match[0] + after
+
+
+def _readable(text: str, marks: str) -> str:
+    """A rendering whose marks are themselves: Python and JSON write them as escapes in quoted text."""
+    for mark in marks:
+        text = re.sub(rf"\\+u{ord(mark):x}", mark, text, flags=re.IGNORECASE)
+    return text
 
 
 def _apart(text: str, spans: list[tuple[int, int]], users: list[bool], mark: str) -> Prompt:

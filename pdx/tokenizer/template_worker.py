@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import time
 from datetime import datetime
@@ -22,8 +21,6 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-_NONCHARACTER = re.compile(r"\\\\|\\ufd[de][0-9a-f]")
 
 
 class Generation(Extension):
@@ -44,13 +41,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    # `sanitize.py` marks text with noncharacters, which must be found again in the prompt.
-    return _NONCHARACTER.sub(_unescape, text) if ensure_ascii else text
-
-
-def _unescape(match: re.Match[str]) -> str:
-    return match[0] if match[0] == r"\\" else chr(int(match[0][2:], 16))
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def strftime_now(pattern: str) -> str:

@@ -28,7 +28,7 @@ def renderer():
 MUCH = {
     "a string": "{{ 'a' * 10**11 }}",
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "a doubling list": "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a doubled list": "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "a doubling block": "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set y %}{{ ns.x }}{{ ns.x }}"
                         "{% endset %}{% set ns.x = y %}{% endfor %}",
     "a width": "{{ '%999999999d' % 3 }}{{ '{:>999999999}'.format(3) }}",
