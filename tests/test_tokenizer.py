@@ -148,7 +148,7 @@ def _without(key):
     ("change", "error", "says"),
     [
         ({"model": "rwkv"}, UnsupportedModelError, "'rwkv'"),
-        ({"pre": "chatglm-bpe"}, UnsupportedModelError, "'chatglm-bpe'.*smollm"),
+        ({"pre": "kimi-k2"}, UnsupportedModelError, "'kimi-k2'.*smollm"),
         ({"model": None}, ModelFileError, "model is missing"),
         ({"tokens": None}, ModelFileError, "tokens is missing"),
         ({"tokens": ["a", 3]}, ModelFileError, "tokens should be a list of strings"),

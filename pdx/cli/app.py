@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -88,7 +89,8 @@ def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = 
 
 
 def main() -> None:
-    """Entry point: errors that pdx raises on purpose are printed without a traceback."""
+    """Entry point: errors that pdx raises on purpose are printed without a traceback, warnings as notes."""
+    warnings.showwarning = lambda message, *place, **more: print(f"note: {message}", file=sys.stderr)
     try:
         app()
     except (PdxError, NotImplementedError) as error:

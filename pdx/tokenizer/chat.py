@@ -1,65 +1,43 @@
-"""Chats to prompts through the model's own template: sandboxed jinja2 with what published templates expect.
-
-Templates come with model files, which are not trusted: they run in jinja2's immutable sandbox and see
-nothing but plain JSON values.
-"""
+"""Chats to what a model's own template is given: the template to take, and plain JSON values for it to see."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pdx.errors import ModelFileError, RequestError
 
-if TYPE_CHECKING:
-    import jinja2
-
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
-def render_chat(
-    templates: Mapping[str, str],
+def template_inputs(
     messages: Messages,
     *,
     named: Mapping[str, str],
-    source: str,
     add_generation_prompt: bool,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Tools | None,
     extra: Mapping[str, Any],
-) -> str:
-    """The prompt that a model's chat template makes of the messages.
-
-    Raises RequestError for malformed messages, for a model without a template and for messages that the
-    template refuses; ModelFileError for a template that is not valid or leaves the sandbox.
-    """
-    import jinja2
-
-    template = _choose(templates, with_tools=bool(tools), source=source)
-    variables = {
-        "documents": None,
-        **named,
-        **{key: _plain(value, key) for key, value in extra.items()},
-        "messages": _plain_messages(messages),
-        "tools": None if tools is None else _plain(list(tools), "tools"),
-        "add_generation_prompt": add_generation_prompt,
-    }
+) -> dict[str, Any]:
+    """The variables of a chat template, as JSON values. Raises RequestError for malformed messages."""
     try:
-        return _compiled(template).render(variables)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelFileError(f"{source}: line {error.lineno} of the chat template is not jinja2: {error}") from error
-    except jinja2.exceptions.SecurityError as error:
-        raise ModelFileError(f"{source}: the chat template does what its sandbox forbids: {error}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise RequestError(
-            f"the chat template of {source} refuses these messages: {error}. "
-            "Check the roles, their order, and that each content is of a kind this model takes."
-        ) from error
+        return {
+            "documents": None,
+            **named,
+            **{key: _plain(value, key) for key, value in extra.items()},
+            "messages": _plain_messages(messages),
+            "tools": None if tools is None else _plain(list(tools), "tools"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+    except RecursionError:
+        raise RequestError("the messages or tools are nested too deeply for a chat template") from None
 
 
-def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> str:
+def choose_template(templates: Mapping[str, str], *, with_tools: bool, source: str) -> str:
+    """The template for a chat: the one named `tool_use` where tools are given, else the one named `default`.
+
+    Raises RequestError for a model without a template, ModelFileError for several without a default.
+    """
     if not templates:
         raise RequestError(
             f"{source} has no chat template: it is a base model, or its files lack one. Give it a plain prompt, "
@@ -112,48 +90,3 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item, where) for item in value]
     raise RequestError(f"{where} holds a {type(value).__name__}; chat templates take JSON values only")
-
-
-@lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for training; for a prompt its body is simply kept."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _raise_exception(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

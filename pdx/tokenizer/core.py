@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import Messages, render_chat
+from pdx.tokenizer.chat import Messages, Tools, choose_template, template_inputs
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
+from pdx.tokenizer.render import render
+from pdx.tokenizer.sanitize import ControlTokens, keeping_apart
 from pdx.tokenizer.settings import Settings
 from pdx.tokenizer.stream import DecodeRule, StreamDecoder, decoder_state
 
@@ -35,6 +38,8 @@ class Tokenizer:
         self._settings = settings
         # Whether special tokens are parsed is state of the backend, so a call may not see another's.
         self._lock = threading.Lock()
+        self._controls: dict[str, ControlTokens] = {}
+        self._apart: dict[tuple[str, frozenset[str]], tokenizers.Tokenizer] = {}
 
     @classmethod
     def from_hf_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -73,22 +78,26 @@ class Tokenizer:
         _write_atomically(directory / _BACKEND_FILE, self._backend.to_str())
         _write_atomically(directory / _SETTINGS_FILE, self._settings.to_json())
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """The token ids of a text.
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool | None = None) -> list[int]:
+        """The token ids of a text. Warns of a text that spells the BOS token which is added before it.
 
         add_special: add what the model expects around a text, such as BOS.
-        parse_special: text that spells a special token becomes that token; False takes it as plain text.
+        parse_special: text that spells a special token becomes that token; False takes it as plain text. None does
+        what the model's files say, which is True unless they set `split_special_tokens`.
 
         Raises RequestError for what is not Unicode text.
         """
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, got {type(text).__name__}")
+        parse = not self._settings.split_special_tokens if parse_special is None else parse_special
         with self._lock:
-            self._backend.encode_special_tokens = not parse_special
-            try:
-                return self._backend.encode(text, add_special_tokens=add_special).ids
-            except TypeError as error:
-                raise RequestError("the text holds half a surrogate pair, which is no character") from error
+            self._backend.encode_special_tokens = not parse
+            ids = _ids(self._backend, text, add_special=add_special)
+        if add_special and ids[:2] == [self.bos_id] * 2 and self.opening:
+            bos = self.token_text(ids[0])
+            warnings.warn(f"the prompt begins with {bos}, and the tokenizer adds another: the model sees it twice. "
+                          f"Leave {bos} out of the text", stacklevel=2)  # fmt: skip
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of token ids. Ids beyond the vocabulary have no text; what is not UTF-8 becomes U+FFFD.
@@ -112,36 +121,80 @@ class Tokenizer:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         **extra: Any,
     ) -> str:
         """The prompt for a chat: messages with `role` and `content`, through the model's own template.
 
         `tools` are JSON schemas; `extra` reaches the template under its own names (`enable_thinking=False`).
         Raises RequestError for malformed messages or a model without a template, ModelFileError for a
-        template that does not work.
+        template that does not work, or that takes more time or memory than a template may.
         """
-        return render_chat(
-            self._settings.templates,
-            messages,
-            named=self._settings.named,
-            source=self._settings.source,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            extra=extra,
-        )
+        template = choose_template(self._settings.templates, with_tools=bool(tools), source=self._settings.source)
+        return render(template, self._inputs(messages, add_generation_prompt, tools, extra), self._settings.source)
 
     def encode_chat(
         self,
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
+        sanitize_control_tokens: bool = True,
         **extra: Any,
     ) -> list[int]:
-        """The token ids of `apply_chat_template`. Templates write BOS themselves, so none is added."""
-        prompt = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools, **extra)
-        return self.encode(prompt, add_special=False)
+        """The token ids of `apply_chat_template`. Templates write BOS themselves, so none is added.
+
+        sanitize_control_tokens: control tokens that users, tools, documents or tool calls spell out are plain text,
+        so that only the template (and what system and assistant messages say) opens and closes turns. False: text
+        that spells a control token becomes that token, whoever wrote it.
+
+        Raises what `apply_chat_template` raises, and RequestError for a control token that this vocabulary also
+        makes out of plain text.
+        """
+        source = self._settings.source
+        template = choose_template(self._settings.templates, with_tools=bool(tools), source=source)
+        inputs = self._inputs(messages, add_generation_prompt, tools, extra)
+        prompt = render(template, inputs, source)
+        if sanitize_control_tokens:
+            control = self._control_tokens(template)
+            found = control.from_users(prompt, inputs, lambda marked: render(template, marked, source))
+            if found.tokens:
+                return self._encode_apart(found.text, found.tokens, found.mark)
+            prompt = found.text
+        return self.encode(prompt, add_special=False, parse_special=True)
+
+    def _inputs(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        named = self._settings.named
+        return template_inputs(
+            messages, named=named, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
+        )
+
+    def _control_tokens(self, template: str) -> ControlTokens:
+        """The special tokens, and of the other added ones those that the template writes."""
+        if template not in self._controls:
+            added = self._backend.get_added_tokens_decoder().values()
+            chosen = self._settings.control
+            if chosen is None:
+                # Runs of spaces and line feeds are tokens of some models, and in every template.
+                chosen = {t.content for t in added if t.content in template and not t.content.isspace()}
+            self._controls[template] = ControlTokens(t.content for t in added if t.special or t.content in chosen)
+        return self._controls[template]
+
+    def _encode_apart(self, text: str, tokens: frozenset[str], mark: str) -> list[int]:
+        """The ids of a text where `mark` stands inside of spellings of `tokens` that are not to become those."""
+        key = mark, tokens
+        with self._lock:
+            if key not in self._apart:
+                self._apart.clear()  # each is as large as the tokenizer itself
+                self._apart[key] = keeping_apart(self._backend, mark, tokens)
+            backend = self._apart[key]
+        for token in tokens:
+            if self.token_id(token) in backend.encode(mark.join(token), add_special_tokens=False).ids:
+                raise RequestError(f"the messages hold {token!r}, which this model's vocabulary also makes out of "
+                                   "plain text: leave it out, or pass sanitize_control_tokens=False")  # fmt: skip
+        return _ids(backend, text, add_special=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -208,6 +261,13 @@ class Tokenizer:
     @cached_property
     def _rule(self) -> DecodeRule:
         return DecodeRule.from_decoder(decoder_state(self._backend))
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str, *, add_special: bool) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=add_special).ids
+    except TypeError as error:
+        raise RequestError("the text holds half a surrogate pair, which is no character") from error
 
 
 def _write_atomically(path: Path, text: str) -> None:

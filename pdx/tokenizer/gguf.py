@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
+from pdx.tokenizer.control import end_tokens, looks_like_control
+from pdx.tokenizer.gguf_fields import Fields
 from pdx.tokenizer.pretokenize import PRE_TOKENIZERS
-from pdx.tokenizer.settings import END_OF_TURN, Settings
+from pdx.tokenizer.settings import Settings
 
 if TYPE_CHECKING:
     import tokenizers
@@ -31,65 +33,13 @@ _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-class _Fields:
-    """Typed access to `tokenizer.ggml.*`, with errors that name the file and the key."""
-
-    def __init__(self, metadata: Mapping[str, Any], source: str):
-        self.metadata = metadata
-        self.source = source
-
-    def error(self, key: str, problem: str) -> ModelFileError:
-        return ModelFileError(f"{self.source}: tokenizer.ggml.{key} {problem}")
-
-    def text(self, key: str) -> str | None:
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and not isinstance(value, str):
-            raise self.error(key, f"should be a string, is {type(value).__name__}")
-        return value
-
-    def flag(self, key: str) -> bool | None:
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        if not isinstance(value, (bool, int, np.bool_, np.integer)):
-            raise self.error(key, f"should be true or false, is {type(value).__name__}")
-        return bool(value)
-
-    def token_id(self, key: str, size: int) -> int | None:
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        if not isinstance(value, (int, np.integer)) or not 0 <= int(value) < size:
-            raise self.error(key, f"is {value!r}, not a token id below {size}")
-        return int(value)
-
-    def strings(self, key: str) -> list[str] | None:
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "should be a list of strings")
-        return list(value)
-
-    def numbers(self, key: str, size: int) -> list[Any] | None:
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        array = np.asarray(value)
-        if array.shape != (size,) or array.dtype.kind not in "iuf":
-            raise self.error(key, f"should be {size} numbers, one a token, is an array of shape {array.shape}")
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            raise self.error(key, "holds NaN")
-        return array.tolist()
-
-
 def build_from_gguf(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, Settings]:
     """The backend and the settings that the metadata describe.
 
     Raises ModelFileError for missing or inconsistent fields, UnsupportedModelError for a tokenizer model or
     a pre-tokenizer that pdx does not know.
     """
-    fields = _Fields(metadata, source)
+    fields = Fields(metadata, source)
     kind = fields.text("model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind is None:
@@ -103,16 +53,29 @@ def build_from_gguf(metadata: Mapping[str, Any], source: str) -> tuple[tokenizer
     if not tokens:
         raise fields.error("tokens", "is missing or empty")
     types = fields.numbers("token_type", len(tokens)) or [_NORMAL] * len(tokens)
+    settings = _settings(fields, tokens)
+    ends = _end_ids(fields, tokens, types, settings)
+    types = [
+        _CONTROL if index in ends or (kind == _NORMAL and looks_like_control(token)) else kind
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
     with _collector_paused():
         backend = builders[kind](fields, tokens, types)
-        settings = _settings(fields, tokens)
-        _add_tokens(backend, fields, tokens, types, settings)
-    ends = {fields.token_id(key, len(tokens)) for key in _END_IDS}
-    ends |= {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.content in END_OF_TURN}
-    return backend, Settings(settings.named, frozenset(ends - {None}), settings.templates, source)
+        _add_tokens(backend, tokens, types, settings)
+    return backend, Settings(settings.named, ends, settings.templates, source=source)
 
 
-def _byte_level(fields: _Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+def _end_ids(fields: Fields, tokens: list[str], types: list[int], settings: Settings) -> frozenset[int]:
+    """The ids that the file names as ends of generation, and those of tokens that are ends by their spelling."""
+    ids = {token: index for index, token in enumerate(tokens)}
+    control = {token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL}
+    control |= set(settings.named.values())
+    spelled = end_tokens(ids.__contains__, control.__contains__)
+    named = {fields.token_id(key, len(tokens)) for key in _END_IDS} | fields.token_ids("eos_token_ids", len(tokens))
+    return frozenset(named - {None}) | {ids[token] for token in spelled}
+
+
+def _byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
@@ -141,7 +104,7 @@ def _byte_level(fields: _Fields, tokens: list[str], types: list[int]) -> tokeniz
     return backend
 
 
-def _sentencepiece(fields: _Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
@@ -220,7 +183,7 @@ def _merges_from_scores(
     return merges + splits(done, len(pieces))
 
 
-def _bpe(bpe: Any, fields: _Fields, tokens: list[str], merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
+def _bpe(bpe: Any, fields: Fields, tokens: list[str], merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
@@ -231,7 +194,7 @@ def _bpe(bpe: Any, fields: _Fields, tokens: list[str], merges: Sequence[tuple[st
         raise fields.error("merges", f"does not fit tokenizer.ggml.tokens: {error}") from error
 
 
-def _set_template(backend: Any, fields: _Fields, tokens: list[str], *, add_bos: bool) -> None:
+def _set_template(backend: Any, fields: Fields, tokens: list[str], *, add_bos: bool) -> None:
     from tokenizers import processors
 
     pieces, special = ["$A"], []
@@ -248,7 +211,7 @@ def _set_template(backend: Any, fields: _Fields, tokens: list[str], *, add_bos: 
         backend.post_processor = processors.TemplateProcessing(single=pieces, pair=None, special_tokens=special)
 
 
-def _settings(fields: _Fields, tokens: list[str]) -> Settings:
+def _settings(fields: Fields, tokens: list[str]) -> Settings:
     ids = {name: fields.token_id(f"{key}_token_id", len(tokens)) for name, key in _NAMED.items()}
     named = {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}
     templates = {}
@@ -260,7 +223,7 @@ def _settings(fields: _Fields, tokens: list[str]) -> Settings:
     return Settings(named=named, templates=templates)
 
 
-def _add_tokens(backend: Any, fields: _Fields, tokens: list[str], types: list[int], settings: Settings) -> None:
+def _add_tokens(backend: Any, tokens: list[str], types: list[int], settings: Settings) -> None:
     from tokenizers import AddedToken
 
     named = set(settings.named.values())

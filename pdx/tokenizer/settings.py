@@ -12,13 +12,6 @@ from pdx.errors import ModelFileError
 
 _FORMAT = 1
 
-# Special tokens that close a turn or a document in the families pdx knows. A file often names only one of
-# them as its eos: Gemma's `<eos>` but not `<end_of_turn>`, Llama 3's `<|end_of_text|>` but not `<|eot_id|>`.
-END_OF_TURN = frozenset(
-    {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"},
-)
-
-
 @dataclass(frozen=True)
 class Settings:
     """The part of a tokenizer that `tokenizer.json` does not hold.
@@ -26,12 +19,16 @@ class Settings:
     named: `bos_token`, `eos_token`, ... -> its text, as chat templates see them.
     eos_ids: every token id that ends a generation.
     templates: name -> jinja2 source; "default" unless the model has several.
+    split_special_tokens: text that spells a special token is plain text, unless a caller asks otherwise.
+    control: added tokens that are control tokens in chats beside the special ones; None: those the template writes.
     source: where this came from, for error messages.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
     eos_ids: frozenset[int] = frozenset()
     templates: Mapping[str, str] = field(default_factory=dict)
+    split_special_tokens: bool = False
+    control: frozenset[str] | None = None
     source: str = "this model"
 
     def to_json(self) -> str:
@@ -40,6 +37,8 @@ class Settings:
             "named": dict(self.named),
             "eos_ids": sorted(self.eos_ids),
             "templates": dict(self.templates),
+            "split_special_tokens": self.split_special_tokens,
+            "control": None if self.control is None else sorted(self.control),
         }
         return json.dumps(data, indent=2, ensure_ascii=False)
 
@@ -56,6 +55,9 @@ class Settings:
                 named=_strings(data["named"]),
                 eos_ids=frozenset(int(i) for i in data["eos_ids"]),
                 templates=_strings(data["templates"]),
+                # Files of earlier versions do not have these two.
+                split_special_tokens=bool(data.get("split_special_tokens", False)),
+                control=None if data.get("control") is None else frozenset(data["control"]),
                 source=source,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,0 +1,135 @@
+"""Chat templates rendered within bounds: in a process of their own that is started on first use and kept.
+
+A template is a program that comes with a model. Its sandbox keeps it from files and from Python, but not from
+`'a' * 10**10` or from loops without end; only the system can stop those (`template_worker.py`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pdx.errors import ModelFileError, RequestError
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_SMALL = 1_000_000  # characters of messages and tools
+_WALL_SECONDS = 60.0  # where the system does not bound processor time, and for a process that hangs
+
+
+class Renderer:
+    """Renders templates, one at a time. Threads may share one.
+
+    Args:
+      seconds: processor time for one rendering, compilation included.
+      memory_bytes: what all renderings may hold beyond an empty interpreter.
+    """
+
+    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29):
+        self._seconds, self._memory = seconds, memory_bytes
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._stopped: dict[str, str] = {}
+
+    def render(self, template: str, variables: Mapping[str, Any], source: str) -> str:
+        """The text that a template makes of JSON values. `source` names the model in errors.
+
+        Raises RequestError for what the template refuses, ModelFileError for a template that is not jinja2, leaves
+        its sandbox, or takes more time, memory or text than a chat template may.
+        """
+        try:
+            values = json.dumps(variables)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError(f"the messages or tools cannot be given to a chat template ({error})") from error
+        request = json.dumps({
+            "template": template, "seconds": self._seconds,
+            # A template repeats what it is given at most a few times.
+            "max_characters": 1_000_000 + 16 * (len(values) + len(template)),
+        })  # fmt: skip
+        if template in self._stopped:
+            raise ModelFileError(f"{source}: the chat template was stopped: {self._stopped[template]}")
+        reply = self._exchange(f'{request[:-1]}, "variables": {values}}}\n'.encode("ascii"))
+        if "text" in reply:
+            return reply["text"]
+        kind, message = reply["kind"], reply["message"]
+        if kind == "limit" and len(values) < _SMALL:  # so it is no matter of the messages: not tried again
+            self._stopped[template] = message
+        if kind == "refused":
+            raise RequestError(
+                f"the chat template of {source} refuses these messages: {message}. "
+                "Check the roles, their order, and that each content is of a kind this model takes."
+            )
+        if kind == "syntax":
+            raise ModelFileError(f"{source}: {message}")
+        raise ModelFileError(f"{source}: the chat template was stopped: {message}")
+
+    def close(self) -> None:
+        """End the process; the next rendering starts another."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            pipe.close()
+
+    def _exchange(self, request: bytes) -> dict[str, str]:
+        with self._lock:
+            process = self._started()
+            timer = threading.Timer(_WALL_SECONDS, process.kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                process.stdin.write(request)
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except OSError:  # it ended while it was written to
+                line = b""
+            except BaseException:  # Ctrl-C: its reply would answer the next request
+                self.close()
+                raise
+            finally:
+                timer.cancel()
+            needs = f"it takes more than {self._seconds:g} seconds, or more memory than a chat template may have"
+            reply = json.loads(line) if line else {"kind": "limit", "message": needs}
+            if reply.get("kind") == "limit":  # the process is gone, or holds memory that would count against the next
+                self.close()
+            return reply
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return self._process
+        self.close()
+        # The same packages as here, however they were found; -P keeps the worker's own folder out.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER), str(self._memory)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+                start_new_session=True,  # Ctrl-C on a terminal is for pdx
+            )  # fmt: skip
+        except OSError as error:
+            raise RequestError(f"chat templates are rendered in a process of their own, which cannot be started "
+                               f"({error}): give the prompt as text") from error  # fmt: skip
+        self._process, self._owner = process, os.getpid()
+        if process.stdout.readline().strip() != b"ready":
+            self.close()
+            raise RequestError(f"chat templates are rendered in a process of their own ({sys.executable} {_WORKER}), "
+                               "which does not start: give the prompt as text")  # fmt: skip
+        return process
+
+
+_default = Renderer()
+atexit.register(_default.close)
+
+
+def render(template: str, variables: Mapping[str, Any], source: str) -> str:
+    """`Renderer.render` in the process that all models share."""
+    return _default.render(template, variables, source)

@@ -1,0 +1,223 @@
+"""Control tokens that users spell out stay text: whose a control token of a rendered chat is.
+
+The prompt itself is rendered as ever. To learn which of its control tokens came out of a user's words, the template is
+rendered again with those words changed by marks: noncharacters of Unicode, which mean nothing in text. So are the ends
+of words that would only become a control token together with the template's, such as `end|>` behind `<|im_`.
+
+1. Marks stand in the place of each character. Where the two renderings are otherwise the same, that is the answer.
+2. A template may act on a control token in the user's words (`content.split('</think>')`). So the marks are put beside
+   them; the control tokens of the two renderings must be the same ones in the same order.
+3. Otherwise the prompt is what the template makes of words whose control tokens are broken up by marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pdx.errors import RequestError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+# What a model said itself, and what its operator wrote, may hold control tokens: `<think>` is one for many.
+_OPERATORS = ("system", "developer")
+_MODELS = ("assistant", "model")
+_SAID = ("role", "content", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered chat. `tokens`: control tokens in it that are a user's; `mark` keeps their characters apart."""
+
+    text: str
+    tokens: frozenset[str] = frozenset()
+    mark: str = ""
+
+
+class ControlTokens:
+    """The spellings that are control tokens in a chat with one template."""
+
+    def __init__(self, tokens: Iterable[str]):
+        self.tokens = frozenset(filter(None, tokens))
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def _starts(self) -> frozenset[str]:
+        return frozenset(token[:cut] for token in self.tokens for cut in range(1, len(token)))
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset(token[cut:] for token in self.tokens for cut in range(1, len(token)))
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.tokens), default=0)
+
+    def from_users(
+        self, prompt: str, inputs: Mapping[str, Any], render: Callable[[dict[str, Any]], str]
+    ) -> Prompt:
+        """The prompt with the control tokens in it that are a user's.
+
+        Args:
+          prompt: what the template makes of `inputs`.
+          inputs: the template's variables, JSON values.
+          render: renders the same template with other variables.
+
+        Raises RequestError for text that holds too many of Unicode's noncharacters to mark it with others.
+        """
+        if not self.tokens or self._marked(inputs, _Within("\0")) == inputs:
+            return Prompt(prompt)
+        given = json.dumps({k: v for k, v in inputs.items() if not k.endswith("_token")}, ensure_ascii=False)
+        free = (c for c in _NONCHARACTERS if c not in prompt + given and f"u{ord(c):x}" not in (prompt + given).lower())
+        mark, after, before = (next(free, "") for _ in range(3))
+        if not before:
+            raise RequestError("the messages hold Unicode's noncharacters U+FDD0 to U+FDEF, which stand for no text")
+        marks, spans = mark + after + before, self._found(prompt)
+        hidden = _readable(render(self._marked(inputs, _Hidden(mark))), marks)
+        if len(hidden) == len(prompt) and all(h in (p, mark) for h, p in zip(hidden, prompt, strict=True)):
+            return _apart(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
+        plain, users = self._users(render(self._marked(inputs, _Beside(mark, after, before))), mark, after, before)
+        tokens = [plain[a:b] for a, b in self._found(plain)]
+        others = Counter(token for token, is_users in zip(tokens, users, strict=True) if not is_users)
+        # Without the user's words, the template writes as many.
+        own = Counter(self._pattern.findall(hidden))
+        if tokens == [prompt[a:b] for a, b in spans] and all(n <= own[t] or t not in given for t, n in others.items()):
+            return _apart(prompt, spans, users, mark)
+        plain, users = self._users(render(self._marked(inputs, _Within(mark))), mark, after, before)
+        return _apart(plain, self._found(plain), users, mark)
+
+    def _found(self, text: str) -> list[tuple[int, int]]:
+        return [match.span() for match in self._pattern.finditer(text)]
+
+    def _users(self, text: str, mark: str, after: str, before: str) -> tuple[str, list[bool]]:
+        """A marked rendering without its marks, and of each control token in it whether it is a user's."""
+        pieces = re.split(f"([{mark}{after}{before}])", _readable(text, mark + after + before))
+        plain = "".join(pieces[::2])
+        places: dict[str, set[int]] = {mark: set(), after: set(), before: set()}
+        at = 0
+        for piece, found in zip(pieces[::2], pieces[1::2], strict=False):
+            at += len(piece)
+            places[found].add(at)
+        anywhere = set().union(*places.values())
+        users = [
+            not anywhere.isdisjoint(range(a + 1, b)) or b in places[after] or a in places[before]
+            for a, b in self._found(plain)
+        ]
+        return plain, users
+
+    def _marked(self, inputs: Mapping[str, Any], style: _Within) -> dict[str, Any]:
+        return {
+            key: [self._message(message, style) for message in value] if key == "messages"
+            # BOS and the like are the model's own.
+            else value if key.endswith("_token") else self._value(value, style)
+            for key, value in inputs.items()
+        }  # fmt: skip
+
+    def _message(self, message: Mapping[str, Any], style: _Within) -> dict[str, Any]:
+        role = message["role"]
+        trusted = message.keys() if role in _OPERATORS else _SAID if role in _MODELS else ()
+        # Templates make control tokens of roles: `<|` + role + `|>`.
+        return {
+            key: value if key in trusted
+            else self._text(value, style, ends=False) if key == "role" else self._value(value, style)
+            for key, value in message.items()
+        }  # fmt: skip
+
+    def _value(self, value: Any, style: _Within) -> Any:
+        if isinstance(value, str):
+            return self._text(value, style)
+        if isinstance(value, dict):
+            return {self._text(key, style, ends=False): self._value(item, style) for key, item in value.items()}
+        return [self._value(item, style) for item in value] if isinstance(value, list) else value
+
+    def _text(self, text: str, style: _Within, *, ends: bool = True) -> str:
+        marked = self._pattern.sub(style.token, text)
+        return self._mark_ends(marked, style) if ends else marked
+
+    def _mark_ends(self, text: str, style: _Within) -> str:
+        words = text.strip()
+        before = len(text) - len(text.lstrip())
+        after = before + len(words)
+        sizes = range(1, min(self._longest, len(words) + 1))
+        start = any(words[:size] in self._ends for size in sizes) or self._is_inside(words)
+        end = any(words[len(words) - size :] in self._starts for size in sizes)
+        return text[:before] + style.ends(words, start, end) + text[after:]
+
+    def _is_inside(self, words: str) -> bool:
+        return 0 < len(words) < self._longest and any(words in token for token in self.tokens)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Marks between the characters of a control token, and at ends of words that could become part of one."""
+
+    mark: str
+
+    def token(self, match: re.Match[str]) -> str:
+        return self.mark.join(match[0])
+
+    def ends(self, words: str, start: bool, end: bool) -> str:
+        return self.mark * start + words + self.mark * end
+
+
+@dataclass(frozen=True)
+class _Hidden(_Within):
+    """Marks in the place of characters, so that lengths stay the same."""
+
+    def token(self, match: re.Match[str]) -> str:
+        return self.mark * len(match[0])
+
+    def ends(self, words: str, start: bool, end: bool) -> str:
+        words = self.mark * start + words[start:]
+        return words[: len(words) - end] + self.mark * end
+
+
+@dataclass(frozen=True)
+class _Beside(_Within):
+    """Marks before and after a control token, but none at the ends of the text, where templates look for tokens."""
+
+    after: str
+    before: str
+
+    def token(self, match: re.Match[str]) -> str:
+        ends_text = not match.string[match.end() :].strip()
+        starts_text = not match.string[: match.start()].strip()
+        after = "" if ends_text and not starts_text else self.after
+        return ("" if starts_text else self.before) + match[0] + after
+
+
+def _readable(text: str, marks: str) -> str:
+    """A rendering whose marks are themselves: Python and JSON write them as escapes in quoted text."""
+    for mark in marks:
+        text = re.sub(rf"\\+u{ord(mark):x}", mark, text, flags=re.IGNORECASE)
+    return text
+
+
+def _apart(text: str, spans: list[tuple[int, int]], users: list[bool], mark: str) -> Prompt:
+    chosen = [span for span, is_users in zip(spans, users, strict=True) if is_users]
+    parts, done = [], 0
+    for start, end in chosen:
+        parts += [text[done:start], mark.join(text[start:end])]
+        done = end
+    return Prompt("".join([*parts, text[done:]]), frozenset(text[a:b] for a, b in chosen), mark)
+
+
+def keeping_apart(backend: tokenizers.Tokenizer, mark: str, tokens: frozenset[str]) -> tokenizers.Tokenizer:
+    """The same tokenizer, for texts with `mark` inside of spellings that are not to become `tokens`: its normalizer
+    takes the marks away after tokens have been looked for, so that everything else is as without them."""
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        # A `normalized` token is looked for behind the normalizer, where the marks are gone.
+        token["normalized"] = token["normalized"] and token["content"] not in tokens
+    drop = {"type": "Replace", "pattern": {"String": mark}, "content": ""}
+    own = state["normalizer"]
+    state["normalizer"] = {"type": "Sequence", "normalizers": [drop, *([own] if own else [])]}
+    return type(backend).from_str(json.dumps(state))

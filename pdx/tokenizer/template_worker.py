@@ -1,0 +1,123 @@
+"""Renders chat templates in a process of its own, whose memory and processor time the system bounds.
+
+`render.py` runs this file as a script; it imports nothing of pdx. Requests and replies are one JSON object a line:
+
+    {"template": source, "variables": {...}, "seconds": 5, "max_characters": 100000}
+    {"text": prompt}  or  {"kind": "syntax" | "sandbox" | "refused" | "limit", "message": why}
+
+A template comes with a model and is not trusted: it runs in jinja2's immutable sandbox and sees JSON values only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; for a prompt its body is simply kept."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache(maxsize=16)
+def compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        # No template can be included; unlike no loader at all, an empty one says which was asked for.
+        loader=jinja2.DictLoader({}), trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )  # fmt: skip
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment.from_string(source)
+
+
+def render(template: str, variables: dict[str, Any], max_characters: int) -> dict[str, str]:
+    """The reply to one request. Errors of the template are replies too."""
+    try:
+        text = compiled(template).render(variables)
+    except (MemoryError, RecursionError) as error:
+        what = "more memory" if isinstance(error, MemoryError) else "deeper recursion or nesting"
+        return {"kind": "limit", "message": f"it asks for {what} than a chat template may have"}
+    except jinja2.TemplateNotFound as error:
+        return {"kind": "sandbox", "message": f"it asks for another template, {error}; it has to stand by itself"}
+    except jinja2.TemplateSyntaxError as error:
+        return {"kind": "syntax", "message": f"line {error.lineno} of the chat template is not jinja2: {error.message}"}
+    except SyntaxError as error:  # what jinja2 made of it is too deeply nested for Python
+        return {"kind": "limit", "message": f"it cannot be compiled ({error.msg})"}
+    except jinja2.exceptions.SecurityError as error:
+        return {"kind": "sandbox", "message": f"it does what its sandbox forbids: {error}"}
+    except Exception as error:  # whatever a template can raise is a reply, not the end of this process
+        return {"kind": "refused", "message": str(error) or type(error).__name__}
+    if len(text) > max_characters:
+        return {"kind": "limit", "message": f"it makes {len(text):,} characters out of messages that allow for "
+                                            f"{max_characters:,}"}  # fmt: skip
+    return {"text": text}
+
+
+def limit(memory_bytes: int) -> None:
+    """Bound what this process may take beyond what it has. Without effect where the system has no such limits."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with open("/proc/self/statm", encoding="ascii") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
+
+
+def allow(seconds: float) -> None:
+    """The system ends this process when it has used this much more processor time."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, hard))
+
+
+def main(memory_bytes: int) -> None:
+    limit(memory_bytes)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        allow(request["seconds"])
+        reply = render(request["template"], request["variables"], request["max_characters"])
+        if "message" in reply and len(reply["message"]) > 500:
+            reply["message"] = reply["message"][:500] + " ..."
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
