@@ -17,6 +17,7 @@ from pdx.config import ModelConfig
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.families.common import Family, TensorFile
 from pdx.families.fields import Fields, short
+from pdx.families.passed_over import counted
 
 _SHARED = ("common", "fields", "passed_over", "rope")
 # Fields of a GGUF architecture that belong to encoders beside the text model.
@@ -93,8 +94,8 @@ def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str,
     under = {k.removeprefix(prefix): _plain(v) for k, v in metadata.items() if k.startswith(prefix)}
     encoders = [key for key in under if key.startswith(_ENCODERS)]
     if encoders and notes is not None:
-        notes.append(f"{len(encoders)} metadata fields of an encoder for images or sound are passed over, such as "
-                     f"{prefix}{encoders[0]}: pdx runs the text model")
+        notes.append(f"{counted(len(encoders), 'metadata field')} of an encoder for images or sound passed over, such "
+                     f"as {prefix}{encoders[0]}: pdx runs the text model")
     under = {k: v for k, v in under.items() if k not in encoders}
     fields = Fields(under, where, prefix, len(file.names()), notes, per_layer="block_count")
     cfg = _checked(family.from_gguf, fields, file)

@@ -70,8 +70,13 @@ def parts_said(names: Iterable[str], draft_layers: range = range(0)) -> list[str
     for name in names:
         if (part := part_of(name, draft_layers)) is not None:
             found.setdefault(part, []).append(name)
-    return [f"{len(group)} tensors of {part} are passed over, such as {group[0]}: pdx runs the text model"
+    return [f"{counted(len(group), 'tensor')} of {part} passed over, such as {group[0]}: pdx runs the text model"
             for part, group in found.items()]  # fmt: skip
+
+
+def counted(count: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def told_to_be(name: str) -> str:
