@@ -11,12 +11,17 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.families.common import Family, TensorFile
-from pdx.families.fields import Fields
+from pdx.families.fields import Fields, short
+from pdx.families.passed_over import counted
 
-_SHARED = ("common", "fields", "rope")
+_SHARED = ("common", "fields", "passed_over", "rope")
+# Fields of a GGUF architecture that belong to encoders beside the text model.
+_ENCODERS = ("vision.", "audio.", "mm.")
 
 
 @cache
@@ -33,6 +38,8 @@ def _known(attribute: str) -> str:
 def family_of_hf(config: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json. Raises UnsupportedModelError for an architecture pdx does not have."""
     listed, kind = config.get("architectures"), config.get("model_type")
+    if listed and not (isinstance(listed, list) and isinstance(listed[0], str)):
+        raise Fields(config, where).wrong("architectures", listed, "a list of names")
     if not listed and not kind:
         raise ModelFileError(f"{where}: neither architectures nor model_type is there, expected one of "
                              f"{_known('architectures')}")
@@ -41,7 +48,7 @@ def family_of_hf(config: Mapping[str, Any], where: str) -> Family:
             return family
     key, value, attribute = ("architectures", listed[0], "architectures") if listed else (
         "model_type", kind, "model_types")
-    raise UnsupportedModelError(f"{where}: {key} = {value!r} is not supported; pdx has {_known(attribute)}")
+    raise UnsupportedModelError(f"{where}: {key} = {short(value)} is not supported; pdx has {_known(attribute)}")
 
 
 def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
@@ -52,7 +59,10 @@ def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
     for family in families():
         if architecture in family.gguf:
             return family
-    raise UnsupportedModelError(f"{where}: general.architecture = {architecture!r} is not supported; "
+    if architecture == "clip":
+        raise UnsupportedModelError(f"{where}: this is the image encoder of a model (general.architecture = 'clip'); "
+                                    "name the file of the text model that lies beside it")
+    raise UnsupportedModelError(f"{where}: general.architecture = {short(architecture)} is not supported; "
                                 f"pdx has {_known('gguf')}")
 
 
@@ -63,28 +73,42 @@ def config_from_hf(config: Mapping[str, Any], where: str = "config.json",
     Fields that pdx does not know go to `notes`, in words. Raises ModelFileError for a field that is missing or of the
     wrong type and UnsupportedModelError for what pdx does not implement, both naming file, field and value.
     """
-    family, fields = family_of_hf(config, where), Fields(config, where, held=tensors)
+    notes = [] if notes is None else notes
+    family, fields = family_of_hf(config, where), Fields(config, where, held=tensors, notes=notes)
     cfg = _checked(family.from_hf, fields)
-    if notes is not None and (unused := fields.unused()):
-        said = ", ".join(f"{k} = {v!r}" for k, v in unused.items())
+    if unused := fields.unused():
+        said = ", ".join(f"{k} = {short(v)}" for k, v in unused.items())
         notes.append(f"config.json has fields pdx does not know: {said}")
     return family, cfg
 
 
-def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str) -> tuple[Family, ModelConfig]:
+def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str,
+                     notes: list[str] | None = None) -> tuple[Family, ModelConfig]:
     """Map GGUF metadata; `file` says which tensors there are.
 
-    Every field under the architecture's name shapes the model, so an unknown one is an error here.
-    Raises as `config_from_hf`.
+    Every field under the architecture's name shapes the model, so an unknown one is an error here. Those of an encoder
+    for images or sound beside the text model are passed over, which `notes` is told. Raises as `config_from_hf`.
     """
     family = family_of_gguf(metadata, where)
     prefix = f"{metadata['general.architecture']}."
-    under = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    fields = Fields(under, where, prefix, len(file.names()))
+    under = {k.removeprefix(prefix): _plain(v) for k, v in metadata.items() if k.startswith(prefix)}
+    encoders = [key for key in under if key.startswith(_ENCODERS)]
+    if encoders and notes is not None:
+        notes.append(f"{counted(len(encoders), 'metadata field')} of an encoder for images or sound passed over, such "
+                     f"as {prefix}{encoders[0]}: pdx runs the text model")
+    under = {k: v for k, v in under.items() if k not in encoders}
+    fields = Fields(under, where, prefix, len(file.names()), notes, per_layer="block_count")
     cfg = _checked(family.from_gguf, fields, file)
     for key, value in fields.unused().items():
         raise fields.unsupported(key, value, "models without it")
     return family, cfg
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and scalars of numpy as Python's own lists and numbers."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return [_plain(x) for x in value] if isinstance(value, list) else value
 
 
 def _checked(build, fields: Fields, *rest) -> ModelConfig:
@@ -92,3 +116,6 @@ def _checked(build, fields: Fields, *rest) -> ModelConfig:
         return build(fields, *rest)
     except ValueError as error:  # ModelConfig's own checks
         raise ModelFileError(f"{fields.where}: {error}") from None
+    except ArithmeticError as error:  # a RoPE base of 1, say
+        raise ModelFileError(f"{fields.where}: the numbers of the configuration cannot be computed with "
+                             f"({error})") from None

@@ -12,7 +12,7 @@ import numpy as np
 from pdx.config import MOST_HEAD_DIM, ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families.fields import REFUSED, Fields
-from pdx.families.rope import extended_context, rope_from_gguf
+from pdx.families.rope import rope_from_gguf
 
 if TYPE_CHECKING:  # listing models imports no jax
     from pallas_kernels import QuantArray
@@ -107,9 +107,12 @@ class Names:
 
     def find_prefix(self, names: list[str]) -> str:
         """Which of `prefixes` these tensors carry; the first one where none is seen."""
-        tail = self.leaves["embed"].removeprefix("model.")
         present = set(names)
-        return next((p for p in self.prefixes if p + tail in present), self.prefixes[0])
+        for leaf in ("embed", "final_norm"):  # a tied model may keep its embedding as the output head alone
+            tail = self.leaves[leaf].removeprefix("model.")
+            if found := [p for p in self.prefixes if p + tail in present]:
+                return found[0]
+        return self.prefixes[0]
 
     def ignores(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignorable)
@@ -139,7 +142,7 @@ def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
 
 
 def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidden_act") -> dict[str, Any]:
-    """The fields that every decoder's config.json has, as arguments of `ModelConfig`.
+    """The fields that every decoder's config.json has, as arguments of `ModelConfig`; `max_context` without scaling.
 
     `defaults` are those of the family's published configuration class: a field that equals its default may be missing.
     Raises UnsupportedModelError for a field value pdx does not have.
@@ -150,7 +153,7 @@ def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidd
     heads = f.integer("num_attention_heads", defaults["num_attention_heads"])
     activation = f.get(activation_key, defaults[activation_key])
     names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if activation not in names:
+    if not isinstance(activation, str) or activation not in names:
         raise f.unsupported(activation_key, activation, ", ".join(names))
     kv_default = heads if f.has("num_key_value_heads") else defaults.get("num_key_value_heads") or heads
     return {
@@ -161,8 +164,7 @@ def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidd
         "num_kv_heads": f.integer("num_key_value_heads", kv_default),
         "head_dim": f.integer("head_dim", defaults.get("head_dim") or d_model // heads, MOST_HEAD_DIM),
         "d_ff": f.integer("intermediate_size", defaults["intermediate_size"]),
-        "max_context": extended_context(
-            f, f.integer("max_position_embeddings", defaults["max_position_embeddings"])),
+        "max_context": f.integer("max_position_embeddings", defaults["max_position_embeddings"]),
         "norm_eps": f.number("rms_norm_eps", 1e-6),
         "activation": names[activation],
         "tie_embeddings": f.flag("tie_word_embeddings", defaults["tie_word_embeddings"]),
@@ -172,6 +174,8 @@ def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidd
 def windows_from_types(f: Fields, layers: int, window: int | None, default: Callable[[int], bool]) -> tuple:
     """One window a layer from `layer_types`, or from `default(layer)` (is it a window layer?) where that is missing."""
     types = f.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise f.wrong("layer_types", types, "a list with an entry a layer")
     if types is None:
         types = ["sliding_attention" if default(i) and window else "full_attention" for i in range(layers)]
     for kind in types:
@@ -184,38 +188,59 @@ def windows_from_types(f: Fields, layers: int, window: int | None, default: Call
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def gguf_shape(f: Fields, file: TensorFile) -> dict[str, Any]:
+def gguf_windows(f: Fields, layers: int, is_local: Callable[[int], bool], default: int = 0) -> tuple[int | None, ...]:
+    """One window a layer (None: the whole context) from `attention.sliding_window` and its pattern.
+
+    The window is a number, or one a layer (0: none); `default` is the family's. The pattern is a flag a layer, or a
+    period: every n-th layer sees everything. `is_local` stands in for a missing pattern. Raises ModelFileError for
+    lists of another length, and for a list of window layers without a window.
+    """
+    key, pattern = "attention.sliding_window", "attention.sliding_window_pattern"
+    sizes, local = f.each_layer(key), f.each_layer(pattern)
+    if local is None and f.get(pattern) is not None:
+        period = f.integer(pattern)
+        local = [(layer + 1) % period != 0 for layer in range(layers)]
+    elif local is None:
+        local = [True if sizes else is_local(layer) for layer in range(layers)]
+    elif any(local) and not f.has(key) and not default:
+        raise f.wrong(key, None, f"the window of the layers that {f.prefix}{pattern} names")
+    sizes = sizes or [f.integer(key, default, least=0)] * layers
+    return tuple(size if size and here else None for size, here in zip(sizes, local, strict=True))
+
+
+def gguf_shape(f: Fields, file: TensorFile, theta: float = 10_000.0, eps: float | None = None) -> dict[str, Any]:
     """The fields that every decoder's GGUF metadata has, as arguments of `ModelConfig`.
 
-    Biases, query/key norms and an own output head are there when their tensors are.
+    Biases, query/key norms and an own output head are there when their tensors are. `theta` and `eps` are the family's
+    RoPE base and norm epsilon where files may leave them out.
     """
-    names = set(file.names())
+    names, layers = set(file.names()), f.layers("block_count")
     for key in ("expert_count", "nextn_predict_layers"):
         f.only(key, 0)
     f.only("attention.causal", True)
     f.only("use_parallel_residual", False)
     for key in ("vocab_size", "tensor_data_layout", "expert_used_count", "pooling_type"):
         f.get(key)
-    d_model, heads = f.integer("embedding_length"), f.uniform("attention.head_count")
+    d_model, heads = f.integer("embedding_length"), f.integer("attention.head_count")
     head_dim = f.integer("attention.key_length", d_model // heads, MOST_HEAD_DIM)
     f.only("attention.value_length", head_dim)
     embed = GGUF_NAMES["embed"]
     if embed not in names:
         raise ModelFileError(f"{f.where}: tensor {embed} is missing, expected [vocabulary, {d_model}]")
-    kv_heads, max_context = f.uniform("attention.head_count_kv", heads), f.integer("context_length")
+    kv_heads, max_context = f.integer("attention.head_count_kv", heads), f.integer("context_length")
     for leaf, count in (("q_proj", heads), ("k_proj", kv_heads)):
         _check_heads(f, file, names, GGUF_NAMES[leaf].format(i=0), [count * head_dim, d_model])
     return {
         "vocab_size": file.shape(embed)[0],
         "d_model": d_model,
-        "num_layers": f.layers("block_count"),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "d_ff": f.uniform("feed_forward_length"),
+        "d_ff": f.integer("feed_forward_length"),
         "max_context": max_context,
-        "rope": rope_from_gguf(f, head_dim, max_context, _rope_freqs(file, head_dim)),
-        "norm_eps": f.number("attention.layer_norm_rms_epsilon"),
+        "rope": rope_from_gguf(f, head_dim, max_context, _rope_freqs(file, head_dim), theta),
+        "norm_eps": f.number("attention.layer_norm_rms_epsilon", eps),
         "tie_embeddings": GGUF_NAMES["lm_head"] not in names,
         "qkv_bias": GGUF_NAMES["q_bias"].format(i=0) in names,
         "o_bias": GGUF_NAMES["o_bias"].format(i=0) in names,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ INERT = frozenset(
     num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens is_llama_config is_gemma_config
-    transformers.js_config unsloth_version unsloth_fixed keys_to_ignore_at_inference
+    transformers.js_config unsloth_version unsloth_fixed keys_to_ignore_at_inference num_nextn_predict_layers
     """.split()  # noqa: SIM905
 )
 
@@ -42,7 +43,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": ([],),
     "num_experts": (0,),
     "num_local_experts": (0, 1),
-    "num_nextn_predict_layers": (0,),
     "partial_rotary_factor": (1, 1.0),
     "q_lora_rank": (),
     "quantization_config": ({},),
@@ -55,18 +55,39 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 PLAUSIBLE_LAYERS = 1000
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def short(value: Any) -> str:
+    """`repr`, cut to what an error message can hold.
+
+    >>> short(list(range(1000)))
+    '[0, 1, 2, 3, 4, 5, 6, 7, ...]'
+    """
+    return _SHORT.repr(value)
 
 
 class Fields:
     """A configuration as a mapping that remembers what was read.
 
     `where` is the file, for errors; `prefix` is what stands before each key in that file; `held` is how many
-    tensors the model's files hold, where that is known.
+    tensors the model's files hold, where that is known; `notes` collects sentences for the user. `per_layer` names
+    the field with the number of layers where a number may also stand as a list with an equal entry a layer (GGUF).
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", held: int | None = None):
+    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", held: int | None = None,
+                 notes: list[str] | None = None, per_layer: str | None = None):  # fmt: skip
         self.data, self.where, self.prefix, self.held = data, where, prefix, held
+        self.notes, self.per_layer = [] if notes is None else notes, per_layer
         self.used: set[str] = set()
+
+    def inner(self, data: Any, prefix: str, key: str) -> Fields:
+        """The fields of an object within this one, under `prefix`. Raises ModelFileError where it is no object."""
+        if not isinstance(data, dict):
+            raise self.wrong(key, data, "an object")
+        return Fields(data, self.where, f"{self.prefix}{prefix}", self.held, self.notes)
 
     def has(self, key: str) -> bool:
         return key in self.data
@@ -77,21 +98,46 @@ class Fields:
         value = self.data.get(key)
         return default if value is None else value
 
+    def _one(self, key: str, default: Any = None) -> Any:
+        """`get`; of a list with an equal entry a layer, that entry. Raises UnsupportedModelError where they differ."""
+        value = self.get(key, default)
+        if self.per_layer is None or not isinstance(value, list) or not value:
+            return value
+        if len(value) != self.data.get(self.per_layer):
+            raise self.wrong(key, value, f"a number, or one for each of {self.prefix}{self.per_layer} = "
+                                         f"{short(self.data.get(self.per_layer))} layers")
+        if any(x != value[0] for x in value):
+            raise self.unsupported(key, value, "the same value in every layer")
+        return value[0]
+
     def wrong(self, key: str, value: Any, expected: str) -> ModelFileError:
         """The error for a field that is missing or of the wrong kind."""
-        said = "is missing" if value is None else f"is {value!r}"
+        said = "is missing" if value is None else f"is {short(value)}"
         return ModelFileError(f"{self.where}: field {self.prefix}{key} {said}, expected {expected}")
 
-    def integer(self, key: str, default: int | None = None, most: int | None = None) -> int:
-        """A whole number of at least 1, and of at most `most`. Raises ModelFileError for anything else."""
-        value = self.get(key, default)
+    def integer(self, key: str, default: int | None = None, most: int | None = None, least: int = 1) -> int:
+        """A whole number from `least` to `most`. Raises ModelFileError for anything else."""
+        value = self._one(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(key, value, "a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(key, value, "a positive integer" if least == 1 else f"an integer of at least {least}")
         if most is not None and value > most:
             raise self.wrong(key, value, f"at most {most}")
         return value
+
+    def each_layer(self, key: str) -> list[int] | None:
+        """A list with a whole number of at least 0, or a flag, for each layer; None where the field is no list.
+
+        Raises ModelFileError for a list of another length or of other values.
+        """
+        value = self.get(key)
+        if not isinstance(value, list):
+            return None
+        layers = self.data.get(self.per_layer)
+        if len(value) != layers or any(not isinstance(x, (int, float)) or x < 0 or x % 1 for x in value):
+            raise self.wrong(key, value, f"an integer of at least 0 for each of {short(layers)} layers")
+        return [int(x) for x in value]
 
     def layers(self, key: str, default: int | None = None) -> int:
         """How many layers there are. A corrupted count would fill the memory with lists that have an entry a layer; a
@@ -102,41 +148,33 @@ class Fields:
                                          "corrupted, or the two do not belong together")
         return value
 
-    def uniform(self, key: str, default: int | None = None) -> int:
-        """`integer`, or a list of equal entries, one a layer. Raises UnsupportedModelError where they differ."""
-        value = self.get(key)
-        if isinstance(value, list):
-            if len(set(value)) > 1:
-                raise self.unsupported(key, value, "the same value in every layer")
-            return Fields({key: value[0]} if value else {}, self.where, self.prefix).integer(key)
-        return self.integer(key, default)
-
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0. Raises ModelFileError for anything else."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        value = self._one(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise self.wrong(key, value, "a positive number")
         return float(value)
 
     def optional_number(self, key: str, default: float | None = None) -> float | None:
         """`number`, where an explicit null or 0 means none."""
-        self.used.add(key)
-        value = self.data.get(key, default)
+        value = self._one(key)
+        if value is None and key not in self.data:
+            value = default
         return None if value is None or value == 0 else self.number(key, default)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
+        value = self._one(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, value, "true or false")
         return value
 
     def unsupported(self, key: str, value: Any, supported: str) -> UnsupportedModelError:
-        said = f"{self.prefix}{key} = {value!r}"
+        said = f"{self.prefix}{key} = {short(value)}"
         return UnsupportedModelError(f"{self.where}: {said} is not supported; pdx has {supported}")
 
     def only(self, key: str, *harmless: Any) -> None:
         """Refuse a field unless it is missing, null or one of `harmless`. Raises UnsupportedModelError."""
-        value = self.get(key)
+        value = self._one(key)
         if value is not None and value not in harmless:
             allowed = " or ".join(map(repr, harmless)) or "models without it"
             raise self.unsupported(key, value, f"only {allowed}")

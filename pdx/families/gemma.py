@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 from pdx.config import ModelConfig, RopeConfig
 from pdx.families.common import (
@@ -14,11 +15,12 @@ from pdx.families.common import (
     Names,
     TensorFile,
     gguf_shape,
+    gguf_windows,
     hf_shape,
     windows_from_types,
 )
 from pdx.families.fields import REFUSED, Fields
-from pdx.families.rope import rope_from_hf
+from pdx.families.rope import linear, rope_from_hf
 
 DEFAULTS = {
     "gemma2": {
@@ -31,6 +33,7 @@ DEFAULTS["gemma3"] = {**DEFAULTS["gemma2"], "vocab_size": 262208, "max_position_
 # Every n-th layer sees the whole context, the others a window.
 PERIOD = {"gemma2": 2, "gemma3": 6}
 LOCAL_THETA = 10_000.0  # the base of Gemma 3's window layers
+LONG_CONTEXT, LONG_FACTOR = 131_072, 8.0  # of Gemma 3's larger models, and the linear scaling that gives it
 
 HF = Names(
     {
@@ -42,7 +45,6 @@ HF = Names(
     minus_one=("final_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm"),
     # Checkpoints with an image encoder nest the text model, the way depends on the version that wrote them.
     prefixes=("model.", "language_model.model.", "model.language_model."),
-    ignorable=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
 )
 
 
@@ -51,16 +53,16 @@ def _scale(d_model: int) -> float:
 
 
 def _from_hf(name: str, f: Fields) -> ModelConfig:
-    if f.has("text_config"):
+    if f.get("text_config") is not None:
         return _from_multimodal(name, f)
     shape = hf_shape(f, DEFAULTS[name], "hidden_activation")
     f.get("hidden_act")  # a leftover of Gemma 1; hidden_activation is what counts
-    window = f.optional_number("sliding_window", 4096)
+    window = f.integer("sliding_window", 0 if f.has("sliding_window") else 4096, least=0) or None
     period = f.integer("sliding_window_pattern", f.get("_sliding_window_pattern", PERIOD[name]))
-    windows = windows_from_types(f, shape["num_layers"], int(window) if window else None,
+    windows = windows_from_types(f, shape["num_layers"], window,
                                  lambda layer: (layer + 1) % period != 0)
     thetas = (1_000_000.0, LOCAL_THETA) if name == "gemma3" else (10_000.0, None)
-    rope, rope_window = rope_from_hf(f, shape["head_dim"], shape["max_context"], *thetas)
+    rope, rope_window, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"], *thetas)
     if name == "gemma3":  # its published code accepts the field and does not use it
         f.only("attn_logit_softcapping", 0)
     bias = f.flag("attention_bias", False)
@@ -80,8 +82,9 @@ def _from_multimodal(name: str, f: Fields) -> ModelConfig:
     for key in f.data:
         if key in ("vision_config", "mm_tokens_per_image") or key.endswith(("_token_index", "_token_id")):
             f.get(key)
-    tied = f.flag("tie_word_embeddings", f.get("text_config").get("tie_word_embeddings", True))
-    inner = Fields({**f.get("text_config"), "tie_word_embeddings": tied}, f.where, "text_config.", f.held)
+    text = f.inner(f.get("text_config"), "text_config.", "text_config")
+    tied = f.flag("tie_word_embeddings", text.flag("tie_word_embeddings", True))
+    inner = text.inner({**text.data, "tie_word_embeddings": tied}, "", "")
     cfg = _from_hf(name, inner)
     f.data = {**f.data, **{f"text_config.{k}": v for k, v in inner.unused().items()}}
     return cfg
@@ -89,13 +92,13 @@ def _from_multimodal(name: str, f: Fields) -> ModelConfig:
 
 def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
     """llama.cpp has already added one to the norms, and derives what its files do not say as is done here."""
-    shape = gguf_shape(f, file)
-    layers, local = shape["num_layers"], f.get("attention.sliding_window_pattern")
-    if not isinstance(local, list):
-        period = f.integer("attention.sliding_window_pattern", PERIOD[name])
-        local = [(i + 1) % period != 0 for i in range(layers)]
-    window = f.optional_number("attention.sliding_window", 4096 if name == "gemma2" else None)
-    windows = tuple(int(window) if window and is_local else None for is_local in local)
+    if name == "gemma2":
+        shape = gguf_shape(f, file)
+    else:  # Ollama's files leave out what is the same in every Gemma 3, or spell it in their own way
+        shape = gguf_shape(f, file, f.number("rope.global.freq_base", 1_000_000.0), eps=1e-6)
+        _add_scaling(f, shape)
+    layers = shape["num_layers"]
+    windows = gguf_windows(f, layers, lambda layer: (layer + 1) % PERIOD[name] != 0, 4096 if name == "gemma2" else 0)
     # The 27B models scale queries by their width per head instead of by the head dimension.
     wide = layers == {"gemma2": 46, "gemma3": 62}[name]
     per_head = shape["d_model"] // shape["num_heads"] if wide else shape["head_dim"]
@@ -107,7 +110,18 @@ def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
     )
     if name == "gemma2":
         return cfg
-    return dataclasses.replace(cfg, rope_window=RopeConfig(f.number("rope.freq_base_swa", LOCAL_THETA)))
+    local = f.number("rope.freq_base_swa", f.number("rope.local.freq_base", LOCAL_THETA))
+    return dataclasses.replace(cfg, rope_window=RopeConfig(local))
+
+
+def _add_scaling(f: Fields, shape: dict[str, Any]) -> None:
+    """The scaling of Gemma 3's large models, whose context is 131072, in files without a word about RoPE."""
+    f.only("rope.freq_scale", 1.0)
+    told = f.has("rope.freq_base") or any(key.startswith("rope.scal") for key in f.data)
+    if not told and shape["max_context"] >= LONG_CONTEXT:
+        shape["rope"] = RopeConfig(shape["rope"].theta, linear(LONG_FACTOR, shape["head_dim"]))
+        f.notes.append(f"the file does not tell the RoPE scaling: full layers get the factor {LONG_FACTOR:g}, as in "
+                       f"every published Gemma 3 with a context of {LONG_CONTEXT} tokens")
 
 
 FAMILIES = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdx.config import ModelConfig
-from pdx.families.common import GGUF_NAMES, HF_NAMES, Family, Names, TensorFile, gguf_shape, hf_shape
+from pdx.families.common import GGUF_NAMES, HF_NAMES, Family, Names, TensorFile, gguf_shape, gguf_windows, hf_shape
 from pdx.families.fields import Fields
 from pdx.families.rope import rope_from_hf
 
@@ -11,8 +11,6 @@ DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }
-# Older checkpoints carry the frequencies as a buffer.
-BUFFERS = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 # llama.cpp rotates pairs of neighbours for this architecture, so its files store queries and keys that way.
 PAIRS = Names(GGUF_NAMES, interleaved=("q_proj", "k_proj", "q_bias", "k_bias"), ignorable=(r"rope_freqs\.weight",))
 
@@ -20,7 +18,7 @@ PAIRS = Names(GGUF_NAMES, interleaved=("q_proj", "k_proj", "q_bias", "k_bias"), 
 def from_hf(f: Fields) -> ModelConfig:
     shape = hf_shape(f, DEFAULTS)
     f.only("sliding_window")
-    rope, _ = rope_from_hf(f, shape["head_dim"], shape["max_context"])
+    rope, _, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"])
     bias, mlp_bias = f.flag("attention_bias", False), f.flag("mlp_bias", False)
     return ModelConfig(family="llama", rope=rope, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias, **shape)
 
@@ -28,12 +26,10 @@ def from_hf(f: Fields) -> ModelConfig:
 def from_gguf(f: Fields, file: TensorFile) -> ModelConfig:
     """Mistral's files carry this architecture too; theirs may have a window on every layer."""
     shape = gguf_shape(f, file)
-    window = f.optional_number("attention.sliding_window")
-    windows = (int(window),) * shape["num_layers"] if window else ()
-    return ModelConfig(family="llama", windows=windows, **shape)
+    return ModelConfig(family="llama", windows=gguf_windows(f, shape["num_layers"], lambda layer: True), **shape)
 
 
 FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), ("llama",), ("llama",), from_hf, from_gguf,
-           Names(HF_NAMES, ignorable=BUFFERS), PAIRS),
+           Names(HF_NAMES), PAIRS),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pdx.config import ModelConfig
 from pdx.families.common import HF_NAMES, Family, Names, hf_shape, windows_from_types
 from pdx.families.fields import Fields
-from pdx.families.llama import BUFFERS, PAIRS, from_gguf
+from pdx.families.llama import PAIRS, from_gguf
 from pdx.families.rope import rope_from_hf
 
 DEFAULTS = {
@@ -17,9 +17,8 @@ DEFAULTS = {
 
 def from_hf(f: Fields) -> ModelConfig:
     shape = hf_shape(f, DEFAULTS)
-    rope, _ = rope_from_hf(f, shape["head_dim"], shape["max_context"])
-    window = f.optional_number("sliding_window", 4096)
-    window = int(window) if window else None
+    rope, _, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"])
+    window = f.integer("sliding_window", 0 if f.has("sliding_window") else 4096, least=0) or None
     windows = windows_from_types(f, shape["num_layers"], window, lambda layer: True)
     if len(set(windows)) > 1:  # the published class warns and then ignores such a list
         raise f.unsupported("layer_types", f.get("layer_types"), "Mistral models whose layers are all alike")
@@ -28,5 +27,5 @@ def from_hf(f: Fields) -> ModelConfig:
 
 FAMILIES = (
     Family("mistral", ("MistralForCausalLM",), ("mistral",), (), from_hf, from_gguf,
-           Names(HF_NAMES, ignorable=BUFFERS), PAIRS),
+           Names(HF_NAMES), PAIRS),
 )

@@ -27,10 +27,10 @@ DEFAULTS = {
 
 def _from_hf(name: str, f: Fields) -> ModelConfig:
     shape = hf_shape(f, DEFAULTS if name == "qwen2" else {**DEFAULTS, "head_dim": 128})
-    rope, _ = rope_from_hf(f, shape["head_dim"], shape["max_context"])
+    rope, _, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"])
     # The first `max_window_layers` layers see everything, the others a window, where it is switched on.
-    in_use = f.flag("use_sliding_window", False)
-    window, first = f.get("sliding_window", None if f.has("sliding_window") else 4096), f.get("max_window_layers", 28)
+    in_use, first = f.flag("use_sliding_window", False), f.integer("max_window_layers", 28, least=0)
+    window = f.get("sliding_window", None if f.has("sliding_window") else 4096)
     window = f.integer("sliding_window", window) if in_use and window else None
     windows = windows_from_types(f, shape["num_layers"], window, lambda layer: layer >= first)
     bias = name == "qwen3" and f.flag("attention_bias", False)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from pdx.config import RopeConfig
-from pdx.families.fields import Fields
+from pdx.families.fields import Fields, short
 
-# What `rope_scaling` may hold besides numbers that each rule reads itself.
-_NAMING = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+# What an entry may hold besides the numbers of its rule. `finetuned` tells how the model was made.
+_NAMING = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
+# Numbers of one rule or another. A rule that has no use for one passes it over, as transformers does.
+_NUMBERS = frozenset(
+    """
+    factor original_max_position_embeddings attention_factor attn_factor beta_fast beta_slow short_factor long_factor
+    low_freq_factor high_freq_factor mscale mscale_all_dim truncate extrapolation_factor
+    """.split()  # noqa: SIM905
+)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def linear(factor: float, head_dim: int) -> tuple[float, ...]:
@@ -57,90 +64,123 @@ def yarn_attention(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _scaled(f: Fields, theta: float, head_dim: int, max_context: int, original: int | None) -> RopeConfig:
-    """One `rope_scaling` or `rope_parameters` entry. Raises UnsupportedModelError for a rule pdx does not have."""
+def _yarn_temperature(f: Fields, factor: float) -> float:
+    """The factor on cos and sin of a YaRN entry.
+
+    `attention_factor` is the whole of it. `attn_factor` multiplies what the rule gives: YaRN's own code, vLLM and
+    llama.cpp read it so, and the published values make sense only so (0.878 with a factor of 4 undoes the rule's
+    1.139). transformers does not know the name and passes it over.
+    """
+    mscale, mscale_all = f.optional_number("mscale"), f.optional_number("mscale_all_dim")
+    temperature = yarn_attention(factor)
+    if mscale and mscale_all:
+        temperature = yarn_attention(factor, mscale) / yarn_attention(factor, mscale_all)
+    if f.get("attention_factor") is not None:
+        return f.number("attention_factor")
+    if (more := f.number("attn_factor", 1.0)) == 1:
+        return temperature
+    f.notes.append(f"{f.prefix}attn_factor = {more} multiplies YaRN's attention factor {temperature:.6g}, as in YaRN's "
+                   "own code, vLLM and llama.cpp; transformers passes it over")
+    return temperature * more
+
+
+def _rule(f: Fields, kind: str, theta: float, head_dim: int, positions: int, original: int) -> tuple[RopeConfig, int]:
+    """An entry of a scaling rule, and the context it gives a model of `positions` position embeddings.
+
+    llama3 and yarn name the context of the training themselves, so that `positions` may count the scaling already;
+    with linear it does not (vLLM reads it so).
+    """
+    if kind == "linear":
+        factor = f.number("factor")
+        return RopeConfig(theta, linear(factor, head_dim)), max(positions, int(original * factor))
+    if kind == "llama3":
+        divisors = llama3(theta, head_dim, f.number("factor"), f.number("low_freq_factor"),
+                          f.number("high_freq_factor"), original)
+        return RopeConfig(theta, divisors), positions
+    if kind != "yarn":
+        raise f.unsupported("rope_type", kind, "default, linear, llama3 and yarn")
+    factor = f.number("factor", positions / original)
+    divisors = yarn(theta, head_dim, factor, original, f.number("beta_fast", 32.0), f.number("beta_slow", 1.0),
+                    f.flag("truncate", True))
+    f.only("extrapolation_factor", 1)
+    return RopeConfig(theta, divisors, _yarn_temperature(f, factor)), max(positions, int(original * factor))
+
+
+def _scaled(f: Fields, theta: float, head_dim: int, positions: int, original: int | None) -> tuple[RopeConfig, int]:
+    """One `rope_scaling` or `rope_parameters` entry, and the context it gives.
+
+    `original`, from beside the entry, wins over its own, as in transformers. Raises UnsupportedModelError for a rule
+    pdx does not have, and for a parameter that is of no rule.
+    """
     for key in _NAMING:
         f.used.add(key)
     theta = f.number("rope_theta", theta)
     f.only("partial_rotary_factor", 1, 1.0)
-    kind = f.get("rope_type") or f.get("type", "default")
+    kind = f.get("rope_type", f.get("type", "default"))
     if kind == "default":
-        return RopeConfig(theta)
-    original = f.integer("original_max_position_embeddings", original or max_context)
-    attention = 1.0
-    if kind == "linear":
-        divisors = linear(f.number("factor"), head_dim)
-    elif kind == "llama3":
-        divisors = llama3(theta, head_dim, f.number("factor"), f.number("low_freq_factor"),
-                          f.number("high_freq_factor"), original)
-    elif kind == "yarn":
-        factor = f.number("factor", max_context / original)
-        divisors = yarn(theta, head_dim, factor, original, f.number("beta_fast", 32.0), f.number("beta_slow", 1.0),
-                        f.flag("truncate", True))
-        mscale, mscale_all = f.optional_number("mscale"), f.optional_number("mscale_all_dim")
-        attention = yarn_attention(factor)
-        if mscale and mscale_all:
-            attention = yarn_attention(factor, mscale) / yarn_attention(factor, mscale_all)
-        attention = f.number("attention_factor", attention)
+        f.get("mrope_section")  # sections of image positions; those of a text are all one
+        rope, context = RopeConfig(theta), positions
     else:
-        raise f.unsupported("rope_type", kind, "default, linear, llama3 and yarn")
+        inside = f.integer("original_max_position_embeddings", positions)
+        rope, context = _rule(f, kind, theta, head_dim, positions, original or inside)
+    f.only("apply_yarn_scaling", True)
     for key, value in f.unused().items():
-        raise f.unsupported(key, value, f"rope_type {kind} without it")
-    return RopeConfig(theta, divisors, attention)
+        if key not in _NUMBERS:
+            raise f.unsupported(key, value, f"rope_type {kind} without it")
+        f.notes.append(f"{f.prefix}{key} = {short(value)} is passed over: rope_type {kind} does not use it")
+    return rope, context
 
 
-def _parameters(f: Fields) -> dict[str, Any]:
+def _parameters(f: Fields) -> Fields:
     """The scaling under its older name, which wins where both are there, or its newer one."""
-    older, newer = f.get("rope_scaling", {}), f.get("rope_parameters", {})
-    for key, value in (("rope_scaling", older), ("rope_parameters", newer)):
-        if not isinstance(value, dict):
-            raise f.wrong(key, value, "an object")
-    return older or newer
+    older, newer = (f.inner(f.get(key, {}), "rope_parameters.", key) for key in ("rope_scaling", "rope_parameters"))
+    return older if older.data else newer
 
 
-def extended_context(f: Fields, max_context: int) -> int:
-    """`max_position_embeddings`, or what YaRN stretches the trained context to where that is more."""
-    params = _parameters(f)
-    original, factor = params.get("original_max_position_embeddings"), params.get("factor")
-    if params.get("rope_type", params.get("type")) == "yarn" and original and factor:
-        return max(max_context, round(original * factor))
-    return max_context
-
-
-def rope_from_hf(f: Fields, head_dim: int, max_context: int, theta: float = 10_000.0,
-                 window_theta: float | None = None) -> tuple[RopeConfig, RopeConfig | None]:
-    """The rotary embeddings of full and of window layers (None: the same).
+def rope_from_hf(f: Fields, head_dim: int, positions: int, theta: float = 10_000.0,
+                 window_theta: float | None = None) -> tuple[RopeConfig, RopeConfig | None, int]:
+    """The rotary embeddings of full and of window layers (None: the same), and the context in tokens.
 
     Reads both spellings: `rope_theta`, `rope_scaling`, `rope_local_base_freq`, and the newer
-    `rope_parameters`, flat or one entry a layer type. `theta` and `window_theta` are the family's defaults.
+    `rope_parameters`, flat or one entry a layer type. `theta` and `window_theta` are the family's defaults;
+    `positions` is `max_position_embeddings`.
     """
-    params = _parameters(f)
-    top_theta = f.number("rope_theta", theta)
-    original = f.get("original_max_position_embeddings")
-    nested = {k: v or {} for k, v in params.items() if k in ("full_attention", "sliding_attention")}
+    params, top_theta, original = _parameters(f), f.number("rope_theta", theta), None
+    if f.get("original_max_position_embeddings") is not None:
+        original = f.integer("original_max_position_embeddings")
+    nested = {k: params.inner(params.get(k, {}), f"{k}.", k) for k in _LAYER_TYPES if k in params.data}
+    flat = params.inner({k: v for k, v in params.data.items() if k not in nested}, "", "")
 
-    def entry(values: dict[str, Any], base: float) -> RopeConfig:
-        return _scaled(Fields(values, f.where, f"{f.prefix}rope_parameters."), base, head_dim, max_context, original)
+    def entry(kind: str, base: float) -> tuple[RopeConfig, int]:
+        values = nested.get(kind, flat if kind == "full_attention" else flat.inner({}, "", ""))
+        return _scaled(values, base, head_dim, positions, None if values is not flat else original)
 
-    if window_theta is not None:
-        window_theta = f.number("rope_local_base_freq", window_theta)
-        full = nested.get("full_attention") or {k: v for k, v in params.items() if k not in nested}
-        return entry(full, top_theta), entry(nested.get("sliding_attention", {}), window_theta)
     if nested:
-        full, window = (entry(nested.get(k, {}), top_theta) for k in ("full_attention", "sliding_attention"))
-        return full, window if window != full and "sliding_attention" in nested else None
-    return entry(params, top_theta), None
+        for key in flat.unused().keys() - {*_NAMING, *_NUMBERS}:
+            raise flat.unsupported(key, flat.get(key), f"entries of {' and '.join(_LAYER_TYPES)}")
+    full, context = entry("full_attention", top_theta)
+    if window_theta is not None:  # Gemma 3, whose positions count the scaling of its full layers
+        window, _ = entry("sliding_attention", f.number("rope_local_base_freq", window_theta))
+        return full, window, positions
+    window = entry("sliding_attention", top_theta)[0] if "sliding_attention" in nested else full
+    return full, window if window != full else None, context
 
 
-def rope_from_gguf(f: Fields, head_dim: int, max_context: int, freqs: tuple[float, ...] | None = None) -> RopeConfig:
-    """The rotary embedding of `{arch}.rope.*`; `freqs` are the divisors of a `rope_freqs.weight` tensor, if any."""
-    theta = f.number("rope.freq_base", 10_000.0)
+def rope_from_gguf(f: Fields, head_dim: int, max_context: int, freqs: tuple[float, ...] | None = None,
+                   theta: float = 10_000.0) -> RopeConfig:
+    """The rotary embedding of `{arch}.rope.*`; `freqs` are the divisors of a `rope_freqs.weight` tensor, if any.
+
+    `theta` is the family's base where the file has none. `context_length` counts a scaling already.
+    """
+    theta = f.number("rope.freq_base", theta)
     f.only("rope.dimension_count", head_dim)
     # A factor without a type means linear: llama.cpp's reading of older files.
     kind = f.get("rope.scaling.type", "linear")
     factor = f.number("rope.scaling.factor", f.optional_number("rope.scale_linear") or 1.0)
     original = f.integer("rope.scaling.original_context_length", max_context)
     f.get("rope.scaling.finetuned")
+    f.only("rope.scaling.yarn_attn_factor", 1.0)
+    f.only("rope.scaling.yarn_log_multiplier", 0.0)
     if kind == "yarn":
         if freqs is not None:
             raise f.unsupported("rope.scaling.type", kind, "either it or rope_freqs.weight, not both")

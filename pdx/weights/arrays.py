@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pdx.errors import ModelFileError
+
+_POINTER = b"version https://git-lfs"
 # XLA's CPU client takes a buffer of this alignment as it is and copies any other.
 ALIGNMENT = 64
 
@@ -46,3 +49,10 @@ def nonfinite(x: np.ndarray) -> tuple[int, int] | None:
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file as a read-only array that is read from disk as it is used."""
     return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+
+
+def check_pointer(path: Path, content: np.ndarray) -> None:
+    """Raises ModelFileError for a file that stands in for one that git did not fetch."""
+    if content[: len(_POINTER)].tobytes() == _POINTER:
+        raise ModelFileError(f"{path}: is a pointer of Git LFS in the place of the file: run `git lfs pull` in the "
+                             "repository, or download the file itself")

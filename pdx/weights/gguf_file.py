@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
-from pdx.weights.arrays import aligned_empty, converted
+from pdx.weights.arrays import aligned_empty, check_pointer, converted
 
 if TYPE_CHECKING:  # listing models imports no jax
     from pallas_kernels import QuantArray
@@ -61,6 +61,7 @@ class GgufFile:
             if self._size < 24:
                 raise self._error(f"{self._size} bytes are too few for a GGUF file")
             self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        check_pointer(self.path, self._bytes)
         _Parser(self).run()
         parts = self.metadata.get("split.count", 1)
         if not isinstance(parts, int):

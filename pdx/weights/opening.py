@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families import config_from_gguf, config_from_hf, family_of_hf
 from pdx.families.common import Names, QuantizedFile, Source, TensorFile
+from pdx.families.passed_over import is_buffer, part_of, parts_said, told_to_be
 from pdx.tokenizer import Tokenizer
 from pdx.weights.arrays import nonfinite
 from pdx.weights.builtin import BUILTIN
@@ -24,13 +26,17 @@ from pdx.weights.gguf_file import GgufFile
 from pdx.weights.resolve import ModelFiles
 from pdx.weights.safetensors_file import open_safetensors
 
+ROWS_COMPARED = 4096  # of an embedding and an output head at a time
 # The tensor of a parameter leaf in a layer (None: outside the layers).
 SourceOf = Callable[[str, int | None], Source]
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """`source` says where a parameter lies in `file`, `ignores` which tensors inference does not use."""
+    """`source` says where a parameter lies in `file`, `ignores` which tensors inference does not use.
+
+    `notes` tell what of the files is passed over.
+    """
 
     file: TensorFile
     config: ModelConfig
@@ -43,7 +49,9 @@ class OpenModel:
 
 
 def open_model(files: ModelFiles) -> OpenModel:
-    """Open the files of a model and map its configuration; no weights are read.
+    """Open the files of a model and map its configuration.
+
+    No weights are read, but for an output head beside a tied embedding, which is compared with it.
 
     Raises ModelFileError and UnsupportedModelError as `pdx.weights.load.load` says.
     """
@@ -51,21 +59,31 @@ def open_model(files: ModelFiles) -> OpenModel:
 
 
 def _open_gguf(files: ModelFiles) -> OpenModel:
-    file = GgufFile(files.path)
-    family, cfg = config_from_gguf(file.metadata, file, str(files.path))
+    file, notes = GgufFile(files.path), list(files.notes)
+    family, cfg = config_from_gguf(file.metadata, file, str(files.path), notes)
+    notes += parts_said(file.names())
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
-    return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), family.gguf_names.ignores, tokenizer,
-                     license, files.notes)
+    return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), _idle(family.gguf_names, file), tokenizer,
+                     license, notes=tuple(notes))
 
 
 def _open_hf(files: ModelFiles) -> OpenModel:
     path, notes = files.path / "config.json", []
     config = _read_config(path)
     family_of_hf(config, str(path))  # a model that pdx does not have is that before its weights are looked at
-    file = open_safetensors(files.path)
+    file = open_safetensors(files.path, notes)
     family, cfg = config_from_hf(config, str(path), notes, len(file.names()))
-    return OpenModel(file, cfg, _by_names(family.hf_names, cfg, file), family.hf_names.ignores,
+    drafts = config.get("num_nextn_predict_layers")
+    draft_layers = range(cfg.num_layers, cfg.num_layers + (drafts if isinstance(drafts, int) else 0))
+    notes += parts_said(file.names(), draft_layers)
+    source = _by_names(family.hf_names, cfg, file)
+    if cfg.tie_embeddings and _head_differs(file, *(source(leaf, None).name for leaf in ("embed", "lm_head"))):
+        notes.append(f"config.json ties {source('lm_head', None).name} to {source('embed', None).name}, but the files "
+                     "hold two that differ: the output head of the files is used, as transformers does")
+        cfg = dataclasses.replace(cfg, tie_embeddings=False)
+        source = _by_names(family.hf_names, cfg, file)
+    return OpenModel(file, cfg, source, _idle(family.hf_names, file, draft_layers),
                      partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes))
 
 
@@ -76,8 +94,39 @@ def _open_checkpoint(files: ModelFiles) -> OpenModel:
 
 
 def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
+    present = set(file.names())
     prefix = names.find_prefix(file.names())
-    return lambda leaf, i: names.source(leaf, i, cfg, prefix)
+
+    def source(leaf: str, layer: int | None) -> Source:
+        found = names.source(leaf, layer, cfg, prefix)
+        if leaf == "embed" and cfg.tie_embeddings and found.name not in present:
+            # The one matrix of a tied model may be stored under its other name.
+            head = names.source("lm_head", None, cfg, prefix)
+            return head if head.name in present else found
+        return found
+
+    return source
+
+
+def _idle(names: Names, file: TensorFile, draft_layers: range = range(0)) -> Callable[[str], bool]:
+    """Which tensors of a file the text model does without."""
+
+    def idle(name: str) -> bool:
+        return names.ignores(name) or part_of(name, draft_layers) is not None or is_buffer(name, file.shape(name))
+
+    return idle
+
+
+def _head_differs(file: TensorFile, embed: str, head: str) -> bool:
+    """Whether the files hold an output head with other values than the embedding."""
+    if embed == head or not {embed, head} <= set(file.names()):
+        return False
+    if file.shape(embed) != file.shape(head):
+        return True
+    count = file.shape(head)[0]
+    pieces = (np.arange(at, min(at + ROWS_COMPARED, count)) for at in range(0, count, ROWS_COMPARED))
+    return any(not np.array_equal(file.read(embed, np.float32, rows), file.read(head, np.float32, rows))
+               for rows in pieces)  # fmt: skip
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -100,22 +149,14 @@ def check_names(model: OpenModel, wanted: set[str]) -> None:
     if missing:
         where = file.path_of(names[0]) if names else "the model"
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelFileError(f"{where}: tensor {missing[0]}{others} is missing, the configuration asks for it")
+        held = getattr(file, "unlisted", {}).get(missing[0])
+        there = f"; {held} holds one, which the index does not name" if held else ""
+        raise ModelFileError(f"{where}: tensor {missing[0]}{others} is missing, the configuration asks for it{there}")
     head = model.source("lm_head", None).name if model.config.tie_embeddings else None
     for name in names:
-        if name in wanted or model.ignores(name):
-            continue
-        if name != head:
+        if name not in wanted and name != head and not model.ignores(name):
             raise ModelFileError(f"{file.path_of(name)}: tensor {name} is not one that the configuration asks for: "
-                                 "the two do not belong together, or it is of a variant that pdx does not have")
-        _check_tied(file, model.source("embed", None).name, head)
-
-
-def _check_tied(file: TensorFile, embed: str, head: str) -> None:
-    """A tied output head that is stored all the same must be the embedding."""
-    same = file.shape(embed) == file.shape(head)
-    if not (same and np.array_equal(file.read(embed, np.float32), file.read(head, np.float32))):
-        raise ModelFileError(f"{file.path_of(head)}: the configuration ties tensor {head} to {embed}, but they differ")
+                                 f"{told_to_be(name)}")
 
 
 def read_tensor(

@@ -12,7 +12,7 @@ from pdx.errors import DownloadError, ModelNotFoundError
 from pdx.weights.builtin import BUILTIN
 from pdx.weights.download import ensure, models_home
 from pdx.weights.progress import Report
-from pdx.weights.safetensors_file import PICKLED, has_weights
+from pdx.weights.safetensors_file import MERGE, PICKLED, has_weights
 
 Kind = Literal["gguf", "hf", "pdx"]
 CHECKPOINT_FILE = "pdx.json"  # what makes a directory a checkpoint of pdx
@@ -92,6 +92,8 @@ def _from_path(path: Path) -> ModelFiles:
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         if ggufs:
             raise ModelNotFoundError(f"{path} has {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}")
+        if (path / "adapter_config.json").is_file():
+            raise ModelNotFoundError(f"{path} is a LoRA adapter, which pdx does not apply: {MERGE}, and name the result")
         has = "safetensors but no config.json: copy that too" if has_weights(path) else "none of these"
         raise ModelNotFoundError(f"{path} is a directory, but not of a model: expected config.json with safetensors, "
                                  f"a .gguf file, or a checkpoint of `pdx convert`; it has {has}")

@@ -19,9 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
-from pdx.weights.arrays import converted, map_file
+from pdx.families.passed_over import counted
+from pdx.weights.arrays import check_pointer, converted, map_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model"  # how peft names a LoRA adapter
+MERGE = "merge it into the model first (peft: merge_and_unload)"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -43,6 +46,7 @@ class SafetensorsFile:
         size = len(self._bytes)
         if size < 8:
             raise fail(f"{size} bytes are too few for a safetensors file: truncated")
+        check_pointer(self.path, self._bytes)
         (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
         if 8 + length > size:
             raise fail(f"announces a header of {length} bytes, but has only {size} in all: "
@@ -104,32 +108,28 @@ class SafetensorsFile:
 
 
 class ShardedSafetensors:
-    """The files of one `model.safetensors.index.json`. Raises ModelFileError for a shard that is missing, and
-    for a tensor that is not in the shard the index names."""
+    """The files of one `model.safetensors.index.json`: each tensor is read from the shard that the index names.
+
+    Tensors that the shards hold beside that are `unlisted`: copies of a tensor that the index gives to another shard,
+    and tensors that it does not name. Raises ModelFileError for a shard that is missing, and for a tensor that is not
+    in the shard the index names.
+    """
 
     def __init__(self, index: str | Path):
         self.index = Path(index)
-        fail = partial(_fail, self.index)
-        try:
-            where: dict[str, str] = json.loads(self.index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise fail("is not a JSON object with a weight_map: corrupted") from None
-        if any(not isinstance(shard, str) for shard in shards):
-            raise fail("has a weight_map that does not map tensors to files: corrupted")
-        if any(Path(shard).name != shard for shard in shards):
-            raise fail("names a shard outside its own directory")
+        where = _weight_map(self.index)
+        shards = sorted(set(where.values()))
         missing = [s for s in shards if not (self.index.parent / s).is_file()]
         if missing:
             raise ModelFileError(f"{self.index.parent / missing[0]}: is missing; {self.index.name} needs "
                                  f"{len(shards)} shards and {len(missing)} of them are not there")
         files = {shard: SafetensorsFile(self.index.parent / shard) for shard in shards}
-        self._files: dict[str, SafetensorsFile] = {}
-        for file in files.values():
-            self._files.update(dict.fromkeys(file.names(), file))
         for name, shard in where.items():
             if name not in files[shard]._header:
                 raise _fail(files[shard].path, f"tensor {name} is missing, {self.index.name} says it is here")
+        self._files = {name: files[shard] for name, shard in where.items()}
+        self.unlisted = {name: str(file.path) for shard, file in files.items() for name in file.names()
+                         if where.get(name) != shard}  # fmt: skip
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -145,6 +145,22 @@ class ShardedSafetensors:
 
     def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
         return self._files[name].read(name, dtype, rows)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor. Raises ModelFileError for an index that does not say so."""
+    try:
+        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = set(where.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _fail(index, "is not a JSON object with a weight_map: corrupted") from None
+    if not where:
+        raise _fail(index, "has a weight_map without tensors: corrupted")
+    if any(not isinstance(shard, str) for shard in shards):
+        raise _fail(index, "has a weight_map that does not map tensors to files: corrupted")
+    if any(not shard or Path(shard).is_absolute() or ".." in Path(shard).parts for shard in shards):
+        raise _fail(index, "names a shard outside its own directory")
+    return where
 
 
 def _fail(path: Path, text: str) -> ModelFileError:
@@ -163,16 +179,31 @@ def has_weights(directory: Path) -> bool:
 
 def _files(directory: Path) -> list[Path]:
     """Single files that can be meant; Mistral's `consolidated` ones repeat the weights under other names."""
-    return sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    return sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith(("consolidated", ADAPTER)))
 
 
-def open_safetensors(directory: str | Path) -> SafetensorsFile | ShardedSafetensors:
-    """The weights of a Hugging Face directory. Raises ModelFileError where there are none that may be read."""
-    directory = Path(directory)
-    if (directory / INDEX).is_file():
-        return ShardedSafetensors(directory / INDEX)
-    files = _files(directory)
-    if directory / SINGLE in files:
+def open_safetensors(
+    directory: str | Path, notes: list[str] | None = None
+) -> SafetensorsFile | ShardedSafetensors:  # fmt: skip
+    """The weights of a Hugging Face directory; `notes` is told what is passed over.
+
+    A complete `model.safetensors` wins over an index that does not name it, as in transformers: the index was left
+    behind when the model was saved again in one piece. Raises ModelFileError where there are no weights that may be
+    read.
+    """
+    directory, notes = Path(directory), [] if notes is None else notes
+    files, index = _files(directory), directory / INDEX
+    if adapters := sorted(directory.glob(f"{ADAPTER}*")):
+        said = f"{adapters[0].name} is a LoRA adapter, which pdx does not apply"
+        if not files and not index.is_file():
+            raise _fail(directory, f"{said}, and there is no model beside it: {MERGE}")
+        notes.append(f"{said}: {MERGE}")
+    single = directory / SINGLE in files
+    if index.is_file() and not (single and SINGLE not in _shards_or_none(index)):
+        return _sharded(index, notes)
+    if single and index.is_file():
+        notes.append(f"{INDEX} is passed over: it does not name {SINGLE}, which holds the model in one piece")
+    if single:
         return SafetensorsFile(directory / SINGLE)
     if len(files) == 1:
         return SafetensorsFile(files[0])
@@ -185,3 +216,20 @@ def open_safetensors(directory: str | Path) -> SafetensorsFile | ShardedSafetens
                              "code; save the model as safetensors (transformers: save_pretrained(..., "
                              "safe_serialization=True))")
     raise ModelFileError(f"{directory}: no {SINGLE} and no {INDEX}")
+
+
+def _shards_or_none(index: Path) -> set[str]:
+    """The shards that an index names; none where it cannot be read."""
+    try:
+        return set(_weight_map(index).values())
+    except ModelFileError:
+        return set()
+
+
+def _sharded(index: Path, notes: list[str]) -> ShardedSafetensors:
+    file = ShardedSafetensors(index)
+    if file.unlisted:
+        name, path = next(iter(file.unlisted.items()))
+        notes.append(f"{counted(len(file.unlisted), 'tensor')} in the shards passed over, which {INDEX} does not "
+                     f"assign there, such as {name} in {Path(path).name}")
+    return file
