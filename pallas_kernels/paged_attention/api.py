@@ -7,7 +7,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.checks import check_scale
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout
+from pallas_kernels.masking import sink_logits
 from pallas_kernels.paged_attention.call import Call, make_call
+from pallas_kernels.values import check_packed
 
 IMPLEMENTATIONS = Implementations("pallas_kernels.paged_attention", ("xla", "tpu", "gpu"))
 
@@ -85,9 +87,10 @@ def paged_attention(
         softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,
         value_dim=value_dim, return_lse=return_lse, decode_rows=decode_rows, max_queries=max_queries,
     )  # fmt: skip
+    check_packed(call, block_tables, lengths, query_starts)
     module = IMPLEMENTATIONS[select("paged_attention", implementation, IMPLEMENTATIONS, call, interpret)]
     return module.attention(
         q, k_pages, v_pages, call=call, block_tables=block_tables, lengths=lengths, query_starts=query_starts,
-        scale=scale, sinks=sinks, k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,
+        scale=scale, sinks=sink_logits(sinks), k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,
     )  # fmt: skip
 
