@@ -52,8 +52,8 @@ def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
     if (found := seen(query_starts)) is not None:
         (starts,) = found
         if starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] > call.tokens:
-            raise ValueError(f"{op}: query_starts must begin with 0, never fall and end at T = {call.tokens} or before, "
-                             f"got {_some(starts)}")  # fmt: skip
+            raise ValueError(f"{op}: query_starts must begin with 0, never fall and end at T = {call.tokens} or "
+                             f"before, got {_some(starts)}")  # fmt: skip
         most = np.full(call.rows, call.max_queries)
         most[: call.decode_rows] = 1
         _refuse(np.diff(starts) > most,

@@ -2,8 +2,8 @@
 
 XLA's scatter into an int8 array re-lays the whole pool, twice its bytes in temporaries. Here the pools are aliased to
 the results and only tiles of 32 tokens are touched, each once: the tokens are sorted by slot before, so that those
-of a tile follow each other and lie in two neighbouring blocks of the sorted ones. Scalar memory bounds the tokens of one
-run; more of them take several, one after the other.
+of a tile follow each other and lie in two neighbouring blocks of the sorted ones. Scalar memory bounds the tokens of
+one run; more of them take several, one after the other.
 """
 
 from __future__ import annotations

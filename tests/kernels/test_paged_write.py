@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # who keeps the races it found
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_write import tpu
 from pallas_kernels.paged_write.api import write_pages
 from pallas_kernels.quantize_kv import quantize_kv
 from tests.kernels.paged import pad_scale, to_layout
@@ -175,6 +176,26 @@ def test_tpu_takes_any_distinct_slots(order):
     rng = np.random.default_rng(1)
     before, new = pools(rng, "int8", 128), tokens(rng, len(slots), "int8")
     found = run(before, new, slots, "folded", implementation="tpu", interpret=True)
+    check(found, expected(before, new, slots, 128), "folded")
+
+
+@pytest.mark.parametrize("count", [32, 33, 64, 100])
+def test_tpu_writes_more_tokens_than_one_run_takes(monkeypatch, count):
+    """Runs follow each other, also over one tile; what scalar memory holds is 65536 tokens."""
+    monkeypatch.setattr(tpu, "MOST_TOKENS", 32)
+    rng = np.random.default_rng(2)
+    slots = rng.permutation(200)[:count] + 100
+    slots[::9] = -1
+    before, new = pools(rng, "int8", 128), tokens(rng, count, "int8")
+    arrays = [jnp.asarray(to_layout(x, "folded")) for x in before[:2]]
+    scales = [jnp.asarray(pad_scale(x)) for x in before[2:]]
+    runs = str(jax.make_jaxpr(partial(write_pages, layout="folded", implementation="tpu", interpret=True))(
+        *arrays, *map(jnp.asarray, new[:2]), slots=jnp.asarray(slots), k_scale=scales[0], v_scale=scales[1],
+        new_k_scale=jnp.asarray(new[2]), new_v_scale=jnp.asarray(new[3]))).count("name=write_pages")  # fmt: skip
+    assert runs == -(-count // 32)
+    caller.cache_clear()
+    found = run(before, new, slots, "folded", implementation="tpu", interpret=True)
+    caller.cache_clear()
     check(found, expected(before, new, slots, 128), "folded")
 
 
