@@ -81,6 +81,17 @@ def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
                                           f"table, and the pool has {call.pages}")  # fmt: skip
 
 
+def check_slots(end: int, slots) -> None:
+    """Raise ValueError where two tokens are to be written to one of the slots below `end`. Waits for the array."""
+    if (found := seen(slots)) is None:
+        return
+    kept = found[0][(found[0] >= 0) & (found[0] < end)]
+    slot, count = np.unique(kept, return_counts=True)
+    if (twice := slot[count > 1]).size:
+        raise ValueError(f"write_pages: slots must be distinct, and two tokens are for slot {twice[0]}: "
+                         "give -1 to drop one")  # fmt: skip
+
+
 def _some(x: np.ndarray) -> str:
     """A few of the numbers, for a message."""
     return f"{x[:8].tolist()}{' ...' if len(x) > 8 else ''}"

@@ -184,7 +184,7 @@ def dense_call(rng, op: str, implementation: str) -> Attempt:
     dtype = str(pick(rng, "float32", "float32", "bfloat16"))
     kv_dtype = str(pick(rng, dtype, dtype, "int8"))
     causal = bool(rng.random() < 0.7)
-    call = features(rng, causal, slots - t + 1, kv_heads * group)
+    call = features(rng, causal, slots + 3, kv_heads * group)
     no_lengths = bool(rng.random() < 0.2)
     rows = []
     for _ in range(int(rng.integers(1, 4))):

@@ -140,6 +140,10 @@ def test_quantize_kv_rounds_halves_to_even():
         ({"k": jnp.zeros((2, 64))}, r"k must be \[T, K, H\]"),
         ({"k": jnp.zeros((2, 2, 128))}, r"k_pages must be \[P, p, C\] = \(4, 32, 256\)"),
         ({"slots": jnp.zeros(3, jnp.int32)}, r"slots must be \[T\] = \(2,\)"),
+        ({"slots": jnp.asarray([7, 7])}, "slots must be distinct, and two tokens are for slot 7"),
+        ({"slots": jnp.zeros(2)}, "slots must be an array of integer type, got float32"),
+        ({"slots": [0, 1]}, "slots must be an array of integer type, got list"),
+        ({"k": jnp.zeros((2, 2, 64), jnp.int32)}, "k must be an array of floating or int8 type, got int32"),
         ({"new_k_scale": jnp.zeros((2, 2))}, "new_k_scale must be"),
         ({"k": jnp.zeros((2, 2, 64), jnp.int8)}, "int8 pages take int8"),
         ({"layout": "flat"}, "'flat' is not one of"),
@@ -150,7 +154,7 @@ def test_quantize_kv_rounds_halves_to_even():
 def test_bad_arguments_are_named(changes, says):
     pages = jnp.zeros((4, 32, 128))
     given_ = {"k_pages": pages, "v_pages": pages, "k": jnp.zeros((2, 2, 64)), "v": jnp.zeros((2, 2, 64)),
-              "slots": jnp.zeros(2, jnp.int32), "layout": "folded"}  # fmt: skip
+              "slots": jnp.asarray([0, 1]), "layout": "folded"}  # fmt: skip
     with pytest.raises(ValueError, match=says):
         write_pages(**given_ | changes)
 
