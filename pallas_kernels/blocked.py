@@ -134,7 +134,9 @@ def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], causal: bool,
     Queries of padding and of inactive rows lie outside their row: no block is read for them.
     """
     real = (positions >= 0) & (positions < lengths[:, None])
-    ends = positions if causal else jnp.broadcast_to(lengths[:, None] - 1, positions.shape)
+    ends = positions
+    if not causal:
+        real, ends = (jnp.broadcast_to(x[:, None], positions.shape) for x in (lengths > 0, lengths - 1))
     last = jnp.max(jnp.where(real, ends, -1))
     first = jnp.zeros((), jnp.int32)
     if window is not None:
@@ -150,7 +152,7 @@ def _finish(top, total, acc, sink):
         new_top = jnp.maximum(top, sink)
         fade = jnp.where(saw, jnp.exp(top - new_top), 0)
         total, acc = total * fade + jnp.exp(sink - new_top), acc * fade[..., None]
-        top, saw = new_top, jnp.ones_like(saw)
+        top, saw = new_top, new_top != MASKED  # a sink of -inf is none
     total = jnp.where(saw, total, 1.0)
     out = jnp.where(saw[..., None], acc / total[..., None], 0.0)
     return out, jnp.where(saw, top + jnp.log(total), -jnp.inf)

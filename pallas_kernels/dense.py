@@ -8,6 +8,8 @@ from types import ModuleType
 from pallas_kernels.checks import check_scale, describe
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.gradients import raising_under_grad
+from pallas_kernels.masking import sink_logits
+from pallas_kernels.values import check_rows
 
 
 def attend(
@@ -21,6 +23,7 @@ def attend(
         k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads, value_dim=value_dim,
         return_lse=return_lse,
     )  # fmt: skip
+    check_rows(op, starts, lengths)
     chosen = select(op, implementation, modules, call, interpret)
     module = modules[chosen]
 
@@ -33,4 +36,4 @@ def attend(
 
     if chosen != "xla":
         run = raising_under_grad(run, op)
-    return run(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree)
+    return run(q, k, v, starts, lengths, sink_logits(sinks), k_scale, v_scale, tree)

@@ -43,6 +43,14 @@ def soft_cap(logits: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+def sink_logits(sinks: Float[Array, " N"] | None) -> Float[Array, " N"] | None:
+    """Sinks in f32. One of -inf is none; one of infinity, a softmax of nothing else, is NaN: it must not give zeros."""
+    if sinks is None:
+        return None
+    sinks = sinks.astype(jnp.float32)
+    return jnp.where(sinks == jnp.inf, jnp.nan, sinks)
+
+
 def precision_of(dtype) -> jax.lax.Precision:
     """f32 means IEEE f32 in every dot: accelerators use less unless they are told."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT

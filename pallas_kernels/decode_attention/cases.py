@@ -33,6 +33,8 @@ FEATURES = (
     Case("token tree", (60, 0, 120), (6, 4, 5), 6, 256, tree=True, group=3),
     Case("values of another size", (60, 2), (2, 1), 2, 128, head_dim=24, value_dim=16),
     Case("everything that is held, not only what came before", (60, 2), (3, 2), 3, 128, causal=False),
+    Case("slots that large blocks do not divide, bf16", (1100, 20), (2, 1), 2, 1152, kv_heads=3, group=3, head_dim=64,
+         dtype="bfloat16"),
     Case("every slot held, no mask", (125, 127), (3, 1), 3, 128, causal=False, full=True),
     Case("int8", (60, 200), (1, 1), 1, 256, kv_dtype="int8", group=3, head_dim=64),
     Case("int8, three KV heads, window, soft cap", (300, 20, 7), (4, 2, 0), 4, 256, kv_dtype="int8", kv_heads=3,

@@ -77,8 +77,9 @@ def _span(plan: Plan, start, length):
     if plan.full:
         low, high = jnp.int32(0), jnp.int32(plan.slots)
     else:
-        end = jnp.minimum(length, start + plan.queries) if plan.causal else length
-        high = jnp.where(start < length, end, 0)
+        high = length
+        if plan.causal:
+            high = jnp.where(start < length, jnp.minimum(length, start + plan.queries), 0)
         low = jnp.maximum(length - plan.slots, 0)
     if plan.window:
         low = jnp.maximum(low, start - plan.window + 1)

@@ -55,6 +55,11 @@ class Plan:
         return self.queries * self.group
 
     @property
+    def by_slot(self) -> bool:
+        """Keys are walked slot by slot, not position by position: a block of positions would wrap inside itself."""
+        return self.slots % self.key_block != 0
+
+    @property
     def pack(self) -> int:
         """KV heads of a pack."""
         whole = math.lcm(*(LANES // math.gcd(d, LANES) for d in (self.head_dim, self.value_dim)))
@@ -102,15 +107,21 @@ class Refs:
 
 
 def _span(plan: Plan, refs: Refs, row, split):
-    """The positions [low, high) that this split reads of a row; it depends on nothing but the row."""
+    """The places [low, high) that this split reads of a row: positions, or slots (`Plan.by_slot`).
+
+    It depends on nothing but the row.
+    """
     start = refs.starts[row]
     if plan.full:
         low, high = jnp.int32(0) if plan.window else 0, plan.slots
     else:
         length = refs.lengths[row]
-        end = jnp.minimum(length, start + plan.queries) if plan.causal else length
-        high = jnp.where(start < length, end, 0)
+        high = length
+        if plan.causal:
+            high = jnp.where(start < length, jnp.minimum(length, start + plan.queries), 0)
         low = jnp.maximum(length - plan.slots, 0)
+        if plan.by_slot:
+            low, high = 0, jnp.where((high > 0) & (length > plan.slots), plan.slots, high)
     if plan.window:
         low = jnp.maximum(low, start - plan.window + 1)
     if plan.splits > 1:
@@ -196,15 +207,20 @@ def _stacked(plan: Plan, values):
 
 
 def _mask(plan: Plan, refs: Refs, row, low, high, position):
-    """[rows of a pack, compute_block]: what each query sees of the keys from `position` on."""
+    """[rows of a pack, compute_block]: what each query sees of the keys from place `position` on."""
     start = refs.starts[row]
     shape = (plan.padded_rows, plan.compute_block)
     key = position + lax.broadcasted_iota(jnp.int32, shape, 1)
+    seen = (key >= low) & (key < high)
+    if plan.by_slot and not plan.full:  # where the ring has wrapped, slots before the newest one are a turn ahead
+        newest = jnp.maximum(refs.lengths[row] - 1, 0)
+        turn = newest // plan.slots * plan.slots
+        key = key + jnp.where(key <= newest - turn, turn, turn - plan.slots)
+        seen = seen & (key >= 0)
     line = lax.broadcasted_iota(jnp.int32, shape, 0)
     query = jnp.zeros(shape, jnp.int32)
     for t in range(1, plan.queries):
         query = query + (line >= t * plan.group).astype(jnp.int32)
-    seen = (key >= low) & (key < high)
     if plan.causal:
         seen = seen & (key <= start + query)
     if plan.window:
@@ -278,6 +294,8 @@ def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
         offset = pl.multiple_of(j * size, size)
         position = base + offset
         whole = (position >= everyone_from) & (position + size <= everyone_to)
+        if plan.by_slot and not plan.full:
+            whole = whole & (refs.lengths[row] <= plan.slots)
         for masked in (False, True):
             @pl.when(whole != masked)
             def _(masked=masked):

@@ -94,11 +94,13 @@ def spans(plan: Plan, block: Block, first, last):
         clean = jnp.maximum(clean, block.start + last - plan.window + 1)
     if plan.tree:
         edge = jnp.minimum(edge, block.start)
-    if plan.lengths:
+    if plan.lengths and plan.causal:
         end = jnp.where(block.start + first < block.high, end, 0)
+    if plan.lengths and plan.window is None:
+        edge = jnp.where(block.low > 0, 0, edge)  # a ring that has wrapped: its first block holds the row's newest too
     begin, end = begin // size, pl.cdiv(end, size)
     end = jnp.maximum(begin, end)
-    clean = jnp.clip(pl.cdiv(clean, size), begin, end)
+    clean = begin if plan.window is None else jnp.clip(pl.cdiv(clean, size), begin, end)
     return begin, clean, jnp.clip(edge // size, clean, end), end
 
 
@@ -133,8 +135,8 @@ def body(plan: Plan, refs: Refs) -> None:
 
     if plan.window is not None:
         carry = lax.fori_loop(begin, clean, masked, carry)
-    carry = lax.fori_loop(clean if plan.window is not None else begin, edge, unmasked, carry)
-    if plan.causal or plan.lengths:
+    carry = lax.fori_loop(clean, edge, unmasked, carry)
+    if plan.causal or plan.lengths or plan.slots % plan.key_block:
         carry = lax.fori_loop(edge, end, masked, carry)
 
     top, total, acc = carry

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layouts import Layout, from_layout
-from pallas_kernels.masking import MASKED, precision_of, soft_cap, visible
+from pallas_kernels.masking import MASKED, precision_of, sink_logits, soft_cap, visible
 
 
 def slot_positions(lengths: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
@@ -67,7 +67,7 @@ def attention(
     logits = jnp.where(mask, logits, MASKED)
     top = logits.max(-1, keepdims=True)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+        sink = sink_logits(sinks).reshape(kv_heads, -1)[None, :, :, None, None]
         top = jnp.maximum(top, sink)
     weights = jnp.exp(logits - top) * mask
     total = weights.sum(-1, keepdims=True)

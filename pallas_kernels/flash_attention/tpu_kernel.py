@@ -58,21 +58,32 @@ class Plan:
         return lengths[row] if self.lengths else self.slots
 
     def key_blocks(self, start, length, i):
-        """The first and the last block of positions that query block i sees, and whether it holds a real query.
+        """The first and the last block of keys that query block i sees, and whether it holds a real query.
 
-        A block of padding behind a row's end is given the last blocks of the row, so that nothing is fetched for it.
+        Blocks of positions under a window; without one blocks of slots, each walked once also where the ring has
+        wrapped. A block of padding behind a row's end is given the last blocks of the row, so that nothing is fetched
+        for it.
         """
+        every = self.slots // self.block_k - 1
         if self.static:
-            return 0, self.slots // self.block_k - 1, True
+            return 0, every, True
         low = start + i * self.block_q
-        live = low < length
+        live = low < length if self.causal else length > 0
         low = start + jnp.minimum(i, jnp.maximum(length - 1 - start, 0) // self.block_q) * self.block_q
         last = jnp.minimum(low + self.block_q, length) - 1 if self.causal else length - 1
-        first = jnp.maximum(length - self.slots, 0)
-        if self.window is not None:
-            first = jnp.maximum(low - (self.window - 1), first)
         last = jnp.maximum(last, 0) // self.block_k
+        if self.window is None:
+            return 0, jnp.where(length > self.slots, every, last), live
+        first = jnp.maximum(low - (self.window - 1), jnp.maximum(length - self.slots, 0))
         return jnp.minimum(first // self.block_k, last), last, live
+
+    def position(self, place, length):
+        """Positions of the keys at these places: the same, but for slots of a ring that has wrapped."""
+        if self.window is not None or not self.lengths:
+            return place
+        newest = jnp.maximum(length - 1, 0)
+        turn = newest // self.slots * self.slots
+        return place + jnp.where(place <= newest - turn, turn, turn - self.slots)
 
 
 class Step:
@@ -85,7 +96,7 @@ class Step:
         self.length = plan.length(refs["lengths"], row)
         self.first, self.last, self.live = plan.key_blocks(self.start, self.length, self.i)
         self.low = self.start + self.i * plan.block_q  # position of the first query
-        self.key = (self.first + self.j) * plan.block_k  # position of the first key
+        self.key = (self.first + self.j) * plan.block_k  # place of the first key: its position, or its slot
 
     def real_head(self, h: int):
         """Whether KV head h of this block of lanes exists: the last block may hold fewer."""
@@ -136,10 +147,10 @@ class Step:
                 lax.fori_loop(*self.chunks_seen(), self.attend_chunk, None)
 
     def clean(self, key, size: int):
-        """Whether every query of the block sees all `size` keys from position `key` on."""
+        """Whether every query of the block sees all `size` keys from place `key` on."""
         plan = self.plan
         end = key + size  # one past the last
-        seen = (end <= self.length) & (key >= self.length - plan.slots)
+        seen = (end <= self.length) & ((key if plan.window is not None else 0) >= self.length - plan.slots)
         if plan.causal:
             seen &= end - 1 <= self.low
         if plan.window is not None:
@@ -151,13 +162,15 @@ class Step:
     def chunks_seen(self):
         """The range of chunks of this block that hold a key some query sees."""
         plan = self.plan
-        end = jnp.minimum(self.length, self.key + plan.block_k)
+        begin, end = 0, self.length
         if plan.causal:
             end = jnp.minimum(end, self.low + plan.block_q)
-        begin = jnp.maximum(self.length - plan.slots, 0)
-        if plan.window is not None:
-            begin = jnp.maximum(begin, self.low - (plan.window - 1))
-        begin = jnp.maximum(begin - self.key, 0)
+        if plan.window is None:
+            end = jnp.where(self.length > plan.slots, plan.slots, end)
+        else:
+            begin = jnp.maximum(self.length - plan.slots, self.low - (plan.window - 1))
+            begin = jnp.maximum(begin - self.key, 0)
+        end = jnp.minimum(end, self.key + plan.block_k)
         return begin // plan.chunk, (end - self.key + plan.chunk - 1) // plan.chunk
 
     def attend_chunk(self, c, carry):
@@ -175,7 +188,7 @@ class Step:
         return carry
 
     def attend(self, offset, key):
-        """One chunk for every head. `key`: position of its first key where it has to be masked, else None."""
+        """One chunk for every head. `key`: place of its first key where it has to be masked, else None."""
         mask = None if key is None else self.mask(key)
         for h in range(self.plan.heads):
             self.attend_head(h, offset, key, mask)
@@ -183,8 +196,8 @@ class Step:
     def mask(self, key):
         """[block_q or 1, chunk]: which keys of a chunk each query sees."""
         plan = self.plan
-        place = key + lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
-        held = (place < self.length) & (place >= self.length - plan.slots)
+        place = plan.position(key + lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1), self.length)
+        held = (place < self.length) & (place >= jnp.maximum(self.length - plan.slots, 0))
         if not plan.causal:
             return held
         query = self.low + lax.broadcasted_iota(jnp.int32, (plan.block_q, 1), 0)

@@ -7,7 +7,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.checks import check_scale
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout
+from pallas_kernels.masking import sink_logits
 from pallas_kernels.paged_attention.call import Call, make_call
+from pallas_kernels.values import check_packed
 
 IMPLEMENTATIONS = Implementations("pallas_kernels.paged_attention", ("xla", "tpu", "gpu"))
 
@@ -53,14 +55,14 @@ def paged_attention(
       block_tables: position t of row r lies in page block_tables[r, t // p] at t % p. Rows may share pages.
         Entries for positions that no query of the row sees (past the row's length, before every window) may
         be any number: they are not read.
-      lengths: tokens each row holds, this step's included; 0 for a row that takes no part.
+      lengths: tokens each row holds, this step's included, at most M * p; 0 for a row that takes no part.
       query_starts: row r owns queries query_starts[r] to query_starts[r+1] - 1; the last of them stands at
-        position lengths[r] - 1. It begins with 0. Queries at or past query_starts[R], and those of rows
+        position lengths[r] - 1. It begins with 0 and never falls. Queries at or past query_starts[R], and those of rows
         without a part, are padding: their output is zero.
       scale: multiplies the logits.
       window: a query sees this many positions, itself included; None: all before it.
       softcap: bounds the logits to cap * tanh(logits / cap).
-      sinks: exp(sinks[n]) joins the denominator of head n, with no value.
+      sinks: exp(sinks[n]) joins the denominator of head n, with no value; NaN or infinity: its results are NaN.
       k_scale, v_scale: for int8 pages, [P, Kp, p] with Kp at least K (the TPU: a multiple of 8); a value stands
         for value * scale.
       kv_heads: K; folded pages do not tell it. value_dim: Hv; None: H for folded pages.
@@ -74,7 +76,11 @@ def paged_attention(
       One vector a query and head, in the dtype of q; softmax and accumulation are in f32.
 
     Raises:
-      ValueError: shapes or settings that do not fit.
+      ValueError: shapes or settings that do not fit; in arrays that are not traced also numbers that cannot be:
+        `query_starts` out of order or past T, lengths below zero, above M * p or below the row's queries, pages outside
+        of the pool where a query sees them, more queries than the hints promise. Under `jit` these cannot be seen:
+        nothing past a block table is read, the nearest page stands for one outside of the pool, queries before a row's
+        first token get zeros, and the results of rows out of order differ between implementations.
       NotImplementedError: a named implementation that cannot take this call, or a gradient: there is none over pages.
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
@@ -85,9 +91,10 @@ def paged_attention(
         softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,
         value_dim=value_dim, return_lse=return_lse, decode_rows=decode_rows, max_queries=max_queries,
     )  # fmt: skip
+    check_packed(call, block_tables, lengths, query_starts)
     module = IMPLEMENTATIONS[select("paged_attention", implementation, IMPLEMENTATIONS, call, interpret)]
     return module.attention(
         q, k_pages, v_pages, call=call, block_tables=block_tables, lengths=lengths, query_starts=query_starts,
-        scale=scale, sinks=sinks, k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,
+        scale=scale, sinks=sink_logits(sinks), k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,
     )  # fmt: skip
 

@@ -44,11 +44,21 @@ class Call:
         return self.heads // self.kv_heads
 
     @property
+    def capacity(self) -> int:
+        """Tokens that a row's block table can name; there are no keys behind them."""
+        return self.width * self.page
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of one token's K and V in memory, scales included."""
         width = folded_width if self.layout == "folded" else int.__mul__
         columns = width(self.kv_heads, self.head_dim) + width(self.kv_heads, self.value_dim)
         return jnp.dtype(self.kv_dtype).itemsize * columns + 2 * 4 * self.scale_heads
+
+
+def known(block_tables, call: Call):
+    """Block tables whose every entry names a page of the pool: what no query sees may be any number."""
+    return jnp.clip(block_tables, 0, call.pages - 1).astype(jnp.int32)
 
 
 def page_size(pages, layout: Layout) -> int:

@@ -23,7 +23,7 @@ from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.paged_attention import plan as plans
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import Call, known
 from pallas_kernels.paged_attention.gpu_kernel import Static, body
 from pallas_kernels.tiles import resolve
 
@@ -105,7 +105,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
         key_block *= 2
     splits = 1
     if call.decode_rows == call.rows:
-        seen = min(call.width * call.page, call.window or call.width * call.page)
+        seen = min(call.capacity, call.window or call.capacity)
         programs = call.rows * call.kv_heads
         splits = max(1, min(round(PROGRAMS_A_CORE * chip.cores / programs), seen // LEAST_KEYS))
     odd = max(pl.next_power_of_2(d) - d for d in (call.head_dim, call.value_dim)) > 0
@@ -117,7 +117,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
     found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
-                         window=call.window, unit=1)  # fmt: skip
+                         window=call.window, unit=1, capacity=call.capacity)  # fmt: skip
     tokens = found.end - found.first
     parts = np.minimum(config.splits, -(-tokens // least_keys(config)))
     size = jnp.dtype(call.dtype).itemsize
@@ -173,11 +173,12 @@ def attention(
 
 def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths, query_starts, sinks, k_scale, v_scale):
     """Plan the pieces, call the kernel and merge its parts."""
-    found = plans.pieces(query_starts, lengths, tokens=call.tokens, block=config.block, window=call.window, unit=1)
+    found = plans.pieces(query_starts, lengths, tokens=call.tokens, block=config.block, window=call.window, unit=1,
+                         capacity=call.capacity)  # fmt: skip
     pieces = jnp.stack([x.astype(jnp.int32) for x in found])
     static = Static(call, config.block, config.key_block, config.splits, -(-least_keys(config) // config.key_block),
                     scale, compute_dtype(call))  # fmt: skip
-    inputs = {"pieces": pieces, "tables": tables.astype(jnp.int32), "q": q, "k": k, "v": v, "k_scale": k_scale,
+    inputs = {"pieces": pieces, "tables": known(tables, call), "q": q, "k": k, "v": v, "k_scale": k_scale,
               "v_scale": v_scale, "sinks": sinks}  # fmt: skip
     inputs = {name: x for name, x in inputs.items() if x is not None}
     partial = config.splits > 1

@@ -118,7 +118,8 @@ def attend(static: Static, r, piece, rows: int) -> None:
     if call.sinks:
         # Only one split may hold the sink: it enters the denominator once.
         sink = plgpu.load(r.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
-        top, total = jnp.where(split == 0, sink, top), jnp.where(split == 0, 1.0, total)
+        top = jnp.where(split == 0, jnp.maximum(sink, START), top)
+        total = jnp.where(split == 0, jnp.exp(sink - top), total)
     acc = jnp.zeros((rows, value_lanes.shape[0]), jnp.float32)
     top, total, acc = lax.fori_loop(low, jnp.maximum(low, high), step, (top, total, acc))
 

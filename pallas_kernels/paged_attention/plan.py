@@ -38,8 +38,12 @@ def pieces(
     block: int,
     window: int | None,
     unit: int,
+    capacity: int,
 ) -> Pieces:
-    """Cut at every start of a block of `block` queries and of a row; keys are counted in units of `unit` tokens."""
+    """Cut at every start of a block of `block` queries and of a row; keys are counted in units of `unit` tokens.
+
+    A row that is longer than its block table's `capacity` has no keys behind it, though its queries stand there.
+    """
     xp = np if isinstance(query_starts, np.ndarray) else jnp  # numpy counts what a concrete call moves
     rows, blocks = lengths.shape[0], -(-tokens // block)
     starts = query_starts.astype(xp.int32)
@@ -51,7 +55,7 @@ def pieces(
     length = lengths.astype(xp.int32)[own]
     active = (stops > cuts) & (row >= 0) & (row < rows) & (length > 0)
     position = length - (starts[own + 1] - cuts)
-    last = position + (stops - cuts) - 1
+    last = xp.minimum(position + (stops - cuts), capacity) - 1
     oldest = xp.zeros_like(position) if window is None else xp.maximum(position - (window - 1), 0)
     first = oldest // unit
     end = xp.where(active & (last >= oldest), last // unit + 1, first)
@@ -68,5 +72,5 @@ def full_rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
         left = min(call.tokens - decode, others * call.max_queries)
         queries[call.decode_rows :] = left // others
         queries[call.decode_rows : call.decode_rows + left % others] += 1
-    lengths = np.full(call.rows, call.width * call.page, np.int32)
+    lengths = np.full(call.rows, call.capacity, np.int32)
     return np.concatenate([[0], np.cumsum(queries)]).astype(np.int32), lengths

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layouts import unfold
-from pallas_kernels.masking import soft_cap
+from pallas_kernels.masking import sink_logits, soft_cap
 
 
 def split_heads(pages: Array, layout: str, kv_heads: int, size: int) -> Array:
@@ -56,10 +56,10 @@ def attention(
     logits = soft_cap(logits * scale, softcap)
     logits = jnp.where(mask[:, None, None], logits, -jnp.inf)  # what a row does not hold may be NaN
     if sinks is not None:
-        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(kv_heads, -1, 1), (*logits.shape[:3], 1))
+        sink = jnp.broadcast_to(sink_logits(sinks).reshape(kv_heads, -1, 1), (*logits.shape[:3], 1))
         logits = jnp.concatenate([logits, sink], -1)
     lse = jax.nn.logsumexp(logits, -1, keepdims=True)
-    weights = jnp.where(lse > -jnp.inf, jnp.exp(logits - lse), 0.0)[..., : k.shape[1]]
+    weights = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(logits - lse))[..., : k.shape[1]]
     held = jnp.where(mask[:, :, None, None], v[own], 0.0)
     out = jnp.einsum("tkgs,tskh->tkgh", weights, held, precision=jax.lax.Precision.HIGHEST)
     out = out.reshape(t, n, -1).astype(q.dtype)

@@ -26,7 +26,7 @@ from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, detect
 from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import plan as plans
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import Call, known
 from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Static, body, widest
 from pallas_kernels.tiles import resolve
 
@@ -193,7 +193,7 @@ def _moved(call: Call, config: Config, query_starts: np.ndarray, lengths: np.nda
 
     def tokens(unit: int) -> int:
         found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
-                             window=call.window, unit=unit)  # fmt: skip
+                             window=call.window, unit=unit, capacity=call.capacity)  # fmt: skip
         return int((found.end - found.first).sum()) * unit
 
     scales, groups = 2 * 4 * call.scale_heads, call.kv_heads // config.heads
@@ -331,7 +331,7 @@ def _run(call: Call, config: Config, scale, interpret, estimate, q, k, v, tables
         # Pieces follow each other, since each fetches for the next.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 2, vmem_limit_bytes=config.vmem),
         cost_estimate=estimate, interpret=interpret, name="paged_attention",
-    )(flat_plan(call, config, query_starts, lengths), tables.astype(jnp.int32).reshape(-1),
+    )(flat_plan(call, config, query_starts, lengths), known(tables, call).reshape(-1),
       *(_in_hbm(x) if spec is hbm and not interpret else x for x, spec in inputs.values()))  # fmt: skip
     if not call.return_lse:
         return found[0], None
@@ -352,7 +352,7 @@ def flat_plan(call: Call, config: Config, query_starts, lengths) -> Int[Array, "
     one the first, for the next group of heads.
     """
     found = plans.pieces(query_starts, lengths, tokens=call.tokens, block=config.block, window=call.window,
-                         unit=config.unit)  # fmt: skip
+                         unit=config.unit, capacity=call.capacity)  # fmt: skip
     blocks, items = -(-call.tokens // config.block), found.row.shape[0]
     block = jnp.minimum(found.start // config.block, blocks - 1)
     steps = -(-(found.end - found.first) // (config.key_block // config.unit))

@@ -177,7 +177,7 @@ def seen(static: Static, field, item) -> tuple:
     """First position that any query of an item sees, and one past the last."""
     position = field("position", item)
     oldest = jnp.maximum(position - (static.call.window - 1), 0) if static.call.window else 0
-    return oldest, position + field("stop", item) - field("start", item)
+    return oldest, jnp.minimum(position + field("stop", item) - field("start", item), static.call.capacity)
 
 
 def attend(static: Static, r, field, group, item, steps, first, tiles, count: int) -> None:
@@ -225,6 +225,7 @@ def attend(static: Static, r, field, group, item, steps, first, tiles, count: in
                 r.v_buffer[slot] = jnp.where((at >= oldest) & (at < end), v, jnp.zeros_like(v))
         key = begin + lax.broadcasted_iota(jnp.int32, (1, static.key_block), 1)
         held = (key >= oldest) & (key < end)
+        key = jnp.where(key < end, key, jnp.iinfo(jnp.int32).max)
 
         def one(t):
             # Row i of a head's tile is query i mod count of query head i div count.
@@ -260,9 +261,12 @@ def load_queries(static: Static, r, group, tile, base, count: int) -> None:
             before, behind = ([jnp.zeros((count, n), q.dtype)] if n else [] for n in around)
             parts = [*before, q, *behind]
             r.queries[tile, head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
-            sink = START if r.sinks is None else r.sinks[group * static.heads * call.group + n]
-            total = 0.0 if r.sinks is None else 1.0
-            r.state[tile, head, rows] = pack_state(jnp.full((count, 1), sink), jnp.full((count, 1), total))
+            top, total = jnp.full((count, 1), START), jnp.zeros((count, 1))
+            if r.sinks is not None:
+                sink = jnp.full((count, 1), r.sinks[group * static.heads * call.group + n])
+                top = jnp.maximum(sink, START)
+                total = jnp.exp(sink - top)  # a sink of -inf is none
+            r.state[tile, head, rows] = pack_state(top, total)
         r.acc[tile, head, : call.group * count] = jnp.zeros((call.group * count, r.acc.shape[3]), jnp.float32)
 
 
@@ -312,7 +316,7 @@ def store(static: Static, r, field, tile, base, count: int) -> None:
             rows = slice(g * count, (g + 1) * count)
             state = r.state[tile, head, rows]
             total = state[:, LANES // 2 : LANES // 2 + 1]
-            saw = total > 0
+            saw = total != 0  # true for NaN, which must come out as NaN
             part = r.acc[tile, head, rows, : lanes.width][:, lanes.offset : lanes.offset + call.value_dim]
             results.append(part / jnp.where(saw, total, 1.0))
             if r.lse is not None:

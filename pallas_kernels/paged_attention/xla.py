@@ -71,7 +71,8 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
     order = jnp.argsort(-steps)  # the longest first, so that those which are still read stand together
     q, positions, tables, first, steps = (x[order] for x in (q, positions, tables, first, steps))
     rows = q.astype(dtype).reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, h)
-    newest = positions.max(1)
+    last = jnp.minimum(positions, call.capacity - 1)  # what a query sees last
+    newest = last.max(1)
     oldest = jnp.zeros_like(newest) if call.window is None else positions.min(1) - (call.window - 1)
 
     def body(step, carry):
@@ -88,7 +89,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
         if call.scale_heads:
             logits = logits * gather_scale(arrays["k_scale"], ids, kv_heads)[:, :, None]
         logits = soft_cap(logits.reshape(m, kv_heads, group, t, keys_a_step) * scale, call.softcap)
-        mask = key[:, None] <= positions[:m, :, None]
+        mask = key[:, None] <= last[:m, :, None]
         if call.window is not None:
             mask &= key[:, None] > positions[:m, :, None] - call.window
         logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(m, kv_heads, group * t, keys_a_step)
@@ -109,7 +110,9 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
         top, total = jnp.full((b, kv_heads, m), START), jnp.zeros((b, kv_heads, m))
     else:
         sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), t, axis=1)
-        top, total = jnp.broadcast_to(sink, (b, kv_heads, m)), jnp.ones((b, kv_heads, m))
+        sink = jnp.broadcast_to(sink, (b, kv_heads, m))
+        top = jnp.maximum(sink, START)
+        total = jnp.exp(sink - top)
     carry = (top.astype(jnp.float32), total.astype(jnp.float32), jnp.zeros((b, kv_heads, m, value_dim), jnp.float32))
     done, sizes = 0, shrinking(b)
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
@@ -126,7 +129,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
 
 def span(positions, real, call: Call):
     """Per row [B], the pages from the first to past the last that its real queries [B, t] see."""
-    end = jnp.max(jnp.where(real, positions, -1), 1) // call.page + 1
+    end = jnp.max(jnp.where(real, jnp.minimum(positions, call.capacity - 1), -1), 1) // call.page + 1
     if call.window is None:
         return jnp.zeros_like(end), end
     earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max), 1)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int, Num
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_write.call import Call, make_call
+from pallas_kernels.values import check_slots
 
 IMPLEMENTATIONS = Implementations("pallas_kernels.paged_write", ("xla", "tpu"))
 
@@ -37,7 +38,7 @@ def write_pages(
       k_pages, v_pages: the pool, see `paged_attention`.
       k, v: the new tokens; for int8 pages already quantized (see `quantize_kv`).
       slots: page * p + offset of each token; negative or past the pool: the token is dropped. The kept slots
-        must be distinct.
+        must be distinct: what a slot holds that was given two tokens is undefined.
       layout: of the pages.
       k_scale, v_scale: for int8 pages, their scales [P, Kp, p]; new_k_scale, new_v_scale: those of the tokens.
       implementation, interpret: see `pallas_kernels.dispatch`. XLA's scatter is in place but for int8 on a TPU,
@@ -48,10 +49,11 @@ def write_pages(
       donates the pools: the compiled program holds no copy of them.
 
     Raises:
-      ValueError: shapes or types that do not fit.
+      ValueError: shapes or types that do not fit; two tokens for one slot, in an array that is not traced.
       NotImplementedError: a named implementation that cannot take this call.
     """
     call = make_call(k_pages, v_pages, k, v, slots, layout, (k_scale, v_scale), (new_k_scale, new_v_scale))
+    check_slots(call.pages * call.page, slots)
     pools, new = (k_pages, v_pages), (k, v)
     if call.scale_heads:
         pools, new = (*pools, k_scale, v_scale), (*new, new_k_scale, new_v_scale)

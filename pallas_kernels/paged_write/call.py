@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_array
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.call import check_layout, check_pages, check_scales, page_size
 
@@ -28,6 +29,9 @@ class Call:
 def make_call(k_pages, v_pages, k, v, slots, layout: Layout, pool_scales, new_scales) -> Call:
     """Check the arguments of `api.write_pages` and gather their static facts. Raises ValueError."""
     op = "write_pages"
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("k", k), ("v", v)):
+        check_array(op, name, x, "floating", "int8")
+    check_array(op, "slots", slots, "integer")
     check_layout(op, layout, k_pages, v_pages)
     if k.ndim != 3 or v.ndim != 3 or k.shape[:2] != v.shape[:2]:
         raise ValueError(f"{op}: k must be [T, K, H] and v [T, K, Hv], got {k.shape} and {v.shape}")

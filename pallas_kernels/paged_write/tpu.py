@@ -2,10 +2,13 @@
 
 XLA's scatter into an int8 array re-lays the whole pool, twice its bytes in temporaries. Here the pools are aliased to
 the results and only tiles of 32 tokens are touched, each once: the tokens are sorted by slot before, so that those
-of a tile follow each other and lie in two neighbouring blocks of the sorted ones.
+of a tile follow each other and lie in two neighbouring blocks of the sorted ones. Scalar memory bounds the tokens of
+one run; more of them take several, one after the other.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,8 @@ from pallas_kernels.layouts import LANES, SUBLANES, fold, round_up
 from pallas_kernels.paged_write.call import Call
 
 ROWS = 32  # tokens of an int8 tile
+# Tokens of one run of the kernel: their three numbers each take 768 KiB of the 1 MiB of scalar memory.
+MOST_TOKENS = 1 << 16
 
 
 def supported(call: Call) -> str | None:
@@ -33,6 +38,15 @@ def supported(call: Call) -> str | None:
 
 def write(pools, new, slots, *, call: Call, interpret=False):
     """See `api.write_pages`: pools (K, V, K scales, V scales), new tokens alike."""
+    for begin in range(0, call.tokens, MOST_TOKENS):
+        some = slice(begin, min(begin + MOST_TOKENS, call.tokens))
+        part = replace(call, tokens=some.stop - some.start)
+        pools = _write(pools, [x[some] for x in new], slots[some], part, interpret)
+    return tuple(pools)
+
+
+def _write(pools, new, slots, call: Call, interpret):
+    """One run of the kernel."""
     blocks = -(-call.tokens // ROWS)
     order, sorted_slots, first, tiles, count = plan(slots, call, blocks)
     values = [fold(x[order]).reshape(blocks, ROWS, -1) for x in new[:2]]
@@ -71,7 +85,8 @@ def write(pools, new, slots, *, call: Call, interpret=False):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=cost(call), interpret=interpret, name="write_pages",
     )(*scalars, *arrays, *pools)  # fmt: skip
-    return tuple(written)
+    # JAX 0.10.2 refuses such results as those of a whole program: they are said to lie in another memory space.
+    return written if interpret else lax.optimization_barrier(written)
 
 
 def plan(slots, call: Call, blocks: int):

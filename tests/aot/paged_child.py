@@ -1,4 +1,4 @@
-"""Compile a step over donated pages, write then attend, and a copy of pages, for one target; a JSON object a line.
+"""Compile, over donated pages, a write with attention behind it, writes alone and copies; a JSON object a line.
 
 `python -m tests.aot.paged_child TARGET NAME ...`, in a process started with `targets.environment()`.
 """
@@ -18,6 +18,8 @@ from pdx.config import ModelConfig
 from pdx.sharding import is_spec
 
 PAGE, ROWS, WIDTH, POOL = 128, 34, 64, 640 << 20
+# Written alone, as the whole program: tokens of one step, and of a chunk of 2048 for 64 rows.
+WRITTEN = {"written int8": 1024, "written int8, many tokens": 1 << 17}
 # KV heads, group, head size, type of the pages.
 CASES = {
     "bf16": (8, 4, 128, "bfloat16"),
@@ -63,6 +65,23 @@ def step_of(name: str, platform: str):
     return step, (pools, q, new, new, ints(tokens), ints(ROWS, WIDTH), ints(ROWS), ints(ROWS + 1))
 
 
+def write_of(name: str):
+    """The write of int8 pages and nothing behind it, and its abstract arguments."""
+    heads, _, size, _ = CASES["int8"]
+    pages, tokens = POOL // (2 * PAGE * heads * size), WRITTEN[name]
+    pool = jax.ShapeDtypeStruct(cache_shape("folded", pages, PAGE, heads, size), jnp.int8)
+    scale = jax.ShapeDtypeStruct((pages, heads, PAGE), jnp.float32)
+    new = jax.ShapeDtypeStruct((tokens, heads, size), jnp.int8)
+    new_scale = jax.ShapeDtypeStruct((tokens, heads), jnp.float32)
+
+    def write(pools, k, v, k_scale, v_scale, slots):
+        return write_pages(*pools[:2], k, v, slots=slots, layout="folded", k_scale=pools[2], v_scale=pools[3],
+                           new_k_scale=k_scale, new_v_scale=v_scale)  # fmt: skip
+
+    slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    return write, ((pool, pool, scale, scale), new, new, new_scale, new_scale, slots)
+
+
 def copy_of(dtype: str, platform: str):
     """Four pages copied in a pool of one layer, and its abstract arguments."""
     heads, _, size, _ = CASES["bf16"]
@@ -79,7 +98,10 @@ def copy_of(dtype: str, platform: str):
 def facts(target: str, name: str) -> dict:
     chip = Target.get(target)
     copied = name.removeprefix("copied ")
-    step, arguments = (step_of if copied == name else copy_of)(copied, chip.chip.platform)
+    if name in WRITTEN:
+        step, arguments = write_of(name)
+    else:
+        step, arguments = (step_of if copied == name else copy_of)(copied, chip.chip.platform)
     compiled = chip.compile(step, *arguments, donate_argnums=0)
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0])]
     return {
@@ -87,6 +109,7 @@ def facts(target: str, name: str) -> dict:
         "seconds": compiled.seconds,
         "memory": dict(compiled.memory),
         "pools": sum(sizes),
+        "sorted": 2 * arguments[1].size if name in WRITTEN else 0,  # new keys and values, in the order of their slots
         "aliases": len(hlo.aliases(compiled.text)),
         "arrays": len(sizes),
         "moved": [str(i) for i in hlo.moved(compiled.text, min(sizes))],

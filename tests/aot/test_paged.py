@@ -12,8 +12,8 @@ import pytest
 from pallas_kernels import targets
 
 pytestmark = pytest.mark.aot
-NAMES = ("bf16", "three heads of 64", "f32", "int8", "int8, three heads of 64", "copied bfloat16",
-         "copied int8")  # fmt: skip
+NAMES = ("bf16", "three heads of 64", "f32", "int8", "int8, three heads of 64", "copied bfloat16", "copied int8",
+         "written int8", "written int8, many tokens")  # fmt: skip
 
 
 @cache
@@ -44,4 +44,5 @@ def test_pages_are_written_and_read_where_they_lie(target, name):
     assert not found["moved"]
     assert not found["spills"]
     if target in ("v5e", "v6e"):
-        assert temporary < 0.01  # elsewhere the compiler keeps activations in HBM that it keeps in VMEM here
+        # Elsewhere the compiler keeps activations in HBM that it keeps in VMEM here.
+        assert found["memory"]["temp"] < 0.01 * found["pools"] + 2 * found["sorted"]

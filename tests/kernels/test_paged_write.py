@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # who keeps the races it found
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_write import tpu
 from pallas_kernels.paged_write.api import write_pages
 from pallas_kernels.quantize_kv import quantize_kv
 from tests.kernels.paged import pad_scale, to_layout
@@ -139,6 +140,10 @@ def test_quantize_kv_rounds_halves_to_even():
         ({"k": jnp.zeros((2, 64))}, r"k must be \[T, K, H\]"),
         ({"k": jnp.zeros((2, 2, 128))}, r"k_pages must be \[P, p, C\] = \(4, 32, 256\)"),
         ({"slots": jnp.zeros(3, jnp.int32)}, r"slots must be \[T\] = \(2,\)"),
+        ({"slots": jnp.asarray([7, 7])}, "slots must be distinct, and two tokens are for slot 7"),
+        ({"slots": jnp.zeros(2)}, "slots must be an array of integer type, got float32"),
+        ({"slots": [0, 1]}, "slots must be an array of integer type, got list"),
+        ({"k": jnp.zeros((2, 2, 64), jnp.int32)}, "k must be an array of floating or int8 type, got int32"),
         ({"new_k_scale": jnp.zeros((2, 2))}, "new_k_scale must be"),
         ({"k": jnp.zeros((2, 2, 64), jnp.int8)}, "int8 pages take int8"),
         ({"layout": "flat"}, "'flat' is not one of"),
@@ -149,7 +154,7 @@ def test_quantize_kv_rounds_halves_to_even():
 def test_bad_arguments_are_named(changes, says):
     pages = jnp.zeros((4, 32, 128))
     given_ = {"k_pages": pages, "v_pages": pages, "k": jnp.zeros((2, 2, 64)), "v": jnp.zeros((2, 2, 64)),
-              "slots": jnp.zeros(2, jnp.int32), "layout": "folded"}  # fmt: skip
+              "slots": jnp.asarray([0, 1]), "layout": "folded"}  # fmt: skip
     with pytest.raises(ValueError, match=says):
         write_pages(**given_ | changes)
 
@@ -175,6 +180,26 @@ def test_tpu_takes_any_distinct_slots(order):
     rng = np.random.default_rng(1)
     before, new = pools(rng, "int8", 128), tokens(rng, len(slots), "int8")
     found = run(before, new, slots, "folded", implementation="tpu", interpret=True)
+    check(found, expected(before, new, slots, 128), "folded")
+
+
+@pytest.mark.parametrize("count", [32, 33, 64, 100])
+def test_tpu_writes_more_tokens_than_one_run_takes(monkeypatch, count):
+    """Runs follow each other, also over one tile; what scalar memory holds is 65536 tokens."""
+    monkeypatch.setattr(tpu, "MOST_TOKENS", 32)
+    rng = np.random.default_rng(2)
+    slots = rng.permutation(200)[:count] + 100
+    slots[::9] = -1
+    before, new = pools(rng, "int8", 128), tokens(rng, count, "int8")
+    arrays = [jnp.asarray(to_layout(x, "folded")) for x in before[:2]]
+    scales = [jnp.asarray(pad_scale(x)) for x in before[2:]]
+    runs = str(jax.make_jaxpr(partial(write_pages, layout="folded", implementation="tpu", interpret=True))(
+        *arrays, *map(jnp.asarray, new[:2]), slots=jnp.asarray(slots), k_scale=scales[0], v_scale=scales[1],
+        new_k_scale=jnp.asarray(new[2]), new_v_scale=jnp.asarray(new[3]))).count("name=write_pages")  # fmt: skip
+    assert runs == -(-count // 32)
+    caller.cache_clear()
+    found = run(before, new, slots, "folded", implementation="tpu", interpret=True)
+    caller.cache_clear()
     check(found, expected(before, new, slots, 128), "folded")
 
 
