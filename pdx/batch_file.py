@@ -12,7 +12,7 @@ from typing import Any
 from pdx import texts
 from pdx.errors import PdxError, RequestError
 from pdx.sampling_options import SamplingOptions
-from pdx.tokenizer.chat import check_messages
+from pdx.tokenizer.messages import check_messages
 
 SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
 

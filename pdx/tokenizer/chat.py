@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError
+from pdx.tokenizer.messages import Messages, plain, template_messages
+from pdx.tokenizer.traits import Traits
 
 if TYPE_CHECKING:
     import jinja2
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 def render_chat(
@@ -41,9 +41,9 @@ def render_chat(
     variables = {
         "documents": None,
         **named,
-        **{key: _plain(value, key) for key, value in extra.items()},
-        "messages": _plain_messages(messages),
-        "tools": None if tools is None else _plain(list(tools), "tools"),
+        **{key: plain(value, key) for key, value in extra.items()},
+        "messages": template_messages(messages, _traits(template)),
+        "tools": None if tools is None else plain(list(tools), "tools"),
         "add_generation_prompt": add_generation_prompt,
     }
     try:
@@ -74,48 +74,36 @@ def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> s
     raise ModelFileError(f"{source} has the chat templates {', '.join(sorted(templates))} but none named 'default'")
 
 
-def check_messages(messages: Messages) -> None:
-    """Raises RequestError for what is no chat, naming the message."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(
-            'messages must be a list such as [{"role": "user", "content": "Hello"}], '
-            f"not {type(messages).__name__}"
-        )
-    if not messages:
-        raise RequestError("messages is empty: give at least one message")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{index}] must be an object with role and content, got {message!r}")
-        if not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] needs a role: 'system', 'user' or 'assistant'")
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            raise RequestError(f"messages[{index}] has no content")
-        if not isinstance(content, (str, list, tuple, type(None))):
-            raise RequestError(f"messages[{index}].content must be text or a list of parts, got {content!r}")
+def read_names(template: str) -> frozenset[str]:
+    """The names that a template asks for from outside, those of `render_chat` among them; none for one that is broken."""
+    import jinja2
+    from jinja2 import meta
+
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
 
 
-def _plain_messages(messages: Messages) -> list[dict[str, Any]]:
-    check_messages(messages)
-    # An explicit null means the same as a missing key, but templates print it as "None".
-    return [
-        {key: _plain(value, f"messages[{index}].{key}") for key, value in message.items() if value is not None}
-        for index, message in enumerate(messages)
-    ]
+@lru_cache(maxsize=16)
+def _traits(template: str) -> Traits:
+    # The named tokens are of no matter here, but a template may add texts to them.
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 
+    def render(messages: list[dict[str, Any]]) -> str:
+        return _compiled(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=False,
+                                          **tokens)
 
-def _plain(value: Any, where: str) -> Any:
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, where) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
-    raise RequestError(f"{where} holds a {type(value).__name__}; chat templates take JSON values only")
+    return Traits(template, render)
 
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -136,7 +124,7 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
 
 
 def _to_json(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import Messages, render_chat
+from pdx.tokenizer.chat import read_names, render_chat
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
+from pdx.tokenizer.messages import Messages
 from pdx.tokenizer.settings import Settings
 from pdx.tokenizer.stream import DecodeRule, StreamDecoder, decoder_state
 
@@ -147,6 +148,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._settings.templates)
 
+    @cached_property
+    def template_names(self) -> frozenset[str]:
+        """What the chat templates ask for by name: `messages`, `enable_thinking`, ..."""
+        return frozenset().union(*map(read_names, self._settings.templates.values()))
+
     @property
     def eos_ids(self) -> frozenset[int]:
         """Every token id that ends a generation: end of text, of turn, of message."""
@@ -194,6 +200,18 @@ class Tokenizer:
             return self._rule.piece_alone(piece)
         except UnsupportedModelError:
             return self.decode([token_id], skip_special=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one token stands for, part of a character included; b"" beyond the vocabulary."""
+        piece = self._piece(token_id)
+        if piece is None:
+            return b""
+        if piece in self._special_pieces:
+            return piece.encode("utf-8")
+        try:
+            return self._rule.bytes_alone(piece)
+        except UnsupportedModelError:
+            return self.decode([token_id], skip_special=False).encode("utf-8")
 
     def _piece(self, token_id: int) -> str | None:
         try:
