@@ -75,7 +75,7 @@ def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> s
 
 
 def read_names(template: str) -> frozenset[str]:
-    """The names that a template asks for from outside, those of `render_chat` among them; none for one that is broken."""
+    """The names that a template asks for from outside, `messages` among them; none for one that is broken."""
     import jinja2
     from jinja2 import meta
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import QuantArray
+from pdx import sampling_defaults
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families import config_from_gguf, config_from_hf, family_of_hf
 from pdx.families.common import Names, QuantizedFile, Source, TensorFile
+from pdx.sampling_defaults import Recommended
 from pdx.tokenizer import Tokenizer
+from pdx.tokenizer.settings import read_json
 from pdx.weights.arrays import nonfinite
 from pdx.weights.builtin import BUILTIN
 from pdx.weights.checkpoint import CheckpointFile
@@ -40,6 +43,7 @@ class OpenModel:
     license: str | None = None
     terms: tuple[str, ...] = ()  # what goes along with every copy
     notes: tuple[str, ...] = ()
+    sampling: Recommended = field(default_factory=Recommended)
 
 
 def open_model(files: ModelFiles) -> OpenModel:
@@ -56,7 +60,7 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
     return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), family.gguf_names.ignores, tokenizer,
-                     license, files.notes)
+                     license, files.notes, sampling=sampling_defaults.from_gguf(file.metadata))
 
 
 def _open_hf(files: ModelFiles) -> OpenModel:
@@ -65,14 +69,16 @@ def _open_hf(files: ModelFiles) -> OpenModel:
     family_of_hf(config, str(path))  # a model that pdx does not have is that before its weights are looked at
     file = open_safetensors(files.path)
     family, cfg = config_from_hf(config, str(path), notes, len(file.names()))
+    recommended = sampling_defaults.from_generation_config(read_json(files.path / "generation_config.json"))
     return OpenModel(file, cfg, _by_names(family.hf_names, cfg, file), family.hf_names.ignores,
-                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes))
+                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes), sampling=recommended)
 
 
 def _open_checkpoint(files: ModelFiles) -> OpenModel:
     saved = CheckpointFile(files.path)
     return OpenModel(saved, saved.config, lambda leaf, i: Source(leaf if i is None else f"layers.{i}.{leaf}"),
-                     lambda name: False, partial(Tokenizer.load, files.path / "tokenizer"), saved.license, saved.terms)
+                     lambda name: False, partial(Tokenizer.load, files.path / "tokenizer"), saved.license, saved.terms,
+                     sampling=sampling_defaults.from_saved(saved.sampling))
 
 
 def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
