@@ -112,7 +112,8 @@ def test_one_prompt_of_any_kind_is_taken(prompt):
 
 
 def test_what_a_template_is_given():
-    request = parse(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low", add_generation_prompt=False)
+    thinks = {"enable_thinking": False}
+    request = parse(chat_template_kwargs=thinks, reasoning_effort="low", add_generation_prompt=False)
     assert request.template == {"enable_thinking": False, "reasoning_effort": "low", "add_generation_prompt": False}
     assert parse(add_generation_prompt=True).template == {}
     with pytest.raises(RequestError, match="reasoning_effort stands in chat_template_kwargs"):
@@ -148,7 +149,8 @@ def test_rows_that_no_answer_can_name_are_refused_with_their_lines(tmp_path):
 @pytest.mark.parametrize(
     ("key", "name"),
     [("temprature", "temperature"), ("Temperature", "temperature"), ("maxTokens", "max_tokens"), ("top-p", "top_p"),
-     ("max_new_tokens", "max_tokens"), ("max_completion_tokens", "max_tokens"), ("repeat_penalty", "repetition_penalty"),
+     ("max_new_tokens", "max_tokens"), ("max_completion_tokens", "max_tokens"),
+     ("repeat_penalty", "repetition_penalty"),
      ("stop_sequences", "stop"), ("logprob", "logprobs"), ("topk", "top_k"), ("do_sample", "temperature"),
      ("ignore_EOS", "ignore_eos"), ("n", "no setting of pdx"), ("response_format", "no setting of pdx")],
 )  # fmt: skip
@@ -159,7 +161,7 @@ def test_a_misspelt_setting_of_a_plain_row_is_refused_with_the_right_name(tmp_pa
 
 
 def test_keys_of_ones_own_and_nulls_stay(tmp_path):
-    own = {"id": 1, "tag": "a", "topic": "b", "source": "c", "token_ids": [1], "prompt_tokens": 3, "step": 4, "user": "u",
+    own = {"id": 1, "tag": "a", "topic": "b", "source": "c", "token_ids": [1], "prompt_tokens": 3, "step": 4, "user": 2,
            "metadata": {}, "label": 1, "text": "", "seed": None, "temperature": None, "messages": None, "n": 1}
     (request,) = read(tmp_path, {"prompt": "x", **own})
     assert request.error is None

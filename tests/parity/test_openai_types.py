@@ -1,6 +1,7 @@
 """OpenAI's batch rows held to the types that the `openai` package publishes; needs it, a part of the extra `parity`."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -36,8 +37,6 @@ def test_every_field_of_the_api_is_in_the_table():
 
 
 def test_the_endpoints_are_those_of_batches():
-    from typing import get_args, get_type_hints
-
     from openai.types import batch_create_params
 
     hint = get_type_hints(batch_create_params.BatchCreateParams, include_extras=False)["endpoint"]
@@ -94,7 +93,7 @@ def test_every_kind_of_message_is_read():
               "function_call": {"name": "f", "arguments": "{}"}, "audio": {"id": "a"}}  # fmt: skip
     traits = Traits("{{ messages }}", lambda messages: str(messages))
     for kind in params.ChatCompletionMessageParam.__args__:
-        (role,) = kind.__annotations__["role"].__forward_arg__.split('"')[1::2]
+        (role,) = get_args(get_type_hints(kind)["role"])
         fields = kind.__annotations__.keys() - {"role"}
         assert fields <= values.keys(), f"{role} messages have a new field: {fields - values.keys()}"
         message = {"role": role} | {name: values[name] for name in fields - {"audio"}}
@@ -110,7 +109,7 @@ def test_every_kind_of_content_part_is_read_or_refused():
     from pdx.errors import RequestError
 
     for kind in params.ChatCompletionContentPartParam.__args__:
-        (name,) = kind.__annotations__["type"].__forward_arg__.split('"')[1::2]
+        (name,) = get_args(get_type_hints(kind)["type"])
         message = {"role": "user", "content": [{"type": name, name: "x"}]}
         if name == "text":
             check_messages([message])
