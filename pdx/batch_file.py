@@ -26,7 +26,7 @@ class Request:
 
     row: what it said.
     prompt: a text, messages or token ids.
-    settings: the fields of `options` that the row itself gives.
+    settings: the fields of `options` that somebody gave.
     template: what its chat template is given beside the messages.
     error: why the row cannot be served; there is no prompt then.
     """

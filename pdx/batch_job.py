@@ -31,15 +31,17 @@ from pdx.sampling_options import SamplingOptions
 AHEAD = 2
 
 
-def read(path: Path, defaults: SamplingOptions) -> list[Request]:
+def read(path: Path, defaults: SamplingOptions, asked: Mapping[str, Any] | None = None) -> list[Request]:
     """Read and check all rows: those of `pdx generate --prompts`, or OpenAI's batch rows with custom_id and body.
 
+    `asked`: the settings in `defaults` that the user gave, which go before those that the model's files recommend.
     A row that cannot be served is a request with an `error`. Raises RequestError for what no row can answer for: a line
     that is no JSON, one custom_id for two rows, a file without rows.
     """
     requests, seen = [], {}
     for number, row, where in rows_of(path):
-        requests.append(_request(number, row, defaults))
+        request = _request(number, row, defaults)
+        requests.append(dataclasses.replace(request, settings={**(asked or {}), **request.settings}))
         name = row.get("custom_id") if openai_rows.is_openai(row) else None
         if isinstance(name, str) and seen.setdefault(name, number) != number:
             raise RequestError(f"{where}: custom_id {name!r} stands in line {seen[name]} too: give each row one of its "
@@ -58,16 +60,12 @@ def _request(number: int, row: Any, defaults: SamplingOptions) -> Request:
         return Request(number, row, None, defaults, error=error)
 
 
-def for_model(requests: list[Request], model, asked: Mapping[str, Any]) -> list[Request]:
-    """The requests with what the model's files recommend for chats, behind the row's own settings and `asked`."""
-    if not model.sampling:
-        return requests
-    recommended = {**model.sampling, **asked}
-    return [
-        dataclasses.replace(r, options=dataclasses.replace(r.options, **{**recommended, **r.settings}))
-        if r.is_chat else r
-        for r in requests
-    ]  # fmt: skip
+def options_of(request: Request, model) -> SamplingOptions:
+    """The settings of a request: those of a chat that nobody gave are as the model's files recommend."""
+    if not request.is_chat:
+        return request.options
+    left = {name: value for name, value in model.sampling.items() if name not in request.settings}
+    return dataclasses.replace(request.options, **left)
 
 
 def num_logprobs(requests: list[Request]) -> int:
@@ -194,7 +192,7 @@ async def _answer(engine, request: Request, tally: Tally) -> dict[str, Any]:
         if request.error:
             raise request.error
         prompt = await asyncio.to_thread(prompt_of, engine.model, request)
-        async for output in engine.stream(prompt, request.options):
+        async for output in engine.stream(prompt, options_of(request, engine.model)):
             completion = output.completion
     # Whatever it is, it is this row's: the others go on, and the row says what it was.
     except Exception as error:

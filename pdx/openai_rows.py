@@ -13,6 +13,7 @@ vLLM adds. `tests/parity/test_openai_types.py` holds them to the types that the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -214,5 +215,5 @@ def _same(value: Any, allowed: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -112,16 +112,14 @@ def batch(
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
     config = engine_config(profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels)
-    requests = batch_job.read(source, options)
+    requests = batch_job.read(source, options, asked)
     config = dataclasses.replace(config, num_logprobs=max(config.num_logprobs, batch_job.num_logprobs(requests)))
     check_output(output, source)
     loaded = load_model(model, dtype, mesh, quantize)
-    requests = batch_job.for_model(requests, loaded, asked)
     if unread := unread_names(loaded, requests):
         print(f"note: the chat template does not read {', '.join(unread)}: passed over", file=sys.stderr)
     with start_engine(loaded, config) as engine:
-        tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options,
-                                   dict(loaded.sampling))  # fmt: skip
+        tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options)
     print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
           file=sys.stderr)  # fmt: skip
     if tally.failed:

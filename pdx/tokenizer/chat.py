@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError
@@ -74,17 +74,6 @@ def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> s
     raise ModelFileError(f"{source} has the chat templates {', '.join(sorted(templates))} but none named 'default'")
 
 
-def read_names(template: str) -> frozenset[str]:
-    """The names that a template asks for from outside, `messages` among them; none for one that is broken."""
-    import jinja2
-    from jinja2 import meta
-
-    try:
-        return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
-    except jinja2.TemplateSyntaxError:
-        return frozenset()
-
-
 @lru_cache(maxsize=16)
 def _traits(template: str) -> Traits:
     # The named tokens are of no matter here, but a template may add texts to them.
@@ -99,11 +88,6 @@ def _traits(template: str) -> Traits:
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-@cache
-def _environment() -> jinja2.Environment:
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -124,7 +108,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment
+    return environment.from_string(source)
 
 
 def _to_json(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import read_names, render_chat
+from pdx.tokenizer.chat import render_chat
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
 from pdx.tokenizer.messages import Messages
 from pdx.tokenizer.settings import Settings
 from pdx.tokenizer.stream import DecodeRule, StreamDecoder, decoder_state
+from pdx.tokenizer.traits import names_in
 
 if TYPE_CHECKING:
     import tokenizers
@@ -150,8 +151,8 @@ class Tokenizer:
 
     @cached_property
     def template_names(self) -> frozenset[str]:
-        """What the chat templates ask for by name: `messages`, `enable_thinking`, ..."""
-        return frozenset().union(*map(read_names, self._settings.templates.values()))
+        """The names in the chat templates, those of variables among them: `messages`, `enable_thinking`, ..."""
+        return frozenset().union(*map(names_in, self._settings.templates.values()))
 
     @property
     def eos_ids(self) -> frozenset[int]:

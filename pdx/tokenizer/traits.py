@@ -86,6 +86,16 @@ class Traits:
             return None
 
 
+def names_in(template: str) -> frozenset[str]:
+    """Every name in the expressions of a template, those of variables among them; none in one that is not jinja2."""
+    import jinja2
+
+    try:
+        return frozenset(value for _, kind, value in jinja2.Environment().lex(template) if kind == "name")
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
+
+
 def _chat(role: str, content: Any) -> list[dict[str, Any]]:
     """The shortest chat in which a message of this role may stand."""
     message, user = {"role": role, "content": content}, {"role": "user", "content": "x"}

@@ -80,8 +80,9 @@ def test_chats_of_a_batch_take_it_and_settings_that_are_given_win(tmp_path, mode
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = {"top_p": 0.5}
-    requests = batch_job.for_model(batch_job.read(source, SamplingOptions(**asked)), model, asked)
-    assert [(r.options.temperature, r.options.top_k, r.options.top_p) for r in requests] == [
+    requests = batch_job.read(source, SamplingOptions(**asked), asked)
+    settled = [batch_job.options_of(r, model) for r in requests]
+    assert [(o.temperature, o.top_k, o.top_p) for o in settled] == [
         (0.6, 20, 0.5), (0.0, 20, 0.5), (0.6, 3, 0.5), (0.0, 0, 0.5), (0.0, 0, 0.5)]  # fmt: skip
 
 
