@@ -5,26 +5,49 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pdx import texts
 from pdx.errors import PdxError, RequestError
+from pdx.request_keys import check_keys, closest
 from pdx.sampling_options import SamplingOptions
-from pdx.tokenizer.chat import check_messages
+from pdx.tokenizer.messages import check_messages
 
 SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
+# What a chat template is given by pdx itself.
+_OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A line of the file: what it said, the prompt or messages in it, and its settings."""
+    """A line of the file.
+
+    row: what it said.
+    prompt: a text, messages or token ids.
+    settings: the fields of `options` that somebody gave.
+    template: what its chat template is given beside the messages.
+    error: why the row cannot be served; there is no prompt then.
+    """
 
     line: int
-    row: dict[str, Any]
+    row: Any
     prompt: Any
     options: SamplingOptions
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: RequestError | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.prompt, list) and isinstance(self.prompt[0], Mapping)
+
+
+def unread_names(model, requests: list[Request]) -> list[str]:
+    """What rows give to the chat template and it does not read."""
+    given = {name for request in requests for name in request.template}
+    return sorted(given - model.tokenizer.template_names) if given else []
 
 
 def read(path: Path, defaults: SamplingOptions) -> list[Request]:
@@ -54,22 +77,55 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
 
 
 def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Request:
-    """The request that a row asks for. Raises RequestError that says `where` it stands."""
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+    """The request that a row asks for; a null is a key that is not there. Raises RequestError that says `where`."""
+    given = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
+    if ("prompt" in given) == ("messages" in given):
         raise RequestError(f'{where}: expected an object with either "prompt" or "messages"')
-    prompt = row.get("prompt", row.get("messages"))
-    if not isinstance(prompt, str if "prompt" in row else list) or not prompt:
+    prompt = given.get("prompt", given.get("messages"))
+    if not isinstance(prompt, str if "prompt" in given else list) or not prompt:
         raise RequestError(f"{where}: prompt must be a text and messages a list, neither of them empty")
-    if "messages" in row:
-        try:
-            check_messages(prompt)
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
-    settings = {key: value for key, value in row.items() if key in SETTINGS}
     try:
-        return Request(number, row, prompt, dataclasses.replace(defaults, **settings))
+        check_keys(given, SETTINGS)
+        if "messages" in given:
+            check_messages(prompt)
+        template = given.get("chat_template_kwargs", {}) if "messages" in given else {}
+        check_template(template)
+        settings = {key: value for key, value in given.items() if key in SETTINGS}
+        return build(number, row, prompt, settings, template, defaults)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
+
+
+def build(
+    number: int, row: Any, prompt: Any, settings: Mapping[str, Any], template: Mapping[str, Any],
+    defaults: SamplingOptions,
+) -> Request:  # fmt: skip
+    """A request of a prompt that is checked. Raises RequestError for a setting out of its range."""
+    return Request(number, row, prompt, dataclasses.replace(defaults, **settings), settings, template)
+
+
+def check_template(extra: Any) -> None:
+    """Raises RequestError unless `chat_template_kwargs` is an object of names that are not pdx's own."""
+    if not isinstance(extra, Mapping):
+        raise RequestError(f"chat_template_kwargs is {extra!r}: it must be an object")
+    if own := [name for name in extra if name in _OWN_NAMES]:
+        raise RequestError(f"chat_template_kwargs may not hold {own[0]}: pdx gives it to the template itself")
+
+
+def prompt_of(model, request: Request) -> Any:
+    """The prompt of a request, with a chat's own template values already in it.
+
+    Raises RequestError for one that this model's template does not know.
+    """
+    if not request.template:
+        return request.prompt
+    known = model.tokenizer.template_names
+    for name in request.template.keys() - known - {"add_generation_prompt"}:
+        if near := closest(name, known):
+            raise RequestError(f"this model's chat template has no {name}: {near} is meant?")
+        if name in ("documents", "reasoning_effort"):
+            raise RequestError(f"this model's chat template has no {name}: leave it out")
+    return model.tokenizer.encode_chat(request.prompt, **request.template)
 
 
 def check_output(path: Path, source: Path) -> None:
@@ -89,7 +145,7 @@ def token_ids(model, source: Path, requests: list[Request]) -> list[list[int]]:
     ids = []
     for request in requests:
         try:
-            ids.append(checked_ids(model, request.prompt, request.options))
+            ids.append(checked_ids(model, prompt_of(model, request), request.options))
         except PdxError as error:
             raise type(error)(f"{source}, line {request.line}: {error}") from error
     return ids

@@ -19,57 +19,58 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pdx.batch_file import SETTINGS, Request, check_output, parse, rows_of
+from pdx import openai_answers, openai_rows
+from pdx.batch_file import Request, check_output, parse, prompt_of, rows_of
 from pdx.completion import Completion
 from pdx.errors import EngineError, RequestError
 from pdx.layers.attention import explain_mixed
 from pdx.report_text import completion_fields
 from pdx.sampling_options import SamplingOptions
 
-# Of OpenAI's batch rows: what asks for something that would be answered otherwise.
-REFUSED = ("tools", "functions", "response_format", "suffix", "echo", "best_of", "audio", "modalities")
-URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 # Requests under way for each slot of the engine: one that runs and one that waits, so that no slot is ever empty.
 AHEAD = 2
 
 
-def read(path: Path, defaults: SamplingOptions) -> list[Request]:
+def read(path: Path, defaults: SamplingOptions, asked: Mapping[str, Any] | None = None) -> list[Request]:
     """Read and check all rows: those of `pdx generate --prompts`, or OpenAI's batch rows with custom_id and body.
 
-    Raises RequestError that names the line.
+    `asked`: the settings in `defaults` that the user gave, which go before those that the model's files recommend.
+    A row that cannot be served is a request with an `error`. Raises RequestError for what no row can answer for: a line
+    that is no JSON, one custom_id for two rows, a file without rows.
     """
-    requests, seen = [], set()
+    requests, seen = [], {}
     for number, row, where in rows_of(path):
-        plain = row
-        if isinstance(row, dict) and "body" in row:
-            plain = _from_openai(row, where)
-            if row["custom_id"] in seen:
-                raise RequestError(f"{where}: custom_id {row['custom_id']!r} stands in an earlier line too")
-            seen.add(row["custom_id"])
-        requests.append(dataclasses.replace(parse(where, number, plain, defaults), row=row))
+        request = _request(number, row, defaults)
+        requests.append(dataclasses.replace(request, settings={**(asked or {}), **request.settings}))
+        name = row.get("custom_id") if openai_rows.is_openai(row) else None
+        if isinstance(name, str) and seen.setdefault(name, number) != number:
+            raise RequestError(f"{where}: custom_id {name!r} stands in line {seen[name]} too: give each row one of its "
+                               "own, or nobody can tell the two answers apart")  # fmt: skip
     if not requests:
         raise RequestError(f"{path} holds no requests: one JSON object a line, such as " '{"prompt": "Hello"}')
     return requests
 
 
-def _from_openai(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of an OpenAI batch row under the names of `SamplingOptions`."""
-    body, url = row["body"], row.get("url", "/v1/chat/completions")
-    if not isinstance(body, dict) or not isinstance(row.get("custom_id"), str):
-        raise RequestError(f"{where}: a batch row needs a custom_id and a body, which is an object")
-    if row.get("method", "POST") != "POST" or url not in URLS:
-        raise RequestError(f"{where}: method must be POST and url one of {', '.join(URLS)}, got {url!r}")
-    wrong = [key for key in REFUSED if body.get(key)] + [key for key in ("n",) if body.get(key, 1) != 1]
-    if wrong:
-        raise RequestError(f"{where}: {wrong[0]} is not supported: leave it out")
-    given = {key: value for key, value in body.items() if key in SETTINGS and value is not None}
-    if "max_completion_tokens" in body:
-        given["max_tokens"] = body["max_completion_tokens"]
-    if isinstance(body.get("logprobs"), bool):  # chat says whether, and apart from it how many
-        given.pop("logprobs", None)
-        if body["logprobs"]:
-            given["logprobs"] = body.get("top_logprobs", 0)
-    return given | {key: body[key] for key in (URLS[url],) if key in body}
+def _request(number: int, row: Any, defaults: SamplingOptions) -> Request:
+    try:
+        if openai_rows.is_openai(row):
+            return openai_rows.parse(number, row, defaults)
+        return parse(f"line {number}", number, row, defaults)
+    except RequestError as error:
+        return Request(number, row, None, defaults, error=error)
+
+
+def options_of(request: Request, model) -> SamplingOptions:
+    """The settings of a request: those of a chat that nobody gave are as the model's files recommend."""
+    if not request.is_chat:
+        return request.options
+    left = {name: value for name, value in model.sampling.items() if name not in request.settings}
+    return dataclasses.replace(request.options, **left)
+
+
+def num_logprobs(requests: list[Request]) -> int:
+    """The most alternatives that any row asks for."""
+    return max(request.options.logprobs or 0 for request in requests)
 
 
 class Journal:
@@ -188,7 +189,10 @@ async def _work(engine, left: Iterator[Request], journal: Journal, tally: Tally,
 
 async def _answer(engine, request: Request, tally: Tally) -> dict[str, Any]:
     try:
-        async for output in engine.stream(request.prompt, request.options):
+        if request.error:
+            raise request.error
+        prompt = await asyncio.to_thread(prompt_of, engine.model, request)
+        async for output in engine.stream(prompt, options_of(request, engine.model)):
             completion = output.completion
     # Whatever it is, it is this row's: the others go on, and the row says what it was.
     except Exception as error:
@@ -201,29 +205,16 @@ async def _answer(engine, request: Request, tally: Tally) -> dict[str, Any]:
 
 def _answered(engine, request: Request, done: Completion) -> dict[str, Any]:
     fields = completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)})
-    if "body" not in request.row:
-        return request.row | fields
-    is_chat = "messages" in request.row["body"]
-    said = {"message": {"role": "assistant", "content": done.text}} if is_chat else {"text": done.text}
-    return {
-        "id": f"batch_req_{request.line}", "custom_id": request.row["custom_id"], "error": None,
-        "response": {"status_code": 200, "request_id": f"req_{request.line}", "body": {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request.line}",
-            "object": "chat.completion" if is_chat else "text_completion",
-            "created": int(time.time()), "model": request.row["body"].get("model") or engine.model.name,
-            "choices": [said | {"index": 0, "finish_reason": done.finish_reason}],
-            "usage": {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-                      "total_tokens": done.prompt_tokens + done.completion_tokens},
-            "pdx": {k: v for k, v in fields.items() if k not in ("text", "prompt_tokens", "completion_tokens")},
-        }},
-    }  # fmt: skip
+    if openai_rows.is_openai(request.row):
+        return openai_answers.answered(request, done, fields, engine.model.tokenizer, engine.model.name)
+    return request.row | fields
 
 
 def _failed(request: Request, error: Exception) -> dict[str, Any]:
-    said = {"code": type(error).__name__, "message": str(error)}
-    if "body" not in request.row:
-        return request.row | {"error": said}
-    return {"id": f"batch_req_{request.line}", "custom_id": request.row["custom_id"], "response": None, "error": said}
+    if openai_rows.is_openai(request.row):
+        return openai_answers.failed(request, error)
+    row = request.row if isinstance(request.row, dict) else {"row": request.row}
+    return row | {"error": {"code": type(error).__name__, "message": str(error)}}
 
 
 def run_file(engine, source: Path, output: Path, requests: list[Request], *settings: Any) -> Tally:

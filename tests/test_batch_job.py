@@ -124,10 +124,13 @@ def test_whatever_a_row_fails_of_the_others_go_on(directory, tmp_path, monkeypat
         ({"custom_id": "a", "body": {"messages": [{"role": 1, "content": "x"}]}}, r"messages\[0\] needs a role"),
     ],
 )
-def test_bad_rows_are_refused_before_anything_runs(tmp_path, row, message):
+def test_a_bad_row_is_known_before_anything_runs_and_fails_alone(tmp_path, row, message):
     source = write(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
-    with pytest.raises(RequestError, match=f"line 2: .*{message}"):
-        batch_job.read(source, SamplingOptions())
+    fine, bad = batch_job.read(source, SamplingOptions())
+    assert fine.error is None
+    assert bad.line == 2
+    with pytest.raises(RequestError, match=message):
+        raise bad.error
 
 
 def test_one_custom_id_twice_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -28,8 +29,8 @@ ProfileOption = Annotated[str | None, typer.Option("--engine", help="A profile o
 SlotsOption = Annotated[int | None, typer.Option(help="Requests that decode together.", min=1)]
 TokenBudgetOption = Annotated[int | None, typer.Option(help="Tokens of a step, decode rows included.", min=1)]
 MaxTokensOption = Annotated[int, typer.Option(help="Stop an answer after this many tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option(help="Keep the smallest set of this probability.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy. Chats: as the model's files recommend.")]
+TopPOption = Annotated[float | None, typer.Option(help="Keep the smallest set of this probability.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 
 
@@ -39,6 +40,11 @@ def engine_config(profile: str | None, **settings):
 
     given = {name: value for name, value in settings.items() if value not in (None, "auto")}
     return EngineConfig.from_toml(profile, **given) if profile else EngineConfig(**given)
+
+
+def _asked(**settings):
+    """The settings that were given."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def start_engine(model, config):
@@ -57,8 +63,8 @@ def chat(
     model: ModelOption = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = None,
     profile: ProfileOption = None,
     dtype: DtypeOption = "auto",
@@ -74,12 +80,14 @@ def chat(
     from pdx.report_text import completion_fields
     from pdx.sampling_options import SamplingOptions
 
-    options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    asked = _asked(temperature=temperature, top_p=top_p)
+    options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
     if not config.prefix_cache:
         raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
     loaded = load_model(model, dtype, None, quantize)
     loaded.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])  # a model without a template says so now
+    options = dataclasses.replace(options, **{**loaded.sampling, **asked})
     with start_engine(loaded, config) as engine:
         talk = Chat(engine, options, system)
         turns = converse(talk, typed(), out=io.StringIO() if as_json else None)
@@ -96,8 +104,8 @@ def batch(
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the same order.")],
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: MaxTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = None,
     profile: ProfileOption = None,
     slots: SlotsOption = None,
@@ -111,14 +119,19 @@ def batch(
 ) -> None:
     """Answer a file of requests with continuous batching. Interrupted, the same command goes on where it was."""
     from pdx import batch_job
-    from pdx.batch_file import check_output
+    from pdx.batch_file import check_output, unread_names
     from pdx.sampling_options import SamplingOptions
 
-    options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    asked = _asked(temperature=temperature, top_p=top_p)
+    options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
     config = engine_config(profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels)
-    requests = batch_job.read(source, options)
+    requests = batch_job.read(source, options, asked)
+    config = dataclasses.replace(config, num_logprobs=max(config.num_logprobs, batch_job.num_logprobs(requests)))
     check_output(output, source)
-    with start_engine(load_model(model, dtype, mesh, quantize), config) as engine:
+    loaded = load_model(model, dtype, mesh, quantize)
+    if unread := unread_names(loaded, requests):
+        print(f"note: the chat template does not read {', '.join(unread)}: passed over", file=sys.stderr)
+    with start_engine(loaded, config) as engine:
         tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options)
     if as_json:
         print(json.dumps({"output": str(output), "rows": len(requests), "resumed_rows": tally.resumed,

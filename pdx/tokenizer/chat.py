@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from pdx.errors import ModelFileError, RequestError
+from pdx.tokenizer.messages import Messages, plain, template_messages
+from pdx.tokenizer.render import render
+from pdx.tokenizer.traits import Traits
 
-Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 
 def template_inputs(
+    template: str,
     messages: Messages,
     *,
     named: Mapping[str, str],
@@ -19,14 +23,14 @@ def template_inputs(
     tools: Tools | None,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The variables of a chat template, as JSON values. Raises RequestError for malformed messages."""
+    """The variables that a template is given, as JSON values. Raises RequestError for malformed messages."""
     try:
         return {
             "documents": None,
             **named,
-            **{key: _plain(value, key) for key, value in extra.items()},
-            "messages": _plain_messages(messages),
-            "tools": None if tools is None else _plain(list(tools), "tools"),
+            **{key: plain(value, key) for key, value in extra.items()},
+            "messages": template_messages(messages, _traits(template)),
+            "tools": None if tools is None else plain(list(tools), "tools"),
             "add_generation_prompt": add_generation_prompt,
         }
     except RecursionError:
@@ -52,41 +56,13 @@ def choose_template(templates: Mapping[str, str], *, with_tools: bool, source: s
     raise ModelFileError(f"{source} has the chat templates {', '.join(sorted(templates))} but none named 'default'")
 
 
-def check_messages(messages: Messages) -> None:
-    """Raises RequestError for what is no chat, naming the message."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(
-            'messages must be a list such as [{"role": "user", "content": "Hello"}], '
-            f"not {type(messages).__name__}"
-        )
-    if not messages:
-        raise RequestError("messages is empty: give at least one message")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{index}] must be an object with role and content, got {message!r}")
-        if not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] needs a role: 'system', 'user' or 'assistant'")
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            raise RequestError(f"messages[{index}] has no content")
-        if not isinstance(content, (str, list, tuple, type(None))):
-            raise RequestError(f"messages[{index}].content must be text or a list of parts, got {content!r}")
+@lru_cache(maxsize=16)
+def _traits(template: str) -> Traits:
+    # The named tokens are of no matter here, but a template may add texts to them.
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 
+    def tried(messages: list[dict[str, Any]]) -> str:
+        chat = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
+        return render(template, chat | tokens, "a model")
 
-def _plain_messages(messages: Messages) -> list[dict[str, Any]]:
-    check_messages(messages)
-    # An explicit null means the same as a missing key, but templates print it as "None".
-    return [
-        {key: _plain(value, f"messages[{index}].{key}") for key, value in message.items() if value is not None}
-        for index, message in enumerate(messages)
-    ]
-
-
-def _plain(value: Any, where: str) -> Any:
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, where) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
-    raise RequestError(f"{where} holds a {type(value).__name__}; chat templates take JSON values only")
+    return Traits(template, tried)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import Messages, Tools, choose_template, template_inputs
+from pdx.tokenizer.chat import Tools, choose_template, template_inputs
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
+from pdx.tokenizer.messages import Messages
 from pdx.tokenizer.render import render
 from pdx.tokenizer.sanitize import ControlTokens, keeping_apart
 from pdx.tokenizer.settings import Settings
 from pdx.tokenizer.stream import DecodeRule, StreamDecoder, decoder_state
+from pdx.tokenizer.traits import names_in
 
 if TYPE_CHECKING:
     import tokenizers
@@ -131,7 +133,8 @@ class Tokenizer:
         template that does not work, or that takes more time or memory than a template may.
         """
         template = choose_template(self._settings.templates, with_tools=bool(tools), source=self._settings.source)
-        return render(template, self._inputs(messages, add_generation_prompt, tools, extra), self._settings.source)
+        inputs = self._inputs(template, messages, add_generation_prompt, tools, extra)
+        return render(template, inputs, self._settings.source)
 
     def encode_chat(
         self,
@@ -153,7 +156,7 @@ class Tokenizer:
         """
         source = self._settings.source
         template = choose_template(self._settings.templates, with_tools=bool(tools), source=source)
-        inputs = self._inputs(messages, add_generation_prompt, tools, extra)
+        inputs = self._inputs(template, messages, add_generation_prompt, tools, extra)
         prompt = render(template, inputs, source)
         if sanitize_control_tokens:
             control = self._control_tokens(template)
@@ -164,11 +167,12 @@ class Tokenizer:
         return self.encode(prompt, add_special=False, parse_special=True)
 
     def _inputs(
-        self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
-    ) -> dict[str, Any]:
+        self, template: str, messages: Messages, add_generation_prompt: bool, tools: Tools | None,
+        extra: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
         named = self._settings.named
         return template_inputs(
-            messages, named=named, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
+            template, messages, named=named, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
         )
 
     def _control_tokens(self, template: str) -> ControlTokens:
@@ -199,6 +203,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._settings.templates)
+
+    @cached_property
+    def template_names(self) -> frozenset[str]:
+        """The names in the chat templates, those of variables among them: `messages`, `enable_thinking`, ..."""
+        return frozenset().union(*map(names_in, self._settings.templates.values()))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -247,6 +256,18 @@ class Tokenizer:
             return self._rule.piece_alone(piece)
         except UnsupportedModelError:
             return self.decode([token_id], skip_special=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one token stands for, part of a character included; b"" beyond the vocabulary."""
+        piece = self._piece(token_id)
+        if piece is None:
+            return b""
+        if piece in self._special_pieces:
+            return piece.encode("utf-8")
+        try:
+            return self._rule.bytes_alone(piece)
+        except UnsupportedModelError:
+            return self.decode([token_id], skip_special=False).encode("utf-8")
 
     def _piece(self, token_id: int) -> str | None:
         try:

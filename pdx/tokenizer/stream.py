@@ -76,11 +76,15 @@ class DecodeRule:
 
     def piece_alone(self, piece: str) -> str:
         """The text of one piece by itself, leading space kept; incomplete characters become U+FFFD."""
+        return self.bytes_alone(piece).decode("utf-8", "replace")
+
+    def bytes_alone(self, piece: str) -> bytes:
+        """The UTF-8 bytes of one piece by itself, leading space kept; they may be part of a character."""
         if self.byte_level:
-            return _byte_level_bytes(piece).decode("utf-8", "replace")
+            return _byte_level_bytes(piece)
         text = self.piece_text(piece)
         byte = _fallback_byte(text) if self.byte_fallback else None
-        return text if byte is None else bytes([byte]).decode("utf-8", "replace")
+        return text.encode("utf-8") if byte is None else bytes([byte])
 
 
 class StreamDecoder:

@@ -64,7 +64,7 @@ def save(model: Model, directory: str | Path) -> Path:
         model.tokenizer.save(temporary / "tokenizer")
         leaves = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in named_leaves(params)}
         head = {"format": FORMAT, "version": VERSION, "name": model.name, "license": model.license,
-                "terms": list(model.terms),
+                "terms": list(model.terms), "sampling": dict(model.sampling),
                 "config": json.loads(model.config.to_json()), "params": leaves, "quantized": quantized}  # fmt: skip
         (temporary / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
         CheckpointFile(temporary)  # an orbax that lays its arrays out otherwise is noticed now, not at the next load
@@ -142,6 +142,7 @@ class CheckpointFile:
             self.config = ModelConfig.from_json(json.dumps(head["config"]))
             self._leaves = {name: (tuple(x["shape"]), str(x["dtype"])) for name, x in head["params"].items()}
             self.license, self.terms = head["license"], tuple(head["terms"])
+            self.sampling = head.get("sampling", {})
             self._quantized = {name: Kind(**x | {"as_stored": True}) for name, x in head.get("quantized", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"{head_file}: {error}: convert the model again") from None

@@ -71,11 +71,11 @@ def load(
         cfg = dataclasses.replace(cfg, max_context=max_context)
     specs, policy = _declared(opened, cfg, dtype, Policy.parse(quantize).counted(cfg.num_layers))
     params = _read_params(opened, specs, policy, where, progress)
-    notes = [*opened.terms, *opened.notes]
+    notes = [*opened.terms, *opened.notes, *opened.sampling.notes]
     if mesh is not None:
         notes += replicated(jax.tree.leaves(specs, is_leaf=is_spec), mesh)
     return Model(params, cfg, files.name, files.path, jnp.dtype(dtype), mesh, notes, opened.license, opened.terms,
-                 opened.make_tokenizer)
+                 opened.make_tokenizer, opened.sampling.settings)
 
 
 def _declared(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) -> tuple[Params, Policy]:

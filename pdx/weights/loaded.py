@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ class Model:
     """A loaded model: parameters on the device and everything needed to use them.
 
     `params` is the tree of `pdx.model.param_specs`; `dtype` that of the matrices (norms are always f32); `mesh` is None
-    on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy.
+    on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy;
+    `sampling` are the settings that its files recommend, by the names of `SamplingOptions` (see `sampling_defaults`).
     """
 
     params: Params = field(repr=False)
@@ -34,6 +35,7 @@ class Model:
     license: str | None = None
     terms: tuple[str, ...] = ()
     make_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

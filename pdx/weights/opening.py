@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import QuantArray
+from pdx import sampling_defaults
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families import config_from_gguf, config_from_hf, family_of_hf
 from pdx.families.common import Names, QuantizedFile, Source, TensorFile
 from pdx.families.passed_over import is_buffer, part_of, parts_said, told_to_be
+from pdx.sampling_defaults import Recommended
 from pdx.tokenizer import Tokenizer
+from pdx.tokenizer.settings import read_json
 from pdx.weights.arrays import nonfinite
 from pdx.weights.builtin import BUILTIN
 from pdx.weights.checkpoint import CheckpointFile
@@ -46,6 +49,7 @@ class OpenModel:
     license: str | None = None
     terms: tuple[str, ...] = ()  # what goes along with every copy
     notes: tuple[str, ...] = ()
+    sampling: Recommended = field(default_factory=Recommended)
 
 
 def open_model(files: ModelFiles) -> OpenModel:
@@ -65,7 +69,7 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
     return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), _idle(family.gguf_names, file), tokenizer,
-                     license, notes=tuple(notes))
+                     license, notes=tuple(notes), sampling=sampling_defaults.from_gguf(file.metadata))
 
 
 def _open_hf(files: ModelFiles) -> OpenModel:
@@ -83,14 +87,17 @@ def _open_hf(files: ModelFiles) -> OpenModel:
                      "hold two that differ: the output head of the files is used, as transformers does")
         cfg = dataclasses.replace(cfg, tie_embeddings=False)
         source = _by_names(family.hf_names, cfg, file)
+    recommended = sampling_defaults.from_generation_config(read_json(files.path / "generation_config.json"))
     return OpenModel(file, cfg, source, _idle(family.hf_names, file, draft_layers),
-                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes))
+                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes),
+                     sampling=recommended)
 
 
 def _open_checkpoint(files: ModelFiles) -> OpenModel:
     saved = CheckpointFile(files.path)
     return OpenModel(saved, saved.config, lambda leaf, i: Source(leaf if i is None else f"layers.{i}.{leaf}"),
-                     lambda name: False, partial(Tokenizer.load, files.path / "tokenizer"), saved.license, saved.terms)
+                     lambda name: False, partial(Tokenizer.load, files.path / "tokenizer"), saved.license, saved.terms,
+                     sampling=sampling_defaults.from_saved(saved.sampling))
 
 
 def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
