@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pdx import strict_json
 from pdx.batch_file import SETTINGS, Request, check_output, parse, rows_of
 from pdx.completion import Completion
 from pdx.errors import EngineError, RequestError
@@ -111,7 +112,7 @@ class Journal:
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
         """Keep the answer to the request of a line."""
-        text = json.dumps(row, ensure_ascii=False)
+        text = strict_json.dumps(row, ensure_ascii=False)
         self._append(f"{line} {text}")
         self.done[line] = text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -53,6 +55,18 @@ def spread(options: SamplingOptions | Sequence[SamplingOptions], count: int) -> 
     if len(options) != count:
         raise RequestError(f"{len(options)} options for {count} prompts: give one set for all, or one a prompt")
     return list(options)
+
+
+def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -> SamplingOptions:
+    """`options` (None: the defaults) with single fields changed. Raises RequestError for what is no field."""
+    if not isinstance(options, SamplingOptions | None):
+        raise RequestError(f"options must be SamplingOptions, not {_said(options)}")
+    known = [f.name for f in dataclasses.fields(SamplingOptions)]
+    if unknown := [name for name in settings if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise RequestError(f"{unknown[0]} is no setting: {meant}")
+    return dataclasses.replace(options or SamplingOptions(), **settings)
 
 
 def check_bias(model: Model, options: SamplingOptions) -> None:

@@ -24,9 +24,6 @@ from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
 
-# What `decode_many` gives for a row that has overflowed unchecked.
-NO_TOKEN = -1
-
 
 def prefill(
     params: Params,
@@ -86,7 +83,9 @@ def decode_step(
 class Decoded:
     """What `decode_many` returns: n tokens a row, and everything needed to go on."""
 
-    tokens: Int[Array, "B n"]  # -1 where the cache had no room left, which `check` would have refused
+    # -1 (`NO_TOKEN`) where the logits were NaN or infinite: the model overflows, or the cache had no room left, which
+    # `check` would have refused. What follows a -1 in its row means nothing.
+    tokens: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     top_ids: Int[Array, "B n m"]
     top_logprobs: Float[Array, "B n m"]
@@ -271,9 +270,8 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
         tokens, cache, sampling, rows = carry
         logits, cache = _step(params, cfg, tokens, active, cache, kernels)
         # The token drawn now will stand at this position: its randomness is that of (seed, position).
-        drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs)
-        # Without room there are no logits to draw from, and any token would pass for an answer.
-        drawn = drawn.replace(tokens=jnp.where(cache.lengths > cache.capacity, NO_TOKEN, drawn.tokens))
+        # Logits that are not finite (the model overflows, or there was no room) give no token, not a wrong one.
+        drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs, mark_broken=True)
         sampling = sampling.observe(drawn.tokens, active)
         rows = jax.tree.map(lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, i, 1), rows, drawn)
         return jnp.where(active, drawn.tokens, tokens), cache, sampling, rows

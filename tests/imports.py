@@ -11,8 +11,8 @@ PACKAGES = ("pdx", "pallas_kernels")
 
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
-    ("config", "configs", "shapes", "errors", "sharding", "compilation", "metrics", "sampling_options", "quant", "cost",
-     "texts", "rounding", "matrices", "tradeoffs", "chips", "rates"),
+    ("config", "configs", "shapes", "errors", "arguments", "sharding", "compilation", "metrics", "sampling_options",
+     "quant", "cost", "texts", "strict_json", "rounding", "matrices", "tradeoffs", "chips", "rates"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "completion", "prompts", "generation", "speculative", "aot", "calibration"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -46,7 +46,7 @@ def bench_model(
     others = {policy: load_model(model, dtype, None, policy) for policy in quantize or ()}
     result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
                        others=others)  # fmt: skip
-    print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+    print(strict_json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
 
 
 @bench_app.command("memory")
@@ -62,7 +62,7 @@ def bench_memory(
 
     resolve(model)
     found = memory.measure(model, quantize or ("none", "int8"))
-    print(json.dumps([x.to_dict() for x in found]) if as_json else memory.to_markdown(found))
+    print(strict_json.dumps([x.to_dict() for x in found]) if as_json else memory.to_markdown(found))
 
 
 @eval_app.command("ppl")
@@ -97,7 +97,7 @@ def eval_ppl(
     found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
                              max_tokens=max_tokens, kernels=kernels)  # fmt: skip
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(strict_json.dumps(found.to_dict()))
         return
     print(f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
           f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"

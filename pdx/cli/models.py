@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import DtypeOption, JsonOption, QuantizeOption, app, load_model
 
 
@@ -21,7 +21,7 @@ def models(as_json: JsonOption = False) -> None:
 
     rows = list_models()
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(strict_json.dumps(rows, indent=2))
     else:
         report_text.print_models(rows)
 

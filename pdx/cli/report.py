@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import DtypeOption, JsonOption, ModelOption, app, load_model
 from pdx.weights.builtin import DEFAULT_MODEL
 
@@ -19,7 +20,6 @@ def calibrate(
 ) -> None:
     """Measure this device: bandwidth, matmul rates and how fast it is at the pieces of a step; store it as a chip."""
     import dataclasses
-    import json
 
     from pdx import chips
     from pdx.bench.calibrate import calibrate as measure
@@ -31,7 +31,7 @@ def calibrate(
         chip = measure(name, progress=progress)
     file = chips.save(chip, out)
     if as_json:
-        print(json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
+        print(strict_json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
         return
     print(f"{chip.name}: reads {chip.hbm_gbps:.1f} GB/s; products of float32 {chip.f32_tflops * 1e3:.0f} GFLOP/s, "
           f"bfloat16 {chip.bf16_tflops * 1e3:.0f}, int8 {chip.int8_tops * 1e3:.0f}\nwritten to {file}: "
