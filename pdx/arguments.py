@@ -27,13 +27,13 @@ def number(name: str, value: Any, low: float, high: float, hint: str = "", *, op
     return float(value)
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> int:
-    """`value` as an int from `low` to `high`. Raises RequestError; a bool is no number."""
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None, hint: str = "") -> int:
+    """`value` as an int from `low` to `high` (None: any). Raises RequestError; a bool is no number."""
     value = plain(value)
     good = isinstance(value, Integral) and not isinstance(value, bool)
-    if not good or value < low or (high is not None and value > high):
-        span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}: it must be a whole number {span}{hint}")
+    if not good or (low is not None and value < low) or (high is not None and value > high):
+        span = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
+        raise RequestError(f"{name} is {value!r}: it must be a whole number{span}{hint}")
     return int(value)
 
 

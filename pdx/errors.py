@@ -36,6 +36,10 @@ class EngineError(PdxError):
     """A request that an engine could not serve: a failed step, NaN logits, an engine that was closed."""
 
 
+class DonatedError(PdxError, RuntimeError):
+    """A cache, or another state, that was given to a step before: its memory holds what the step returned."""
+
+
 class NotFiniteError(EngineError):
     """Logits that are NaN or infinite, where a token or a score was to come from them: the model overflows.
 

@@ -50,6 +50,12 @@ class IdleCaches:
                     finally:
                         self._lock.release()
 
+    @property
+    def idle_bytes(self) -> int:
+        with self._lock:
+            self._settle(0)
+            return sum(size for _, size, _ in self._idle)
+
     def _take(self, key: Hashable, size: int) -> DenseCache | None:
         with self._lock:
             self._settle(0)

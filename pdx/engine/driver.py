@@ -6,6 +6,7 @@ after it is under way. What goes wrong in a step costs the requests of that step
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -147,7 +148,9 @@ class Driver:
             try:
                 mask = seq.request.mask(list(seq.outputs))
                 if mask is not None:
-                    mask = np.asarray(mask, bool)
+                    mask = np.array(mask, bool)
+                    if mask.shape == allowed.shape[1:]:
+                        mask[[t for t, v in (seq.request.options.logit_bias or {}).items() if v == -math.inf]] = False
                     if mask.shape != allowed.shape[1:] or not mask.any():
                         raise RequestError(f"a mask must be bool [{allowed.shape[1]}] and allow at least one token, "
                                            f"got shape {mask.shape} with {int(mask.sum())} allowed")  # fmt: skip
