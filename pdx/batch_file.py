@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pdx import texts
-from pdx.errors import PdxError, RequestError
+from pdx import strict_json, texts
+from pdx.errors import NotFiniteError, PdxError, RequestError
 from pdx.request_keys import check_keys, closest
 from pdx.sampling_options import SamplingOptions
 from pdx.tokenizer.messages import check_messages
@@ -67,13 +67,17 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
         where = f"{path}, line {number}"
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=_no_number)
                 json.dumps(row, ensure_ascii=False).encode()  # as it will be written
             except UnicodeEncodeError:
                 raise RequestError(f"{where} holds half a surrogate pair, which is no character") from None
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{where} is no JSON: {error}") from None
             yield number, row, where
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Request:
@@ -156,7 +160,8 @@ def run(
 ) -> None:
     """Answer all requests; each row is on disk as soon as it and those before it in the file are finished.
 
-    Raises RequestError or ContextLengthError, before anything runs or is written, for a row that cannot be served.
+    Raises RequestError or ContextLengthError, before anything runs or is written, for a row that cannot be served, and
+    NotFiniteError for one whose logits are NaN or infinite.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -173,14 +178,18 @@ def run(
         pieces = stream(
             model, prompts, [r.options for r in requests], batch_size=batch_size, kernels=kernels, kv_dtype=kv_dtype
         )
-        for piece in pieces:
-            if piece.completion is None:
-                continue
-            waiting[piece.index] = requests[piece.index].row | completion_fields(piece.completion, kernels)
-            tokens += piece.completion.completion_tokens
-            while written in waiting:
-                file.write(json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")
-                written += 1
-            file.flush()
-            progress.update(task, advance=1, description=f"requests, {tokens} tokens")
+        try:
+            for piece in pieces:
+                if piece.completion is None:
+                    continue
+                waiting[piece.index] = requests[piece.index].row | completion_fields(piece.completion, kernels)
+                tokens += piece.completion.completion_tokens
+                while written in waiting:
+                    file.write(strict_json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")
+                    written += 1
+                file.flush()
+                progress.update(task, advance=1, description=f"requests, {tokens} tokens")
+        except NotFiniteError as error:
+            line = requests[error.index].line
+            raise NotFiniteError(f"{source}, line {line}: {error.reason}; {written} answers are in {output}") from error
     print(f"{written} answers in {output}, {tokens} tokens", file=sys.stderr)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pdx import openai_answers, openai_rows
+from pdx import openai_answers, openai_rows, strict_json
 from pdx.batch_file import Request, check_output, parse, prompt_of, rows_of
 from pdx.completion import Completion
 from pdx.errors import EngineError, RequestError
@@ -112,7 +112,7 @@ class Journal:
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
         """Keep the answer to the request of a line."""
-        text = json.dumps(row, ensure_ascii=False)
+        text = strict_json.dumps(row, ensure_ascii=False)
         self._append(f"{line} {text}")
         self.done[line] = text
 

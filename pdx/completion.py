@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pdx.errors import NotFiniteError
 from pdx.metrics import RequestTiming
 from pdx.sampling_options import SamplingOptions
+
+# What -inf, the log-probability of a token that is impossible, is in JSON, which has no infinity. OpenAI's value.
+LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """One token's log-probability under the model, and those of the best alternatives."""
+    """One token's log-probability under the model, and those of the best alternatives; -inf where it is impossible."""
 
     token_id: int
     logprob: float
@@ -58,6 +62,7 @@ class Row:
     finish_reason: str | None = None
     ttft_s: float = 0.0
     e2e_s: float = 0.0
+    compile_s: float = 0.0  # so far, in its batch
 
     def push(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprobs], now: float) -> None:
         """Take tokens as they came from the device at second `now`; what follows the last one is dropped."""
@@ -81,11 +86,8 @@ class Row:
                 self.finish_reason = "length"
         if self.finish_reason:
             self.text += self.decoder.flush()
-        for stop in self.options.stop:
-            # A stop string may have begun in text that came before this token.
-            at = self.text.find(stop, max(before - len(stop) + 1, 0))
-            if at >= 0:
-                self.text, self.finish_reason = self.text[:at], "stop"
+        if found := first_stop(self.text, self.options.stop, before):
+            self.text, self.finish_reason = self.text[: found[0]], "stop"
 
     def fresh_text(self) -> str:
         """Text not shown yet, less an end that may turn out to be the beginning of a stop string."""
@@ -111,3 +113,30 @@ class Row:
             compile_s=compile_s,
             logprobs=self.logprobs if self.options.logprobs is not None else None,
         )
+
+
+def json_logprob(value: float) -> float:
+    """A log-probability as JSON has it: at least `LOWEST_LOGPROB`."""
+    return max(value, LOWEST_LOGPROB)
+
+
+def first_stop(text: str, stops: Sequence[str], new: int = 0) -> tuple[int, int] | None:
+    """Begin and end of the stop string that is complete first in `text`, None if there is none. Of several that end at
+    the same place, the first in the list counts.
+
+    A token may be long enough to complete several. Which one counts depends on the text alone, not on where its tokens
+    end. `new`: the text before it holds no whole stop string.
+    """
+    # A stop string may have begun in the text before `new`.
+    begins = [(text.find(stop, max(new - len(stop) + 1, 0)), len(stop)) for stop in stops]
+    found = [(at, at + size) for at, size in begins if at >= 0]
+    return min(found, key=lambda span: span[1], default=None)
+
+
+def not_finite(position: int, index: int | None = None) -> NotFiniteError:
+    """The error of a request that has no next token, since the logits behind its token at `position` are not finite.
+
+    `index`: which prompt it is, where there are several.
+    """
+    return NotFiniteError(f"the logits behind token {position} of the request are NaN or infinite: the model overflows "
+                          "for this input (try another dtype)", index)  # fmt: skip

@@ -36,5 +36,20 @@ class EngineError(PdxError):
     """A request that an engine could not serve: a failed step, NaN logits, an engine that was closed."""
 
 
+class DonatedError(PdxError, RuntimeError):
+    """A cache, or another state, that was given to a step before: its memory holds what the step returned."""
+
+
+class NotFiniteError(EngineError):
+    """Logits that are NaN or infinite, where a token or a score was to come from them: the model overflows.
+
+    `index`: which of several prompts it is, None if there is one; `reason`: the text without it.
+    """
+
+    def __init__(self, reason: str, index: int | None = None):
+        super().__init__(reason if index is None else f"prompt {index}: {reason}")
+        self.reason, self.index = reason, index
+
+
 class RequestError(PdxError, ValueError):
     """A request with a setting that makes no sense (an empty prompt, a negative temperature)."""

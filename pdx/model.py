@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pdx import quant
 from pdx.cache.dense import DenseCache
+from pdx.cache.given import check_cache, whole_numbers
 from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels, attention
@@ -136,7 +137,11 @@ def forward(
 
     Raises:
       ValueError: a layer that does not exist, no tokens, or a chunk larger than the cache was made for.
+      RequestError: tokens or lengths of another shape or type; DonatedError: a cache that a step has used up.
     """
+    if cache is not None:
+        check_cache(cache, PagedCache if isinstance(cache, PagedCache) else DenseCache)
+    tokens = jnp.asarray(whole_numbers("tokens", tokens, (None, None), "[B, T]"))
     b, t = tokens.shape
     if any(not 0 <= i <= cfg.num_layers for i in hidden_layers):
         raise ValueError(f"hidden_layers {hidden_layers}: a model of {cfg.num_layers} layers has 0 to {cfg.num_layers}")
@@ -155,6 +160,7 @@ def forward(
     else:
         if lengths is None:
             lengths = jnp.full((b,), t, jnp.int32)
+        lengths = jnp.asarray(whole_numbers("lengths", lengths, (b,), "[B]"))
         positions, valid, total = _rows(t, lengths, cache)
         held = [total] * cfg.num_layers
         last = lengths[:, None] - 1

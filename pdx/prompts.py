@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -55,11 +58,25 @@ def spread(options: SamplingOptions | Sequence[SamplingOptions], count: int) -> 
     return list(options)
 
 
+def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -> SamplingOptions:
+    """`options` (None: the defaults) with single fields changed. Raises RequestError for what is no field."""
+    if not isinstance(options, SamplingOptions | None):
+        raise RequestError(f"options must be SamplingOptions, not {_said(options)}")
+    known = [f.name for f in dataclasses.fields(SamplingOptions)]
+    if unknown := [name for name in settings if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise RequestError(f"{unknown[0]} is no setting: {meant}")
+    return dataclasses.replace(options or SamplingOptions(), **settings)
+
+
 def check_bias(model: Model, options: SamplingOptions) -> None:
-    """Raises RequestError for a logit_bias of a token that the model does not have."""
+    """Raises RequestError for a logit_bias of a token that the model does not have, or one that bans every token."""
     if bad := [i for i in options.logit_bias or () if i >= model.config.vocab_size]:
         raise RequestError(f"logit_bias names token {bad[0]}, but the model's tokens are 0 to "
                            f"{model.config.vocab_size - 1}")
+    if sum(v == -math.inf for v in (options.logit_bias or {}).values()) == model.config.vocab_size:
+        raise RequestError("logit_bias bans every token of the model: leave at least one")
 
 
 def _whole_numbers(prompt: Any) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdx.completion import Completion
+from pdx.completion import Completion, json_logprob
 from pdx.metrics import ServedTiming
 
 
@@ -44,7 +44,8 @@ def completion_fields(completion: Completion, kernels: str | dict[str, str]) -> 
         fields |= {"queue_s": timing.queue_s, "hit_tokens": timing.hit_tokens, "preemptions": timing.preemptions}
     if completion.logprobs is not None:
         fields["logprobs"] = [
-            {"token_id": t.token_id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]}
+            {"token_id": t.token_id, "logprob": json_logprob(t.logprob),
+             "top": [[token, json_logprob(value)] for token, value in t.top]}
             for t in completion.logprobs
         ]
     return fields

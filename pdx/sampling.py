@@ -36,6 +36,10 @@ __all__ = ["SampleOutput", "SamplingOptions", "SamplingState", "filtered_logits"
 
 # Colder than this and f32 logits a rounding error apart are told apart: it is greedy in all but name.
 COLDEST = 1e-6
+# The token of a row that has none: see `sample`.
+NO_TOKEN = -1
+# What f32 can hold: settings beyond it, or a penalty that would round to 0, are taken as these.
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @struct.dataclass
@@ -90,7 +94,7 @@ class SamplingState:
             return np.array(list(values), dtype)
 
         def setting(name):
-            return column((getattr(o, name) for o in rows), np.float32)
+            return column((min(getattr(o, name), LARGEST) for o in rows), np.float32)
 
         seeds = [secrets.randbits(64) if o.seed is None else o.seed for o in rows]
         bias_ids, bias_values = _bias_arrays(rows, vocab_size)
@@ -104,7 +108,7 @@ class SamplingState:
             top_k=column((o.top_k if o.top_k < vocab_size else 0 for o in rows), np.int32),
             top_p=setting("top_p"),
             min_p=setting("min_p"),
-            repetition=setting("repetition_penalty"),
+            repetition=np.maximum(setting("repetition_penalty"), np.float32(SMALLEST)),
             presence=setting("presence_penalty"),
             frequency=setting("frequency_penalty"),
             seeds=column(([seed >> 32, seed & 0xFFFFFFFF] for seed in seeds), np.uint32).reshape(batch, 2),
@@ -138,7 +142,7 @@ class SampleOutput:
     top_logprobs: Float[Array, "B n"]
 
 
-@partial(jax.jit, static_argnames="num_logprobs")
+@partial(jax.jit, static_argnames=("num_logprobs", "mark_broken"))
 def sample(
     logits: Float[Array, "B V"],
     state: SamplingState,
@@ -146,18 +150,22 @@ def sample(
     *,
     num_logprobs: int = 0,
     allowed: Bool[Array, "B V"] | None = None,
+    mark_broken: bool = False,
 ) -> SampleOutput:
     """Choose the next token of every row.
 
     A row depends on its own logits, settings, seed and position, and on nothing else: not on its slot, its
     neighbours or the batch size. The token is the one `filtered_logits` gives at random, by two Gumbel
     draws: a group of 128 tokens by its total mass, then a token in it. A row whose best logit is not
-    finite (NaN, or every token banned) is not drawn: it gets the argmax, a token id in any case.
+    finite (NaN, or every token banned) is not drawn: it gets the argmax, a token id in any case, or -1 with
+    `mark_broken`.
 
     Args:
       positions: where in its sequence the token of each row will stand.
       num_logprobs: the width n of the alternatives reported (static, at most 64).
       allowed: tokens that may be chosen, at least one a row; the others are banned, behind penalties and bias.
+      mark_broken: give -1 (`NO_TOKEN`) to rows with a NaN or +inf among their logits, or with nothing but -inf, so that
+        no token of theirs passes for an answer (static). It costs no pass over the logits, except with `allowed`.
 
     Returns:
       Tokens int32. Log-probabilities are those of the logits as given, before any setting.
@@ -167,20 +175,27 @@ def sample(
         raise ValueError(f"num_logprobs is {num_logprobs}: it must be from 0 to {most}")
     logits = logits.astype(jnp.float32)
 
-    def choose() -> Int[Array, " B"]:
+    def choose() -> tuple[Float[Array, " B"], Int[Array, " B"]]:
         x = _adjusted(logits, state)
         x = pad(x if allowed is None else jnp.where(allowed, x, -jnp.inf))
         top, token = best(x)
         drawn = _is_drawn(state, top)
-        return lax.cond(jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token)
+        return top, lax.cond(
+            jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token)
 
     if allowed is None:
         plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
-        tokens = lax.cond(plain, lambda: best(pad(logits))[1], choose)
+        top, tokens = lax.cond(plain, lambda: best(pad(logits)), choose)
     else:
-        tokens = choose()
+        top, tokens = choose()
     tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)
-    return SampleOutput(tokens, *_logprobs(logits, tokens, state.logprobs, num_logprobs))
+    out = SampleOutput(tokens, *_logprobs(logits, tokens, state.logprobs, num_logprobs))
+    if not mark_broken:
+        return out
+    finite = jnp.isfinite(top)
+    if allowed is not None:  # a mask may hide a NaN
+        finite &= jnp.isfinite(logits.max(-1))
+    return out.replace(tokens=jnp.where(finite, tokens, NO_TOKEN))
 
 
 @jax.jit
@@ -284,7 +299,8 @@ def _bias_arrays(rows: Sequence[SamplingOptions], vocab_size: int) -> tuple[np.n
     for row, options in enumerate(rows):
         bias = options.logit_bias or {}
         _check_ids("logit_bias", list(bias), vocab_size)
-        ids[row, : len(bias)], values[row, : len(bias)] = list(bias), list(bias.values())
+        ids[row, : len(bias)] = list(bias)
+        values[row, : len(bias)] = [v if v == -np.inf else min(max(v, -LARGEST), LARGEST) for v in bias.values()]
     return ids, values
 
 

@@ -6,8 +6,9 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 
+from pdx.arguments import boolean, integer, number, plain
 from pdx.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -59,53 +60,33 @@ class SamplingOptions:
     logprobs: int | None = None
 
     def __post_init__(self):
-        self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1, None))
-        self._set("temperature", _number("temperature", self.temperature, 0, math.inf, "; 0 is greedy"))
-        self._set("top_k", _integer("top_k", self.top_k, 0, None, "; 0 switches it off"))
-        top_p = _number("top_p", self.top_p, 0, 1, "; 1 switches it off, and for the best token only use temperature 0",
+        self._set("max_tokens", integer("max_tokens", self.max_tokens, 1))
+        self._set("temperature", number("temperature", self.temperature, 0, math.inf, "; 0 is greedy"))
+        self._set("top_k", integer("top_k", self.top_k, 0, hint="; 0 switches it off"))
+        top_p = number("top_p", self.top_p, 0, 1, "; 1 switches it off, and for the best token only use temperature 0",
                         open_below=True)
         self._set("top_p", top_p)
-        self._set("min_p", _number("min_p", self.min_p, 0, 1, "; 0 switches it off"))
-        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0, math.inf,
+        self._set("min_p", number("min_p", self.min_p, 0, 1, "; 0 switches it off"))
+        self._set("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0, math.inf,
                                                 "; 1 switches it off", open_below=True))
         for name in ("presence_penalty", "frequency_penalty"):
-            self._set(name, _number(name, getattr(self, name), -2, 2, "; 0 switches it off"))
+            self._set(name, number(name, getattr(self, name), -2, 2, "; 0 switches it off"))
         if self.logit_bias is not None:
             self._set("logit_bias", _bias(self.logit_bias))
         if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, 0, 2**64 - 1))
+            self._set("seed", integer("seed", self.seed, 0, 2**64 - 1))
         if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
+            self._set("logprobs", integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
         stop = (self.stop,) if isinstance(self.stop, str) else _sequence("stop", self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop is {self.stop!r}: it must be non-empty texts")
         self._set("stop", stop)
         ids = _sequence("stop_token_ids", self.stop_token_ids)
-        self._set("stop_token_ids", tuple(_integer("stop_token_ids", i, 0, None) for i in ids))
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: it must be true or false")
+        self._set("stop_token_ids", tuple(integer("stop_token_ids", i, 0) for i in ids))
+        self._set("ignore_eos", boolean("ignore_eos", self.ignore_eos))
 
     def _set(self, name: str, value) -> None:
         object.__setattr__(self, name, value)
-
-
-def _number(name, value, low, high, hint="", *, open_below=False) -> float:
-    """`value` as a float in [low, high] (in (low, high] with `open_below`), always finite."""
-    # Compared first: a whole number may be too large for a float.
-    good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not good or value > high or value < low or (open_below and value == low):
-        above = f"{'above' if open_below else 'at least'} {low:g}"
-        span = f"{above} and finite" if high == math.inf else f"{above} and at most {high:g}"
-        raise RequestError(f"{name} is {value!r}: it must be a number {span}{hint}")
-    return float(value)
-
-
-def _integer(name, value, low, high, hint="") -> int:
-    good = isinstance(value, Integral) and not isinstance(value, bool)
-    if not good or value < low or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}: it must be a whole number {span}{hint}")
-    return int(value)
 
 
 def _sequence(name, value) -> tuple:
@@ -124,7 +105,7 @@ def _bias(bias) -> dict[int, float]:
     clean = {}
     for token, value in bias.items():
         token = int(token) if isinstance(token, str) and token.isdecimal() else token
-        token = _integer("a token id of logit_bias", token, 0, None)
+        token, value = integer("a token id of logit_bias", token, 0), plain(value)
         if isinstance(value, bool) or not isinstance(value, Real) or not (
             value == -math.inf or abs(value) <= sys.float_info.max
         ):

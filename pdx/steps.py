@@ -16,16 +16,17 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pdx.arguments import integer
 from pdx.cache.dense import DenseCache
+from pdx.cache.given import check_alive, check_cache, whole_numbers
 from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
+from pdx.errors import RequestError
 from pdx.layers.attention import Kernels
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
-
-# What `decode_many` gives for a row that has overflowed unchecked.
-NO_TOKEN = -1
+from pdx.step_arguments import chunk, newest
 
 
 def prefill(
@@ -44,7 +45,7 @@ def prefill(
     logits mean nothing. The cache given is donated: use the one returned.
 
     Args:
-      check: look, on the host, whether the tokens fit, and raise if not. It waits for the cache;
+      check: look, on the host, at the values: whether the tokens fit and are of the vocabulary. It waits for the cache;
         callers that keep count themselves switch it off. A row that overflows unchecked, or under an
         outer `jit`, gets NaN logits: never a silent truncation.
 
@@ -54,10 +55,10 @@ def prefill(
     Raises:
       ContextLengthError: a row has no room for its tokens.
       ValueError: T is larger than the cache's chunk, or a length is not one of 0 to T.
+      RequestError: another shape or type (a list is taken), or with `check` a token outside the vocabulary.
+      DonatedError: a cache that was given to an earlier step.
     """
-    _rows(cache, tokens=tokens, lengths=lengths)
-    if check:
-        _check(cache, lengths, tokens)
+    tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
@@ -75,18 +76,17 @@ def decode_step(
 
     Inactive rows neither grow nor are read; their logits mean nothing. See `prefill` for the rest.
     """
-    active = jnp.asarray(active)
-    _rows(cache, tokens=tokens, active=active)
-    if check:
-        _check(cache, active)
-    return _decode_step(params, cfg, tokens, active, cache, kernels)
+    tokens, active = newest(cfg, cache, tokens, active, check)
+    return _decode_step(params, cfg, tokens, jnp.asarray(active), cache, kernels)
 
 
 @struct.dataclass
 class Decoded:
     """What `decode_many` returns: n tokens a row, and everything needed to go on."""
 
-    tokens: Int[Array, "B n"]  # -1 where the cache had no room left, which `check` would have refused
+    # -1 (`NO_TOKEN`) where the logits were NaN or infinite: the model overflows, or the cache had no room left, which
+    # `check` would have refused. What follows a -1 in its row means nothing.
+    tokens: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     top_ids: Int[Array, "B n m"]
     top_logprobs: Float[Array, "B n m"]
@@ -123,12 +123,16 @@ def decode_many(
     Raises:
       ContextLengthError: as `prefill`, for n (or `steps`) more tokens.
     """
-    if active is None:
-        active = jnp.ones(tokens.shape, bool)
-    steps = jnp.asarray(n if steps is None else steps, jnp.int32)
-    _rows(cache, tokens=tokens, active=active)
-    if check:
-        _check(cache, jnp.where(active, steps, 0))
+    n = integer("n", n, 1)
+    num_logprobs = integer("num_logprobs", num_logprobs, 0)
+    if not isinstance(steps, jax.Array):
+        steps = n if steps is None else integer("steps", steps, 0, n)
+    active = np.ones(cache.batch, bool) if active is None and isinstance(cache, DenseCache) else active
+    tokens, active = newest(cfg, cache, tokens, active, check, steps)
+    if not isinstance(sampling, SamplingState):
+        raise RequestError(f"sampling is {type(sampling).__name__}: it must be what SamplingState.create returns")
+    check_alive(sampling, "sampling state")
+    steps = jnp.asarray(steps, jnp.int32)
     sampling = place_rows(sampling, cache.mesh)  # as it will come back, so that the next call is the same program
     return _decode_many(params, cfg, tokens, cache, sampling, n, jnp.asarray(active), steps, num_logprobs, kernels)
 
@@ -148,9 +152,7 @@ def verify(
     `tokens` are the newest token and G drafted ones (T = G + 1); logits [:, i] follow token i.
     See `prefill` for the rest.
     """
-    _rows(cache, tokens=tokens, lengths=lengths)
-    if check:
-        _check(cache, lengths, tokens)
+    tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
@@ -187,32 +189,20 @@ def mixed_step(
     Raises:
       ValueError: shapes that do not fit.
     """
-    groups, rows = len(cache.groups), np.shape(lengths)[0]
+    check_cache(cache, PagedCache)
+    groups, rows = len(cache.groups), np.shape(lengths)[0] if np.ndim(lengths) else 0
     if np.shape(block_tables)[:2] != (groups, rows) or np.shape(query_starts) != (rows + 1,) or np.ndim(tokens) != 1:
         raise ValueError(
             f"tokens [T], block_tables [{groups}, R, M], lengths [R] and query_starts [R+1] must agree, got "
             f"{np.shape(tokens)}, {np.shape(block_tables)}, {np.shape(lengths)} and {np.shape(query_starts)}"
         )
+    tokens, lengths = whole_numbers("tokens", tokens, (None,), "[T]"), whole_numbers("lengths", lengths, (rows,), "[R]")
+    block_tables = whole_numbers("block_tables", block_tables, (groups, rows, None), "[Gr, R, M]")
+    query_starts = whole_numbers("query_starts", query_starts, (rows + 1,), "[R+1]")
     packed = PackedRows(*(jnp.asarray(x, jnp.int32) for x in (block_tables, lengths, query_starts)),
-                        decode_rows, max_queries)  # fmt: skip
+                        integer("decode_rows", decode_rows, 0),
+                        max_queries if max_queries is None else integer("max_queries", max_queries, 1))  # fmt: skip
     return _mixed_step(params, cfg, jnp.asarray(tokens, jnp.int32), packed, cache, kernels)
-
-
-def _rows(cache: DenseCache, **given) -> None:
-    """Raise ValueError for an array that has not a row for each of the cache's."""
-    for name, x in given.items():
-        if np.shape(x)[:1] != (cache.batch,):
-            raise ValueError(f"{name} of shape {np.shape(x)} does not have the cache's {cache.batch} rows")
-
-
-def _check(cache: DenseCache, lengths, tokens=None) -> None:
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((cache.lengths, lengths))):
-        return
-    if tokens is not None:
-        new = np.asarray(lengths)
-        if wrong := [int(n) for n in new if not 0 <= n <= tokens.shape[1]]:
-            raise ValueError(f"a row is said to have {wrong[0]} new tokens, but the chunk is {tokens.shape[1]} wide")
-    cache.check_room(lengths)
 
 
 def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
@@ -271,9 +261,8 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
         tokens, cache, sampling, rows = carry
         logits, cache = _step(params, cfg, tokens, active, cache, kernels)
         # The token drawn now will stand at this position: its randomness is that of (seed, position).
-        drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs)
-        # Without room there are no logits to draw from, and any token would pass for an answer.
-        drawn = drawn.replace(tokens=jnp.where(cache.lengths > cache.capacity, NO_TOKEN, drawn.tokens))
+        # Logits that are not finite (the model overflows, or there was no room) give no token, not a wrong one.
+        drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs, mark_broken=True)
         sampling = sampling.observe(drawn.tokens, active)
         rows = jax.tree.map(lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, i, 1), rows, drawn)
         return jnp.where(active, drawn.tokens, tokens), cache, sampling, rows

@@ -10,7 +10,8 @@ import pytest
 
 import pdx
 from pdx.errors import ContextLengthError, RequestError
-from pdx.generation import Generator, requests_of
+from pdx.generation import requests_of
+from pdx.generator import Generator
 from pdx.sampling_options import SamplingOptions
 from tests import tiny_model
 

@@ -17,7 +17,7 @@ from pdx.cache.dense import DenseCache, init_cache
 from pdx.chips import MeasuredChip
 from pdx.config import ModelConfig
 from pdx.cost import Cost, Phase, Setup
-from pdx.generation import DEFAULT_CHUNK
+from pdx.generator import DEFAULT_CHUNK
 from pdx.layers.attention import layout_for
 from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions

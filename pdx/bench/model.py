@@ -18,7 +18,7 @@ from pdx.bench.peer import llama_cpp_or_reason, transformers_or_reason
 from pdx.bench.timing import Timing, interleaved, matmul_rate, once, read_bandwidth
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.cost import Setup
-from pdx.generation import DEFAULT_CHUNK
+from pdx.generator import DEFAULT_CHUNK
 from pdx.layers.attention import layout_for
 from pdx.sampling import SamplingState
 from pdx.sampling_options import SamplingOptions

@@ -13,8 +13,8 @@ import numpy as np
 
 from pdx import steps
 from pdx.cache.dense import init_cache
-from pdx.errors import RequestError
-from pdx.generation import cache_dtype
+from pdx.errors import NotFiniteError, RequestError
+from pdx.generator import cache_dtype
 from pdx.layers.attention import layout_for
 from pdx.weights.loaded import Model
 
@@ -74,6 +74,7 @@ def evaluate(
 
     Raises:
       RequestError: a text too short, a window that does not fit the context.
+      NotFiniteError: logits that are NaN or infinite, so that there is no perplexity.
     """
     if length > model.config.max_context:
         raise RequestError(f"windows of {length} tokens do not fit the context of {model.config.max_context}")
@@ -82,7 +83,7 @@ def evaluate(
     first = _Scorer(model, length, kv_dtype, kernels)
     same = reference is model and cache_dtype(kv_dtype, model) == cache_dtype(None, model)
     second = None if same else _Scorer(reference, length, None, kernels)
-    for part, known in windows(tokens, length, stride, model.tokenizer.opening):
+    for number, (part, known) in enumerate(windows(tokens, length, stride, model.tokenizer.opening)):
         pairs = ((x, x) for x in first.logits(part))
         if second is not None:
             pairs = zip(first.logits(part), second.logits(part), strict=True)
@@ -90,10 +91,24 @@ def evaluate(
             at = i * CHUNK + np.arange(CHUNK) + 1  # logits behind a token score the next one
             scored = (known <= at) & (at < len(part))
             targets = np.asarray(part, np.int32)[np.minimum(at, len(part) - 1)]
-            sums += np.asarray(_compare(mine, theirs, targets, scored), np.float64)
+            found = np.asarray(_compare(mine, theirs, targets, scored), np.float64)
+            _check_finite(found, model, reference, f"window {number}, chunk {i} of {CHUNK} tokens")
+            sums += found
             count += int(scored.sum())
-    nll, reference_nll, kl, agreed = sums / count
-    return Quality(math.exp(nll), math.exp(reference_nll), float(kl), float(agreed), count)
+    means = sums / count
+    with np.errstate(over="ignore"):
+        _check_finite(np.exp(means), model, reference, f"the {count} tokens together")
+    return Quality(math.exp(means[0]), math.exp(means[1]), *means[2:].tolist(), count)
+
+
+def _check_finite(found: np.ndarray, model: Model, reference: Model, where: str) -> None:
+    """Raise NotFiniteError for the model whose figure is NaN or infinite."""
+    for value, scored in zip(found[[1, 0, 2]], (reference, model, model), strict=True):
+        if not np.isfinite(value):
+            raise NotFiniteError(
+                f"{where}: the logits of {scored.name} in {jnp.dtype(scored.dtype).name} are NaN or infinite, or leave "
+                "a token of the text no chance: there is no perplexity (try another dtype)"
+            )
 
 
 class _Scorer:
@@ -124,7 +139,8 @@ def _compare(mine, theirs, targets, scored):
     """Sums over the scored positions: both negative log-likelihoods, the divergence, the agreements."""
     ours, reference = jax.nn.log_softmax(mine), jax.nn.log_softmax(theirs)
     pick = lambda x: -jnp.take_along_axis(x, targets[:, None], axis=1)[:, 0]  # noqa: E731
-    divergence = (jnp.exp(reference) * (reference - ours)).sum(-1)
+    # A token that the reference excludes (-inf) has no part in the divergence.
+    divergence = jnp.where(jnp.isneginf(reference), 0.0, jnp.exp(reference) * (reference - ours)).sum(-1)
     agreed = mine.argmax(-1) == theirs.argmax(-1)
     found = jnp.stack([pick(ours), pick(reference), divergence, agreed.astype(jnp.float32)])
     return jnp.where(scored, found, 0.0).sum(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.hardware import Chip
+from pdx import strict_json
 from pdx.bench import pitfalls, report_page, report_plots, rows
 from pdx.bench.device import machine
 from pdx.bench.lab import Side
@@ -79,7 +79,7 @@ def write(report: Report, out: Path) -> list[Path]:
     """`report.json`, `report.md` and its pictures into a folder. Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = report_plots.draw(report, out)
-    (out / "report.json").write_text(json.dumps(_rounded(report.to_dict()), indent=1) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(strict_json.dumps(_rounded(report.to_dict()), indent=1) + "\n", encoding="utf-8")
     text = report_page.to_markdown(report, [p.name for p in pictures])
     (out / "report.md").write_text(text, encoding="utf-8")
     return [out / "report.md", out / "report.json", *pictures]

@@ -7,6 +7,7 @@ same ring that never wraps. How keys and values lie in memory is the device's ma
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
 import jax
@@ -18,10 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantize_kv, write_pages
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis
+from pdx.arguments import integer
+from pdx.cache.given import check_alive, whole_numbers
 from pdx.config import ModelConfig
-from pdx.errors import ContextLengthError
+from pdx.errors import ContextLengthError, RequestError
 from pdx.shapes import DEFAULT_CHUNK, SLOT_MULTIPLE, layer_slots, round_up
 from pdx.sharding import ArraySpec, constrain, is_spec, mesh_axis, row_spec
+
+CACHE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "int8": jnp.int8}
 
 
 @struct.dataclass
@@ -143,7 +148,8 @@ class DenseCache:
         arrays that hold values (not under a trace), it raises ContextLengthError where a ring has
         overwritten what the shorter row would need.
         """
-        lengths = jnp.asarray(lengths, jnp.int32)
+        check_alive(self)
+        lengths = jnp.asarray(whole_numbers("lengths", lengths, self.lengths.shape, "[B]"), jnp.int32)
         new = jnp.minimum(self.lengths, lengths)
         if not any(isinstance(x, jax.core.Tracer) for x in (lengths, self.lengths, self.written)):
             self._check_held(np.asarray(new))
@@ -208,13 +214,26 @@ def default_layout(platform: str | None = None) -> Layout:
     return {"tpu": "folded", "gpu": "heads_last"}.get(platform or jax.default_backend(), "heads_first")
 
 
+def cache_dtype(dtype) -> jnp.dtype:
+    """The type of keys and values: one of `CACHE_DTYPES`, by name or as a jax or numpy type. Raises RequestError."""
+    with suppress(TypeError):  # what is no type at all
+        found = jnp.dtype(CACHE_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+        if dtype is not None and found in map(jnp.dtype, CACHE_DTYPES.values()):
+            return found
+    raise RequestError(f"dtype {dtype!r} of a cache is not one of {', '.join(CACHE_DTYPES)}")
+
+
 def cache_specs(
     cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
     mesh: Mesh | None = None, layout: Layout | None = None,
 ) -> DenseCache:  # fmt: skip
     """The cache as declared: a `DenseCache` whose leaves are `ArraySpec`s."""
+    if not isinstance(cfg, ModelConfig):
+        raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
+    batch, capacity, chunk = (integer(n, x) for n, x in (("batch", batch), ("capacity", capacity), ("chunk", chunk)))
+    dtype = cache_dtype(dtype)
     if batch < 1 or capacity < 1 or chunk < 1:
-        raise ValueError(f"batch {batch}, capacity {capacity} and chunk {chunk} must be at least 1")
+        raise RequestError(f"batch {batch}, capacity {capacity} and chunk {chunk} must be at least 1")
     capacity = round_up(capacity, SLOT_MULTIPLE)
 
     def layer(window):
@@ -237,6 +256,9 @@ def init_cache(
     `dtype` int8: keys and values are quantized as they are appended, a scale for each token and head.
     With a `mesh`, rows go over `data` and KV heads over `model`. `layout`: how it lies in memory; None:
     as this device's attention reads it best.
+
+    Raises:
+      RequestError: a number below 1, or a dtype that is not f32, bf16, f16 or int8.
     """
     return zeros(cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout), mesh)
 

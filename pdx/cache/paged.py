@@ -20,7 +20,9 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.hardware import platform_of
 from pallas_kernels.layouts import Layout
-from pdx.cache.dense import LayerCache, default_layout, layer_specs, zeros
+from pdx.arguments import integer
+from pdx.cache.dense import LayerCache, cache_dtype, default_layout, layer_specs, zeros
+from pdx.cache.given import check_cache, whole_numbers
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.sharding import constrain, is_spec
@@ -112,9 +114,12 @@ def paged_cache_specs(
     mesh: Mesh | None = None, layout: Layout | None = None,
 ) -> PagedCache:  # fmt: skip
     """The cache as declared: a `PagedCache` whose leaves are `ArraySpec`s. See `init_paged_cache`."""
-    groups, layout = page_groups(cfg), layout or default_layout()
-    counts = (pages,) * len(groups) if isinstance(pages, int) else tuple(pages)
-    page_size = page_size or PAGE_SIZES[layout]
+    if not isinstance(cfg, ModelConfig):
+        raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
+    groups, layout, dtype = page_groups(cfg), layout or default_layout(), cache_dtype(dtype)
+    many = isinstance(pages, Sequence) or getattr(pages, "ndim", 0) == 1
+    counts = tuple(integer("pages", p) for p in (pages if many else (pages,) * len(groups)))
+    page_size = PAGE_SIZES[layout] if page_size is None else integer("page_size", page_size)
     if len(counts) != len(groups) or min(counts) < 1 or page_size < 1:
         raise ValueError(f"pages {pages} of {page_size} tokens: a number of at least 1 for each of the page groups "
                          f"{groups} is needed (windows; None: whole contexts)")
@@ -141,17 +146,30 @@ def init_paged_cache(
     return zeros(paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout), mesh)
 
 
-@partial(jax.jit, static_argnames="group", donate_argnames="cache")
 def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Array, " n"]) -> PagedCache:
     """Copy pages `src` of a group over pages `dst`, in all its layers: what a request shares and wants to write.
 
     The cache is donated. A copy whose `dst` is no page (-1) is none; all sources are read before any is written.
+
+    Raises:
+      RequestError: no such group, or pages that are no whole numbers [n]; DonatedError: a cache that is used up.
     """
+    check_cache(cache, PagedCache)
+    group = integer("group", group, 0, len(cache.groups) - 1)
+    src = whole_numbers("src", src, (None,), "[n]")
+    return _copy_pages(cache, group, src, whole_numbers("dst", dst, src.shape, "[n], as src"))
+
+
+@partial(jax.jit, static_argnames="group", donate_argnames="cache")
+def _copy_pages(cache, group, src, dst):
     layers = [
         jax.tree.map(lambda x: _copied(x, src, dst), layer) if g == group else layer
         for layer, g in zip(cache.layers, cache.group_of_layer, strict=True)
     ]
     return cache.replace(layers=tuple(layers)).placed()
+
+
+copy_pages.lower = _copy_pages.lower  # as of the program behind it
 
 
 def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:

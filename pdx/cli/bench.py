@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -50,7 +50,7 @@ def bench_model(
     result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
                        others=others)  # fmt: skip
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print(strict_json.dumps(result.to_dict(), indent=2))
         return
     print(result.opening())
     print_table(result.table(), as_markdown)
@@ -74,7 +74,7 @@ def bench_memory(
     with still("loading and running the model, a process for each way of storing it"):
         found = memory.measure(model, quantize or ("none", "int8"))
     if as_json:
-        print(json.dumps({"model": model, "results": [x.to_dict() for x in found]}))
+        print(strict_json.dumps({"model": model, "results": [x.to_dict() for x in found]}))
     else:
         print_table(memory.table(found), as_markdown)
 
@@ -113,7 +113,7 @@ def eval_ppl(
         found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
                                  max_tokens=max_tokens, kernels=kernels)  # fmt: skip
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(strict_json.dumps(found.to_dict()))
         return
     print(f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
           f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -108,7 +108,7 @@ def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
             sys.stdout.flush()
         completion = piece.completion or completion
     if as_json:
-        print(json.dumps(report_text.completion_fields(completion, run["kernels"]), ensure_ascii=False))
+        print(strict_json.dumps(report_text.completion_fields(completion, run["kernels"]), ensure_ascii=False))
         return
     sys.stdout.write("\n")
     sys.stdout.flush()

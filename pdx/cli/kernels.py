@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import JsonOption, ModelOption, app, refuse_without_effect
 from pdx.errors import RequestError
 from pdx.weights.builtin import DEFAULT_MODEL
@@ -35,7 +35,7 @@ def tune(
     except (ValueError, targets.CompilerMissing) as error:
         raise RequestError(str(error)) from error
     if as_json:
-        print(json.dumps({"op": op, "cases": found}))
+        print(strict_json.dumps({"op": op, "cases": found}))
 
 
 @app.command()
@@ -75,6 +75,6 @@ def compare(
     if plot is not None:
         plotting.save(found, plot)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(strict_json.dumps(found.to_dict()))
     else:
         show(found)

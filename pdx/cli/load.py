@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -97,7 +97,8 @@ def bench_load(
     if plot:
         load_report.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
     if as_json:
-        print(json.dumps({"model": first.name, "device": device_name(), "results": [r.to_dict() for r in results]}))
+        said = {"model": first.name, "device": device_name(), "results": [r.to_dict() for r in results]}
+        print(strict_json.dumps(said))
     else:
         print(f"{first.name}, {first.dtype}, on {device_name()}; {len(loads[0].requests)} requests a load, "
               f"{loads[0].process}\n")  # fmt: skip
@@ -137,7 +138,7 @@ def bench_engine(
 
     found, notes = figures.run(load_model(model, dtype, None, quantize), only or (), peer=peer)
     if as_json:
-        print(json.dumps({"figures": [f.to_dict() for f in found], "notes": notes}))
+        print(strict_json.dumps({"figures": [f.to_dict() for f in found], "notes": notes}))
     else:
         print_table(figures.table(found), as_markdown)
         print("\n".join(notes), end="\n" if notes else "")

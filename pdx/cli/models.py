@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import DtypeOption, JsonOption, QuantizeOption, app, load_model, refuse_without_effect
 from pdx.errors import RequestError
 
@@ -22,7 +22,7 @@ def models(as_json: JsonOption = False) -> None:
 
     rows = list_models()
     if as_json:
-        print(json.dumps({"models": rows}, indent=2))
+        print(strict_json.dumps({"models": rows}, indent=2))
     else:
         report_text.print_models(rows)
 
@@ -87,6 +87,6 @@ def _save(model, directory: Path, as_json: bool) -> None:
         save(model, directory)
     if as_json:
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        print(json.dumps({"model": model.name, "directory": str(directory), "size_bytes": size}))
+        print(strict_json.dumps({"model": model.name, "directory": str(directory), "size_bytes": size}))
     else:
         print(f"saved {model.name} to {directory}", file=sys.stderr)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import JsonOption, QuantizeOption, app
 
 
@@ -45,6 +45,6 @@ def plan(
         steps = compiled(found) if compiles else []
     if as_json:
         said = found.to_dict() | {"advice": planning.advice(found)}
-        print(json.dumps(said | ({"compiled": [x.to_dict() for x in steps]} if compiles else {})))
+        print(strict_json.dumps(said | ({"compiled": [x.to_dict() for x in steps]} if compiles else {})))
     else:
         show(found, steps)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import DtypeOption, JsonOption, ModelOption, app, load_model
 from pdx.weights.builtin import DEFAULT_MODEL
 
@@ -32,7 +32,7 @@ def calibrate(
         chip = measure(name, progress=progress)
     file = chips.save(chip, out)
     if as_json:
-        print(json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
+        print(strict_json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
         return
     print(f"{chip.name}: reads {chip.hbm_gbps:.1f} GB/s; products of float32 {chip.f32_tflops * 1e3:.0f} GFLOP/s, "
           f"bfloat16 {chip.bf16_tflops * 1e3:.0f}, int8 {chip.int8_tops * 1e3:.0f}\nwritten to {file}: "
@@ -78,7 +78,7 @@ def report(
         found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
     files = [str(file) for file in reporting.write(found, out)]
     if as_json:
-        print(json.dumps(found.to_dict() | {"files": files}))
+        print(strict_json.dumps(found.to_dict() | {"files": files}))
         return
     report_page.show(found)
     print(f"written: {', '.join(files)}")

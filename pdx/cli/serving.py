@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -92,7 +92,7 @@ def chat(
         talk = Chat(engine, options, system)
         turns = converse(talk, typed(), out=io.StringIO() if as_json else None)
     if as_json:
-        print(json.dumps({"model": loaded.name, "messages": talk.messages, "turns": [
+        print(strict_json.dumps({"model": loaded.name, "messages": talk.messages, "turns": [
             completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}) for done in turns]},
             ensure_ascii=False))  # fmt: skip
 
@@ -134,7 +134,7 @@ def batch(
     with start_engine(loaded, config) as engine:
         tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options)
     if as_json:
-        print(json.dumps({"output": str(output), "rows": len(requests), "resumed_rows": tally.resumed,
+        print(strict_json.dumps({"output": str(output), "rows": len(requests), "resumed_rows": tally.resumed,
                           "failed_rows": tally.failed, "completion_tokens": tally.tokens}))  # fmt: skip
     else:
         print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",

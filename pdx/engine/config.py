@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from pdx.arguments import boolean, integer, number
 from pdx.configs import folders
 from pdx.errors import RequestError
 from pdx.sampling_options import MAX_LOGPROBS
@@ -70,15 +72,18 @@ class EngineConfig:
 
     def __post_init__(self):
         for name, low in (("slots", 1), ("prefill_rows", 1), ("max_queue", 1), ("num_logprobs", 0)):
-            _check_integer(name, getattr(self, name), low)
-        for name in ("page_size", "pages", "max_context", "token_budget"):
-            value = getattr(self, name)
-            for each in value if name == "pages" and isinstance(value, tuple) else (value,):
-                if each is not None:
-                    _check_integer(name, each, 1)
+            self._set(name, integer(name, getattr(self, name), low))
+        for name in ("page_size", "max_context", "token_budget"):
+            if getattr(self, name) is not None:
+                self._set(name, integer(name, getattr(self, name), 1))
+        if self.pages is not None:
+            many = isinstance(self.pages, list | tuple) or getattr(self.pages, "ndim", 0) == 1
+            each = tuple(integer("pages", p, 1) for p in (self.pages if many else (self.pages,)))
+            self._set("pages", each if many else each[0])
         for name in ("aging_s", "tpot_s", "memory_share"):
-            if not getattr(self, name) > 0:
-                raise RequestError(f"{name} is {getattr(self, name)!r}: it must be above 0")
+            self._set(name, number(name, getattr(self, name), 0, math.inf, open_below=True))
+        for name in ("prefix_cache", "chunked_prefill", "overlap", "deterministic"):
+            self._set(name, boolean(name, getattr(self, name)))
         if self.memory_share > 1:
             raise RequestError(f"memory_share is {self.memory_share}: it must be at most 1")
         if self.num_logprobs > MAX_LOGPROBS:
@@ -98,6 +103,9 @@ class EngineConfig:
                     f"token_budget is {self.token_budget}: deterministic prompts come in whole pages beside the decode "
                     f"rows, so it must be at least {least}"
                 )
+
+    def _set(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)
 
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
@@ -151,8 +159,3 @@ class EngineConfig:
 def profiles() -> list[str]:
     """Names of all engine profiles, sorted."""
     return sorted({file.stem for folder in folders() for file in (folder / "engines").glob("*.toml")})
-
-
-def _check_integer(name: str, value, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise RequestError(f"{name} is {value!r}: it must be a whole number of at least {low}")

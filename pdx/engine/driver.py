@@ -6,6 +6,7 @@ after it is under way. What goes wrong in a step costs the requests of that step
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -17,14 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from pdx.completion import TokenLogprobs
+from pdx.completion import TokenLogprobs, not_finite
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence, Status
-from pdx.engine.runner import NO_TOKEN, Runner
+from pdx.engine.runner import Runner
 from pdx.engine.scheduler import Output, Scheduler
 from pdx.engine.stats import Stats
 from pdx.engine.stream import ClientError, RequestStream
 from pdx.errors import EngineError, RequestError
+from pdx.sampling import NO_TOKEN
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -146,7 +148,9 @@ class Driver:
             try:
                 mask = seq.request.mask(list(seq.outputs))
                 if mask is not None:
-                    mask = np.asarray(mask, bool)
+                    mask = np.array(mask, bool)
+                    if mask.shape == allowed.shape[1:]:
+                        mask[[t for t, v in (seq.request.options.logit_bias or {}).items() if v == -math.inf]] = False
                     if mask.shape != allowed.shape[1:] or not mask.any():
                         raise RequestError(f"a mask must be bool [{allowed.shape[1]}] and allow at least one token, "
                                            f"got shape {mask.shape} with {int(mask.sum())} allowed")  # fmt: skip
@@ -165,9 +169,7 @@ class Driver:
         now = time.perf_counter()
         for chunk in plan.chunks:
             if chunk.samples and got.tokens[chunk.slot] == NO_TOKEN:
-                self._fail(chunk.sequence, EngineError(
-                    f"the logits behind token {chunk.start + chunk.count - 1} of the request are NaN: the model "
-                    "overflows for this input (try another dtype)"))  # fmt: skip
+                self._fail(chunk.sequence, not_finite(chunk.start + chunk.count - 1))
         with self.work:
             self.stats.ended(flight.dispatched, now)
             slots = {c.sequence: c.slot for c in plan.chunks}

@@ -35,9 +35,10 @@ from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import settle
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
-from pdx.generation import cache_dtype, ends_of
+from pdx.generation import ends_of
+from pdx.generator import cache_dtype
 from pdx.metrics import EngineMetrics
-from pdx.prompts import Prompt, check_bias, encode, spread
+from pdx.prompts import Prompt, as_list, check_bias, encode, options_with, spread
 from pdx.sampling_options import SamplingOptions
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
@@ -55,8 +56,12 @@ class Engine:
     """
 
     def __init__(self, model: Model, config: EngineConfig | None = None):
-        kv_dtype = cache_dtype((config or EngineConfig()).kv_dtype, model)
-        self.model, self.config = model, settle(config or EngineConfig(), model, kv_dtype)
+        config = EngineConfig() if config is None else config
+        for name, value, kind in (("model", model, Model), ("config", config, EngineConfig)):
+            if not isinstance(value, kind):
+                raise RequestError(f"{name} is {type(value).__name__}: it must be a {kind.__module__}.{kind.__name__}")
+        kv_dtype = cache_dtype(config.kv_dtype, model)
+        self.model, self.config = model, settle(config, model, kv_dtype)
         self.runner = Runner(model, self.config, kv_dtype)
         self.scheduler = Scheduler(self.config, self.runner.cache.groups, self.config.pages, self.config.max_context)
         self._driver = Driver(self.scheduler, self.runner)
@@ -99,6 +104,8 @@ class Engine:
           EngineError: the engine is closed.
         """
         request = self._request(prompt, options, settings)
+        if on_output is not None and not callable(on_output):
+            raise RequestError(f"on_output is {on_output!r}: it must be a function that takes an output")
         self.start()
         row = Row(index, list(request.prompt), request.options, self.model.tokenizer.stream(),
                   ends_of(self.model, request.options))  # fmt: skip
@@ -108,6 +115,7 @@ class Engine:
             now = time.perf_counter()
             seq = self.scheduler.submit(request, now, ends=row.ends)
             stream = self._driver.streams[seq] = RequestStream(row, now, on_output)
+            stream.served_by = self._thread
             stream.cancel = lambda: self._driver.cancel(seq)
             self._work.notify_all()
         return stream
@@ -124,14 +132,18 @@ class Engine:
             request.cancel()
 
     def generate(
-        self, prompts: list[Prompt | EngineRequest], options: SamplingOptions | list[SamplingOptions] | None = None,
-        **settings,
+        self, prompts: Prompt | EngineRequest | list[Prompt | EngineRequest],
+        options: SamplingOptions | list[SamplingOptions] | None = None, **settings,
     ) -> list[Completion]:  # fmt: skip
-        """Completions in the order of the prompts, however many: it waits where the queue is full.
+        """Completions in the order of the prompts, one or however many: it waits where the queue is full.
 
         Raises what `submit` raises, and EngineError for a request that failed; the others are cancelled then.
         """
-        each = spread(options, len(prompts)) if isinstance(options, list) else [options] * len(prompts)
+        prompts = [prompts] if isinstance(prompts, EngineRequest) else as_list(prompts)
+        many = isinstance(options, list | tuple)
+        if many and settings:
+            raise RequestError(f"give {', '.join(settings)} in each request's options, or one set for all")
+        each = spread(options, len(prompts)) if many else [options] * len(prompts)
         streams: list[RequestStream] = []
         try:
             for index, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
@@ -186,8 +198,7 @@ class Engine:
                 raise RequestError("an EngineRequest has its own options: give it nothing beside it")
             request = prompt
         else:
-            options = dataclasses.replace(options or SamplingOptions(), **settings)
-            request = EngineRequest(tuple(encode(self.model, prompt)), options)
+            request = EngineRequest(tuple(encode(self.model, prompt)), options_with(options, settings))
         encode(self.model, list(request.prompt))  # ids outside the vocabulary
         check_bias(self.model, request.options)
         if request.options.seed is None:  # the same one when it has to start anew

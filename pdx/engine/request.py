@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pdx.arguments import integer, number
+from pdx.errors import RequestError
 from pdx.sampling_options import SamplingOptions
 
 
@@ -24,9 +27,24 @@ class EngineRequest:
 
     prompt: tuple[int, ...]
     options: SamplingOptions = field(default_factory=SamplingOptions)
-    priority: int = 0
+    priority: float = 0
     timeout_s: float | None = None
     mask: Callable[[list[int]], Any] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.prompt, str | bytes) or not isinstance(self.prompt, Iterable):
+            raise RequestError(f"prompt is {self.prompt!r}: an EngineRequest takes token ids (tokenizer.encode)")
+        ids = tuple(self.prompt)
+        if not all(type(t) is int for t in ids):
+            ids = tuple(integer("a token id of prompt", t, 0) for t in ids)
+        object.__setattr__(self, "prompt", ids)
+        if not isinstance(self.options, SamplingOptions):
+            raise RequestError(f"options is {self.options!r}: it must be SamplingOptions")
+        object.__setattr__(self, "priority", number("priority", self.priority, -math.inf, math.inf))
+        if self.timeout_s is not None:
+            object.__setattr__(self, "timeout_s", number("timeout_s", self.timeout_s, 0, math.inf))
+        if self.mask is not None and not callable(self.mask):
+            raise RequestError(f"mask is {self.mask!r}: it must be a function of the ids generated so far")
 
 
 class Status(enum.Enum):

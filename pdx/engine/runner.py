@@ -7,8 +7,7 @@ that it can be dispatched before they are known; sampling is a program of its ow
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -17,18 +16,17 @@ import numpy as np
 
 from pdx import steps
 from pdx.cache.paged import PackedRows, copy_pages, init_paged_cache
+from pdx.compilation import Programs
 from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
 from pdx.layers.attention import explain_mixed, layout_for
-from pdx.sampling import SampleOutput, SamplingState, sample
+from pdx.sampling import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.sharding import constrain_rows, place_rows
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 
-# What is returned for a row whose logits are NaN.
-NO_TOKEN = -1
 # Page copies a dispatch.
 COPIES = 4
 
@@ -36,15 +34,13 @@ COPIES = 4
 class Runner:
     """Pages, sampling settings and the newest token of every slot, and the programs over them.
 
-    Every program is compiled for its one shape and called as such: what has another shape raises, nothing is compiled
-    by the way. `compile_s` are the seconds it took.
+    Every program is compiled for its one shape (`Programs`).
     """
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         explain_mixed(config.kernels)  # raises before anything is made
         self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
-        self.compile_s = 0.0
-        self._programs: dict[object, Callable] = {}
+        self._programs = Programs()
         self._make_cache = partial(
             init_paged_cache, model.config, config.pages, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh,
             layout=layout_for(config.kernels),
@@ -143,11 +139,7 @@ class Runner:
 
     def _call(self, key, function, *, static: Mapping[str, object], **arguments):
         """Run the program of `key`, which the warm-up has compiled."""
-        if key not in self._programs:
-            start = time.perf_counter()
-            self._programs[key] = function.lower(**arguments, **static).compile()
-            self.compile_s += time.perf_counter() - start
-        return self._programs[key](**arguments)
+        return self._programs.get(key, function, arguments, static)[0](**arguments)
 
 
 def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
@@ -176,10 +168,8 @@ def _step(params, cache, last, host, cfg, shape, decode_rows, max_queries, kerne
 
 @partial(jax.jit, static_argnames=("num_logprobs", "mesh"), donate_argnames=("sampling", "last"))
 def _sample(logits, sampling, last, positions, samples, num_logprobs, mesh, allowed=None):
-    drawn = sample(logits, sampling, positions, num_logprobs=num_logprobs, allowed=allowed)
+    drawn = sample(logits, sampling, positions, num_logprobs=num_logprobs, allowed=allowed, mark_broken=True)
     sampling, last = sampling.observe(drawn.tokens, samples), jnp.where(samples, drawn.tokens, last)
-    broken = jnp.isnan(logits.max(-1))
-    drawn = drawn.replace(tokens=jnp.where(broken, NO_TOKEN, drawn.tokens))
     return drawn, constrain_rows(sampling, mesh), constrain_rows(last, mesh)
 
 

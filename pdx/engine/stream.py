@@ -41,7 +41,8 @@ class RequestStream:
 
     def __init__(self, row: Row, arrival: float, on_output: Callable[[StreamOutput], None] | None = None):
         self.row, self.completion, self.error = row, None, None
-        self.cancel: Callable[[], None] = lambda: None  # set by the engine
+        self.cancel: Callable[[], None] = lambda: None  # set by the engine, as the thread that answers
+        self.served_by: threading.Thread | None = None
         self._arrival, self._on_output = arrival, on_output
         self._times: list[float] = []
         self._outputs: deque[StreamOutput] = deque()
@@ -56,6 +57,7 @@ class RequestStream:
         return self
 
     def __next__(self) -> StreamOutput:
+        self._check_thread()
         with self._ready:
             self._ready.wait_for(lambda: self._outputs or self.is_over)
             output = self._take()
@@ -82,12 +84,19 @@ class RequestStream:
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the end. Raises EngineError if it failed, TimeoutError after `timeout` seconds."""
+        self._check_thread()
         with self._ready:
             if not self._ready.wait_for(lambda: self.is_over, timeout):
                 raise TimeoutError(f"the request is not finished after {timeout} seconds; it goes on")
             if self.error is not None:
                 raise self.error
             return self.completion
+
+    def _check_thread(self) -> None:
+        """Raise EngineError where waiting would never end."""
+        if threading.current_thread() is self.served_by and not self.is_over:
+            raise EngineError("a callback waits for a request of its own engine, whose thread runs the callback: give "
+                              "that request an on_output too, or wait for it in another thread")  # fmt: skip
 
     def _take(self) -> StreamOutput | None:
         """The next output, None behind the last one. Raises the request's error behind what came before it."""

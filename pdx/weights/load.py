@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import QuantArray
+from pdx.arguments import integer
 from pdx.config import ModelConfig
-from pdx.errors import ContextLengthError, RequestError
+from pdx.errors import ContextLengthError, ModelNotFoundError, RequestError
 from pdx.families.common import QuantizedFile, Source, TensorFile
 from pdx.model import Params, param_specs
 from pdx.quant import STORED, Kind, Policy, is_parameter, name_of, quantized, quantized_specs
@@ -58,6 +59,9 @@ def load(
       ContextLengthError: `max_context` is not within the model's own.
       ValueError: a dtype or a mesh that makes no sense.
     """
+    if not isinstance(model, str | Path) or not str(model).strip():
+        raise ModelNotFoundError(f"model is {model!r}: it must be a name (see `pdx models`), a path or a hub id")
+    max_context = None if max_context is None else integer("max_context", max_context)
     if isinstance(mesh, str):
         mesh = make_mesh(mesh)
     where = mesh if mesh is not None else next(iter(jax.device_put(np.float32(0)).devices()))

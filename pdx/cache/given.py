@@ -1,0 +1,60 @@
+"""What a step is given: a cache that is still there, and whole numbers and flags of the right shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from pdx.errors import DonatedError, RequestError
+
+
+def check_cache(cache: Any, kind: type) -> None:
+    """Raise RequestError for what is no cache of this kind, DonatedError for one that a step has used up."""
+    if not isinstance(cache, kind):
+        made = {"DenseCache": "pdx.init_cache", "PagedCache": "pdx.init_paged_cache"}[kind.__name__]
+        raise RequestError(f"cache is {type(cache).__name__}: it must be a {kind.__name__}, which {made} makes")
+    check_alive(cache)
+
+
+def check_alive(cache: Any, what: str = "cache") -> None:
+    """Raise DonatedError for a cache, or sampling state, that an earlier step was given and has used up."""
+    leaf = cache.layers[0].k if what == "cache" else cache.output_counts
+    # While tracing nothing can tell; and what is declared only is no array.
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+        raise DonatedError(
+            f"this {what} was given to an earlier step, which wrote into its memory: use the {what} that the step "
+            "returned, or make a new one"
+        )
+
+
+def whole_numbers(name: str, value: Any, shape: tuple[int | None, ...], dims: str) -> Any:
+    """`value`, a list as an array, if it holds whole numbers and has this shape (None: any size); else RequestError.
+
+    `dims`: the shape in letters. Values are not looked at: a device may still be computing them.
+    """
+    return _array(name, value, shape, dims, "iu", "whole numbers")
+
+
+def flags(name: str, value: Any, shape: tuple[int | None, ...], dims: str) -> Any:
+    """The same for true and false."""
+    return _array(name, value, shape, dims, "b", "bool")
+
+
+def _array(name: str, value: Any, shape: tuple[int | None, ...], dims: str, kinds: str, what: str) -> Any:
+    if not isinstance(value, np.ndarray | jax.Array):
+        try:
+            value = np.asarray(value)
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{name} must be {what} {dims}, and cannot be made an array: {error}") from None
+    if value.dtype.kind not in kinds:
+        raise RequestError(f"{name} must be {what} {dims}, not {value.dtype}")
+    if value.shape != shape and not _fits(value.shape, shape):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise RequestError(f"{name} must be {what} {dims} = [{sizes}], not of shape {list(value.shape)}")
+    return value
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(found) == len(shape) and all(s in (None, n) for n, s in zip(found, shape, strict=True))

@@ -1,0 +1,28 @@
+"""JSON as the standard has it: NaN and infinity, which it has not, are null."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def dumps(value: Any, **settings) -> str:
+    """`value` as JSON that any reader takes. A float that is not finite becomes null. `settings`: see `json.dumps`.
+
+    >>> dumps({"mean": float("nan"), "count": 0})
+    '{"mean": null, "count": 0}'
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **settings)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **settings)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

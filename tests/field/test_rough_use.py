@@ -1,0 +1,391 @@
+"""The Python API, used roughly: odd types, used-up caches, streams side by side, threads, and memory."""
+
+import gc
+import threading
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pdx
+from pdx.cache.idle import IdleCaches
+from pdx.engine.request import EngineRequest
+from pdx.errors import DonatedError, EngineError, ModelNotFoundError, PdxError, RequestError
+from pdx.generator import _KEPT, MOST_GENERATORS, Generator, generator
+from pdx.sampling_options import SamplingOptions
+from tests import tiny_model
+from tests.models import LLAMA, params
+
+B = 2
+PROMPTS = ["Hello", "abc"]
+ASKED = {"max_tokens": 20, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pdx.load(tiny_model.make(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return ids(pdx.generate(model, PROMPTS, **ASKED))
+
+
+def ids(done):
+    return [c.token_ids for c in done]
+
+
+def finished(pieces):
+    return ids(sorted((p.completion for p in pieces if p.completion), key=lambda c: c.index))
+
+
+# Runs side by side.
+
+
+def test_streams_may_be_interleaved_and_nested(model, expected):
+    one, two = ([], [])
+    for a, b in zip(pdx.stream(model, PROMPTS, **ASKED), pdx.stream(model, PROMPTS, **ASKED), strict=True):
+        one.append(a)
+        two.append(b)
+        assert ids(pdx.generate(model, PROMPTS[0], **ASKED)) == expected[:1]
+    assert finished(one) == finished(two) == expected
+
+
+def test_threads_share_programs_and_nothing_else(model, expected, count_compiles):
+    # omlx 463: two requests to one model at the same time left its cache broken for good.
+    fresh = pdx.load(model.path)
+    gate, found = threading.Barrier(4), {}
+
+    def work(name):
+        gate.wait()
+        found[name] = ids(pdx.generate(fresh, PROMPTS, **ASKED))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(found.values()) == [expected] * 4
+    with count_compiles() as compiles:
+        work_alone = ids(pdx.generate(fresh, PROMPTS, **ASKED))
+    assert (work_alone, compiles()) == (expected, 0)
+
+
+@pytest.mark.parametrize("ended", ["closed", "collected", "thrown into"])
+def test_a_run_that_ends_early_gives_its_cache_back(model, expected, ended):
+    run = Generator(model, rows=2, capacity=256)
+    for _ in range(2):
+        stream = run.run(pdx.generation.requests_of(model, PROMPTS, [SamplingOptions(**ASKED)] * 2))
+        next(stream)
+        held = weakref.ref(stream.gi_frame.f_locals["held"].cache.layers[0].k)
+        assert run._caches.idle_bytes == 0
+        if ended == "closed":
+            stream.close()
+        elif ended == "thrown into":
+            with pytest.raises(KeyboardInterrupt):
+                stream.throw(KeyboardInterrupt)
+        del stream
+        gc.collect()
+        assert held() is not None
+        assert run._caches.idle_bytes > 0
+
+
+def test_a_step_that_fails_takes_its_cache_along(model, expected, monkeypatch):
+    run = Generator(model, rows=2, capacity=256)
+
+    def rows():
+        return pdx.generation.requests_of(model, PROMPTS, [SamplingOptions(**ASKED)] * 2)
+
+    list(run.run(rows()))
+    assert run._caches.idle_bytes > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_mask", lambda requests: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(run.run(rows()))
+    assert run._caches.idle_bytes == 0
+    again = rows()
+    list(run.run(again))
+    assert [r.token_ids for r in again] == expected
+
+
+# Memory.
+
+
+def test_idle_caches_are_bounded_and_the_least_recently_used_go():
+    made = []
+
+    def lend(key, size):
+        def make():
+            made.append(key)
+            return [key]
+
+        return caches.lend(key, size, make)
+
+    caches = IdleCaches(limit=100)
+    for key in ("a", "b", "a", "c"):
+        with lend(key, 40):
+            assert caches.idle_bytes <= 60  # what is idle makes room for what is used
+    assert (made, caches.idle_bytes) == (["a", "b", "c"], 80)
+    with lend("a", 40):
+        pass
+    with lend("b", 40):
+        pass
+    assert made == ["a", "b", "c", "b"]
+    with lend("huge", 1000):
+        assert caches.idle_bytes == 0
+    assert caches.idle_bytes == 1000  # the last one stays, for the next call of its shape
+    with lend("a", 40) as held:
+        assert caches.idle_bytes == 0
+        held.cache = None  # a step has it
+    assert caches.idle_bytes == 0
+
+
+def cache_bytes():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4)
+
+
+def test_many_shapes_leave_no_more_than_the_bound(model):
+    one = pdx.load(model.path)
+    pdx.generate(one, "x", max_tokens=1)
+    before = cache_bytes()
+    kept = _KEPT[one]
+    kept.caches.limit = 1 << 20
+    for rows in range(1, 7):
+        pdx.generate(one, ["x"] * rows, max_tokens=1, logprobs=rows % 2)
+        assert cache_bytes() - before <= kept.caches.limit
+    for rows in range(1, MOST_GENERATORS + 9):
+        generator(one, rows=rows, tokens=10, kernels="auto", num_logprobs=0)
+    assert len(kept.generators) == MOST_GENERATORS
+
+
+def test_a_model_that_is_deleted_frees_everything(model):
+    before = {id(x) for x in jax.live_arrays()}
+    mine = pdx.load(model.path)
+    for settings in ({}, {"logprobs": 1}, {"capacity": 512}):
+        pdx.generate(mine, PROMPTS, **ASKED, **settings)
+    stream = pdx.stream(mine, PROMPTS, **ASKED)
+    next(stream)
+    stream.close()
+    leaf = weakref.ref(mine.params["embed"])
+    del mine, stream
+    gc.collect()
+    assert leaf() is None
+    assert [x.shape for x in jax.live_arrays() if id(x) not in before and x.ndim > 1] == []
+
+
+# Caches that are used up.
+
+
+def test_a_cache_that_was_given_to_a_step_is_named_as_such():
+    weights, tokens = params(LLAMA), np.full((B, 3), 5, np.int32)
+    lengths, active = np.array([3, 2]), np.ones(B, bool)
+
+    def used_up():
+        cache = pdx.init_cache(LLAMA, B, 128)
+        pdx.decode_step(weights, LLAMA, tokens[:, 0], active, cache)
+        return cache
+
+    sampling = pdx.SamplingState.create([SamplingOptions()] * B, LLAMA.vocab_size)
+    for call in (
+        lambda c: pdx.prefill(weights, LLAMA, tokens, lengths, c, check=False),
+        lambda c: pdx.prefill(weights, LLAMA, tokens, lengths, c),
+        lambda c: pdx.decode_step(weights, LLAMA, tokens[:, 0], active, c, check=False),
+        lambda c: pdx.verify(weights, LLAMA, tokens, lengths, c),
+        lambda c: pdx.decode_many(weights, LLAMA, tokens[:, 0], c, sampling, 2),
+        lambda c: pdx.forward(weights, LLAMA, tokens, c),
+        lambda c: c.truncate(np.zeros(B, np.int32)),
+        lambda c: pdx.prefill(weights, LLAMA, tokens, lengths, c.replace(lengths=jnp.zeros(B, jnp.int32))),
+    ):
+        with pytest.raises(DonatedError, match=r"this cache was given to an earlier step.*use the cache that the step"):
+            call(used_up())
+    cache = pdx.init_cache(LLAMA, B, 128)
+    out = pdx.decode_many(weights, LLAMA, tokens[:, 0], cache, sampling, 2)
+    with pytest.raises(DonatedError, match="this sampling state was given"):
+        pdx.decode_many(weights, LLAMA, tokens[:, 0], out.cache, sampling, 2)
+
+
+def test_a_paged_cache_that_was_given_to_a_step_is_named_as_such():
+    given = {"block_tables": np.zeros((1, 1, 1), int), "lengths": [2], "query_starts": [0, 2]}
+
+    def step(cache):
+        return pdx.mixed_step(params(LLAMA), LLAMA, [5, 6], cache, **given)
+
+    cache = pdx.init_paged_cache(LLAMA, 2, page_size=16)
+    _, after = step(cache)
+    copied = pdx.copy_pages(after, 0, [0], [1])
+    for used in (cache, after):
+        for call in (step, lambda c: pdx.copy_pages(c, 0, [0], [1])):
+            with pytest.raises(DonatedError, match="this cache was given"):
+                call(used)
+    step(copied)
+
+
+# Types.
+
+
+def test_lists_are_taken_as_arrays():
+    weights = params(LLAMA)
+
+    def both(convert):
+        cache = pdx.init_cache(LLAMA, convert(2), convert(128))
+        _, cache = pdx.prefill(weights, LLAMA, convert([[5, 6], [7, 0]]), convert([2, 1]), cache)
+        logits, cache = pdx.decode_step(weights, LLAMA, convert([8, 9]), convert([True, False]), cache)
+        return np.asarray(logits[0]), cache.truncate(convert([1, 1])).lengths.tolist()
+
+    plain = both(lambda x: x)
+    for convert in (np.array, jnp.array):
+        logits, lengths = both(convert)
+        np.testing.assert_array_equal(logits, plain[0])
+        assert lengths == plain[1] == [1, 1]
+
+
+TOKENS, LENGTHS, ACTIVE = np.full((B, 3), 5, np.int32), np.array([3, 2]), np.ones(B, bool)
+
+
+@pytest.mark.parametrize(("step", "arguments", "says"), [
+    ("prefill", (TOKENS[:, 0], LENGTHS), r"tokens must be whole numbers \[B, T\] = \[2, any\], not of shape \[2\]"),
+    ("prefill", (TOKENS.astype(float), LENGTHS), "tokens must be whole numbers .*, not float64"),
+    ("prefill", ([[5, 6], [7]], [2, 1]), "tokens must be whole numbers .*cannot be made an array"),
+    ("prefill", (TOKENS, [3]), r"lengths must be whole numbers \[B\] = \[2\], not of shape \[1\]"),
+    ("prefill", (TOKENS, [3, 1.5]), "lengths must be whole numbers .*, not float64"),
+    ("prefill", (TOKENS, [True, False]), "lengths must be whole numbers .*, not bool"),
+    ("prefill", (TOKENS + 200, LENGTHS), "tokens hold 205, but the model's tokens are 0 to 95"),
+    ("prefill", ([[5, 6], [7, -1]], [2, 2]), "tokens hold -1"),
+    ("verify", (TOKENS, LENGTHS[:, None]), r"lengths must be .* not of shape \[2, 1\]"),
+    ("decode_step", (TOKENS[:, :1], ACTIVE), r"tokens must be whole numbers \[B\] = \[2\], not of shape \[2, 1\]"),
+    ("decode_step", (TOKENS[:1, 0], ACTIVE), "tokens must be"),
+    ("decode_step", (TOKENS[:, 0], [1, 0]), "active must be bool .*, not int64"),
+    ("decode_step", (TOKENS[:, 0], [True]), r"active must be bool \[B\] = \[2\], not of shape \[1\]"),
+    ("decode_step", ([5, 96], ACTIVE), "tokens hold 96"),
+    ("decode_step", (None, ACTIVE), "tokens must be whole numbers .*, not object"),
+])  # fmt: skip
+def test_arguments_of_steps_that_do_not_fit(step, arguments, says):
+    cache = pdx.init_cache(LLAMA, B, 128)
+    with pytest.raises(RequestError, match=says):
+        getattr(pdx, step)(params(LLAMA), LLAMA, *arguments, cache)
+    # What takes no part is not looked at, and the cache is still there.
+    padded = np.array([[5, 6, -1], [7, 999, 0]])
+    pdx.prefill(params(LLAMA), LLAMA, padded, [2, 1], cache)
+
+
+def decode_many(n=2, **settings):
+    sampling = settings.pop("sampling", None) or pdx.SamplingState.create([SamplingOptions()] * B, LLAMA.vocab_size)
+    cache = settings.pop("cache", None) or pdx.init_cache(LLAMA, B, 128)
+    return pdx.decode_many(params(LLAMA), settings.pop("cfg", LLAMA), [5, 6], cache, sampling, n, **settings)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: decode_many(0), "n is 0: it must be a whole number of at least 1"),
+    (lambda: decode_many(True), "n is True"),
+    (lambda: decode_many(2, steps=3), "steps is 3: it must be a whole number from 0 to 2"),
+    (lambda: decode_many(2, sampling=SamplingOptions()), "sampling is SamplingOptions: it must be what SamplingState"),
+    (lambda: decode_many(2, cache={"k": 1}), "cache is dict: it must be a DenseCache, which pdx.init_cache makes"),
+    (lambda: decode_many(2, cfg="llama"), "cfg is str: it must be a ModelConfig"),
+    (lambda: pdx.init_cache(LLAMA, 0, 128), "batch 0, .* must be at least 1"),
+    (lambda: pdx.init_cache(LLAMA, 1.5, 128), "batch is 1.5: it must be a whole number"),
+    (lambda: pdx.init_cache(LLAMA, 1, True), "capacity is True: it must be a whole number"),
+    (lambda: pdx.init_cache(LLAMA, 1, 128, dtype=jnp.int32), "of a cache is not one of f32, bf16, f16, int8"),
+    (lambda: pdx.init_cache(LLAMA, 1, 128, dtype="int4"), "'int4' of a cache is not one of"),
+    (lambda: pdx.init_cache(LLAMA, 1, 128, dtype=None), "None of a cache is not one of"),
+    (lambda: pdx.init_paged_cache(LLAMA, 2, dtype=bool), "of a cache is not one of"),
+    (lambda: pdx.init_paged_cache(LLAMA, 2.5), "pages is 2.5: it must be a whole number"),
+    (lambda: pdx.init_cache("llama", 1, 128), "cfg is str: it must be a ModelConfig"),
+    (lambda: pdx.load(5), "model is 5: it must be a name"),
+    (lambda: pdx.load(""), "model is '': it must be a name"),
+    (lambda: pdx.load(None), "model is None: it must be a name"),
+    (lambda: pdx.generate("smollm2", "hi"), "model is 'smollm2': it must be what pdx.load returns"),
+    (lambda: pdx.Engine("smollm2"), "model is str: it must be a .*Model"),
+    (lambda: EngineRequest("hi"), "prompt is 'hi': an EngineRequest takes token ids"),
+    (lambda: EngineRequest((1, 2.5)), "a token id of prompt is 2.5"),
+    (lambda: EngineRequest((1,), timeout_s=-1), "timeout_s is -1"),
+    (lambda: EngineRequest((1,), {"max_tokens": 3}), "options is .*: it must be SamplingOptions"),
+    (lambda: EngineRequest((1,), mask=[True]), "mask is .*: it must be a function"),
+    (lambda: pdx.EngineConfig(slots=True), "slots is True"),
+    (lambda: pdx.EngineConfig(overlap="no"), "overlap is 'no': it must be true or false"),
+    (lambda: pdx.EngineConfig(tpot_s=float("nan")), "tpot_s is nan"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_said_in_a_sentence(call, says):
+    with pytest.raises(PdxError, match=says) as caught:
+        call()
+    assert isinstance(caught.value, RequestError | ModelNotFoundError)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"max_token": 3}, "max_token is no setting: did you mean max_tokens"),
+    ({"capacity": "many"}, "capacity is 'many'"), ({"capacity": True}, "capacity is True"),
+    ({"batch_size": True}, "batch_size is True"), ({"batch_size": np.float32(2)}, r"batch_size is 2.0"),
+    ({"kv_dtype": jnp.int32}, "is not one of auto, f32, bf16, f16, int8"), ({"kv_dtype": 5}, "kv_dtype 5 is not one"),
+    ({"max_tokens": jnp.array(True)}, "max_tokens is True"), ({"temperature": np.bool_(True)}, "temperature is True"),
+    ({"logit_bias": {5: -float("inf"), 3: np.nan}}, "token 3"),
+    ({"logit_bias": dict.fromkeys(range(258), -float("inf"))}, "bans every token"),
+])  # fmt: skip
+def test_settings_of_generate_that_make_no_sense(model, settings, says):
+    with pytest.raises(RequestError, match=says):
+        pdx.generate(model, "hi", **settings)
+
+
+@pytest.mark.parametrize("scalar", [np.int32, np.int64, jnp.int32, lambda x: np.array(x)], ids=str)
+def test_scalars_of_numpy_and_jax_are_numbers(model, expected, scalar):
+    settings = {"max_tokens": scalar(20), "top_k": scalar(5), "seed": scalar(3), "capacity": scalar(300),
+                "batch_size": scalar(2), "stop_token_ids": [scalar(257)], "temperature": np.float32(0),
+                "top_p": jnp.float32(0.5), "logit_bias": {np.int64(5): np.float16(0)}}  # fmt: skip
+    assert ids(pdx.generate(model, PROMPTS, ignore_eos=np.bool_(True), **settings)) == expected
+    config = pdx.EngineConfig(slots=scalar(2), pages=[scalar(9)], memory_share=np.float32(0.5), overlap=np.bool_(False))
+    assert config == pdx.EngineConfig(slots=2, pages=(9,), memory_share=0.5, overlap=False)
+    assert type(config.slots) is int
+    assert EngineRequest(np.array([1, 2]), priority=scalar(1)).prompt == (1, 2)
+
+
+# The engine.
+
+
+def test_an_engine_used_roughly(model, expected):
+    engine = pdx.Engine(model, pdx.EngineConfig(slots=2, token_budget=64))
+    waited = []
+
+    def wait_inside(output):
+        if output.completion is None:
+            engine.submit("x", max_tokens=1).result()
+
+    with engine:
+        assert ids(engine.generate("Hello", **ASKED)) == expected[:1]
+        assert len(engine.generate([5, 6, 7], max_tokens=1)) == 1
+        assert len(engine.generate(EngineRequest((5, 6)))) == 1
+        assert ids(engine.generate(PROMPTS, (SamplingOptions(**ASKED),) * 2)) == expected
+        for call, says in (
+            (lambda: engine.submit("hi", {"max_tokens": 3}), "options must be SamplingOptions"),
+            (lambda: engine.submit("hi", max_token=3), "did you mean max_tokens"),
+            (lambda: engine.submit("hi", on_output="print"), "on_output is 'print'"),
+            (lambda: engine.submit(None), "a prompt is a text"),
+            (lambda: engine.generate(None), "a prompt is a text"),
+            (lambda: engine.generate("hi", [SamplingOptions()], max_tokens=3), "in each request's options"),
+        ):
+            with pytest.raises(RequestError, match=says):
+                call()
+        # Waiting in the engine's own thread would never end.
+        stream = engine.submit("Hello", on_output=wait_inside, **ASKED)
+        with pytest.raises(EngineError, match="a callback waits for a request of its own engine"):
+            waited.append(stream.result(60))
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.submit("hi"), lambda: engine.generate("hi"), engine.start, engine.__enter__):
+        with pytest.raises(EngineError, match="the engine is closed"):
+            call()
+    assert engine.metrics().running == 0
+
+
+def test_a_mask_and_a_bias_that_leave_no_token_fail_their_request(model):
+    def only_seven(_):
+        mask = np.zeros(model.config.vocab_size, bool)
+        mask[7] = True
+        return mask
+
+    with pdx.Engine(model, pdx.EngineConfig(slots=1, token_budget=64)) as engine:
+        banned = SamplingOptions(max_tokens=2, logit_bias={7: -float("inf")})
+        with pytest.raises(EngineError, match="allow at least one token"):
+            engine.submit(EngineRequest((5, 6), banned, mask=only_seven)).result(60)
+        allowed = EngineRequest((5, 6), SamplingOptions(max_tokens=2, ignore_eos=True), mask=only_seven)
+        assert engine.submit(allowed).result(60).token_ids == [7, 7]
