@@ -4,7 +4,12 @@ A file a group of commands. jax and the model code are imported by the command t
 answers at once.
 """
 
-from pdx.cli import bench, generate, kernels, load, models, plan, report, serving
-from pdx.cli.app import app, main
+try:
+    from pdx.cli import bench, generate, kernels, load, models, plan, report, serving
+    from pdx.cli.app import app, main
+except KeyboardInterrupt:  # the imports take a third of a second, in which nothing has begun yet
+    import sys
+
+    sys.exit(sys.stderr.write("interrupted\n") and 130)
 
 __all__ = ["app", "bench", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pdx.cli import streams
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -26,7 +27,8 @@ from pdx.weights.builtin import DEFAULT_MODEL
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input, less the newline at its "
+                                                 "end.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -79,9 +81,11 @@ def generate(
         loaded = load_model(model, dtype, mesh, quantize)
         batch_file.run(loaded, prompts, requests, output, batch_size=batch_size, **run)
         return
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = streams.read_prompt() if prompt == "-" else prompt
     if not text:
         raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
+    for name, given in (("the prompt", text), ("--system", system), *(("--stop", s) for s in stop or ())):
+        streams.check_argument(name, given)
     messages = [{"role": "system", "content": system}] if system is not None else []
     request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
     _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)

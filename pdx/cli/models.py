@@ -33,11 +33,11 @@ def convert(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Save config, tokenizer and parameters as a checkpoint that loads faster."""
-    from pdx.weights.checkpoint import check_target, save
+    from pdx.weights.checkpoint import reserved, save
 
-    check_target(directory)
-    loaded = load_model(model, dtype, None)
-    save(loaded, directory)
+    with reserved(directory):
+        loaded = load_model(model, dtype, None)
+        save(loaded, directory)
     print(f"saved {loaded.name} to {directory}", file=sys.stderr)
 
 
@@ -57,18 +57,20 @@ def quantize(
     """Quantize a model, with a calibration text if need be, and save it as a checkpoint."""
     from pdx import calibration as calibrating
     from pdx import texts
-    from pdx.weights.checkpoint import check_target, save
+    from pdx.quant import Policy
+    from pdx.weights.checkpoint import reserved, save
     from pdx.weights.progress import progress_bar
 
-    check_target(directory)
+    Policy.parse(policy)
     calibrating.check_method(method)
-    if method == "rtn":
-        done = load_model(model, dtype, None, policy)
-    else:
-        text = texts.read(calibration, texts.calibration)
-        loaded = load_model(model, dtype, None)
-        with progress_bar(unit="layers") as bar:
-            done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
-                                              progress=partial(bar, method))  # fmt: skip
-    save(done, directory)
+    text = texts.read(calibration, texts.calibration) if method != "rtn" else ""
+    with reserved(directory):
+        if method == "rtn":
+            done = load_model(model, dtype, None, policy)
+        else:
+            loaded = load_model(model, dtype, None)
+            with progress_bar(unit="layers") as bar:
+                done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
+                                                  progress=partial(bar, method))  # fmt: skip
+        save(done, directory)
     print(f"saved {done.name} to {directory}", file=sys.stderr)

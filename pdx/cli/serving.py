@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pdx.cli import streams
 from pdx.cli.app import (
     DtypeOption,
     KernelsOption,
@@ -64,17 +66,18 @@ def chat(
     kernels: KernelsOption = "auto",
 ) -> None:
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
-    from pdx.chat import Chat, converse, typed
+    from pdx.chat import Chat, check_template, converse, typed
     from pdx.sampling_options import SamplingOptions
 
     options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    streams.check_argument("--system", system)
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
     if not config.prefix_cache:
         raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
     loaded = load_model(model, dtype, None, quantize)
-    loaded.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])  # a model without a template says so now
+    check_template(loaded.tokenizer, system)  # before anything is compiled
     with start_engine(loaded, config) as engine:
-        converse(Chat(engine, options, system), typed())
+        converse(Chat(engine, options, system), typed(encoding=streams.encoding()))
 
 
 @app.command()
@@ -99,14 +102,17 @@ def batch(
     """Answer a file of requests with continuous batching. Interrupted, the same command goes on where it was."""
     from pdx import batch_job
     from pdx.batch_file import check_output
+    from pdx.outputs import is_ordinary, locked
     from pdx.sampling_options import SamplingOptions
 
     options = SamplingOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config = engine_config(profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels)
     requests = batch_job.read(source, options)
     check_output(output, source)
-    with start_engine(load_model(model, dtype, mesh, quantize), config) as engine:
-        tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options)
+    with locked(output, "pdx batch") if is_ordinary(output) else nullcontext():
+        batch_job.check_journal(output, requests)
+        with start_engine(load_model(model, dtype, mesh, quantize), config) as engine:
+            tally = batch_job.run_file(engine, output, requests)
     print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
           file=sys.stderr)  # fmt: skip
     if tally.failed:
