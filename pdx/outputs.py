@@ -91,13 +91,13 @@ def _descriptor(path: Path) -> int | None:
     return None
 
 
-def opened(path: Path) -> TextIO:
-    """Open `path` in place for UTF-8 text, emptied if it is a file.
+def opened(path: Path, newline: str | None = None) -> TextIO:
+    """Open `path` in place for UTF-8 text, emptied if it is a file; `newline` as in `open`.
 
     A descriptor is not opened anew: that would begin at the start of a file that the shell appends to.
     """
     number = _descriptor(path)
-    return open(path if number is None else os.dup(number), "w", encoding="utf-8")
+    return open(path if number is None else os.dup(number), "w", encoding="utf-8", newline=newline)
 
 
 # What this process has begun to write and not finished.

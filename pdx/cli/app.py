@@ -40,6 +40,19 @@ def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = 
     return loaded
 
 
+def check_names(kernels: str = "auto", kv_dtype: str = "auto", *quantize: str | None) -> None:
+    """Raise, before a model is loaded, what these choices would raise after it."""
+    from pdx.generation import cache_dtype
+    from pdx.layers.attention import explain
+    from pdx.quant import Policy
+
+    explain(kernels)
+    if kv_dtype != "auto":
+        cache_dtype(kv_dtype, None)
+    for policy in quantize:
+        Policy.parse(policy)
+
+
 def main() -> None:
     """Entry point: whatever goes wrong ends in one line and an exit code, see `pdx.cli.errors`."""
     command = typer.main.get_command(app)

@@ -16,6 +16,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     bench_app,
+    check_names,
     eval_app,
     load_model,
 )
@@ -42,6 +43,7 @@ def bench_model(
     bandwidth."""
     from pdx.bench import model as bench
 
+    check_names(kernels, "auto", *(quantize or ()))
     loaded = load_model(model, dtype, None)
     others = {policy: load_model(model, dtype, None, policy) for policy in quantize or ()}
     result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
@@ -60,6 +62,7 @@ def bench_memory(
     from pdx.bench import memory
     from pdx.weights.resolve import resolve
 
+    check_names("auto", "auto", *(quantize or ()))
     resolve(model)
     found = memory.measure(model, quantize or ("none", "int8"))
     print(json.dumps([x.to_dict() for x in found]) if as_json else memory.to_markdown(found))
@@ -89,6 +92,7 @@ def eval_ppl(
     from pdx.quant import quantize_params
 
     text = texts.read(file, texts.evaluation)
+    check_names(kernels, kv_dtype, quantize)
     plain = load_model(reference or model, dtype, None)
     if reference is not None:
         loaded = load_model(model, dtype, None, quantize)

@@ -68,8 +68,8 @@ def _ended(error: BaseException, debug: bool) -> int:
         streams.flush_output()
     except OSError as failed:
         error = failed if isinstance(error, typer.Exit) else error
-    if isinstance(error, BrokenPipeError):  # the reader of the output went away: nobody is left to tell
-        return 0
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        return 0  # the reader of the output went away: nobody is left to tell. (rich makes a SystemExit of it.)
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, UsageError):

@@ -19,6 +19,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     app,
+    check_names,
     load_model,
 )
 from pdx.errors import RequestError
@@ -78,6 +79,7 @@ def generate(
 
         requests = batch_file.read(prompts, options)
         batch_file.check_output(output, prompts)
+        check_names(kernels, kv_dtype, quantize)
         loaded = load_model(model, dtype, mesh, quantize)
         batch_file.run(loaded, prompts, requests, output, batch_size=batch_size, **run)
         return
@@ -86,6 +88,7 @@ def generate(
         raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
     for name, given in (("the prompt", text), ("--system", system), *(("--stop", s) for s in stop or ())):
         streams.check_argument(name, given)
+    check_names(kernels, kv_dtype, quantize)
     messages = [{"role": "system", "content": system}] if system is not None else []
     request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
     _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pdx import outputs
 from pdx.cli.app import JsonOption, ModelOption, app
 from pdx.errors import RequestError
 from pdx.weights.builtin import DEFAULT_MODEL
@@ -24,8 +25,10 @@ def tune(
     folder: Annotated[Path | None, typer.Option(help="Of the tables; else $PDX_TUNED, else the package's.")] = None,
 ) -> None:
     """Choose a kernel's tiles: measured on a real device, else ranked by what its compiler says."""
-    from pallas_kernels import targets, tuning
+    from pallas_kernels import targets, tiles, tuning
 
+    if write:
+        outputs.check_folder(tiles.folder_of(folder))
     try:
         tuning.run(op, target, case, write, folder)
     except (ValueError, targets.CompilerMissing) as error:
@@ -53,17 +56,19 @@ def compare(
     from pdx.bench.compare.show import show
     from pdx.weights.progress import progress_bar
 
+    if csv is not None:
+        outputs.check_file(csv)
     if plot is not None:
-        plotting.require()
+        plotting.check(plot)
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
     with progress_bar(unit="cases") as bar:
         found = comparing.compare(op or (), shapes=shapes, targets=chips, model=model, rounds=rounds, cycles=cycles,
                                   progress=bar)  # fmt: skip
-    if csv is not None:
-        found.write_csv(csv)
-    if plot is not None:
-        plotting.save(found, plot)
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
         show(found)
+    if csv is not None:  # behind what is printed, which is there even if a disk is full by now
+        found.write_csv(csv)
+    if plot is not None:
+        plotting.save(found, plot)

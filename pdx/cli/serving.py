@@ -18,6 +18,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     app,
+    check_names,
     load_model,
 )
 from pdx.errors import RequestError
@@ -74,6 +75,7 @@ def chat(
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
     if not config.prefix_cache:
         raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
+    check_names(config.kernels, config.kv_dtype, quantize)
     loaded = load_model(model, dtype, None, quantize)
     check_template(loaded.tokenizer, system)  # before anything is compiled
     with start_engine(loaded, config) as engine:
@@ -109,6 +111,7 @@ def batch(
     config = engine_config(profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels)
     requests = batch_job.read(source, options)
     check_output(output, source)
+    check_names(config.kernels, config.kv_dtype, quantize)
     with locked(output, "pdx batch") if is_ordinary(output) else nullcontext():
         batch_job.check_journal(output, requests)
         with start_engine(load_model(model, dtype, mesh, quantize), config) as engine:
