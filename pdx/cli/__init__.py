@@ -7,9 +7,13 @@ answers at once.
 try:
     from pdx.cli import bench, generate, kernels, load, models, plan, report, serving
     from pdx.cli.app import app, main
-except KeyboardInterrupt:  # the imports take a third of a second, in which nothing has begun yet
+except KeyboardInterrupt:  # nothing has begun yet, and nobody is there to catch it
+    import os
     import sys
 
-    sys.exit(sys.stderr.write("interrupted\n") and 130)
+    if os.path.basename(sys.argv[0]) not in ("pdx", "pdx.exe", "-m", "__main__.py"):
+        raise
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 __all__ = ["app", "bench", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]

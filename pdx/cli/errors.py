@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -32,7 +31,6 @@ UsageError = typer.BadParameter.__mro__[2]
 ENDS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 # Seconds for Python to notice a signal; a compiler or a kernel does not let it.
 GRACE_S = 1.0
-_NO_BACKEND = re.compile(r"[Uu]nable to initialize backend|Unknown backend|no platforms that are instances of")
 
 
 class Terminated(BaseException):
@@ -112,12 +110,18 @@ def said(error: BaseException | None) -> str:
         return f"{where}{outputs.reason(error)}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
         return f"there is not enough memory: take a smaller model, batch or context, or --quantize ({line or 'host'})"
-    if isinstance(error, RuntimeError) and _NO_BACKEND.search(line):
+    if _of_backends(error):
         asked = os.environ.get("JAX_PLATFORMS")
-        why = f"JAX_PLATFORMS={asked} asks for what is not here" if asked else "JAX finds no device"
-        return f"{why}: {line}. JAX_PLATFORMS=cpu runs on the CPU, and without the variable JAX chooses"
+        why = f"JAX_PLATFORMS={asked} asks for what is not here" if asked else "JAX finds no device that it can use"
+        return f"{why} ({line or type(error).__name__}): JAX_PLATFORMS=cpu runs on the CPU; unset, JAX chooses"
     return (f"pdx failed where it should not, which is a fault of pdx: {type(error).__name__}: {line}. {DEBUG} (or "
             "PDX_DEBUG=1) shows where; please report that")  # fmt: skip
+
+
+def _of_backends(error: BaseException | None) -> bool:
+    """Whether JAX raised it as it looked for its devices; it does so with errors of several types."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return bool(frames) and os.path.basename(frames[-1].filename) == "xla_bridge.py"
 
 
 def leave(number: signal.Signals) -> int:
