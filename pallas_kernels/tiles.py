@@ -37,9 +37,14 @@ def bucket(call: Any) -> str:
     return " ".join(parts)
 
 
+def folder_of(folder: Path | None = None) -> Path:
+    """Where tables are: in `folder`, else in $PDX_TUNED, else in the package."""
+    return folder or Path(os.environ.get(ENVIRONMENT) or FOLDER)
+
+
 def path_of(chip: Chip, folder: Path | None = None) -> Path:
-    """The table of a chip: in `folder`, else in $PDX_TUNED, else in the package."""
-    return (folder or Path(os.environ.get(ENVIRONMENT) or FOLDER)) / f"{chip.name}.json"
+    """The table of a chip, see `folder_of`."""
+    return folder_of(folder) / f"{chip.name}.json"
 
 
 @cache

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pdx import strict_json, texts
+from pdx import outputs, strict_json, texts
 from pdx.errors import NotFiniteError, PdxError, RequestError
 from pdx.request_keys import check_keys, closest
 from pdx.sampling_options import SamplingOptions
@@ -133,13 +134,12 @@ def prompt_of(model, request: Request) -> Any:
 
 
 def check_output(path: Path, source: Path) -> None:
-    """Raise RequestError where writing would destroy something."""
-    if path.exists() and path.stat().st_size:
-        raise RequestError(f"{path} exists already and is not empty: remove it or name another file")
-    if path.resolve() == source.resolve():
+    """Raise RequestError where writing would destroy something, or is not possible."""
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
         raise RequestError(f"{path} is the file of requests: name another one")
-    if not path.parent.is_dir():
-        raise RequestError(f"{path.parent} is not a directory: make it first")
+    if os.path.isfile(path) and os.stat(path).st_size:
+        raise RequestError(f"{path} exists already and is not empty: remove it or name another file")
+    outputs.check_file(path)
 
 
 def token_ids(model, source: Path, requests: list[Request]) -> list[list[int]]:
@@ -173,7 +173,7 @@ def run(
     waiting: dict[int, dict[str, Any]] = {}
     written = tokens = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with output.open("w", encoding="utf-8") as file, Progress(*columns, console=Console(stderr=True)) as progress:
+    with outputs.opened(output) as file, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("requests", total=len(requests))
         pieces = stream(
             model, prompts, [r.options for r in requests], batch_size=batch_size, kernels=kernels, kv_dtype=kv_dtype

@@ -1,9 +1,8 @@
 """A file of requests through the engine: `pdx batch IN.jsonl OUT.jsonl`, any number of rows, resumable.
 
-While the job runs, finished rows lie in a journal beside the output, in the order in which they finished, each on disk
-as soon as it is done. A run that is interrupted, even killed, is resumed by the same command: it reads the journal,
-drops a line that was cut short, and computes the other rows. When all are there the output is written in the order of
-the input, in one piece, and the journal goes.
+While the job runs, finished rows lie in a journal beside the output (`pdx.journal`), each on disk as soon as it is
+done. A run that is interrupted, even killed, is resumed by the same command: it reads the journal and computes the
+other rows. When all are there the output is written in the order of the input, in one piece, and the journal goes.
 """
 
 from __future__ import annotations
@@ -12,18 +11,23 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pdx import openai_answers, openai_rows, strict_json
-from pdx.batch_file import Request, check_output, parse, prompt_of, rows_of
+import jax.numpy as jnp
+
+from pdx import __version__, openai_answers, openai_rows
+from pdx.batch_file import Request, parse, prompt_of, rows_of
 from pdx.completion import Completion
 from pdx.errors import EngineError, RequestError
+from pdx.generation import cache_dtype
+from pdx.journal import InOrder, Journal, check_job, path_of
 from pdx.layers.attention import explain_mixed
+from pdx.outputs import is_ordinary
+from pdx.quant import Policy
 from pdx.report_text import completion_fields
 from pdx.sampling_options import SamplingOptions
 
@@ -73,73 +77,41 @@ def num_logprobs(requests: list[Request]) -> int:
     return max(request.options.logprobs or 0 for request in requests)
 
 
-class Journal:
-    """Finished rows of a job on disk, by the line they come from.
+def job_of(engine, requests: list[Request]) -> dict[str, str]:
+    """What tells one job from another: the requests, and what the answers depend on, as settled for this device.
 
-    Args:
-      output: what the job is to write; the journal lies beside it.
-      key: what the job is: a journal of another one is refused.
+    Names of models and policies are no part of it: what they stand for may change.
     """
-
-    def __init__(self, output: Path, key: str):
-        self.output, self.path = output, output.with_name(output.name + ".journal")
-        self.done: dict[int, str] = {}
-        header = json.dumps({"job": key})
-        kept = self._read(header) if self.path.exists() else 0
-        self._file = self.path.open("r+b" if kept else "wb")
-        self._file.truncate(kept)
-        self._file.seek(kept)
-        if not kept:
-            self._append(header)
-
-    def _read(self, header: str) -> int:
-        """Take up what an earlier run finished; how many bytes of its journal are whole."""
-        whole = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    break  # the process was killed while it wrote this
-                if number == 0 and line.decode() != header + "\n":
-                    raise RequestError(
-                        f"{self.path} is of another job (other requests, another model or other settings): finish that "
-                        "one, or remove the file to begin anew"
-                    )
-                if number:
-                    at, _, row = line.decode().rstrip("\n").partition(" ")
-                    self.done[int(at)] = row
-                whole += len(line)
-        return whole
-
-    def add(self, line: int, row: Mapping[str, Any]) -> None:
-        """Keep the answer to the request of a line."""
-        text = strict_json.dumps(row, ensure_ascii=False)
-        self._append(f"{line} {text}")
-        self.done[line] = text
-
-    def _append(self, line: str) -> None:
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()  # to the system: a killed process loses nothing of it
-
-    def finish(self, lines: list[int]) -> None:
-        """Write the output in the order of `lines`, in one piece, and remove the journal."""
-        whole = self.output.with_name(self.output.name + ".part")
-        with whole.open("w", encoding="utf-8") as file:
-            file.writelines(self.done[line] + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(self.output)
-        self.close()
-        self.path.unlink()
-
-    def close(self) -> None:
-        self._file.close()
+    config = engine.config
+    alike = ["max_context", "num_logprobs", "deterministic"]
+    if config.deterministic:  # to the bit only with these
+        alike += ["slots", "prefill_rows", "token_budget", "page_size"]
+    return requests_of(requests) | {
+        "the model's files": _digest(_files(engine.model.path)),
+        "dtype": jnp.dtype(engine.model.dtype).name,
+        "quantization": _digest(Policy.of(engine.model.params).rules),
+        "kv_dtype": jnp.dtype(cache_dtype(config.kv_dtype, engine.model)).name,
+        "kernels": explain_mixed(config.kernels),
+        "the engine": ", ".join(f"{name} {getattr(config, name)}" for name in alike),
+        "the version of pdx": __version__,
+    }
 
 
-def job_key(source: Path, *settings: Any) -> str:
-    """What tells one job from another: the requests, byte for byte, and all settings."""
-    digest = hashlib.sha256(source.read_bytes())
-    digest.update(repr(settings).encode())
-    return digest.hexdigest()
+def requests_of(requests: list[Request]) -> dict[str, str]:
+    """The part of `job_of` that is known before a model is loaded."""
+    return {"the requests or their settings": _digest([dataclasses.asdict(r) for r in requests])}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _files(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of what a model is read from."""
+    kinds = (".json", ".safetensors", ".model", ".jinja", ".txt", ".gguf")
+    inside = (p for p in path.rglob("*") if p.is_file() and (p.suffix in kinds or "params" in p.parts))
+    files = sorted(inside) if path.is_dir() else [path]
+    return [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 @dataclasses.dataclass
@@ -153,8 +125,9 @@ class Tally:
 
 
 def run(
-    engine, requests: list[Request], journal: Journal, *, progress: Callable[[Tally], None] = lambda tally: None
-) -> Tally:
+    engine, requests: list[Request], journal: Journal | InOrder, *,
+    progress: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:  # fmt: skip
     """Answer what the journal does not hold, and write the output. A row that cannot be served gets an `error`.
 
     Raises EngineError where the engine itself is gone: the journal stays, for another run.
@@ -171,7 +144,7 @@ def run(
     return tally
 
 
-async def _work(engine, left: Iterator[Request], journal: Journal, tally: Tally, progress) -> None:
+async def _work(engine, left: Iterator[Request], journal: Journal | InOrder, tally: Tally, progress) -> None:
     async def worker() -> None:
         for request in left:
             row = await _answer(engine, request, tally)
@@ -183,7 +156,7 @@ async def _work(engine, left: Iterator[Request], journal: Journal, tally: Tally,
         async with asyncio.TaskGroup() as group:
             for _ in range(min(AHEAD * engine.config.slots, engine.config.max_queue)):
                 group.create_task(worker())
-    except* EngineError as group:
+    except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
 
 
@@ -217,13 +190,21 @@ def _failed(request: Request, error: Exception) -> dict[str, Any]:
     return row | {"error": {"code": type(error).__name__, "message": str(error)}}
 
 
-def run_file(engine, source: Path, output: Path, requests: list[Request], *settings: Any) -> Tally:
-    """The whole job with a progress bar on standard error; `settings`: what the answers depend on."""
+def check_journal(output: Path, requests: list[Request]) -> None:
+    """Raise RequestError where the journal of an output is of other requests: known before a model is loaded."""
+    path = path_of(output)
+    if is_ordinary(output) and path.exists():
+        check_job(path, path.read_bytes(), requests_of(requests))
+
+
+def run_file(engine, output: Path, requests: list[Request]) -> Tally:
+    """The whole job with a progress bar on standard error. The caller holds the lock on `output`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    check_output(output, source)
-    journal = Journal(output, job_key(source, *settings))
+    lines = [r.line for r in requests]
+    plain = is_ordinary(output)
+    journal = Journal(output, job_of(engine, requests), lines) if plain else InOrder(output, lines)
     if journal.done:
         print(f"going on: {len(journal.done)} of {len(requests)} rows were finished before", file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TextIO
 
+from pdx import texts
 from pdx.completion import Completion
-from pdx.errors import ContextLengthError, EngineError
+from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.sampling_options import SamplingOptions
 
 HELP = "/reset forgets the conversation, /exit ends it (so does the end of input); Ctrl-C stops an answer"
@@ -98,17 +99,40 @@ def converse(
                 turns.append(done)
                 show("\n")
                 print(turn_summary(done), file=err)
-            except (ContextLengthError, EngineError) as error:
-                print(f"error: {error}", file=err)
+            except PdxError as error:  # what the template or the context refuses ends the turn, not the chat
+                if chat.engine.is_closed:
+                    raise
+                print(f"error: {error} (the message is no part of the conversation; /reset forgets it all)", file=err)
     return turns
 
 
-def typed(prompt: str = "> ") -> Iterable[str]:
-    """Lines of standard input, with a prompt and line editing on a terminal."""
+def check_template(tokenizer, system: str | None) -> None:
+    """Raise RequestError for a model that has no chat template, or whose template takes no system message."""
+    hello = [{"role": "user", "content": "Hello"}]
+    tokenizer.encode_chat(hello)
+    if system is not None:
+        try:
+            tokenizer.encode_chat([{"role": "system", "content": system}, *hello])
+        except PdxError as error:
+            raise RequestError(f"this model takes no --system message: {error}") from None
+
+
+def typed(prompt: str = "> ", encoding: str = "utf-8") -> Iterable[str]:
+    """Lines of standard input, with a prompt and line editing on a terminal. A line that is no text is passed over,
+    and said."""
+    if not sys.stdin.isatty():
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                yield texts.decode(line, f"line {number} of standard input", encoding)
+            except RequestError as error:
+                print(f"error: {error}", file=sys.stderr)
+        return
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
     while True:
         try:
-            yield input(prompt if sys.stdin.isatty() else "")
+            yield input(prompt)
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            print(f"error: the line is no {error.encoding} text", file=sys.stderr)

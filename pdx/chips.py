@@ -18,6 +18,7 @@ from typing import Any
 
 from pallas_kernels import hardware
 from pallas_kernels.hardware import Chip
+from pdx import outputs
 from pdx.compilation import home
 from pdx.errors import RequestError
 from pdx.rates import Rates, Surface
@@ -124,14 +125,18 @@ def _surface(table: Mapping[str, Any]) -> Surface:
     return Surface(tuple(table["first"]), tuple(table["second"]), tuple(map(tuple, table["values"])))
 
 
+def file_of(name: str) -> Path:
+    """Where a chip of the user's own is kept. Raises RequestError for what is no name."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise RequestError(f"a chip's name is letters, digits, dots, dashes and underscores, not {name!r}")
+    return folder() / f"{name}.toml"
+
+
 def save(what: Chip, file: Path | None = None) -> Path:
     """Write a chip, into the user's folder under its name unless a file is given. Returns the file."""
-    if file is None:
-        if not re.fullmatch(r"[\w.-]+", what.name):
-            raise RequestError(f"a chip's name is letters, digits, dots, dashes and underscores, not {what.name!r}")
-        file = folder() / f"{what.name}.toml"
+    file = file_of(what.name) if file is None else file
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_toml(what), encoding="utf-8")
+    outputs.write_text(file, to_toml(what))
     return file
 
 

@@ -100,12 +100,17 @@ def _target(figure: Figure) -> str:
     return "" if figure.target is None else f"{'>=' if figure.at_least else '<='} {figure.target:g}"
 
 
+def check_names(only: Sequence[str]) -> None:
+    """Raises RequestError for a name that is no figure."""
+    if unknown := set(only) - FIGURES.keys():
+        raise RequestError(f"{', '.join(sorted(unknown))} is no figure: there are {', '.join(FIGURES)}")
+
+
 def run(
     model: Model, only: Sequence[str] = (), *, peer: bool = True, sizes: Sizes | None = None
 ) -> tuple[list[Figure], list[str]]:
     """Measure; returns the figures and notes on what did not run. Raises RequestError for a name that is no figure."""
-    if unknown := set(only) - FIGURES.keys():
-        raise RequestError(f"{', '.join(sorted(unknown))} is no figure: there are {', '.join(FIGURES)}")
+    check_names(only)
     sizes, figures, notes = sizes or Sizes(), [], []
     for name, measure in FIGURES.items():
         if only and name not in only:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdx.bench.load import LoadResult
+from pdx.bench.pictures import check as check_plot
 from pdx.errors import RequestError
 from pdx.metrics import Spread
 from pdx.tables import Table
+
+__all__ = ["check_plot", "notes", "plot", "table"]
 
 HEAD = ("settings", "load", "done", "out tok/s", "in tok/s", "TTFT ms p50 / p99", "TPOT ms p50 / p99",
         "ITL ms p99 / worst", "E2E s p50 / p99", "goodput req/s", "slots taken")  # fmt: skip
@@ -54,19 +57,6 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
         if preempted := r.counted.get("preemptions"):
             said.append(f"{name}: requests gave their pages up {preempted:.0f} times")
     return said
-
-
-def check_plot(file: Path) -> None:
-    """Raises RequestError for a picture that could not be drawn or written when the load is over."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise RequestError("a plot needs matplotlib: pip install 'pdx-inference[notebook]'") from None
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if file.suffix.removeprefix(".").lower() not in kinds:
-        raise RequestError(f"{file}: a plot's name must end in one of {', '.join(f'.{k}' for k in sorted(kinds))}")
-    if not file.absolute().parent.is_dir():
-        raise RequestError(f"{file}: there is no such folder to write the plot to")
 
 
 def plot(results: Sequence[LoadResult], file: Path, title: str = "") -> None:

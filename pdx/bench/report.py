@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.hardware import Chip
-from pdx import strict_json
+from pdx import outputs, strict_json
 from pdx.bench import pitfalls, report_page, report_plots, rows
 from pdx.bench.device import machine
 from pdx.bench.lab import Side
@@ -39,18 +39,16 @@ def run(
     """
     begin = time.monotonic()
     sizes = (sizes or Sizes()).within(model.config.max_context)
-    chosen = [r for r in rows.ROWS if only is None or r.name in only]
-    if only is not None and (unknown := set(only) - {r.name for r in chosen}):
-        raise RequestError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(r.name for r in rows.ROWS)}")
+    asked = chosen(only)
     lab, grid = Lab(model, chip, sizes), list(loads(sizes))
     plain = lab.plain
-    total, points, outcomes = len(grid) + len(chosen) + 1, [], []
+    total, points, outcomes = len(grid) + len(asked) + 1, [], []
     for phase, batch, tokens in grid:
         progress("measuring", len(points), total)
         points.append(_point(plain.prefill(batch, tokens) if phase == "prefill" else plain.decode(batch, tokens),
                              batch, tokens, chip, sizes.rounds))  # fmt: skip
         gc.collect()
-    for row in chosen:
+    for row in asked:
         progress("measuring", len(points) + len(outcomes), total)
         outcomes.append(rows.measure(row, lab, {chip.name: chip} | others))
         gc.collect()
@@ -59,6 +57,14 @@ def run(
     progress("measuring", total, total)
     return Report(model.name, machine(), str(jax.numpy.dtype(model.dtype)), jax.__version__, chip, others,
                   tuple(points), tuple(outcomes), seen, time.monotonic() - begin)  # fmt: skip
+
+
+def chosen(only: Sequence[str] | None) -> list[rows.Row]:
+    """The rows of those names; None: all. Raises RequestError for a name that there is not."""
+    found = [r for r in rows.ROWS if only is None or r.name in only]
+    if only is not None and (unknown := set(only) - {r.name for r in found}):
+        raise RequestError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(r.name for r in rows.ROWS)}")
+    return found
 
 
 def loads(sizes: Sizes) -> list[tuple[Phase, int, int]]:
@@ -78,10 +84,11 @@ def _point(side: Side, batch: int, tokens: int, chip: MeasuredChip, rounds: int)
 def write(report: Report, out: Path) -> list[Path]:
     """`report.json`, `report.md` and its pictures into a folder. Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
+    # First what cannot be had again: the figures.
+    outputs.write_text(out / "report.json", strict_json.dumps(_rounded(report.to_dict()), indent=1) + "\n")
     pictures = report_plots.draw(report, out)
-    (out / "report.json").write_text(strict_json.dumps(_rounded(report.to_dict()), indent=1) + "\n", encoding="utf-8")
     text = report_page.to_markdown(report, [p.name for p in pictures])
-    (out / "report.md").write_text(text, encoding="utf-8")
+    outputs.write_text(out / "report.md", text)
     return [out / "report.md", out / "report.json", *pictures]
 
 

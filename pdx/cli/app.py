@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from pdx.errors import PdxError, RequestError
+from pdx.cli import errors
+from pdx.errors import RequestError
 
 app = typer.Typer(
     help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False, epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
 )  # fmt: skip
 bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -88,18 +89,27 @@ def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = 
     return loaded
 
 
+def check_names(kernels: str = "auto", kv_dtype: str = "auto", *quantize: str | None) -> None:
+    """Raise, before a model is loaded, what these choices would raise after it."""
+    from pdx.generation import cache_dtype
+    from pdx.layers.attention import explain
+    from pdx.quant import Policy
+
+    explain(kernels)
+    if kv_dtype != "auto":
+        cache_dtype(kv_dtype, None)
+    for policy in quantize:
+        Policy.parse(policy)
+
+
 def main() -> None:
-    """Entry point: errors that pdx raises on purpose are printed without a traceback, warnings as notes."""
+    """Entry point: whatever goes wrong ends in one line and an exit code, see `pdx.cli.errors`."""
     warnings.showwarning = lambda message, *place, **more: print(f"note: {message}", file=sys.stderr)
-    try:
-        app()
-    except (PdxError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of standard output went away (`| head`): nobody is left to tell.
-        sys.stderr.close()
-        sys.exit(0)
+    command = typer.main.get_command(app)
+
+    def invoke(arguments: list[str]) -> None:
+        # Not called as a whole: typer would end interrupts and broken pipes in its own way.
+        with command.make_context("pdx", arguments) as context:
+            command.invoke(context)
+
+    sys.exit(errors.run(invoke, sys.argv[1:]))

@@ -17,6 +17,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     bench_app,
+    check_names,
     eval_app,
     load_model,
     print_table,
@@ -45,6 +46,7 @@ def bench_model(
     bandwidth."""
     from pdx.bench import model as bench
 
+    check_names(kernels, "auto", *(quantize or ()))
     loaded = load_model(model, dtype, None)
     others = {policy: load_model(model, dtype, None, policy) for policy in quantize or ()}
     result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
@@ -70,6 +72,7 @@ def bench_memory(
     from pdx.weights.progress import still
     from pdx.weights.resolve import resolve
 
+    check_names("auto", "auto", *(quantize or ()))
     resolve(model)
     with still("loading and running the model, a process for each way of storing it"):
         found = memory.measure(model, quantize or ("none", "int8"))
@@ -104,6 +107,7 @@ def eval_ppl(
     from pdx.weights.progress import still
 
     text = texts.read(file, texts.evaluation)
+    check_names(kernels, kv_dtype, quantize)
     plain = load_model(reference or model, dtype, None)
     if reference is not None:
         loaded = load_model(model, dtype, None, quantize)

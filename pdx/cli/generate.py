@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pdx import strict_json
+from pdx.cli import streams
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -18,6 +19,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     app,
+    check_names,
     load_model,
     refuse_without_effect,
 )
@@ -28,7 +30,8 @@ from pdx.weights.builtin import DEFAULT_MODEL
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input, less the newline at its "
+                                                 "end.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -85,12 +88,16 @@ def generate(
 
         requests = batch_file.read(prompts, options)
         batch_file.check_output(output, prompts)
+        check_names(kernels, kv_dtype, quantize)
         loaded = load_model(model, dtype, mesh, quantize)
         batch_file.run(loaded, prompts, requests, output, batch_size=batch_size, **run)
         return
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = streams.read_prompt() if prompt == "-" else prompt
     if not text:
         raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
+    for name, given in (("the prompt", text), ("--system", system), *(("--stop", s) for s in stop or ())):
+        streams.check_argument(name, given)
+    check_names(kernels, kv_dtype, quantize)
     messages = [{"role": "system", "content": system}] if system is not None else []
     request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
     _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pdx import strict_json
+from pdx import outputs, strict_json
 from pdx.cli.app import JsonOption, ModelOption, app, refuse_without_effect
 from pdx.errors import RequestError
 from pdx.weights.builtin import DEFAULT_MODEL
@@ -26,10 +26,12 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """Choose a kernel's tiles: measured on a real device, else ranked by what its compiler says."""
-    from pallas_kernels import targets, tuning
+    from pallas_kernels import targets, tiles, tuning
 
     if not write:
         refuse_without_effect(context, "tables are written with --write", "folder")
+    else:
+        outputs.check_folder(tiles.folder_of(folder))
     try:
         found = tuning.run(op, target, case, write, folder, say=(lambda text: None) if as_json else print)
     except (ValueError, targets.CompilerMissing) as error:
@@ -64,17 +66,19 @@ def compare(
         refuse_without_effect(context, "only `steps` run a model", "model")
     if targets == "none":
         refuse_without_effect(context, "static cycles are of --targets", "cycles")
+    if csv is not None:
+        outputs.check_file(csv)
     if plot is not None:
-        plotting.require()
+        plotting.check(plot)
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
     with progress_bar(unit="cases") as bar:
         found = comparing.compare(op or (), shapes=shapes, targets=chips, model=model, rounds=rounds, cycles=cycles,
                                   progress=bar)  # fmt: skip
-    if csv is not None:
-        found.write_csv(csv)
-    if plot is not None:
-        plotting.save(found, plot)
     if as_json:
         print(strict_json.dumps(found.to_dict()))
     else:
         show(found)
+    if csv is not None:  # behind what is printed, which is there even if a disk is full by now
+        found.write_csv(csv)
+    if plot is not None:
+        plotting.save(found, plot)

@@ -17,6 +17,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     bench_app,
+    check_names,
     load_model,
     print_table,
     refuse_without_effect,
@@ -81,6 +82,8 @@ def bench_load(
     objectives = Objectives(*(None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot, slo_e2e)))
     base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget)
     each = load.sides(base, quantize, vary or ())
+    for side in each:
+        check_names(side.config.kernels, side.config.kv_dtype, side.quantize)
     if plot:
         load_report.check_plot(plot)
     sampling = SamplingOptions(temperature=temperature, seed=seed)
@@ -94,8 +97,6 @@ def bench_load(
                      workload.make(arrival, pressure, requests, *lengths, prompts, seed=seed,
                                    burstiness=burstiness))  # fmt: skip
     results = load.compare(models, each, loads, objectives, sampling=sampling)
-    if plot:
-        load_report.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
     if as_json:
         said = {"model": first.name, "device": device_name(), "results": [r.to_dict() for r in results]}
         print(strict_json.dumps(said))
@@ -104,6 +105,8 @@ def bench_load(
               f"{loads[0].process}\n")  # fmt: skip
         print_table(load_report.table(results), as_markdown)
         print("\n".join(["", *load_report.notes(results)]))
+    if plot:
+        load_report.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
 
 
 def _pressures(arrival: str, rate, clients, trace: Path | None) -> list[float]:
@@ -136,6 +139,8 @@ def bench_engine(
     """What the engine is held to: throughput, stalls, prefix reuse and overhead, each as a ratio beside its target."""
     from pdx.bench import engine_figures as figures
 
+    figures.check_names(only or ())
+    check_names("auto", "auto", quantize)
     found, notes = figures.run(load_model(model, dtype, None, quantize), only or (), peer=peer)
     if as_json:
         print(strict_json.dumps({"figures": [f.to_dict() for f in found], "notes": notes}))

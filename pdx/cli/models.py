@@ -35,10 +35,10 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Save config, tokenizer and parameters as a checkpoint that loads faster."""
-    from pdx.weights.checkpoint import check_target
+    from pdx.weights.checkpoint import reserved
 
-    check_target(directory)
-    _save(load_model(model, dtype, None), directory, as_json)
+    with reserved(directory):
+        _save(load_model(model, dtype, None), directory, as_json)
 
 
 @app.command()
@@ -60,23 +60,24 @@ def quantize(
     from pdx import calibration as calibrating
     from pdx import texts
     from pdx.quant import Policy
-    from pdx.weights.checkpoint import check_target
+    from pdx.weights.checkpoint import reserved
     from pdx.weights.progress import progress_bar
 
     if not Policy.parse(policy):
         raise RequestError(f"--quantize {policy} quantizes nothing: `pdx convert` saves a model as it is")
     calibrating.check_method(method)
-    check_target(directory)
     if method == "rtn":
         refuse_without_effect(context, "rtn rounds to the nearest and looks at no text", "calibration", "sequences")
-        done = load_model(model, dtype, None, policy)
-    else:
-        text = texts.read(calibration, texts.calibration)
-        loaded = load_model(model, dtype, None)
-        with progress_bar(unit="layers") as bar:
-            done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
-                                              progress=partial(bar, method))  # fmt: skip
-    _save(done, directory, as_json)
+    text = texts.read(calibration, texts.calibration) if method != "rtn" else ""
+    with reserved(directory):
+        if method == "rtn":
+            done = load_model(model, dtype, None, policy)
+        else:
+            loaded = load_model(model, dtype, None)
+            with progress_bar(unit="layers") as bar:
+                done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
+                                                  progress=partial(bar, method))  # fmt: skip
+        _save(done, directory, as_json)
 
 
 def _save(model, directory: Path, as_json: bool) -> None:

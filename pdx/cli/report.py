@@ -22,15 +22,22 @@ def calibrate(
     import dataclasses
     import shlex
 
-    from pdx import chips
+    from pdx import chips, outputs
     from pdx.bench.calibrate import calibrate as measure
+    from pdx.bench.device import slug
     from pdx.compilation import enable_cache
     from pdx.weights.progress import progress_bar
 
+    target = out or chips.file_of(name or slug())
+    (outputs.check_file if target.parent.is_dir() else outputs.check_folder)(target)
     enable_cache()
     with progress_bar(unit="measurements") as progress:
         chip = measure(name, progress=progress)
-    file = chips.save(chip, out)
+    try:
+        file = chips.save(chip, out)
+    except OSError:  # the disk is full by now: the measurement is printed
+        print(strict_json.dumps(dataclasses.asdict(chip)) if as_json else chips.to_toml(chip))
+        raise
     if as_json:
         print(strict_json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
         return
@@ -54,7 +61,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Measure and predict each optimization on this device, prefill and decode apart: which pays where, and why?"""
-    from pdx import chips
+    from pdx import chips, outputs
     from pdx.bench import calibrate as calibration
     from pdx.bench import report as reporting
     from pdx.bench import report_page
@@ -64,17 +71,17 @@ def report(
     from pdx.weights.progress import progress_bar
 
     others = {name: chips.chip(name) for name in predict or ("v5e", "h100")}
+    here = chips.chip(chip or slug()) if chip or (not quick and slug() in chips.names()) else None
+    if here is not None and not isinstance(here, chips.MeasuredChip):
+        raise RequestError(f"{here.name} was not measured: the report needs this device as pdx calibrate stores it")
+    reporting.chosen(row)
+    outputs.check_folder(out)
     loaded = load_model(model, dtype, None)
     with progress_bar(unit="measurements") as progress:
-        if chip is None and quick:
-            here = calibration.calibrate(plan=calibration.TINY, progress=progress)
-        elif chip is None and slug() not in chips.names():
-            here = calibration.calibrate(progress=progress)
-            chips.save(here)
-        else:
-            here = chips.chip(chip or slug())
-        if not isinstance(here, chips.MeasuredChip):
-            raise RequestError(f"{here.name} was not measured: the report needs this device as pdx calibrate stores it")
+        if here is None:
+            here = calibration.calibrate(plan=calibration.TINY if quick else None, progress=progress)
+            if not quick:
+                chips.save(here)
         found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
     files = [str(file) for file in reporting.write(found, out)]
     if as_json:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pdx import strict_json
+from pdx.cli import streams
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -20,6 +22,7 @@ from pdx.cli.app import (
     ModelOption,
     QuantizeOption,
     app,
+    check_names,
     load_model,
 )
 from pdx.errors import RequestError
@@ -75,22 +78,24 @@ def chat(
                                           "end.")] = False,
 ) -> None:
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
-    from pdx.chat import Chat, converse, typed
+    from pdx.chat import Chat, check_template, converse, typed
     from pdx.layers.attention import explain_mixed
     from pdx.report_text import completion_fields
     from pdx.sampling_options import SamplingOptions
 
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
+    streams.check_argument("--system", system)
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
     if not config.prefix_cache:
         raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
+    check_names(config.kernels, config.kv_dtype, quantize)
     loaded = load_model(model, dtype, None, quantize)
-    loaded.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])  # a model without a template says so now
+    check_template(loaded.tokenizer, system)  # before anything is compiled
     options = dataclasses.replace(options, **{**loaded.sampling, **asked})
     with start_engine(loaded, config) as engine:
         talk = Chat(engine, options, system)
-        turns = converse(talk, typed(), out=io.StringIO() if as_json else None)
+        turns = converse(talk, typed(encoding=streams.encoding()), out=io.StringIO() if as_json else None)
     if as_json:
         print(strict_json.dumps({"model": loaded.name, "messages": talk.messages, "turns": [
             completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}) for done in turns]},
@@ -120,6 +125,7 @@ def batch(
     """Answer a file of requests with continuous batching. Interrupted, the same command goes on where it was."""
     from pdx import batch_job
     from pdx.batch_file import check_output, unread_names
+    from pdx.outputs import is_ordinary, locked
     from pdx.sampling_options import SamplingOptions
 
     asked = _asked(temperature=temperature, top_p=top_p)
@@ -128,14 +134,17 @@ def batch(
     requests = batch_job.read(source, options, asked)
     config = dataclasses.replace(config, num_logprobs=max(config.num_logprobs, batch_job.num_logprobs(requests)))
     check_output(output, source)
-    loaded = load_model(model, dtype, mesh, quantize)
-    if unread := unread_names(loaded, requests):
-        print(f"note: the chat template does not read {', '.join(unread)}: passed over", file=sys.stderr)
-    with start_engine(loaded, config) as engine:
-        tally = batch_job.run_file(engine, source, output, requests, model, dtype, kv_dtype, quantize, options)
+    check_names(config.kernels, config.kv_dtype, quantize)
+    with locked(output, "pdx batch") if is_ordinary(output) else nullcontext():
+        batch_job.check_journal(output, requests)
+        loaded = load_model(model, dtype, mesh, quantize)
+        if unread := unread_names(loaded, requests):
+            print(f"note: the chat template does not read {', '.join(unread)}: passed over", file=sys.stderr)
+        with start_engine(loaded, config) as engine:
+            tally = batch_job.run_file(engine, output, requests)
     if as_json:
         print(strict_json.dumps({"output": str(output), "rows": len(requests), "resumed_rows": tally.resumed,
-                          "failed_rows": tally.failed, "completion_tokens": tally.tokens}))  # fmt: skip
+                                 "failed_rows": tally.failed, "completion_tokens": tally.tokens}))  # fmt: skip
     else:
         print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
               file=sys.stderr)  # fmt: skip

@@ -15,8 +15,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import QuantArray
+from pdx import outputs
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.quant import Kind, kind_of
@@ -40,40 +39,54 @@ _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.
 
 
 def check_target(directory: str | Path) -> Path:
-    """The directory a checkpoint may be written to. Raises ModelFileError unless it is new or empty."""
-    directory = Path(directory).expanduser()
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+    """The directory a checkpoint may be written to, links followed.
+
+    Raises ModelFileError unless it is new or empty, RequestError where it cannot be made.
+    """
+    directory = outputs.real(Path(directory).expanduser())
+    if directory.is_dir() and any(directory.iterdir()):
         raise ModelFileError(f"{directory} is there and not empty: name a new directory")
+    if directory.exists() and not directory.is_dir():
+        raise ModelFileError(f"{directory} is there and no directory: name a new directory")
+    outputs.check_folder(directory.parent)
     return directory
 
 
-def save(model: Model, directory: str | Path) -> Path:
-    """Write a checkpoint; the directory appears whole or not at all. Raises ModelFileError if it is taken."""
-    import orbax.checkpoint as ocp
+@contextmanager
+def reserved(directory: str | Path) -> Iterator[Path]:
+    """Hold a directory that a checkpoint is to be written to, so that a second process is refused at once.
 
+    Removes what killed processes left beside it. Raises as `check_target`, and RequestError where it is held.
+    """
     directory = check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    outputs.remove_leftovers(directory.parent)
+    with outputs.locked(directory, "process"):
+        yield directory
+
+
+def save(model: Model, directory: str | Path) -> Path:
+    """Write a checkpoint; the directory appears whole or not at all. Raises as `check_target`."""
+    import orbax.checkpoint as ocp
+
     # Host arrays: orbax makes a chunk of each shard of a device array, and a checkpoint is of no mesh.
     quantized = {n: dataclasses.asdict(kind_of(x)) for n, x in named_leaves(model.params) if isinstance(x, QuantArray)}
     params = jax.tree.map(_on_host, model.params, is_leaf=lambda x: isinstance(x, QuantArray))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent.resolve()))
-    try:
+    with reserved(directory) as directory, outputs.unfinished(directory) as part:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(params))
-        model.tokenizer.save(temporary / "tokenizer")
+            checkpointer.save(part / "params", args=ocp.args.PyTreeSave(params))
+        model.tokenizer.save(part / "tokenizer")
         leaves = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in named_leaves(params)}
         head = {"format": FORMAT, "version": VERSION, "name": model.name, "license": model.license,
                 "terms": list(model.terms), "sampling": dict(model.sampling),
                 "config": json.loads(model.config.to_json()), "params": leaves, "quantized": quantized}  # fmt: skip
-        (temporary / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
-        CheckpointFile(temporary)  # an orbax that lays its arrays out otherwise is noticed now, not at the next load
-        temporary.chmod(0o777 & ~_umask())
+        (part / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
+        CheckpointFile(part)  # an orbax that lays its arrays out otherwise is noticed now, not at the next load
         if directory.is_dir():
+            outputs.keep_mode(directory, part)
             directory.rmdir()
-        os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(part, directory)
     return directory
 
 
@@ -86,12 +99,6 @@ def _on_host(x: Any) -> Any:
         values = pairs[:, 0::2] | pairs[:, 1::2] << 4
     arrays = {"values": values, "scales": x.scales, "offsets": x.offsets}
     return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

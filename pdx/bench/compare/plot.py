@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pdx.bench.compare.rows import Comparison, Row
+from pdx.bench.pictures import check, require
 from pdx.errors import RequestError
 
+__all__ = ["check", "picture", "require", "save"]
+
 MARKERS = "os^Dv<>P*X"
-
-
-def require() -> None:
-    """Raises RequestError, saying what to install, where matplotlib is not."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise RequestError("a plot needs matplotlib: pip install 'pdx-inference[notebook]'") from None
 
 
 def save(found: Comparison, file: Path) -> None:

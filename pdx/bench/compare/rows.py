@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.hardware import Chip
+from pdx import outputs
 
 XLA, PALLAS = "xla", "pallas"
 # Largest error over the largest right value, by the types that are multiplied and stored.
@@ -141,7 +142,7 @@ class Comparison:
 
     def write_csv(self, file: Path) -> None:
         """One line a row, every field of `Row` a column."""
-        with file.open("w", newline="", encoding="utf-8") as out:
+        with outputs.opened(file, newline="") as out:
             writer = csv.DictWriter(out, COLUMNS)
             writer.writeheader()
             writer.writerows(row.to_dict() for row in self.rows)
