@@ -200,7 +200,7 @@ async def _answer(engine, request: Request, tally: Tally) -> dict[str, Any]:
 
 
 def _answered(engine, request: Request, done: Completion) -> dict[str, Any]:
-    fields = completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)})
+    fields = completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}, engine.model.mesh)
     if "body" not in request.row:
         return request.row | fields
     is_chat = "messages" in request.row["body"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,8 @@ from pdx.cache.dense import DenseCache, init_cache
 from pdx.completion import Completion, Row, TokenLogprobs
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.layers.attention import explain, layout_for
+from pdx.meshes import on_own_mesh
+from pdx.programs import Programs
 from pdx.prompts import Prompt, as_list, check_bias, encode, spread
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
@@ -73,8 +75,7 @@ class Generator:
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
         self.kernels, self.num_logprobs, self.decode_tokens = kernels, num_logprobs, decode_tokens
         self.rows = rows if self.mesh is None else round_up(rows, self.mesh.shape["data"])
-        self.compile_s = 0.0
-        self._programs: dict[object, Callable] = {}
+        self._programs = Programs()
         self._make_cache = partial(
             init_cache, self.config, self.rows, capacity, chunk=chunk, mesh=self.mesh,
             dtype=cache_dtype(kv_dtype, model), layout=layout_for(kernels),
@@ -82,6 +83,10 @@ class Generator:
         self._cache: DenseCache | None = self._make_cache()
         self.capacity, self.chunk = self._cache.capacity, self._cache.chunk
         self._ladder = (*(t for t in PREFILL_LADDER if t < self.chunk), self.chunk)
+
+    @property
+    def compile_s(self) -> float:
+        return self._programs.compile_s
 
     def run(self, requests: Sequence[Row]) -> Iterator[Row]:
         """Generate for up to `rows` requests together; yields a request whenever it has new tokens."""
@@ -98,7 +103,7 @@ class Generator:
         )
         sampling = place_rows(sampling, self.mesh)
         logits, cache = self._prefill(prompts)
-        first, sampling = self._call(
+        first, sampling = self._programs.call(
             "first", _draw, logits=logits, sampling=sampling, positions=cache.lengths,
             active=self._mask(requests), static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
         )  # fmt: skip
@@ -108,7 +113,7 @@ class Generator:
             n = min(self.decode_tokens, max(r.options.max_tokens - len(r.token_ids) for r in running))
             tokens = np.zeros(self.rows, np.int32)
             tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
-            out = self._call(
+            out = self._programs.call(
                 "decode", steps.PROGRAMS["decode_many"], params=self.params, tokens=tokens, cache=cache,
                 sampling=sampling, active=self._mask(requests), steps=np.int32(n),
                 static={"cfg": self.config, "n": self.decode_tokens, "num_logprobs": self.num_logprobs,
@@ -132,23 +137,17 @@ class Generator:
             for row, prompt in enumerate(prompts):
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
-            new, cache = self._call(
+            new, cache = self._programs.call(
                 ("prefill", width), steps.PROGRAMS["prefill"], params=self.params, tokens=tokens, lengths=lengths,
                 cache=cache, static={"cfg": self.config, "kernels": self.kernels},
             )  # fmt: skip
             # A row whose prompt ended in an earlier chunk keeps the logits it had there.
-            logits = new if logits is None else self._call("keep", _keep, old=logits, new=new, took_part=lengths > 0)
+            if logits is not None:
+                new = self._programs.call("keep", _keep, old=logits, new=new, took_part=lengths > 0)
+            logits = new
             held += width
         self._cache = cache
         return logits, cache
-
-    def _call(self, key, function, *, static: Mapping[str, object] | None = None, **arguments):
-        """Run the program of `key`; the first time it is compiled from these arguments, timed apart."""
-        if key not in self._programs:
-            start = time.perf_counter()
-            self._programs[key] = function.lower(**arguments, **(static or {})).compile()
-            self.compile_s += time.perf_counter() - start
-        return self._programs[key](**arguments)
 
     def _mask(self, requests: Sequence[Row]) -> np.ndarray:
         mask = np.zeros(self.rows, bool)
@@ -247,6 +246,7 @@ def ends_of(model: Model, options: SamplingOptions) -> frozenset[int]:
     return frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
 
 
+@on_own_mesh
 def stream(
     model: Model, prompts: Prompt | Sequence[Prompt],
     options: SamplingOptions | Sequence[SamplingOptions] | None = None,

@@ -20,6 +20,7 @@ from pdx.cache.dense import DenseCache
 from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels
+from pdx.meshes import check_mesh, on_own_mesh
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
@@ -28,6 +29,7 @@ from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
 NO_TOKEN = -1
 
 
+@on_own_mesh
 def prefill(
     params: Params,
     cfg: ModelConfig,
@@ -55,12 +57,13 @@ def prefill(
       ContextLengthError: a row has no room for its tokens.
       ValueError: T is larger than the cache's chunk, or a length is not one of 0 to T.
     """
-    _rows(cache, tokens=tokens, lengths=lengths)
+    _rows(params, cache, tokens=tokens, lengths=lengths)
     if check:
         _check(cache, lengths, tokens)
     return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
+@on_own_mesh
 def decode_step(
     params: Params,
     cfg: ModelConfig,
@@ -76,7 +79,7 @@ def decode_step(
     Inactive rows neither grow nor are read; their logits mean nothing. See `prefill` for the rest.
     """
     active = jnp.asarray(active)
-    _rows(cache, tokens=tokens, active=active)
+    _rows(params, cache, tokens=tokens, active=active)
     if check:
         _check(cache, active)
     return _decode_step(params, cfg, tokens, active, cache, kernels)
@@ -95,6 +98,7 @@ class Decoded:
     cache: DenseCache
 
 
+@on_own_mesh
 def decode_many(
     params: Params,
     cfg: ModelConfig,
@@ -126,13 +130,14 @@ def decode_many(
     if active is None:
         active = jnp.ones(tokens.shape, bool)
     steps = jnp.asarray(n if steps is None else steps, jnp.int32)
-    _rows(cache, tokens=tokens, active=active)
+    _rows(params, cache, tokens=tokens, active=active)
     if check:
         _check(cache, jnp.where(active, steps, 0))
     sampling = place_rows(sampling, cache.mesh)  # as it will come back, so that the next call is the same program
     return _decode_many(params, cfg, tokens, cache, sampling, n, jnp.asarray(active), steps, num_logprobs, kernels)
 
 
+@on_own_mesh
 def verify(
     params: Params,
     cfg: ModelConfig,
@@ -148,12 +153,13 @@ def verify(
     `tokens` are the newest token and G drafted ones (T = G + 1); logits [:, i] follow token i.
     See `prefill` for the rest.
     """
-    _rows(cache, tokens=tokens, lengths=lengths)
+    _rows(params, cache, tokens=tokens, lengths=lengths)
     if check:
         _check(cache, lengths, tokens)
     return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
+@on_own_mesh
 def mixed_step(
     params: Params,
     cfg: ModelConfig,
@@ -187,6 +193,7 @@ def mixed_step(
     Raises:
       ValueError: shapes that do not fit.
     """
+    check_mesh(params["final_norm"], cache.mesh)
     groups, rows = len(cache.groups), np.shape(lengths)[0]
     if np.shape(block_tables)[:2] != (groups, rows) or np.shape(query_starts) != (rows + 1,) or np.ndim(tokens) != 1:
         raise ValueError(
@@ -198,8 +205,9 @@ def mixed_step(
     return _mixed_step(params, cfg, jnp.asarray(tokens, jnp.int32), packed, cache, kernels)
 
 
-def _rows(cache: DenseCache, **given) -> None:
-    """Raise ValueError for an array that has not a row for each of the cache's."""
+def _rows(params: Params, cache: DenseCache, **given) -> None:
+    """Raise ValueError for an array that has not a row for each of the cache's, and for a cache of another mesh."""
+    check_mesh(params["final_norm"], cache.mesh)
     for name, x in given.items():
         if np.shape(x)[:1] != (cache.batch,):
             raise ValueError(f"{name} of shape {np.shape(x)} does not have the cache's {cache.batch} rows")

@@ -12,7 +12,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
@@ -23,6 +22,7 @@ from pallas_kernels.layouts import Layout
 from pdx.cache.dense import LayerCache, default_layout, layer_specs, zeros
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
+from pdx.meshes import as_mesh, on_own_mesh
 from pdx.sharding import constrain, is_spec
 
 # Tokens of a page. On a TPU a DMA moves whole tiles and int8 scales lie by the page, tokens in lanes.
@@ -92,11 +92,11 @@ class PagedCache:
 
     @property
     def page_bytes(self) -> tuple[int, ...]:
-        """Bytes of a page of each group, through all layers of it."""
+        """Bytes of a page of each group, through all layers of it and on all devices together."""
         found = [0] * len(self.groups)
         for layer, group in zip(self.layers, self.group_of_layer, strict=True):
-            leaves = jax.tree.leaves(layer, is_leaf=is_spec)
-            found[group] += sum(int(np.prod(x.shape[1:])) * jnp.dtype(x.dtype).itemsize for x in leaves)
+            for spec in jax.tree.leaves(layer.specs(), is_leaf=is_spec):
+                found[group] += spec.held_bytes(self.mesh) // spec.shape[0]
         return tuple(found)
 
     def placed(self) -> PagedCache:
@@ -118,6 +118,7 @@ def paged_cache_specs(
     if len(counts) != len(groups) or min(counts) < 1 or page_size < 1:
         raise ValueError(f"pages {pages} of {page_size} tokens: a number of at least 1 for each of the page groups "
                          f"{groups} is needed (windows; None: whole contexts)")
+    mesh = as_mesh(mesh)
     if mesh is not None and mesh.shape["data"] > 1:
         raise RequestError(f"a paged cache lies on one replica, but the mesh has data={mesh.shape['data']}: packed "
                            "tokens cannot be dealt out by rows; use data=1, and an engine for each replica")
@@ -126,6 +127,7 @@ def paged_cache_specs(
     return PagedCache(tuple(layers), groups, of_layer, mesh)
 
 
+@on_own_mesh
 def init_paged_cache(
     cfg: ModelConfig, pages: int | Sequence[int], *, page_size: int | None = None, dtype=jnp.float32,
     mesh: Mesh | None = None, layout: Layout | None = None,
@@ -138,7 +140,8 @@ def init_paged_cache(
     Raises:
       ValueError: not a number of pages for each group; RequestError: a mesh with more than one replica.
     """
-    return zeros(paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout), mesh)
+    specs = paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout)
+    return zeros(specs, specs.mesh)
 
 
 @partial(jax.jit, static_argnames="group", donate_argnames="cache")

@@ -13,6 +13,7 @@ from pdx.cli.app import (
     JsonOption,
     KernelsOption,
     KvDtypeOption,
+    MeshOption,
     ModelOption,
     QuantizeOption,
     bench_app,
@@ -59,6 +60,7 @@ def bench_load(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """The engine under load: TTFT, TPOT, E2E, throughput and goodput, over rates and settings side by side."""
@@ -80,9 +82,9 @@ def bench_load(
         load_report.check_plot(plot)
     sampling = SamplingOptions(temperature=temperature, seed=seed)
 
-    models = {stored: load_model(model, dtype, None, stored) for stored in dict.fromkeys(s.quantize for s in each)}
+    models = {stored: load_model(model, dtype, mesh, stored) for stored in dict.fromkeys(s.quantize for s in each)}
     first = next(iter(models.values()))
-    loads = []
+    device, loads = device_name(mesh=first.mesh), []
     for number, pressure in enumerate(pressures):  # other prompts for each, or the prefix cache would know them
         prompts = workload.Prompts.of(first, seed * len(pressures) + number, shared_prefix, text)
         loads.append(workload.read_trace(trace, prompts, requests) if trace else
@@ -92,9 +94,9 @@ def bench_load(
     if plot:
         load_report.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
     if as_json:
-        print(json.dumps({"model": first.name, "device": device_name(), "results": [r.to_dict() for r in results]}))
+        print(json.dumps({"model": first.name, "device": device, "results": [r.to_dict() for r in results]}))
     else:
-        print("\n".join([f"{first.name}, {first.dtype}, on {device_name()}; {len(loads[0].requests)} requests a load, "
+        print("\n".join([f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests a load, "
                          f"{loads[0].process}\n", load_report.table(results), "", *load_report.notes(results)]))
 
 

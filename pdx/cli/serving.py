@@ -62,6 +62,7 @@ def chat(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    mesh: MeshOption = None,
 ) -> None:
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
     from pdx.chat import Chat, converse, typed
@@ -71,7 +72,7 @@ def chat(
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
     if not config.prefix_cache:
         raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
-    loaded = load_model(model, dtype, None, quantize)
+    loaded = load_model(model, dtype, mesh, quantize)
     loaded.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])  # a model without a template says so now
     with start_engine(loaded, config) as engine:
         converse(Chat(engine, options, system), typed())

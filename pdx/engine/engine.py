@@ -36,6 +36,7 @@ from pdx.engine.sizing import settle
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
 from pdx.generation import cache_dtype, ends_of
+from pdx.meshes import on_own_mesh
 from pdx.metrics import EngineMetrics
 from pdx.prompts import Prompt, check_bias, encode, spread
 from pdx.sampling_options import SamplingOptions
@@ -54,6 +55,7 @@ class Engine:
       RequestError, NotImplementedError: a setting, or a kernel path, that is not possible here.
     """
 
+    @on_own_mesh
     def __init__(self, model: Model, config: EngineConfig | None = None):
         kv_dtype = cache_dtype((config or EngineConfig()).kv_dtype, model)
         self.model, self.config = model, settle(config or EngineConfig(), model, kv_dtype)
@@ -65,6 +67,7 @@ class Engine:
 
     # What clients call, from any thread.
 
+    @on_own_mesh
     def start(self, report: Report = silent) -> Engine:
         """Compile everything and start the thread; `report`: see `pdx.weights.progress.progress_bar`. Needed only to
         have it over with before the first request."""

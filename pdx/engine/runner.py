@@ -7,8 +7,6 @@ that it can be dispatched before they are known; sampling is a program of its ow
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -21,6 +19,7 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
 from pdx.layers.attention import explain_mixed, layout_for
+from pdx.programs import Programs
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.sharding import constrain_rows, place_rows
@@ -43,13 +42,16 @@ class Runner:
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         explain_mixed(config.kernels)  # raises before anything is made
         self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
-        self.compile_s = 0.0
-        self._programs: dict[object, Callable] = {}
+        self._programs = Programs()
         self._make_cache = partial(
             init_paged_cache, model.config, config.pages, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh,
             layout=layout_for(config.kernels),
         )  # fmt: skip
         self.reset()
+
+    @property
+    def compile_s(self) -> float:
+        return self._programs.compile_s
 
     def reset(self) -> None:
         """Empty pages and slots, as after a step that failed: what it was given is lost with it."""
@@ -92,7 +94,7 @@ class Runner:
         host = np.concatenate([x.ravel() for x in (
             plan.tokens, plan.sources, plan.lengths, plan.query_starts, plan.logit_rows, plan.block_tables
         )])  # fmt: skip
-        logits, self.cache = self._call(
+        logits, self.cache = self._programs.call(
             ("step", plan.shape, rows), _step, params=self.model.params, cache=self.cache, last=self.last, host=host,
             static={"cfg": self.model.config, "shape": (plan.shape, rows, self.config.slots, len(self.cache.groups)),
                     "decode_rows": plan.decode_rows, "max_queries": plan.max_queries, "kernels": self.config.kernels},
@@ -102,7 +104,7 @@ class Runner:
     def sample(self, plan: StepPlan, logits: jax.Array, allowed: np.ndarray | None = None) -> SampleOutput:
         """Dispatch the choice of tokens; `allowed` [slots, V] where a request has a mask."""
         masked = {} if allowed is None else {"allowed": allowed}
-        drawn, self.sampling, self.last = self._call(
+        drawn, self.sampling, self.last = self._programs.call(
             ("sample", allowed is not None), _sample, logits=logits, sampling=self.sampling, last=self.last,
             positions=plan.positions, samples=plan.samples, **masked,
             static={"num_logprobs": self.config.num_logprobs, "mesh": self.model.mesh},
@@ -121,7 +123,7 @@ class Runner:
         """Put a request's sampling settings, and what it has generated already, into a slot."""
         # Made on the host: a device computes one thing after another, and would be asked in the middle of a step.
         one = SamplingState.create([options], self.vocab_size, prompts=[prompt], outputs=[outputs], on_host=True)
-        self.sampling = self._call(
+        self.sampling = self._programs.call(
             "join", _join, sampling=self.sampling, slot=np.int32(slot), one=one, static={"mesh": self.model.mesh}
         )
 
@@ -136,18 +138,10 @@ class Runner:
             for at in range(0, len(pairs), COPIES):
                 part = np.full((COPIES, 2), NO_TOKEN, np.int32)
                 part[: len(pairs[at : at + COPIES])] = pairs[at : at + COPIES]
-                self.cache = self._call(
+                self.cache = self._programs.call(
                     ("copy", group), copy_pages, cache=self.cache, src=part[:, 0].copy(), dst=part[:, 1].copy(),
                     static={"group": group},
                 )  # fmt: skip
-
-    def _call(self, key, function, *, static: Mapping[str, object], **arguments):
-        """Run the program of `key`, which the warm-up has compiled."""
-        if key not in self._programs:
-            start = time.perf_counter()
-            self._programs[key] = function.lower(**arguments, **static).compile()
-            self.compile_s += time.perf_counter() - start
-        return self._programs[key](**arguments)
 
 
 def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
