@@ -17,7 +17,7 @@ from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
 from pdx.cache.paged import PackedRows, paged_cache_specs
 from pdx.config import ModelConfig
-from pdx.meshes import make_mesh
+from pdx.meshes import make_mesh, on_own_mesh
 from pdx.model import param_specs
 from pdx.quant import Policy, quantized_specs
 from pdx.sharding import ArraySpec, is_spec
@@ -25,6 +25,7 @@ from pdx.sharding import ArraySpec, is_spec
 Step = Literal["prefill", "decode_step", "verify", "mixed_step"]
 
 
+@on_own_mesh
 def compile_step(
     step: Step,
     cfg: ModelConfig,

@@ -43,6 +43,8 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[ja
     """
     if isinstance(sizes, str):
         sizes = parse_mesh(sizes)
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise RequestError(f"mesh {sizes!r} of type {type(sizes).__name__} does not say how many devices: {MESH_HELP}")
     given = {axis: _size(n) for axis, n in (sizes or {}).items()}
     if not set(given) <= set(MESH_AXES) or None in given.values():
         raise RequestError(f"mesh {dict(sizes)!r}: {MESH_HELP}")

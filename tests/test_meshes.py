@@ -98,13 +98,13 @@ def answer(mesh, weights=None):
     cache = pdx.init_cache(LLAMA, B, 128, mesh=mesh)
     logits, cache = pdx.prefill(weights, LLAMA, tokens(LLAMA, B, 8), np.array([8, 3, 2, 1]), cache)
     cache = cache.truncate(np.array([7, 3, 2, 1]))
-    out = pdx.decode_many(weights, LLAMA, np.argmax(logits, -1).astype(np.int32), cache,
+    out = pdx.decode_many(weights, LLAMA, np.asarray(logits).argmax(-1).astype(np.int32), cache,
                           pdx.SamplingState.create([pdx.SamplingOptions()] * B, LLAMA.vocab_size), 2)  # fmt: skip
     logits, _ = pdx.decode_step(weights, LLAMA, np.asarray(out.last), np.ones(B, bool), out.cache)
     return np.asarray(logits)
 
 
-@pytest.mark.parametrize("name", ["explicit axes", "the other order", "devices in another order"])
+@pytest.mark.parametrize("name", ["explicit axes", "data alone", "the other order", "devices in another order"])
 def test_the_steps_answer_on_it_as_on_one_device(name):
     close(answer(TAKEN[name][0]()), answer(None))
 

@@ -96,6 +96,16 @@ def test_groups_lie_with_their_scales_and_offsets():
     assert (whole.values.partition(mesh), whole.scales.partition(mesh)) == (P(None, "model"), P(None, None))
 
 
+def test_a_device_holds_no_part_of_a_group():
+    """11008 columns in groups of 128 over four devices: 2752 each, but no device has 21.5 groups."""
+    specs = param_specs(dataclasses.replace(WIDE, d_ff=11008))
+    down = quantized_specs(specs, Policy.parse("none,*.down_proj=int4:g128"))["layers"][0]["down_proj"]
+    assert down.groups == 86
+    for sizes, where in (("model=4", None), ("model=2", "model")):
+        mesh = make_mesh(sizes)
+        assert (down.values.partition(mesh)[1], down.scales.partition(mesh)[0]) == (where, where)
+
+
 def test_the_indivisible_piece_of_columns_is_a_group():
     """Three groups of 32 over two devices: 48 columns each would share a scale."""
     mesh = make_mesh("model=2")
@@ -205,6 +215,12 @@ def test_query_heads_are_dealt_out_where_kv_heads_are_not(heads, kv_heads, ways,
 
     for dtype in (jnp.float32, jnp.int8):
         close(logits(mesh, dtype), logits(None, dtype))
+
+
+def test_more_devices_than_kv_heads_with_normed_keys_and_biases():
+    cfg = dataclasses.replace(QWEN, num_heads=8, num_kv_heads=2, qk_norm=True)
+    for sizes in ("model=8", "data=2,model=4"):
+        close(run(cfg, None, sizes), run(cfg))
 
 
 def test_a_device_computes_attention_for_its_own_query_heads_alone():

@@ -115,7 +115,8 @@ def attention(
         run = partial(_attend_pages if cache.rows == "pages" else _append_and_attend, **settings)
         if mesh is not None and mesh.size > 1:
             run = _sharded(run, mesh, cache)
-            k, v = (jnp.repeat(x, cache.kv_heads // cfg.num_kv_heads, axis=2) for x in (k, v))
+            if cache.kv_heads > cfg.num_kv_heads:
+                k, v = (jnp.repeat(x, cache.kv_heads // cfg.num_kv_heads, axis=2) for x in (k, v))
         out, cache = run(q, k, v, positions, valid, lengths, cache)
     out = out.reshape(b, t, cfg.num_heads * h)
     return linear(out, p["o_proj"], p.get("o_bias"), specs["o_proj"]), cache
