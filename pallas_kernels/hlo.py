@@ -7,6 +7,7 @@ which collectives run, and do dots keep the precision that was asked for.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,17 +193,19 @@ def aliases(text: str) -> dict[tuple[int, ...], int]:
 
 def collectives(text: str) -> list[tuple[str, int]]:
     """Opcode and result bytes a device of each collective; one inside a loop is listed once."""
-    found: dict[str, tuple[str, int]] = {}
-    for body in Module(text).computations.values():
+    counted: dict[tuple[str, int, str], Counter] = {}
+    for where, body in Module(text).computations.items():
         for i in body.values():
             name = i.opcode.removesuffix("-start")
             if name in _COLLECTIVES:
-                # An asynchronous one gives its operands beside its results, and appears in several computations.
-                pairs = i.opcode.endswith("-start") and len(i.shapes) > 1
-                shapes = i.shapes[len(i.shapes) // 2 :] if pairs else i.shapes
+                started = i.opcode.endswith("-start")
+                # An asynchronous one gives its operands beside its results.
+                shapes = i.shapes[len(i.shapes) // 2 :] if started and len(i.shapes) > 1 else i.shapes
                 channel = re.search(r"channel_id=(\d+)", i.rest)
-                found.setdefault(channel.group(0) if channel else i.name, (name, sum(s.bytes for s in shapes)))
-    return list(found.values())
+                key = name, sum(s.bytes for s in shapes), channel.group(0) if channel else i.name
+                counted.setdefault(key, Counter())[where, started] += 1
+    # Several may share a channel, but an asynchronous one also appears as its start and in other computations.
+    return [key[:2] for key, places in counted.items() for _ in range(max(places.values()))]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
 from pdx.cache.paged import PackedRows, paged_cache_specs
 from pdx.config import ModelConfig
+from pdx.meshes import make_mesh, on_own_mesh
 from pdx.model import param_specs
 from pdx.quant import Policy, quantized_specs
 from pdx.sharding import ArraySpec, is_spec
@@ -24,6 +25,7 @@ from pdx.sharding import ArraySpec, is_spec
 Step = Literal["prefill", "decode_step", "verify", "mixed_step"]
 
 
+@on_own_mesh
 def compile_step(
     step: Step,
     cfg: ModelConfig,
@@ -35,7 +37,7 @@ def compile_step(
     dtype=jnp.bfloat16,
     kv_dtype=None,
     quantize: str | Policy | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, int] | str | None = None,
     kernels: Literal["pallas", "xla"] = "pallas",
 ) -> Compiled:
     """Compile one step of a model for `target`.
@@ -48,7 +50,7 @@ def compile_step(
       batch, capacity: rows of the cache and tokens that each can hold; over pages, enough of them for that.
       dtype, kv_dtype: of parameters and cache (None: dtype).
       quantize: which weights are int8 or int4, see `pdx.quant`; None: none.
-      mesh: sizes of the axes `data` and `model` over the slice's chips; None: one chip.
+      mesh: sizes of the axes `data` and `model` over the slice's chips, or a text such as `model=8`; None: one chip.
       kernels: the target's Pallas kernels, or XLA over a cache that lies the same way.
 
     Raises:
@@ -69,13 +71,13 @@ def compile_step(
 
 def step_arguments(
     step: Step, cfg: ModelConfig, target: str, *, batch: int, capacity: int, tokens: int, dtype, kv_dtype=None,
-    quantize: str | Policy | None = None, mesh: Mapping[str, int] | None = None,
+    quantize: str | Policy | None = None, mesh: Mapping[str, int] | str | None = None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The jitted step and its array arguments as shapes, placed on `target`'s chips."""
     if step not in get_args(Step):
         raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
     chips = Target.get(target)
-    devices = chips.mesh({"data": 1, "model": 1} | dict(mesh)) if mesh else None
+    devices = make_mesh(mesh, chips.devices()) if mesh else None
     where = {"dtype": kv_dtype or dtype, "mesh": devices, "layout": default_layout(chips.chip.platform)}
 
     def rows(dtype, *shape):

@@ -182,7 +182,8 @@ def run(
             for piece in pieces:
                 if piece.completion is None:
                     continue
-                waiting[piece.index] = requests[piece.index].row | completion_fields(piece.completion, kernels)
+                waiting[piece.index] = requests[piece.index].row | completion_fields(
+                    piece.completion, kernels, model.mesh)
                 tokens += piece.completion.completion_tokens
                 while written in waiting:
                     file.write(strict_json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")

@@ -177,7 +177,7 @@ async def _answer(engine, request: Request, tally: Tally) -> dict[str, Any]:
 
 
 def _answered(engine, request: Request, done: Completion) -> dict[str, Any]:
-    fields = completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)})
+    fields = completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}, engine.model.mesh)
     if openai_rows.is_openai(request.row):
         return openai_answers.answered(request, done, fields, engine.model.tokenizer, engine.model.name)
     return request.row | fields

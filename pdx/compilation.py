@@ -1,13 +1,9 @@
-"""Compiling: programs that are compiled once, and the persistent cache, on by default in pdx's own folder."""
+"""The persistent compilation cache: on by default, in pdx's own folder, and easily switched off."""
 
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 
@@ -38,29 +34,3 @@ def enable_cache() -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
-
-
-class Programs:
-    """Compiled programs by key. Each is compiled once, from the arguments that it is first wanted for, whichever thread
-    wants it.
-
-    A compiled program is called as such: arguments of other shapes raise, nothing is compiled by the way.
-    """
-
-    def __init__(self):
-        self.compile_s = 0.0  # seconds of compilation so far
-        self._compiled: dict[Hashable, Callable] = {}
-        self._lock = threading.RLock()
-
-    def get(
-        self, key: Hashable, function, arguments: Mapping[str, Any], static: Mapping[str, Any]
-    ) -> tuple[Callable, float]:
-        """The program of `key`, to be called with `arguments`, and the seconds that were spent until it was there."""
-        if key in self._compiled:
-            return self._compiled[key], 0.0
-        start = time.perf_counter()
-        with self._lock:
-            if key not in self._compiled:
-                self._compiled[key] = function.lower(**arguments, **static).compile()
-                self.compile_s += time.perf_counter() - start
-        return self._compiled[key], time.perf_counter() - start

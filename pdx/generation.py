@@ -13,6 +13,7 @@ from pdx.arguments import integer
 from pdx.completion import Completion, Row
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generator import DEFAULT_ROWS, generator
+from pdx.meshes import on_own_mesh
 from pdx.prompts import Prompt, as_list, check_bias, encode, options_with, spread
 from pdx.sampling_options import SamplingOptions
 from pdx.weights.load import Model
@@ -63,6 +64,7 @@ def ends_of(model: Model, options: SamplingOptions) -> frozenset[int]:
     return frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
 
 
+@on_own_mesh
 def stream(
     model: Model, prompts: Prompt | Sequence[Prompt],
     options: SamplingOptions | Sequence[SamplingOptions] | None = None,

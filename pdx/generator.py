@@ -18,10 +18,10 @@ from pdx import steps
 from pdx.cache import dense
 from pdx.cache.dense import DenseCache, cache_specs, init_cache
 from pdx.cache.idle import Held, IdleCaches
-from pdx.compilation import Programs
 from pdx.completion import Row, TokenLogprobs, not_finite
 from pdx.errors import RequestError
 from pdx.layers.attention import explain, layout_for
+from pdx.programs import Programs
 from pdx.sampling import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, is_spec, place_rows

@@ -5,6 +5,7 @@ Prefill, decode and verification are this `forward` with T = chunk, 1 and draft 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -20,7 +21,7 @@ from pdx.cache.given import check_cache, whole_numbers
 from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels, attention
-from pdx.layers.linear import embed, unembed
+from pdx.layers.linear import embed, projections, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotation
@@ -40,24 +41,11 @@ def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
     def norm(size):
         return ArraySpec((size,), (None,), jnp.float32, init="ones")
 
-    def rows(heads, axis):
-        return ArraySpec((heads * h, d), (axis, None), dtype, units=(heads, d))
-
     def bias(size, axis=None, units=None):
         return ArraySpec((size,), (axis,), dtype, units=units, init="zeros")
 
     def one_layer() -> Params:
-        p = {
-            "attn_norm": norm(d),
-            "q_proj": rows(n, "heads"),
-            "k_proj": rows(k, "kv_heads"),
-            "v_proj": rows(k, "kv_heads"),
-            "o_proj": ArraySpec((d, n * h), (None, "heads"), dtype, units=(d, n)),
-            "mlp_norm": norm(d),
-            "gate_proj": ArraySpec((f, d), ("mlp", None), dtype),
-            "up_proj": ArraySpec((f, d), ("mlp", None), dtype),
-            "down_proj": ArraySpec((d, f), (None, "mlp"), dtype),
-        }
+        p = {"attn_norm": norm(d), "mlp_norm": norm(d)} | projections(cfg, dtype)
         if cfg.qkv_bias:
             p["q_bias"] = bias(n * h, "heads", (n,))
             p["k_bias"] = bias(k * h, "kv_heads", (k,))
@@ -166,19 +154,21 @@ def forward(
         last = lengths[:, None] - 1
     rotations = {r: rotation(r, cfg.head_dim, positions) for r in {cfg.layer_rope(i) for i in range(cfg.num_layers)}}
 
-    x = embed(params["embed"], tokens, cfg.embed_scale, cache.mesh if cache is not None else None)
+    mesh = cache.mesh if cache is not None else None
+    with _devices(cache, mesh):
+        x = embed(params["embed"], tokens, cfg.embed_scale, mesh)
     hidden = {0: x} if 0 in hidden_layers else {}
     layers = []
     for i, p in enumerate(params["layers"]):
         x, layer_cache = layer(
             p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid,
-            held[i], cfg=cfg, window=cfg.windows[i], mesh=cache.mesh if cache is not None else None, kernels=kernels,
+            held[i], cfg=cfg, window=cfg.windows[i], mesh=mesh, kernels=kernels,
         )  # fmt: skip
         layers.append(layer_cache)
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    with quant.over(_devices(cache, cache.mesh if cache is not None else None)):
+    with _devices(cache, mesh):
         chosen = _logits(params, cfg, x, last, logits)
     return ForwardOutput(
         logits=chosen,
@@ -188,9 +178,9 @@ def forward(
     )
 
 
-def _devices(cache, mesh: Mesh | None) -> int | None:
-    """Over how many devices a step is traced; None: without a cache nobody says."""
-    return None if cache is None else 1 if mesh is None else mesh.size
+def _devices(cache, mesh: Mesh | None) -> AbstractContextManager:
+    """Says for which devices a step is traced; without a cache nobody does."""
+    return nullcontext() if cache is None else quant.over(mesh)
 
 
 def _rows(t: int, lengths: Int[Array, " B"], cache: DenseCache | None):
@@ -219,7 +209,7 @@ def layer(
     kernels: Kernels,
 ):  # fmt: skip
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
-    with quant.over(_devices(cache, mesh)):
+    with _devices(cache, mesh):
         y, cache = attention(
             p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
             valid=valid, lengths=lengths, cache=cache, mesh=mesh, kernels=kernels,

@@ -13,24 +13,27 @@ or a TOML file with `default = "int4"` and a table `[layers]` of such exceptions
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantArray, quantized_matmul
 from pallas_kernels.quant_array import DTYPES, GROUPS, quantize, take_rows
 from pdx.errors import RequestError
-from pdx.sharding import ArraySpec, is_spec
+from pdx.sharding import ArraySpec, is_spec, mesh_axis
 
 KINDS = "none, stored, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
 # Parameters that are matrices; `lm_head` of a model with tied embeddings is the head apart from the lookup.
@@ -200,17 +203,30 @@ def _declared(name: str, spec: ArraySpec, policy: Policy) -> ArraySpec | QuantAr
     kind = policy.kind(name)
     if kind is None:
         return spec
-    rows, columns = spec.shape
+    columns = spec.shape[1]
     group = kind.group_for(columns)
     if group is not None and columns % group:
         fits = [g for g in GROUPS if columns % g == 0]
         raise RequestError(f"{name}: groups of {group} do not divide rows of {columns}; "
                            f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would")
-    groups = columns // (group or columns)
-    units = (spec.units or spec.shape)[0]
-    scales = ArraySpec((groups, rows), (None, spec.axes[0]), jnp.float32, units=(groups, units))
-    values = ArraySpec(spec.shape, spec.axes, DTYPES[kind.bits], units=spec.units)
+    values, scales = _part_specs(spec, columns // (group or columns), kind.bits)
     return QuantArray(values, scales, None if kind.symmetric else scales, kind.activations, str(jnp.dtype(spec.dtype)))
+
+
+def _part_specs(spec: ArraySpec, groups: int, bits: int) -> tuple[ArraySpec, ArraySpec]:
+    """Of a matrix that `spec` declares, its values, and its scales or offsets. Groups of columns are dealt out whole,
+    with their scales."""
+    rows, columns = spec.units or spec.shape
+    pieces = math.gcd(columns, groups) if groups > 1 else columns
+    scales = ArraySpec((groups, spec.shape[0]), (spec.axes[1] if groups > 1 else None, spec.axes[0]), jnp.float32,
+                       units=(min(pieces, groups), rows))  # fmt: skip
+    return replace(spec, dtype=DTYPES[bits], units=(rows, pieces)), scales
+
+
+def _parts(w: QuantArray, spec: ArraySpec, mesh: Mesh) -> QuantArray:
+    """Where the parts of `w` lie on `mesh`."""
+    values, scales = (s.partition(mesh) for s in _part_specs(spec, w.groups, w.bits))
+    return replace(w, values=values, scales=scales, offsets=None if w.offsets is None else scales)
 
 
 @partial(jax.jit, static_argnames=("kind", "dtype"))
@@ -248,28 +264,65 @@ def rounded(params: dict, kinds: Mapping[str, Kind]) -> dict:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
 
 
-_devices: ContextVar[int | None] = ContextVar("pdx_devices", default=None)
+UNKNOWN = "unknown"
+_mesh: ContextVar[Mesh | str | None] = ContextVar("pdx_mesh", default=UNKNOWN)
 
 
 @contextmanager
-def over(devices: int | None) -> Iterator[None]:
-    """Inside, products are traced for so many devices; None: nobody says, as many as the process has."""
-    token = _devices.set(devices)
+def over(mesh: Mesh | None) -> Iterator[None]:
+    """Inside, products are traced for the devices of `mesh`, or for one device. Outside, nobody says for how many."""
+    token = _mesh.set(mesh)
     try:
         yield
     finally:
-        _devices.reset(token)
+        _mesh.reset(token)
 
 
-def matmul(x: Float[Array, "*b in"], w: QuantArray, dtype=None) -> Float[Array, "*b out"]:
+def _several() -> Mesh | None:
+    """The mesh of several devices that is traced for."""
+    mesh = _mesh.get()
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def matmul(
+    x: Float[Array, "*b in"], w: QuantArray, dtype=None, spec: ArraySpec | None = None
+) -> Float[Array, "*b out"]:
     """x @ w.T in `dtype` (None: that of x).
 
-    Over several devices XLA's path: Mosaic kernels cannot be partitioned by the compiler.
+    On a mesh each device multiplies its own part of the matrix, which `spec` declares; where that is a part of the
+    columns, one sum over the devices follows. Over several devices products are XLA's.
     """
-    alone = (_devices.get() or jax.device_count()) == 1
-    return quantized_matmul(x, w, out_dtype=dtype, implementation="auto" if alone else "xla")
+    mesh = _several()
+    alone = mesh is None and (_mesh.get() != UNKNOWN or jax.device_count() == 1)
+    product = partial(quantized_matmul, out_dtype=dtype, implementation="auto" if alone else "xla")
+    if mesh is None or spec is None:
+        return product(x, w)
+    parts = _parts(w, spec, mesh)
+    rows, columns = parts.values
+    if columns is not None and w.activations == "int8":
+        return product(x, w)  # a row of activations has one scale, which no device can tell from its part of the row
+
+    def each(x, w):
+        y = product(x, w)
+        return y if columns is None else lax.psum(y, columns)
+
+    inner = (mesh_axis("batch", x.shape[0], mesh), *[None] * (x.ndim - 2))
+    given, out = PartitionSpec(*inner, columns), PartitionSpec(*inner, rows)
+    return jax.shard_map(each, mesh=mesh, in_specs=(given, parts), out_specs=out, check_vma=False)(x, w)
 
 
-def lookup(table: QuantArray, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of an embedding, dequantized."""
-    return take_rows(table, tokens)
+def lookup(table: QuantArray, tokens: Int[Array, "B T"], spec: ArraySpec) -> Float[Array, "B T D"]:
+    """Rows of an embedding, dequantized. On a mesh each device looks up in its own rows, and one sum follows."""
+    mesh = _several()
+    parts = None if mesh is None else _parts(table, spec, mesh)
+    if parts is None or parts.values[0] is None:
+        return take_rows(table, tokens)
+    axis = parts.values[0]
+
+    def each(tokens, table):
+        own = jnp.clip(tokens, 0, spec.shape[0] - 1) - lax.axis_index(axis) * table.shape[0]
+        held = (own >= 0) & (own < table.shape[0])
+        return lax.psum(jnp.where(held[..., None], take_rows(table, own), 0), axis)
+
+    rows = PartitionSpec(mesh_axis("batch", tokens.shape[0], mesh))
+    return jax.shard_map(each, mesh=mesh, in_specs=(rows, parts), out_specs=rows, check_vma=False)(tokens, table)

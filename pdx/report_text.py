@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdx.completion import Completion, json_logprob
 from pdx.metrics import ServedTiming
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
-def device_name(every: bool = True) -> str:
-    """This process's default device, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` only the one."""
+
+def device_name(every: bool = True, mesh: Mesh | None = None) -> str:
+    """This process's devices, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` the default one alone.
+
+    With a `mesh`, its devices and axes, such as `cpu x8 (data=2, model=4)`.
+    """
     import jax
 
-    device, count = jax.devices()[0], len(jax.devices())
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    device, count = devices[0], len(devices)
     kind = "" if device.device_kind.lower() == device.platform else f" ({device.device_kind})"
-    return f"{device.platform}{kind}" + (f" x{count}" if every and count > 1 else "")
+    axes = "" if mesh is None else f" ({', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())})"
+    return f"{device.platform}{kind}" + (f" x{count}" if every and count > 1 else "") + axes
 
 
 def kernel_paths(kernels: str) -> dict[str, str]:
@@ -24,7 +32,9 @@ def kernel_paths(kernels: str) -> dict[str, str]:
     return explain(kernels)
 
 
-def completion_fields(completion: Completion, kernels: str | dict[str, str]) -> dict[str, Any]:
+def completion_fields(
+    completion: Completion, kernels: str | dict[str, str], mesh: Mesh | None = None
+) -> dict[str, Any]:
     """The object of `--json`, and what an output row gains. `kernels`: the choice, or the paths taken."""
     timing = completion.timing
     fields: dict[str, Any] = {
@@ -37,7 +47,7 @@ def completion_fields(completion: Completion, kernels: str | dict[str, str]) -> 
         "tpot_s": timing.tpot_s,
         "e2e_s": timing.e2e_s,
         "compile_s": completion.compile_s,
-        "device": device_name(),
+        "device": device_name(mesh=mesh),
         "kernels": kernel_paths(kernels) if isinstance(kernels, str) else kernels,
     }
     if isinstance(timing, ServedTiming):
@@ -51,7 +61,7 @@ def completion_fields(completion: Completion, kernels: str | dict[str, str]) -> 
     return fields
 
 
-def summary(completion: Completion, kernels: str) -> str:
+def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> str:
     """Lines for standard error behind the text."""
     timing, prompt = completion.timing, completion.prompt_tokens
     decode = "only one token"
@@ -62,7 +72,7 @@ def summary(completion: Completion, kernels: str) -> str:
         f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
         f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
         f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
-        f"device   {device_name()}; {paths['prefill']}; {paths['decode']}",
+        f"device   {device_name(mesh=mesh)}; {paths['prefill']}; {paths['decode']}",
     ])  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pdx.errors import RequestError
+from pdx.meshes import on_own_mesh
 from pdx.sampling_filters import CANDIDATES, GROUP, Boundary, best, candidates, first_k, nucleus, pad, take_group
 from pdx.sampling_options import MAX_LOGIT_BIAS, SamplingOptions
 
@@ -64,6 +65,7 @@ class SamplingState:
     logprobs: Bool[Array, " B"]
 
     @classmethod
+    @on_own_mesh
     def create(
         cls,
         options: Sequence[SamplingOptions],

@@ -1,4 +1,4 @@
-"""Meshes and logical axes: the one table from what an axis means to where it lies.
+"""Logical axes: the one table from what an axis means to where it lies on a mesh.
 
 Every parameter and cache leaf is declared as an `ArraySpec`: shape, dtype and logical axes together.
 Initialisation, loading, placement and the abstract arguments of ahead-of-time compilation all derive
@@ -8,17 +8,18 @@ from that declaration. One device is a mesh of one device, without special cases
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pdx.errors import RequestError
+from pdx.meshes import as_mesh, make_mesh, on_own_mesh, parse_mesh
 
-MESH_AXES = ("data", "model")
+__all__ = ("LOGICAL_TO_MESH", "ArraySpec", "constrain", "constrain_rows", "is_spec", "make_mesh", "mesh_axis",
+           "parse_mesh", "place", "place_rows", "replicated", "row_spec")  # fmt: skip
 
 # Logical axis -> mesh axis. An axis that is not listed, or None, is on every device.
 LOGICAL_TO_MESH: dict[str, str] = {
@@ -54,6 +55,12 @@ class ArraySpec:
         """Bytes of the whole array."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
+    def held_bytes(self, mesh: Mesh | None) -> int:
+        """Bytes on all devices of `mesh` together: what stays whole is on each of them."""
+        if mesh is None:
+            return self.size_bytes
+        return mesh.size * replace(self, shape=self.sharding(mesh).shard_shape(self.shape), units=None).size_bytes
+
     def partition(self, mesh: Mesh) -> PartitionSpec:
         """Where the table puts each dimension on `mesh`; what does not divide stays whole."""
         units = self.units or self.shape
@@ -77,35 +84,6 @@ def mesh_axis(axis: str | None, units: int, mesh: Mesh) -> str | None:
 
 def is_spec(x: Any) -> bool:
     return isinstance(x, ArraySpec)
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=2,model=4`. Raises RequestError for an unknown axis or a size below 1."""
-    sizes: dict[str, int] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, _, size = part.partition("=")
-        if name not in MESH_AXES or name in sizes or not size.isdigit() or int(size) < 1:
-            raise RequestError(f"mesh {text!r}: expected axes out of {', '.join(MESH_AXES)} with a size each, "
-                             "such as data=2,model=4")
-        sizes[name] = int(size)
-    return sizes
-
-
-def make_mesh(sizes: str | dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `model`; an axis that is not named has size 1.
-
-    Uses the first data*model devices. Raises RequestError when there are fewer.
-    """
-    if isinstance(sizes, str):
-        sizes = parse_mesh(sizes)
-    shape = tuple((sizes or {}).get(axis, 1) for axis in MESH_AXES)
-    devices = list(devices if devices is not None else jax.devices())
-    count = math.prod(shape)
-    if count > len(devices):
-        raise RequestError(f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} needs {count} devices, "
-                         f"there are {len(devices)} ({devices[0].platform}); for virtual CPU devices set "
-                         f"XLA_FLAGS=--xla_force_host_platform_device_count={count}")
-    return Mesh(np.array(devices[:count]).reshape(shape), MESH_AXES)
 
 
 def replicated(specs: Iterable[ArraySpec], mesh: Mesh) -> list[str]:
@@ -143,6 +121,8 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.tree.map(lambda x: jax.device_put(x, row_spec(x).sharding(mesh)), tree)
 
 
-def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+@on_own_mesh
+def place(tree: Any, specs: Any, mesh: Mesh | str | Mapping[str, int]) -> Any:
     """Put a tree of arrays (numpy or jax) onto `mesh` as `specs`, a tree of the same structure, declare."""
+    mesh = as_mesh(mesh)
     return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(mesh)), specs, tree, is_leaf=is_spec)

@@ -23,12 +23,14 @@ from pdx.cache.paged import PackedRows, PagedCache
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.layers.attention import Kernels
+from pdx.meshes import check_mesh, on_own_mesh
 from pdx.model import Params, forward
 from pdx.sampling import SampleOutput, SamplingState, sample
 from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
 from pdx.step_arguments import chunk, newest
 
 
+@on_own_mesh
 def prefill(
     params: Params,
     cfg: ModelConfig,
@@ -59,9 +61,11 @@ def prefill(
       DonatedError: a cache that was given to an earlier step.
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
+    check_mesh(params["final_norm"], cache.mesh)
     return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
+@on_own_mesh
 def decode_step(
     params: Params,
     cfg: ModelConfig,
@@ -77,6 +81,7 @@ def decode_step(
     Inactive rows neither grow nor are read; their logits mean nothing. See `prefill` for the rest.
     """
     tokens, active = newest(cfg, cache, tokens, active, check)
+    check_mesh(params["final_norm"], cache.mesh)
     return _decode_step(params, cfg, tokens, jnp.asarray(active), cache, kernels)
 
 
@@ -95,6 +100,7 @@ class Decoded:
     cache: DenseCache
 
 
+@on_own_mesh
 def decode_many(
     params: Params,
     cfg: ModelConfig,
@@ -129,6 +135,7 @@ def decode_many(
         steps = n if steps is None else integer("steps", steps, 0, n)
     active = np.ones(cache.batch, bool) if active is None and isinstance(cache, DenseCache) else active
     tokens, active = newest(cfg, cache, tokens, active, check, steps)
+    check_mesh(params["final_norm"], cache.mesh)
     if not isinstance(sampling, SamplingState):
         raise RequestError(f"sampling is {type(sampling).__name__}: it must be what SamplingState.create returns")
     check_alive(sampling, "sampling state")
@@ -137,6 +144,7 @@ def decode_many(
     return _decode_many(params, cfg, tokens, cache, sampling, n, jnp.asarray(active), steps, num_logprobs, kernels)
 
 
+@on_own_mesh
 def verify(
     params: Params,
     cfg: ModelConfig,
@@ -153,9 +161,11 @@ def verify(
     See `prefill` for the rest.
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
+    check_mesh(params["final_norm"], cache.mesh)
     return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
 
 
+@on_own_mesh
 def mixed_step(
     params: Params,
     cfg: ModelConfig,
@@ -190,6 +200,7 @@ def mixed_step(
       ValueError: shapes that do not fit.
     """
     check_cache(cache, PagedCache)
+    check_mesh(params["final_norm"], cache.mesh)
     groups, rows = len(cache.groups), np.shape(lengths)[0] if np.ndim(lengths) else 0
     if np.shape(block_tables)[:2] != (groups, rows) or np.shape(query_starts) != (rows + 1,) or np.ndim(tokens) != 1:
         raise ValueError(

@@ -7,6 +7,7 @@ same ring that never wraps. How keys and values lie in memory is the device's ma
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Literal
 
@@ -23,6 +24,7 @@ from pdx.arguments import integer
 from pdx.cache.given import check_alive, whole_numbers
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
+from pdx.meshes import as_mesh, on_own_mesh
 from pdx.shapes import DEFAULT_CHUNK, SLOT_MULTIPLE, layer_slots, round_up
 from pdx.sharding import ArraySpec, constrain, is_spec, mesh_axis, row_spec
 
@@ -31,7 +33,7 @@ CACHE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i
 
 @struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all.
+    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all (see `stored_heads`).
 
     The first axis, `rows`, is the batch of a dense cache or the pages of a paged one: a row of a dense cache is a
     page of its slots. In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and
@@ -141,6 +143,7 @@ class DenseCache:
                 f"{self.capacity}: make it larger (init_cache(..., capacity=...)) or send less"
             )
 
+    @on_own_mesh
     def truncate(self, lengths: Int[Array, " B"]) -> DenseCache:
         """Keep the first `lengths` tokens of each row and forget the rest; nothing is moved.
 
@@ -190,12 +193,22 @@ def _scale_spec(shape: tuple[int, ...], kv_heads: int, rows: str = "batch") -> A
     return ArraySpec(shape, (rows, "kv_heads", None), jnp.float32, units=units, init="zeros")
 
 
+def stored_heads(cfg: ModelConfig, mesh: Mesh | None) -> int:
+    """KV heads that a cache on `mesh` holds.
+
+    Where query heads divide over `model` and KV heads do not, each KV head is stored several times in a row, so that
+    every device has a copy of those that its query heads attend to, and no others.
+    """
+    ways = mesh.shape["model"] if mesh is not None else 1
+    return math.lcm(cfg.num_kv_heads, ways) if cfg.num_heads % ways == 0 else cfg.num_kv_heads
+
+
 def layer_specs(
     cfg: ModelConfig, count: int, slots: int, rows: Literal["batch", "pages"], *, dtype, mesh: Mesh | None,
     layout: Layout,
 ) -> LayerCache:  # fmt: skip
     """One layer of `count` rows (or pages) of `slots` tokens, as declared: its leaves are `ArraySpec`s."""
-    heads = cfg.num_kv_heads
+    heads = stored_heads(cfg, mesh)
     axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
     shards = mesh.shape[axis] if axis else 1
     shape = cache_shape(layout, count, slots, heads, cfg.head_dim)
@@ -232,6 +245,7 @@ def cache_specs(
         raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
     batch, capacity, chunk = (integer(n, x) for n, x in (("batch", batch), ("capacity", capacity), ("chunk", chunk)))
     dtype = cache_dtype(dtype)
+    mesh = as_mesh(mesh)
     if batch < 1 or capacity < 1 or chunk < 1:
         raise RequestError(f"batch {batch}, capacity {capacity} and chunk {chunk} must be at least 1")
     capacity = round_up(capacity, SLOT_MULTIPLE)
@@ -244,6 +258,7 @@ def cache_specs(
     return DenseCache(layers, count, count, capacity, min(chunk, capacity), cfg.windows, mesh)
 
 
+@on_own_mesh
 def init_cache(
     cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
     mesh: Mesh | None = None, layout: Layout | None = None,
@@ -254,13 +269,14 @@ def init_cache(
     hold requests to the context.
     `chunk` is the most tokens one prefill call may append: window layers are laid out for it.
     `dtype` int8: keys and values are quantized as they are appended, a scale for each token and head.
-    With a `mesh`, rows go over `data` and KV heads over `model`. `layout`: how it lies in memory; None:
-    as this device's attention reads it best.
+    With a `mesh`, rows go over `data` and KV heads over `model`; see `pdx.meshes.as_mesh` for what is one. `layout`:
+    how it lies in memory; None: as this device's attention reads it best.
 
     Raises:
-      RequestError: a number below 1, or a dtype that is not f32, bf16, f16 or int8.
+      RequestError: a number below 1, what is no mesh, or a dtype that is not f32, bf16, f16 or int8.
     """
-    return zeros(cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout), mesh)
+    specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout)
+    return zeros(specs, specs.mesh)
 
 
 def zeros(specs, mesh: Mesh | None):

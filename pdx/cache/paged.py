@@ -12,7 +12,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
@@ -25,6 +24,7 @@ from pdx.cache.dense import LayerCache, cache_dtype, default_layout, layer_specs
 from pdx.cache.given import check_cache, whole_numbers
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
+from pdx.meshes import as_mesh, on_own_mesh
 from pdx.sharding import constrain, is_spec
 
 # Tokens of a page. On a TPU a DMA moves whole tiles and int8 scales lie by the page, tokens in lanes.
@@ -94,11 +94,11 @@ class PagedCache:
 
     @property
     def page_bytes(self) -> tuple[int, ...]:
-        """Bytes of a page of each group, through all layers of it."""
+        """Bytes of a page of each group, through all layers of it and on all devices together."""
         found = [0] * len(self.groups)
         for layer, group in zip(self.layers, self.group_of_layer, strict=True):
-            leaves = jax.tree.leaves(layer, is_leaf=is_spec)
-            found[group] += sum(int(np.prod(x.shape[1:])) * jnp.dtype(x.dtype).itemsize for x in leaves)
+            for spec in jax.tree.leaves(layer.specs(), is_leaf=is_spec):
+                found[group] += spec.held_bytes(self.mesh) // spec.shape[0]
         return tuple(found)
 
     def placed(self) -> PagedCache:
@@ -123,6 +123,7 @@ def paged_cache_specs(
     if len(counts) != len(groups) or min(counts) < 1 or page_size < 1:
         raise ValueError(f"pages {pages} of {page_size} tokens: a number of at least 1 for each of the page groups "
                          f"{groups} is needed (windows; None: whole contexts)")
+    mesh = as_mesh(mesh)
     if mesh is not None and mesh.shape["data"] > 1:
         raise RequestError(f"a paged cache lies on one replica, but the mesh has data={mesh.shape['data']}: packed "
                            "tokens cannot be dealt out by rows; use data=1, and an engine for each replica")
@@ -131,6 +132,7 @@ def paged_cache_specs(
     return PagedCache(tuple(layers), groups, of_layer, mesh)
 
 
+@on_own_mesh
 def init_paged_cache(
     cfg: ModelConfig, pages: int | Sequence[int], *, page_size: int | None = None, dtype=jnp.float32,
     mesh: Mesh | None = None, layout: Layout | None = None,
@@ -143,7 +145,8 @@ def init_paged_cache(
     Raises:
       ValueError: not a number of pages for each group; RequestError: a mesh with more than one replica.
     """
-    return zeros(paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout), mesh)
+    specs = paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout)
+    return zeros(specs, specs.mesh)
 
 
 def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Array, " n"]) -> PagedCache:

@@ -115,8 +115,9 @@ def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
             sys.stdout.flush()
         completion = piece.completion or completion
     if as_json:
-        print(strict_json.dumps(report_text.completion_fields(completion, run["kernels"]), ensure_ascii=False))
+        fields = report_text.completion_fields(completion, run["kernels"], model.mesh)
+        print(strict_json.dumps(fields, ensure_ascii=False))
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
-    print(report_text.summary(completion, run["kernels"]), file=sys.stderr)
+    print(report_text.summary(completion, run["kernels"], model.mesh), file=sys.stderr)

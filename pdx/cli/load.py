@@ -14,6 +14,7 @@ from pdx.cli.app import (
     KernelsOption,
     KvDtypeOption,
     MarkdownOption,
+    MeshOption,
     ModelOption,
     QuantizeOption,
     bench_app,
@@ -64,6 +65,7 @@ def bench_load(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    mesh: MeshOption = None,
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
 ) -> None:
@@ -88,9 +90,9 @@ def bench_load(
         load_report.check_plot(plot)
     sampling = SamplingOptions(temperature=temperature, seed=seed)
 
-    models = {stored: load_model(model, dtype, None, stored) for stored in dict.fromkeys(s.quantize for s in each)}
+    models = {stored: load_model(model, dtype, mesh, stored) for stored in dict.fromkeys(s.quantize for s in each)}
     first = next(iter(models.values()))
-    loads = []
+    device, loads = device_name(mesh=first.mesh), []
     for number, pressure in enumerate(pressures):  # other prompts for each, or the prefix cache would know them
         prompts = workload.Prompts.of(first, seed * len(pressures) + number, shared_prefix, text)
         loads.append(workload.read_trace(trace, prompts, requests) if trace else
@@ -98,10 +100,10 @@ def bench_load(
                                    burstiness=burstiness))  # fmt: skip
     results = load.compare(models, each, loads, objectives, sampling=sampling)
     if as_json:
-        said = {"model": first.name, "device": device_name(), "results": [r.to_dict() for r in results]}
+        said = {"model": first.name, "device": device, "results": [r.to_dict() for r in results]}
         print(strict_json.dumps(said))
     else:
-        print(f"{first.name}, {first.dtype}, on {device_name()}; {len(loads[0].requests)} requests a load, "
+        print(f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests a load, "
               f"{loads[0].process}\n")  # fmt: skip
         print_table(load_report.table(results), as_markdown)
         print("\n".join(["", *load_report.notes(results)]))

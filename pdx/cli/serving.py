@@ -74,6 +74,7 @@ def chat(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    mesh: MeshOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as one JSON object, at its "
                                           "end.")] = False,
 ) -> None:
@@ -90,7 +91,7 @@ def chat(
     if not config.prefix_cache:
         raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
     check_names(config.kernels, config.kv_dtype, quantize)
-    loaded = load_model(model, dtype, None, quantize)
+    loaded = load_model(model, dtype, mesh, quantize)
     check_template(loaded.tokenizer, system)  # before anything is compiled
     options = dataclasses.replace(options, **{**loaded.sampling, **asked})
     with start_engine(loaded, config) as engine:
@@ -98,7 +99,7 @@ def chat(
         turns = converse(talk, typed(encoding=streams.encoding()), out=io.StringIO() if as_json else None)
     if as_json:
         print(strict_json.dumps({"model": loaded.name, "messages": talk.messages, "turns": [
-            completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}) for done in turns]},
+            completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}, loaded.mesh) for done in turns]},
             ensure_ascii=False))  # fmt: skip
 
 

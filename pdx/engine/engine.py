@@ -37,6 +37,7 @@ from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
 from pdx.generation import ends_of
 from pdx.generator import cache_dtype
+from pdx.meshes import on_own_mesh
 from pdx.metrics import EngineMetrics
 from pdx.prompts import Prompt, as_list, check_bias, encode, options_with, spread
 from pdx.sampling_options import SamplingOptions
@@ -55,6 +56,7 @@ class Engine:
       RequestError, NotImplementedError: a setting, or a kernel path, that is not possible here.
     """
 
+    @on_own_mesh
     def __init__(self, model: Model, config: EngineConfig | None = None):
         config = EngineConfig() if config is None else config
         for name, value, kind in (("model", model, Model), ("config", config, EngineConfig)):
@@ -70,6 +72,7 @@ class Engine:
 
     # What clients call, from any thread.
 
+    @on_own_mesh
     def start(self, report: Report = silent) -> Engine:
         """Compile everything and start the thread; `report`: see `pdx.weights.progress.progress_bar`. Needed only to
         have it over with before the first request."""

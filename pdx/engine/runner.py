@@ -7,7 +7,6 @@ that it can be dispatched before they are known; sampling is a program of its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -16,11 +15,11 @@ import numpy as np
 
 from pdx import steps
 from pdx.cache.paged import PackedRows, copy_pages, init_paged_cache
-from pdx.compilation import Programs
 from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
 from pdx.layers.attention import explain_mixed, layout_for
+from pdx.programs import Programs
 from pdx.sampling import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sampling_options import SamplingOptions
 from pdx.sharding import constrain_rows, place_rows
@@ -46,6 +45,10 @@ class Runner:
             layout=layout_for(config.kernels),
         )  # fmt: skip
         self.reset()
+
+    @property
+    def compile_s(self) -> float:
+        return self._programs.compile_s
 
     def reset(self) -> None:
         """Empty pages and slots, as after a step that failed: what it was given is lost with it."""
@@ -88,7 +91,7 @@ class Runner:
         host = np.concatenate([x.ravel() for x in (
             plan.tokens, plan.sources, plan.lengths, plan.query_starts, plan.logit_rows, plan.block_tables
         )])  # fmt: skip
-        logits, self.cache = self._call(
+        logits, self.cache = self._programs.call(
             ("step", plan.shape, rows), _step, params=self.model.params, cache=self.cache, last=self.last, host=host,
             static={"cfg": self.model.config, "shape": (plan.shape, rows, self.config.slots, len(self.cache.groups)),
                     "decode_rows": plan.decode_rows, "max_queries": plan.max_queries, "kernels": self.config.kernels},
@@ -98,7 +101,7 @@ class Runner:
     def sample(self, plan: StepPlan, logits: jax.Array, allowed: np.ndarray | None = None) -> SampleOutput:
         """Dispatch the choice of tokens; `allowed` [slots, V] where a request has a mask."""
         masked = {} if allowed is None else {"allowed": allowed}
-        drawn, self.sampling, self.last = self._call(
+        drawn, self.sampling, self.last = self._programs.call(
             ("sample", allowed is not None), _sample, logits=logits, sampling=self.sampling, last=self.last,
             positions=plan.positions, samples=plan.samples, **masked,
             static={"num_logprobs": self.config.num_logprobs, "mesh": self.model.mesh},
@@ -117,7 +120,7 @@ class Runner:
         """Put a request's sampling settings, and what it has generated already, into a slot."""
         # Made on the host: a device computes one thing after another, and would be asked in the middle of a step.
         one = SamplingState.create([options], self.vocab_size, prompts=[prompt], outputs=[outputs], on_host=True)
-        self.sampling = self._call(
+        self.sampling = self._programs.call(
             "join", _join, sampling=self.sampling, slot=np.int32(slot), one=one, static={"mesh": self.model.mesh}
         )
 
@@ -132,14 +135,10 @@ class Runner:
             for at in range(0, len(pairs), COPIES):
                 part = np.full((COPIES, 2), NO_TOKEN, np.int32)
                 part[: len(pairs[at : at + COPIES])] = pairs[at : at + COPIES]
-                self.cache = self._call(
+                self.cache = self._programs.call(
                     ("copy", group), copy_pages, cache=self.cache, src=part[:, 0].copy(), dst=part[:, 1].copy(),
                     static={"group": group},
                 )  # fmt: skip
-
-    def _call(self, key, function, *, static: Mapping[str, object], **arguments):
-        """Run the program of `key`, which the warm-up has compiled."""
-        return self._programs.get(key, function, arguments, static)[0](**arguments)
 
 
 def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:

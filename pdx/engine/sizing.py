@@ -92,7 +92,7 @@ def _within(room: float, counts: list[int], alone: Sequence[int], groups, one: P
 def free_bytes(model: Model) -> float:
     """Bytes that can be had for pages on all devices of the model together."""
     devices = [jax.devices()[0]] if model.mesh is None else list(model.mesh.devices.flat)
-    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
+    stats = [d.memory_stats() for d in devices if d.platform != "cpu"]
+    if not stats or not all(s and "bytes_limit" in s for s in stats):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * HOST_SHARE
-    return len(devices) * (stats["bytes_limit"] - stats["bytes_in_use"])
+    return len(devices) * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)  # all hold equally much

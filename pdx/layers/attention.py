@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +21,7 @@ from pdx.cache.dense import LayerCache, default_layout
 from pdx.cache.paged import PackedRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
-from pdx.layers.linear import linear
+from pdx.layers.linear import linear, projections
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotate
 from pdx.sharding import is_spec, mesh_axis
@@ -96,10 +97,10 @@ def attention(
     its own rows and heads.
     """
     b, t, _ = x.shape
-    h = cfg.head_dim
+    h, specs = cfg.head_dim, projections(cfg)
 
     def heads(name, count):
-        return linear(x, p[f"{name}_proj"], p.get(f"{name}_bias")).reshape(b, t, count, h)
+        return linear(x, p[f"{name}_proj"], p.get(f"{name}_bias"), specs[f"{name}_proj"]).reshape(b, t, count, h)
 
     q, k, v = heads("q", cfg.num_heads), heads("k", cfg.num_kv_heads), heads("v", cfg.num_kv_heads)
     if cfg.qk_norm:
@@ -113,9 +114,12 @@ def attention(
         settings |= {"implementation": name, "interpret": interpret, "layout": cache.layout}
         run = partial(_attend_pages if cache.rows == "pages" else _append_and_attend, **settings)
         if mesh is not None and mesh.size > 1:
-            run = _sharded(run, mesh, cfg, cache)
+            run = _sharded(run, mesh, cache)
+            if cache.kv_heads > cfg.num_kv_heads:
+                k, v = (jnp.repeat(x, cache.kv_heads // cfg.num_kv_heads, axis=2) for x in (k, v))
         out, cache = run(q, k, v, positions, valid, lengths, cache)
-    return linear(out.reshape(b, t, cfg.num_heads * h), p["o_proj"], p.get("o_bias")), cache
+    out = out.reshape(b, t, cfg.num_heads * h)
+    return linear(out, p["o_proj"], p.get("o_bias"), specs["o_proj"]), cache
 
 
 def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **settings):
@@ -153,19 +157,15 @@ def _writer(settings: dict, cache: LayerCache) -> tuple[str, bool]:
     return ("xla" if settings["implementation"] in ("xla", "dense") else "auto"), False
 
 
-def _sharded(run: Callable, mesh: Mesh, cfg: ModelConfig, cache: LayerCache) -> Callable:
+def _sharded(run: Callable, mesh: Mesh, cache: LayerCache) -> Callable:
     """`run` on each device's own rows and heads: Mosaic kernels cannot be partitioned by the compiler.
 
-    Nothing is communicated. Heads that do not divide over the mesh are on every device; the query
-    heads of a single KV head are dealt out all the same.
+    Nothing is communicated. Where query heads do not divide over the mesh, all heads are on every device.
     """
     specs = cache.specs()
-    rows = mesh_axis(cache.rows, specs.k.shape[0], mesh)
-    kv_heads = mesh_axis("kv_heads", cfg.num_kv_heads, mesh)
-    heads = kv_heads or (mesh_axis("heads", cfg.num_heads, mesh) if cfg.num_kv_heads == 1 else None)
-    q, kv = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None, kv_heads, None)
-    row = PartitionSpec(rows)
+    rows, heads = mesh_axis(cache.rows, specs.k.shape[0], mesh), mesh_axis("kv_heads", cache.kv_heads, mesh)
+    each, row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
     stored = jax.tree.map(lambda spec: spec.partition(mesh), specs, is_leaf=is_spec)
     return jax.shard_map(
-        run, mesh=mesh, in_specs=(q, kv, kv, row, row, row, stored), out_specs=(q, stored), check_vma=False
+        run, mesh=mesh, in_specs=(each, each, each, row, row, row, stored), out_specs=(each, stored), check_vma=False
     )

@@ -18,6 +18,8 @@ from pallas_kernels.hardware import platform_of
 from pallas_kernels.layouts import LANES
 from pallas_kernels.masking import precision_of, soft_cap
 from pdx import quant
+from pdx.config import ModelConfig
+from pdx.sharding import ArraySpec
 
 Weight = Float[Array, "o i"] | QuantArray
 
@@ -40,12 +42,13 @@ def watching(see: Callable[[Weight, Array], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def product(x: Float[Array, "*b i"], weight: Weight, dtype=None) -> Float[Array, "*b o"]:
-    """x @ weight.T in `dtype` (None: what the operands give)."""
+def product(x: Float[Array, "*b i"], weight: Weight, dtype=None, spec: ArraySpec | None = None) -> Float[Array, "*b o"]:
+    """x @ weight.T in `dtype` (None: what the operands give). `spec` declares the weight: on a mesh quantized products
+    need it."""
     if (see := _watcher.get()) is not None:
         see(weight, x)
     if isinstance(weight, QuantArray):
-        return quant.matmul(x, weight, dtype)
+        return quant.matmul(x, weight, dtype, spec)
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": dtype}
     if not weight_first(x):
         return jnp.einsum("...i,oi->...o", x, weight, **settings)
@@ -63,10 +66,10 @@ def weight_first(x: Float[Array, "*b i"]) -> bool:
 
 
 def linear(
-    x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None
+    x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None, spec: ArraySpec | None = None
 ) -> Float[Array, "*b o"]:
-    """x @ weight.T + bias, accumulated in f32, in the dtype of x."""
-    y = product(x, weight)
+    """x @ weight.T + bias, accumulated in f32, in the dtype of x. `spec`: as of `product`."""
+    y = product(x, weight, None, spec)
     return y if bias is None else y + bias
 
 
@@ -81,7 +84,7 @@ def embed(
     """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
     alone, narrow = mesh is None or mesh.size == 1, table.shape[1] % LANES > 0
     if isinstance(table, QuantArray):
-        x = quant.lookup(table, tokens)
+        x = quant.lookup(table, tokens, vocabulary(table))
     elif alone and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
         x = _embed_columns(table, tokens)
     else:
@@ -99,7 +102,30 @@ def _embed_columns(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Flo
 
 def unembed(x: Float[Array, "*b D"], table: Weight, cap: float | None) -> Float[Array, "*b V"]:
     """Vocabulary logits in f32."""
-    return soft_cap(product(x, table, jnp.float32), cap)
+    return soft_cap(product(x, table, jnp.float32, vocabulary(table)), cap)
+
+
+def vocabulary(table: Weight) -> ArraySpec:
+    """How an embedding or a head is declared: a row for each token of the vocabulary."""
+    return ArraySpec(table.shape, ("vocab", None), table.dtype)
+
+
+def projections(cfg: ModelConfig, dtype=jnp.float32) -> dict[str, ArraySpec]:
+    """The matrices of a layer as declared. Heads are dealt out whole."""
+    d, f, n, k, h = cfg.d_model, cfg.d_ff, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+
+    def rows(heads, axis):
+        return ArraySpec((heads * h, d), (axis, None), dtype, units=(heads, d))
+
+    return {
+        "q_proj": rows(n, "heads"),
+        "k_proj": rows(k, "kv_heads"),
+        "v_proj": rows(k, "kv_heads"),
+        "o_proj": ArraySpec((d, n * h), (None, "heads"), dtype, units=(d, n)),
+        "gate_proj": ArraySpec((f, d), ("mlp", None), dtype),
+        "up_proj": ArraySpec((f, d), ("mlp", None), dtype),
+        "down_proj": ArraySpec((d, f), (None, "mlp"), dtype),
+    }
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +21,10 @@ from pdx.arguments import integer
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, ModelNotFoundError, RequestError
 from pdx.families.common import QuantizedFile, Source, TensorFile
+from pdx.meshes import as_mesh, on_own_mesh
 from pdx.model import Params, param_specs
 from pdx.quant import STORED, Kind, Policy, is_parameter, name_of, quantized, quantized_specs
-from pdx.sharding import is_spec, make_mesh, replicated
+from pdx.sharding import is_spec, replicated
 from pdx.weights.arrays import aligned_empty
 from pdx.weights.builtin import DEFAULT_MODEL
 from pdx.weights.checkpoint import CheckpointFile
@@ -37,16 +39,17 @@ THREADS = 4
 PIECE = 1 << 22  # values of a matrix that are quantized together
 
 
+@on_own_mesh
 def load(
-    model: str | Path = DEFAULT_MODEL, *, dtype: Any = "auto", mesh: Mesh | str | None = None,
+    model: str | Path = DEFAULT_MODEL, *, dtype: Any = "auto", mesh: Mesh | str | Mapping[str, int] | None = None,
     max_context: int | None = None, quantize: str | Path | Policy | None = None, progress: Report | None = None,
 ) -> Model:  # fmt: skip
     """Load a model by name, path or hub id (see `pdx.weights.resolve`), fetching it if need be.
 
     Args:
       dtype: of matrices, embeddings and biases: `auto` (see `default_dtype`), `f32`, `bf16` or a jax type.
-      mesh: where the parameters go, each as it is declared: a mesh, a text such as `data=2,model=4`, or None for
-        the default device.
+      mesh: where the parameters go, each as it is declared: a mesh (see `pdx.sharding.as_mesh`), a text such as
+        `data=2,model=4`, sizes such as `{"model": 4}`, or None for the default device.
       max_context: a shorter context than the model's own, in tokens.
       quantize: which matrices become int8 or int4 as they are read, see `pdx.quant`; None: none, but for those that a
         checkpoint holds quantized.
@@ -62,8 +65,7 @@ def load(
     if not isinstance(model, str | Path) or not str(model).strip():
         raise ModelNotFoundError(f"model is {model!r}: it must be a name (see `pdx models`), a path or a hub id")
     max_context = None if max_context is None else integer("max_context", max_context)
-    if isinstance(mesh, str):
-        mesh = make_mesh(mesh)
+    mesh = as_mesh(mesh)
     where = mesh if mesh is not None else next(iter(jax.device_put(np.float32(0)).devices()))
     dtype = _dtype(dtype, where.devices.flat[0] if isinstance(where, Mesh) else where)
     files = resolve(model, progress)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
+from pdx.meshes import as_mesh
 from pdx.model import Params
 from pdx.tokenizer import Tokenizer
 
@@ -36,6 +37,9 @@ class Model:
     terms: tuple[str, ...] = ()
     make_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.mesh = as_mesh(self.mesh)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

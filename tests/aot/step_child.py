@@ -36,6 +36,7 @@ def model(family, layers, **changes) -> ModelConfig:
 
 
 LLAMA = {"batch": 8, "capacity": 2048, "kv_dtype": jnp.int8}
+SMALL = {"vocab_size": 32768, "d_model": 1024, "num_heads": 16, "num_kv_heads": 8, "head_dim": 64, "d_ff": 3072}
 GEMMA = {"windows": (512, 512, None)}
 # Caches of a layer are larger than VMEM, or the compiler may keep some there for a while, which tells nothing.
 # 24 of Llama's 32 layers are what 16 GiB hold in bf16.
@@ -67,6 +68,12 @@ CASES = {
     "mixed gemma3": ("mixed_step", model("gemma3", 3, **GEMMA), {"batch": 191, "capacity": 8192, "tokens": 256}),
     "mixed mesh": ("mixed_step", model("llama3-8b", 2),
                    {"batch": 79, "capacity": 8192, "tokens": 128, "mesh": {"model": 4}}),
+    # For the collectives: each step of a small model with a policy, over eight chips.
+    **{f"{policy} over 8: {step}": (step, model("llama3-8b", 2, **SMALL), {
+        "batch": 8, "capacity": 1024, "tokens": 5 if step == "verify" else 128, "mesh": {"model": 8},
+        "quantize": None if policy == "bf16" else policy,
+    }) for policy in ("bf16", "int8", "int8:g128", "int4", "int4:g128:affine", "w8a8")
+       for step in ("prefill", "decode_step", "verify", "mixed_step")},
     "smoke": ("decode_step", model("smollm2", 1), {"batch": 4, "capacity": 1024}),
     "smoke mixed": ("mixed_step", model("smollm2", 1), {"batch": 4, "capacity": 1024, "tokens": 128}),
     "smoke prefill": ("prefill", model("smollm2", 1), {"batch": 1, "capacity": 1024, "tokens": 256}),

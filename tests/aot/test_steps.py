@@ -126,6 +126,25 @@ def test_a_quantized_step_compiles_for_a_mesh():
     assert found["memory"]["argument"] <= found["declared"] * 1.01
 
 
+POLICIES = ("int8", "int8:g128", "int4", "int4:g128:affine", "w8a8")
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode_step", "verify", "mixed_step"])
+def test_a_quantized_step_over_eight_chips_has_the_collectives_of_bf16(step):
+    """One sum for the embedding and two a layer, of activations: no weight moves."""
+    names = tuple(f"{policy} over 8: {step}" for policy in ("bf16", *POLICIES))
+    found = {name.split()[0]: of("v5e:2x4", name, names) for name in names}
+    plain = sorted(found["bf16"]["collectives"])
+    assert [name for name, _ in plain] == ["all-reduce"] * (1 + 2 * found["bf16"]["layers"])
+    for policy in POLICIES:
+        collectives = sorted(found[policy]["collectives"])
+        if policy != "w8a8":
+            assert collectives == plain, policy
+        else:  # its sums are int32, and the scale of a row is that of the whole row: one number a row before each
+            assert [name for name, _ in collectives] == ["all-reduce"] * (1 + 4 * found[policy]["layers"])
+            assert sum(size for _, size in collectives) <= 2.1 * sum(size for _, size in plain)
+
+
 # [out, in] of Llama 3 8B.
 SIDES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 

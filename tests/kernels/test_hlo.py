@@ -73,6 +73,13 @@ def test_aliases():
     assert hlo.aliases("HloModule jit_g\n") == {}
 
 
+def test_collectives_that_share_a_channel_are_all_listed():
+    """As `shard_map` makes them."""
+    line = "  %psum.{} = f32[8,16]{{1,0}} all-reduce(%x), channel_id=1, to_apply=%add"
+    text = "\n".join(["ENTRY %main (x: f32[8,16]) -> f32[8,16] {", *(line.format(i) for i in range(3)), "}"])
+    assert hlo.collectives(text) == [("all-reduce", 512)] * 3
+
+
 def test_collectives_are_listed_once_with_their_bytes():
     assert hlo.collectives(TEXT) == [("all-gather", 2 * 1024 * 1024), ("all-reduce", 4 * (256 * 512 + 4))]
 

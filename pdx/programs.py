@@ -1,0 +1,61 @@
+"""Programs that are compiled once, before they first run, with the compile time kept apart."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Programs:
+    """Compiled programs by key. Each is compiled once, from the arguments that it is first wanted for, whichever thread
+    wants it. Arguments of another shape raise TypeError: nothing is compiled by the way.
+
+        programs = Programs()
+        y = programs.call("double", jax.jit(lambda x: 2 * x), x=np.ones(3))  # compiles, then runs
+        y = programs.call("double", None, x=np.ones(3))                      # runs
+    """
+
+    def __init__(self):
+        self.compile_s = 0.0  # seconds of compilation so far
+        self._known: dict[Hashable, Callable] = {}
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def call(
+        self, key: Hashable, function: Callable, *, static: Mapping[str, Any] | None = None, **arguments: Any
+    ) -> Any:
+        """Run the program of `key`; `static` are the function's static arguments."""
+        return self.get(key, function, arguments, static or {})[0](**arguments)
+
+    def get(
+        self, key: Hashable, function: Callable, arguments: Mapping[str, Any], static: Mapping[str, Any]
+    ) -> tuple[Callable, float]:
+        """The program of `key`, to be called with `arguments`, and the seconds that were spent until it was there."""
+        if key in self._known:
+            return self._known[key], 0.0
+        start = time.perf_counter()
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = _compiled(function, static, arguments)
+                self.compile_s += time.perf_counter() - start
+        return self._known[key], time.perf_counter() - start
+
+
+def _compiled(function: Callable, static: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable:
+    program = function.lower(**arguments, **static).compile()
+    if not any(map(_refused, jax.tree.leaves(arguments))):
+        return program
+    # The jitted function takes such arrays, and finds the program that was just compiled.
+    return lambda **arguments: function(**arguments, **static)
+
+
+def _refused(x: Any) -> bool:
+    """Whether JAX 0.10 hands no compiled program this array: int4 that is committed to devices, as on a mesh."""
+    return isinstance(x, jax.Array) and x.dtype == jnp.int4 and x.committed
