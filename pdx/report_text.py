@@ -6,10 +6,12 @@ from typing import Any
 
 from pdx.completion import Completion
 from pdx.metrics import ServedTiming
+from pdx.versions import check
 
 
 def device_name(every: bool = True) -> str:
     """This process's default device, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` only the one."""
+    check()
     import jax
 
     device, count = jax.devices()[0], len(jax.devices())

@@ -12,12 +12,12 @@ PACKAGES = ("pdx", "pallas_kernels")
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
     ("config", "configs", "shapes", "errors", "sharding", "compilation", "metrics", "sampling_options", "quant", "cost",
-     "texts", "rounding", "matrices", "tradeoffs", "chips", "rates"),
+     "texts", "rounding", "versions", "matrices", "tradeoffs", "chips", "rates"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "completion", "prompts", "generation", "speculative", "aot", "calibration"),
     ("engine.",),
-    ("bench.", "train.", "report_text", "batch_file", "batch_job", "chat", "plan."),
+    ("bench.", "train.", "report_text", "batch_file", "batch_job", "chat", "plan.", "doctor"),
     ("cli.", "serve."),
 )
 # What a kernel library for others to use may stand on.

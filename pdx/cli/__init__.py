@@ -4,7 +4,7 @@ A file a group of commands. jax and the model code are imported by the command t
 answers at once.
 """
 
-from pdx.cli import bench, generate, kernels, load, models, plan, report, serving
+from pdx.cli import bench, doctor, generate, kernels, load, models, plan, report, serving
 from pdx.cli.app import app, main
 
-__all__ = ["app", "bench", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]
+__all__ = ["app", "bench", "doctor", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]

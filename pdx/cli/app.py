@@ -6,11 +6,25 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from pdx.errors import PdxError
 
+
+class Commands(TyperGroup):
+    """The commands of `pdx`. None starts with a jax whose parts do not fit, but `doctor`, which says what is wrong."""
+
+    def resolve_command(self, context, arguments):
+        name, command, rest = super().resolve_command(context, arguments)
+        if name != "doctor" and "--help" not in rest:
+            from pdx.versions import check
+
+            check()
+        return name, command, rest
+
+
 app = typer.Typer(
-    help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
+    cls=Commands, help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)

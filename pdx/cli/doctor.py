@@ -1,0 +1,20 @@
+"""`pdx doctor`: what is wrong with this installation, if anything is."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from pdx.cli.app import JsonOption, app
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check versions, devices, kernels, memory and caches, and compare Pallas with XLA on the device."""
+    from pdx.doctor import examine, text
+
+    found = examine()
+    print(json.dumps(found) if as_json else text(found))
+    if not found["ok"]:
+        raise typer.Exit(1)
