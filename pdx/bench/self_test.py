@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+
+# Imported first: it adds to what JAX's caches ask for, so that whatever was compiled before is compiled again.
+import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 import numpy as np
 
