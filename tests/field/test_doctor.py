@@ -19,7 +19,7 @@ SECTIONS = {"ok", "problems", "remedy", "pdx", "python", "platform", "versions",
 def doctor(path: str = "", *options: str, **env: str) -> subprocess.CompletedProcess:
     """Run it with `path` before everything that is installed."""
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    clean["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT)]))
+    clean |= {"PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])), "PYTHONSAFEPATH": "1"}
     return subprocess.run([sys.executable, "-m", "pdx.cli", "doctor", *options], cwd=ROOT, capture_output=True,
                           text=True, env=clean | env, check=False)  # fmt: skip
 
