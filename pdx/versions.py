@@ -85,8 +85,7 @@ def misfits() -> list[Misfit]:
     if "jax" not in here:
         # A jax without metadata (a build of one's own on the path) cannot be judged.
         return [] if find_spec("jax") else [Misfit("jax is not installed")]
-    found = list(_of_jax(here))
-    found += _of_devices(here)
+    found = [*_of_jax(here), *_of_devices(here), *_half_installed(here)]
     return found or list(_loaded(here))
 
 
@@ -166,6 +165,13 @@ def _of_devices(here: dict[str, str]) -> Iterator[Misfit]:
                          f"jaxlib{needs['jaxlib']}")
         if extra and name in _PLUGINS and _pjrt(name) not in here:
             yield Misfit(f"{_pjrt(name)} is not installed, and {name} needs it")
+
+
+def _half_installed(here: dict[str, str]) -> Iterator[Misfit]:
+    """What pip lists and Python cannot find: uninstalling libtpu-nightly, for one, takes files of libtpu along."""
+    for name in (name for name in here if name == "jaxlib" or name == "libtpu" or name in _PLUGINS):
+        if not find_spec(name.replace("-", "_")):
+            yield Misfit(f"{name} {here[name]} is listed as installed, but its files are missing", (name,))
 
 
 def _loaded(here: dict[str, str]) -> Iterator[Misfit]:

@@ -49,7 +49,7 @@ def install(folder: Path, distributions: dict[str, str]) -> Path:
 def only(tmp_path, monkeypatch):
     """`only({...})`: these distributions are installed, and no others."""
 
-    def installed(distributions: dict[str, str]) -> None:
+    def installed(distributions: dict[str, str], without_files: tuple[str, ...] = ()) -> None:
         install(tmp_path, distributions)
 
         def distribution(name):
@@ -62,7 +62,8 @@ def only(tmp_path, monkeypatch):
                 "requires": lambda n: distribution(n).requires, "metadata": lambda n: distribution(n).metadata,
                 "PackageNotFoundError": metadata.PackageNotFoundError}  # fmt: skip
         monkeypatch.setattr(versions, "metadata", types.SimpleNamespace(**said))
-        monkeypatch.setattr(versions, "find_spec", lambda name: None)
+        files = {name.replace("-", "_") for name in distributions} - set(without_files)
+        monkeypatch.setattr(versions, "find_spec", lambda name: name if name in files else None)
         monkeypatch.setattr(versions, "_loaded", lambda here: iter(()))
         monkeypatch.setattr(versions, "_checked", False)
         monkeypatch.delenv(versions.IGNORE, raising=False)
@@ -143,6 +144,14 @@ def test_what_does_not_fit_is_said_in_one_line_that_ends_in_the_command(only, ca
     assert line.endswith(command) if command.startswith("pip") else command in line
     assert "\n" not in line
     assert versions.IGNORE in line
+
+
+@pytest.mark.parametrize("name", ["libtpu", "jaxlib", "jax-cuda12-plugin"])
+def test_what_is_listed_and_has_no_files_is_installed_anew(only, name):
+    """Two packages that share files, of which one was uninstalled."""
+    only(FIT["both"], without_files=(name.replace("-", "_"),))
+    with pytest.raises(VersionError, match=f"{name} .* its files are missing.*pip uninstall -y {name} && pip install"):
+        versions.check()
 
 
 def test_who_wants_to_goes_on_all_the_same(only, monkeypatch):
