@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from glob import glob
 from importlib import metadata
 from pathlib import Path
 
 SOURCE = ""  # @param {type:"string"}
+warnings.filterwarnings("ignore", "To exit: use")  # which IPython would add where this cell stops
 
 # Which runtime? Devices say it, then the environment; an installed libtpu counts in Colab alone.
 env, colab = os.environ, "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ

@@ -197,9 +197,9 @@ def _device_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     for name in ("xla", "pallas"):
         if name in test:
             path = test[name]
-            rows.append(("self-test", f"{name}: prefill {path['prefill_s'] * 1e3:.1f} ms, decode "
-                         f"{path['decode_step_s'] * 1e3:.1f} ms a step{', interpreted' * path['interpreted']}; "
-                         f"with compilation {path['with_compilation_s']:.1f} s"))  # fmt: skip
+            rows.append(("self-test", f"{name}: prefill {path['prefill_s'] * 1e3:.1f} ms, decode step "
+                         f"{path['decode_step_s'] * 1e3:.1f} ms, first run {path['with_compilation_s']:.1f} s"
+                         f"{' (interpreted)' if path['interpreted'] else ''}"))  # fmt: skip
     verdict = {True: "passed", False: "FAILED", None: "not compared"}[test["passed"]]
     if (difference := test["relative_difference"]) is not None:
         verdict += f", logits differ by {difference:.1e} of the largest (allowed {test['relative_tolerance']:.0e})"
