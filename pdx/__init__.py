@@ -1,6 +1,7 @@
 """pdx: LLM inference as two problems, prefill and decode, in JAX and Pallas.
 
-Names are imported on first use, so that `import pdx` and `pdx --help` stay light.
+Names are imported on first use, so that `import pdx` and `pdx --help` stay light. The first one raises VersionError if
+jax, jaxlib and libtpu or a CUDA plugin are of releases that do not fit.
 """
 
 from importlib import import_module
@@ -41,6 +42,9 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module 'pdx' has no attribute {name!r}")
+    if name != "PdxError":
+        # Before jax is imported: with a libtpu of another release the process would end without a word.
+        import_module("pdx.versions").check()
     value = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from pdx.versions import check
+
 OFF = ("0", "off", "no", "false")
 
 
@@ -15,20 +17,28 @@ def home() -> Path:
     return Path(os.environ.get("PDX_HOME") or platformdirs.user_cache_dir("pdx", appauthor=False))
 
 
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept, by the environment; None: nowhere. Imports no jax."""
+    wanted = os.environ.get("PDX_COMPILATION_CACHE", "")
+    if wanted.lower() in OFF and wanted:
+        return None
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or wanted or home() / "xla")
+
+
 def enable_cache() -> Path | None:
     """Switch JAX's persistent compilation cache on, unless the user has set one up or switched it off.
 
     `PDX_COMPILATION_CACHE` is a folder, or `off`; a cache that JAX was told of already
     (`JAX_COMPILATION_CACHE_DIR`) is left alone. Returns the folder in use, None if there is none.
     """
+    check()
     import jax
 
-    wanted = os.environ.get("PDX_COMPILATION_CACHE", "")
-    if wanted.lower() in OFF and wanted:
+    folder = cache_folder()
+    if folder is None:
         return None
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    folder = Path(wanted) if wanted else home() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs count too: a step is made of a few of them, and each costs a second start-up time.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -53,3 +53,7 @@ class NotFiniteError(EngineError):
 
 class RequestError(PdxError, ValueError):
     """A request with a setting that makes no sense (an empty prompt, a negative temperature)."""
+
+
+class VersionError(PdxError):
+    """jax, jaxlib and libtpu or a CUDA plugin that do not fit; the text ends in the command that mends it."""

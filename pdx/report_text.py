@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.completion import Completion, json_logprob
 from pdx.metrics import ServedTiming
+from pdx.versions import check
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-
 
 def device_name(every: bool = True, mesh: Mesh | None = None) -> str:
     """This process's devices, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` the default one alone.
 
     With a `mesh`, its devices and axes, such as `cpu x8 (data=2, model=4)`.
     """
+    check()
     import jax
 
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)

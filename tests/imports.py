@@ -12,15 +12,15 @@ PACKAGES = ("pdx", "pallas_kernels")
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
     ("config", "configs", "shapes", "errors", "arguments", "meshes", "sharding", "compilation", "metrics",
-     "sampling_options", "quant", "cost", "texts", "tables", "strict_json", "outputs", "rounding", "matrices",
-     "tradeoffs", "chips", "rates", "request_keys", "sampling_defaults"),
+     "sampling_options", "quant", "cost", "texts", "tables", "strict_json", "outputs", "rounding", "versions",
+     "matrices",      "tradeoffs", "chips", "rates", "request_keys", "sampling_defaults"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "step_arguments", "programs", "completion", "prompts", "generator", "generation", "speculative", "aot",
      "calibration"),
     ("engine.",),
     ("bench.", "train.", "report_text", "batch_file", "batch_job", "openai_rows", "openai_answers", "journal", "chat",
-     "plan."),
+     "plan.", "doctor"),
     ("cli.", "serve.", "__main__"),
 )
 # What a kernel library for others to use may stand on.

@@ -5,7 +5,7 @@ answers at once.
 """
 
 try:
-    from pdx.cli import bench, generate, kernels, load, models, plan, report, serving
+    from pdx.cli import bench, doctor, generate, kernels, load, models, plan, report, serving
     from pdx.cli.app import app, main
 except KeyboardInterrupt:  # nothing has begun yet, and nobody is there to catch it
     import os
@@ -16,4 +16,4 @@ except KeyboardInterrupt:  # nothing has begun yet, and nobody is there to catch
     os.write(2, b"interrupted\n")
     os._exit(130)
 
-__all__ = ["app", "bench", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]
+__all__ = ["app", "bench", "doctor", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]

@@ -8,13 +8,27 @@ import warnings
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from pdx.cli import errors
 from pdx.errors import RequestError
 
+
+class Commands(TyperGroup):
+    """The commands of `pdx`. None starts with a jax whose parts do not fit, but `doctor`, which says what is wrong."""
+
+    def resolve_command(self, context, arguments):
+        name, command, rest = super().resolve_command(context, arguments)
+        if name != "doctor" and "--help" not in rest:
+            from pdx.versions import check
+
+            check()
+        return name, command, rest
+
+
 app = typer.Typer(
-    help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False, epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
+    cls=Commands, help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False, epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
 )  # fmt: skip
 bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
