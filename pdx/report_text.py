@@ -11,6 +11,7 @@ from pdx.versions import check
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+
 def device_name(every: bool = True, mesh: Mesh | None = None) -> str:
     """This process's devices, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` the default one alone.
 

@@ -13,7 +13,7 @@ PACKAGES = ("pdx", "pallas_kernels")
 LAYERS = (
     ("config", "configs", "shapes", "errors", "arguments", "meshes", "sharding", "compilation", "metrics",
      "sampling_options", "quant", "cost", "texts", "tables", "strict_json", "outputs", "rounding", "versions",
-     "matrices",      "tradeoffs", "chips", "rates", "request_keys", "sampling_defaults"),
+     "matrices", "tradeoffs", "chips", "rates", "request_keys", "sampling_defaults"),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
     ("steps", "step_arguments", "programs", "completion", "prompts", "generator", "generation", "speculative", "aot",

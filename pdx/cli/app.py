@@ -28,7 +28,8 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands, help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False, epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
+    add_completion=False, pretty_exceptions_enable=False,
+    epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
 )  # fmt: skip
 bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
