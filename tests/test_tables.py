@@ -10,10 +10,10 @@ from rich.console import Console
 
 from pdx.tables import Table, blocks, screen
 
-WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=6).map(" ".join)
+WORDS = st.lists(st.integers(1, 12).map(lambda n: "abcdefghijkl"[:n]), min_size=1, max_size=4).map(" ".join)
 
 
-@given(st.data(), st.integers(30, 120), st.integers(1, 7), st.integers(1, 5))
+@given(st.data(), st.integers(30, 120), st.integers(1, 6), st.integers(1, 3))
 def test_every_word_is_there_and_no_line_is_too_wide(data, width, columns, rows):
     keys = data.draw(st.integers(1, columns))
     row = st.lists(WORDS, min_size=columns, max_size=columns)
@@ -43,7 +43,7 @@ def test_a_heading_takes_the_line_and_long_text_is_broken_between_words():
     rows = [["a case with a long name"], ["xla", "one two three four five six seven"]]
     table = Table(("op", "ran"), rows, left=("ran",))
     assert table.lines(24)[1] == "a case with a long name"
-    assert [line.split(maxsplit=1)[-1] for line in table.lines(24)[2:]] == ["one two three four", "five six seven"]
+    assert [line[5:] for line in table.lines(24)[2:]] == ["one two three four", "five six seven"]
 
 
 def test_markup_takes_no_room_and_a_path_is_never_broken():
