@@ -84,6 +84,8 @@ def _no_number(name: str):
 def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Request:
     """The request that a row asks for; a null is a key that is not there. Raises RequestError that says `where`."""
     given = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
+    if "body" in given and "custom_id" in given:
+        raise RequestError(f"{where}: this is a row of OpenAI's batch format, which pdx batch answers")
     if ("prompt" in given) == ("messages" in given):
         raise RequestError(f'{where}: expected an object with either "prompt" or "messages"')
     prompt = given.get("prompt", given.get("messages"))

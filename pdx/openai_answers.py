@@ -20,9 +20,10 @@ def answered(request: Request, done: Completion, fields: Mapping[str, Any], toke
     logprobs = done.logprobs
     if request.is_chat:
         said = {"message": {"role": "assistant", "content": done.text, "refusal": None},
-                "logprobs": logprobs and _of_chat(logprobs, tokenizer)}  # fmt: skip
+                "logprobs": None if logprobs is None else _of_chat(logprobs, tokenizer)}  # fmt: skip
     else:
-        said = {"text": done.text, "logprobs": logprobs and _of_completion(logprobs, done.text, tokenizer)}
+        said = {"text": done.text,
+                "logprobs": None if logprobs is None else _of_completion(logprobs, done.text, tokenizer)}  # fmt: skip
     kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
     return _row(request) | {"error": None, "response": {
         "status_code": 200, "request_id": f"req_{request.line}", "body": {

@@ -1,11 +1,12 @@
 """Rows of OpenAI's batch files: what `pdx batch` does with each field of the API.
 
-Every field is in one of four classes:
+Every field is of one kind:
 
-- a `Setting` is served, under its name in `SamplingOptions`;
-- a `Template` field is handed to the chat template;
-- `Only` has values that ask for nothing pdx lacks; any other value would change the answer and is refused;
-- `PASSED_OVER` changes no answer.
+- SETTING: served, a field of `SamplingOptions`;
+- TEMPLATE: handed to the chat template under its own name;
+- READ: served by code of its own in this module;
+- PASSED_OVER: changes no answer;
+- `Only` some values: these ask for nothing that pdx lacks, any other would change the answer and is refused.
 
 A field that is in no table is refused, and null is always the default. The tables hold OpenAI's fields and those that
 vLLM adds. `tests/parity/test_openai_types.py` holds them to the types that the `openai` package publishes.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from pdx.batch_file import Request, build, check_template
@@ -25,16 +27,13 @@ from pdx.sampling_options import MAX_LOGPROBS, SamplingOptions
 from pdx.tokenizer.messages import check_messages
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Served as the field `name` of `SamplingOptions`, its own name by default."""
+class Kind(Enum):
+    """What is done with a field, whatever its value."""
 
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Template:
-    """Handed to the chat template under its own name."""
+    SETTING = "setting"
+    TEMPLATE = "template"
+    READ = "read"
+    PASSED_OVER = "passed over"
 
 
 @dataclass(frozen=True)
@@ -45,31 +44,21 @@ class Only:
     hint: str = "leave it out"
 
 
-@dataclass(frozen=True)
-class Said:
-    """Read by name in this module."""
-
-
-@dataclass(frozen=True)
-class PassedOver:
-    """Changes no answer."""
-
-
-Field = Setting | Template | Only | Said | PassedOver
-SETTING, TEMPLATE, SAID, PASSED_OVER = Setting(), Template(), Said(), PassedOver()
+Field = Kind | Only
+SETTING, TEMPLATE, READ, PASSED_OVER = Kind
 NO_TOOLS = "pdx does not read tool calls out of answers: leave it out"
 NO_GRAMMAR = "pdx does not constrain the form of answers: leave it out"
 NO_SCORES = "pdx reports log-probabilities of the answer only: leave it out"
 
 # Of both endpoints: OpenAI's fields, then vLLM's.
 _BOTH: dict[str, Field] = {
-    "model": SAID,
+    "model": READ,
     "max_tokens": SETTING, "temperature": SETTING, "top_p": SETTING, "presence_penalty": SETTING,
-    "frequency_penalty": SETTING, "logit_bias": SETTING, "stop": SETTING, "seed": SAID, "logprobs": SAID,
+    "frequency_penalty": SETTING, "logit_bias": SETTING, "stop": SETTING, "seed": READ, "logprobs": READ,
     "n": Only((1,), "write the row several times, with a custom_id and a seed for each"),
     "stream": Only((False,), "an answer in a file comes whole"),
     "stream_options": PASSED_OVER, "user": PASSED_OVER,
-    "top_k": SAID, "min_p": SETTING, "repetition_penalty": SETTING, "stop_token_ids": SETTING, "ignore_eos": SETTING,
+    "top_k": READ, "min_p": SETTING, "repetition_penalty": SETTING, "stop_token_ids": SETTING, "ignore_eos": SETTING,
     "best_of": Only((1,)), "echo": Only((False,), NO_SCORES), "use_beam_search": Only((False,)),
     "length_penalty": Only((1,)), "min_tokens": Only((0,)), "include_stop_str_in_output": Only((False,)),
     "skip_special_tokens": Only((True,)), "spaces_between_special_tokens": PASSED_OVER,
@@ -84,7 +73,7 @@ _BOTH: dict[str, Field] = {
 }  # fmt: skip
 
 CHAT: dict[str, Field] = _BOTH | {
-    "messages": SAID, "max_completion_tokens": SETTING, "top_logprobs": SAID, "reasoning_effort": TEMPLATE,
+    "messages": READ, "max_completion_tokens": SETTING, "top_logprobs": READ, "reasoning_effort": TEMPLATE,
     "tools": Only(([],), NO_TOOLS), "functions": Only(([],), NO_TOOLS),
     "tool_choice": Only(("none", "auto"), NO_TOOLS), "function_call": Only(("none", "auto"), NO_TOOLS),
     "parallel_tool_calls": PASSED_OVER,  # without tools there are no calls
@@ -95,7 +84,7 @@ CHAT: dict[str, Field] = _BOTH | {
     "web_search_options": Only(hint="pdx does not search the web: leave it out"),
     "metadata": PASSED_OVER, "service_tier": PASSED_OVER, "store": PASSED_OVER, "safety_identifier": PASSED_OVER,
     "prompt_cache_key": PASSED_OVER, "prompt_cache_options": PASSED_OVER, "prompt_cache_retention": PASSED_OVER,
-    "chat_template_kwargs": SAID, "documents": TEMPLATE, "add_generation_prompt": SAID,
+    "chat_template_kwargs": READ, "documents": TEMPLATE, "add_generation_prompt": READ,
     "continue_final_message": Only((False,), "give the beginning of the answer in a prompt of /v1/completions"),
     "chat_template": Only(hint="the model's own template is used: leave it out"),
     "add_special_tokens": Only((False,), "the chat template writes the special tokens"),
@@ -103,7 +92,7 @@ CHAT: dict[str, Field] = _BOTH | {
 }  # fmt: skip
 
 COMPLETIONS: dict[str, Field] = _BOTH | {
-    "prompt": SAID, "suffix": Only(("",), "pdx only continues a prompt: leave it out"),
+    "prompt": READ, "suffix": Only(("",), "pdx only continues a prompt: leave it out"),
     "add_special_tokens": Only((True,), "give the prompt as token ids"),
 }  # fmt: skip
 
@@ -123,8 +112,7 @@ def parse(number: int, row: Mapping[str, Any], defaults: SamplingOptions) -> Req
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         _check(name, value, fields)
-    settings = {field.name or name: given[name] for name, field in fields.items()
-                if isinstance(field, Setting) and name in given}  # fmt: skip
+    settings = {name: value for name, value in given.items() if fields[name] is SETTING}
     if "max_completion_tokens" in settings:  # the newer name counts
         settings["max_tokens"] = settings.pop("max_completion_tokens")
     settings |= _translated(given, fields is CHAT)
@@ -146,7 +134,7 @@ def _envelope(row: Mapping[str, Any]) -> tuple[dict[str, Field], Mapping[str, An
     else:
         usual = "/v1/chat/completions"
     url, method = row.get("url") or usual, row.get("method") or "POST"
-    if method != "POST" or url not in URLS:
+    if method != "POST" or not isinstance(url, str) or url not in URLS:
         raise RequestError(f"method must be POST and url one of {', '.join(URLS)}, got {method!r} and {url!r}")
     return URLS[url], body
 
@@ -200,7 +188,7 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a chat's template is given beside the messages."""
     extra = given.get("chat_template_kwargs", {})
     check_template(extra)
-    named = {name: given[name] for name, field in CHAT.items() if isinstance(field, Template) and name in given}
+    named = {name: value for name, value in given.items() if CHAT[name] is TEMPLATE}
     if twice := extra.keys() & named.keys():
         raise RequestError(f"{min(twice)} stands in chat_template_kwargs too: give it once")
     if not isinstance(given.get("add_generation_prompt", True), bool):

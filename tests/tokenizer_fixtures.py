@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+import pdx.tokenizer
+from pdx.tokenizer.settings import Settings
 from tests.corpus import CODE, SCRIPTS, WORDS, corpus
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -166,3 +168,9 @@ def sentencepiece_encode(metadata: dict[str, Any], text: str) -> list[int]:
 
 def _training_text() -> list[str]:
     return [*SCRIPTS.values(), *CODE, *WORDS, *corpus(400, seed=99)]
+
+
+def tokenizer_of(template: str) -> pdx.tokenizer.Tokenizer:
+    """A tokenizer without a vocabulary that has a chat template, for what a chat is rendered to."""
+    settings = Settings(templates={"default": template}, source="this model")
+    return pdx.tokenizer.Tokenizer(Tokenizer(models.BPE()), settings)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pdx.errors import RequestError
-from pdx.tokenizer.chat import render_chat
 from pdx.tokenizer.messages import check_messages
+from tests.tokenizer_fixtures import tokenizer_of
 
 PARTS = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
@@ -27,9 +27,8 @@ JOINS = CALLS + "{{ t.function.name + ':' + t.function.arguments }}{% endfor %}{
 SHOWS = CALLS + "{{ t.function.name }}:{{ t.function.arguments }}{% endfor %}{% endfor %}"
 
 
-def render(template, messages, **extra):
-    return render_chat({"default": template}, messages, named={}, source="here", add_generation_prompt=True, tools=None,
-                       extra=extra)  # fmt: skip
+def render(template, messages):
+    return tokenizer_of(template).apply_chat_template(messages)
 
 
 def call(arguments, **message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pdx import batch_job, openai_rows
+from pdx import batch_file, batch_job, openai_rows
 from pdx.errors import RequestError
 from pdx.sampling_options import SamplingOptions
 from tests import tiny_model
@@ -120,6 +120,23 @@ def test_what_a_template_is_given():
         parse(chat_template_kwargs={"reasoning_effort": "low"}, reasoning_effort="low")
 
 
+VALUES = [True, 0, -1, 1.5, 1e400, float("nan"), 10**400, "", "x", [], [None], ["x"], [[1]], {}, {"a": None}]
+
+
+@pytest.mark.parametrize("url", [CHAT, TEXT])
+def test_no_value_of_a_field_is_more_than_an_error_of_its_row(url):
+    refused = []
+    for field in [*openai_rows.URLS[url], "", "custom_id", "url", "method", "body"]:
+        for value in VALUES:
+            of_row = field in ("custom_id", "url", "method", "body")
+            try:
+                parse(url, row={field: value}) if of_row else parse(url, **{field: value})
+            except RequestError as error:
+                refused.append(str(error))
+    assert len(refused) > 100
+    assert all(refused)
+
+
 def read(tmp_path, *rows):
     source = tmp_path / "in.jsonl"
     source.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
@@ -158,6 +175,13 @@ def test_a_misspelt_setting_of_a_plain_row_is_refused_with_the_right_name(tmp_pa
     (request,) = read(tmp_path, {"prompt": "x", key: 5})
     with pytest.raises(RequestError, match=f"line 1: '{key}' is no setting.*{name}" if "no" not in name else name):
         raise request.error
+
+
+def test_openai_rows_are_not_for_generate(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"custom_id": "a", "body": {"prompt": "x"}}))
+    with pytest.raises(RequestError, match="line 1: this is a row of OpenAI's batch format, which pdx batch answers"):
+        batch_file.read(source, SamplingOptions())
 
 
 def test_keys_of_ones_own_and_nulls_stay(tmp_path):

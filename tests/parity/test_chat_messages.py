@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdx.tokenizer.chat import render_chat
+from tests.tokenizer_fixtures import tokenizer_of
 
 pytestmark = pytest.mark.parity
 
@@ -32,6 +32,5 @@ def test_chats_are_rendered_as_by_transformers(template, messages):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (theirs,), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=False)
-    ours = render_chat({"default": template}, messages, named={}, source="x", add_generation_prompt=False, tools=None,
-                       extra={})  # fmt: skip
+    ours = tokenizer_of(template).apply_chat_template(messages, add_generation_prompt=False)
     assert ours == theirs
