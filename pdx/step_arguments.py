@@ -41,7 +41,7 @@ def newest(
     active = flags("active", active, (cache.batch,), "[B]")
     if check and not _is_traced(cache.lengths, active, steps):
         taking_part = np.asarray(active)
-        cache.check_room(np.where(taking_part, np.asarray(steps), 0))
+        cache.check_room(taking_part * np.asarray(steps))
         if not _is_traced(tokens):
             _check_ids(np.asarray(tokens)[taking_part], cfg)
     return tokens, active
