@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from typer.testing import CliRunner
 
 import pdx
+from pdx.cli import app
 from pdx.errors import RequestError
 from pdx.meshes import as_mesh, make_mesh, no_ambient_mesh
 from pdx.model import param_specs
+from pdx.report_text import device_name
 from pdx.sharding import place
 from tests import tiny_model
 from tests.models import LLAMA, close, params, tokens
@@ -121,6 +124,8 @@ AMBIENT = {
 @pytest.mark.parametrize("name", AMBIENT)
 def test_a_mesh_that_is_set_around_a_call_changes_nothing(name, sizes, count_compiles):
     mesh = as_mesh(sizes)
+    with jax.set_mesh(AMBIENT[name]()):
+        pass  # the first one of a thread changes the keys of JAX's own cache
     expected = answer(mesh)
     with jax.set_mesh(AMBIENT[name]()), count_compiles() as compiles:
         close(answer(mesh), expected)
@@ -161,3 +166,16 @@ def test_a_cache_of_another_mesh_than_the_parameters_is_refused(cache_mesh, says
     cache = pdx.init_cache(LLAMA, B, 128, mesh=cache_mesh)
     with pytest.raises(RequestError, match=f"the parameters lie on a mesh of .*{says}.*give both the same mesh"):
         pdx.decode_step(weights, LLAMA, np.zeros(B, np.int32), np.ones(B, bool), cache)
+
+
+@pytest.mark.parametrize("command", [["chat"], ["bench", "load", "--rate", "1"], ["generate", "hello"]])
+def test_commands_that_run_a_model_take_a_mesh(command):
+    done = CliRunner().invoke(app, [*command, "--mesh", "rows=2"])
+    assert isinstance(done.exception, RequestError)
+    assert "expected axes out of data, model" in str(done.exception)
+
+
+def test_the_device_line_tells_the_mesh():
+    assert device_name(mesh=make_mesh("data=2,model=4")) == "cpu x8 (data=2, model=4)"
+    assert device_name(mesh=make_mesh()) == "cpu (data=1, model=1)"
+    assert device_name() == "cpu x8"
