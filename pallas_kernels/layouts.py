@@ -16,6 +16,8 @@ Layout = Literal["heads_first", "folded", "heads_last"]
 LAYOUTS = get_args(Layout)
 LANES = 128  # the last axis of a TPU array comes in whole registers of this many
 SUBLANES = 8
+# Bytes of scalars that a TPU kernel may fetch ahead: three quarters of a core's scalar memory.
+SCALAR_BYTES = 3 << 18
 
 
 def round_up(n: int, multiple: int) -> int:

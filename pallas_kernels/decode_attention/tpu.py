@@ -19,7 +19,7 @@ from pallas_kernels.checks import Call, describe
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
 from pallas_kernels.hardware import Chip
-from pallas_kernels.layouts import LANES, SUBLANES, Layout, fold, folded_width, round_up, unfold
+from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, Layout, fold, folded_width, round_up, unfold
 from pallas_kernels.tiles import resolve
 
 MAX_QUERIES = 16
@@ -62,6 +62,9 @@ def supported(call: Call) -> str | None:
         return f"decode takes at most {MAX_QUERIES} queries a row, not {call.queries}: use flash_attention"
     if call.kv_heads > LANES:
         return f"the TPU kernel takes at most {LANES} KV heads, not {call.kv_heads}"
+    # Where a row starts and ends, and its tree, whose last axis takes whole registers.
+    if 4 * call.batch * (2 + (LANES if call.tree else 0)) > SCALAR_BYTES:
+        return f"the scalars of {call.batch} rows do not fit the TPU's scalar memory: split the batch"
     return None
 
 

@@ -26,7 +26,7 @@ from pallas_kernels.checks import Call, describe
 from pallas_kernels.flash_attention.tpu_kernel import Plan, body
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip, detect
-from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
+from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, folded_width, round_up
 from pallas_kernels.tiles import resolve
 
 MIB = 2**20
@@ -56,6 +56,8 @@ def supported(call: Call) -> str | None:
         return f"the TPU kernel takes float32 and bfloat16, and int8 keys, got {call.dtype} and {call.kv_dtype}"
     if call.tree and call.queries > LONGEST_TREE:
         return f"the TPU kernel takes trees of up to {LONGEST_TREE} tokens, got {call.queries}"
+    if 4 * 2 * call.batch > SCALAR_BYTES:
+        return f"the scalars of {call.batch} rows do not fit the TPU's scalar memory: split the batch"
     return None
 
 

@@ -24,14 +24,13 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, detect
-from pallas_kernels.layouts import LANES, SUBLANES, folded_width, round_up
+from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, folded_width, round_up
 from pallas_kernels.paged_attention import plan as plans
 from pallas_kernels.paged_attention.call import Call, known
 from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Static, body, widest
 from pallas_kernels.tiles import resolve
 
 TILE = {4: 8, 2: 16, 1: 32}  # rows of a tile by the bytes of an element
-SMEM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def supported(call: Call) -> str | None:
     if call.scale_heads % SUBLANES:
         return f"the TPU kernel needs the scales' heads rounded up to {SUBLANES}, not {call.scale_heads}"
     scalars = 4 * (call.rows * call.width + len(FIELDS) * plans.count(call.tokens, call.rows, _sub(call)))
-    if scalars > SMEM_BYTES * 3 // 4:
+    if scalars > SCALAR_BYTES:
         return f"block tables of {call.rows} x {call.width} pages do not fit the scalar memory: use larger pages"
     return None
 

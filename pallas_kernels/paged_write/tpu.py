@@ -16,12 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layouts import LANES, SUBLANES, fold, round_up
+from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, fold, round_up
 from pallas_kernels.paged_write.call import Call
 
 ROWS = 32  # tokens of an int8 tile
-# Tokens of one run of the kernel: their three numbers each take 768 KiB of the 1 MiB of scalar memory.
-MOST_TOKENS = 1 << 16
+MOST_TOKENS = SCALAR_BYTES // 12  # of one run of the kernel, which has three numbers for each
 
 
 def supported(call: Call) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention
+from pallas_kernels.checks import Call
 from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.flash_attention import tpu as flash_tpu
@@ -72,7 +73,7 @@ def test_without_a_causal_mask_every_query_sees_the_whole_row(op, name, lengths)
 # --- rows longer than their slots
 
 
-@pytest.mark.parametrize("length", [257, 300, 511, 512, 1000])
+@pytest.mark.parametrize("length", [257, 1000])
 @pytest.mark.parametrize(("op", "name"), RUNS, ids=IDS)
 def test_a_ring_that_wrapped_needs_no_window(op, name, length):
     """The row's last S tokens count, those of this chunk included; a neighbour has not wrapped."""
@@ -83,7 +84,7 @@ def test_a_ring_that_wrapped_needs_no_window(op, name, length):
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("length", [641, 700, 1290])
+@pytest.mark.parametrize("length", [641, 1290])
 def test_blocks_of_the_tpu_decode_kernel_stay_inside_a_ring_that_they_do_not_divide(length, splits):
     """The interpreter that checks bounds: 256 slots at once of 640."""
     q, k, v = numbers(2, 3, 640, size=64)
@@ -114,12 +115,11 @@ def pages(lengths, width, name, interpret, sinks=None, tables=None, traced=True,
                                   **settings)  # fmt: skip
 
 
-@pytest.mark.parametrize("queries", [[1, 1], [6, 3]], ids=str)
-@pytest.mark.parametrize("lengths", [[33, 10], [10, 33], [32, 500]], ids=str)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("lengths", [[33, 10], [32, 500]], ids=str)
 @pytest.mark.parametrize("name", LAYOUT)
-def test_a_row_longer_than_its_block_table_reads_nothing_past_it(name, lengths, queries):
-    same(*pages(lengths, 2, name, name != "xla", queries=queries))
-    same(*pages(lengths, 2, name, name != "xla", queries=queries, window=4))
+def test_a_row_longer_than_its_block_table_reads_nothing_past_it(name, lengths, window):
+    same(*pages(lengths, 2, name, name != "xla", queries=[6, 3], window=window))
 
 
 @pytest.mark.parametrize("lengths", [[33, 10], [10, 33]], ids=str)
@@ -133,6 +133,20 @@ def test_pages_outside_of_the_pool_are_not_read(name):
     tables = np.array([[0, 99], [-5, 3]])
     interpret = {"tpu": pltpu.InterpretParams(), "gpu": True, "xla": False}[name]
     same(*pages([20, 20], 2, name, interpret, tables=tables))
+
+
+# --- more rows than a TPU's scalar memory
+
+
+@pytest.mark.parametrize(("module", "tree", "most"), [(decode_tpu, False, 98304), (decode_tpu, True, 1512),
+                                                      (flash_tpu, False, 98304)])  # fmt: skip
+def test_more_rows_than_scalar_memory_holds_are_refused_by_the_tpu_kernels(module, tree, most):
+    def call(rows):
+        op = module.__name__.split(".")[1]
+        return Call(op, rows, 4, 8, 8, 128, 128, 128, "bfloat16", "bfloat16", "folded", tree=tree)
+
+    assert module.supported(call(most)) is None
+    assert "do not fit the TPU's scalar memory: split the batch" in module.supported(call(most + 1))
 
 
 # --- sinks
@@ -200,12 +214,11 @@ def test_leading_queries_that_see_nothing_get_their_sink(op, name):
     np.testing.assert_allclose(np.asarray(lse)[0, :15], np.tile(sinks, (15, 1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("logit", [-7e4, -1e9, -1e20])
 @pytest.mark.parametrize(("op", "name"), RUNS, ids=IDS)
-def test_logits_below_what_others_mask_with_still_count(op, name, logit):
+def test_logits_below_what_others_mask_with_still_count(op, name):
     """FlashInfer's issue 4267: real logits below its -5e4 lost to masked ones."""
     q, k, v = numbers(1, 3, 128)
-    q, k = jnp.full_like(q, logit / 16), jnp.ones_like(k)
+    q, k = jnp.full_like(q, -1e20 / 16), jnp.ones_like(k)
     (out, _), _ = both(op, name, q, k, v, [20], [23], scale=1.0)
     for t in range(3):
         mean = np.repeat(np.asarray(v)[0, : 21 + t].mean(0), 2, axis=0)
