@@ -74,6 +74,8 @@ if SOURCE or not whole:
     if requirement is None:
         raise SystemExit("pdx is not here to install: set SOURCE in this cell, whose head says to what.")
     installer = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "pip"]
+    if installer[0] == "uv" and not shutil.which("uv"):
+        raise SystemExit("There is neither pip nor uv here: `!python -m ensurepip` brings pip.")
     target = ["--python", sys.executable] if installer[0] == "uv" else ["--disable-pip-version-check"]
     print(f"{runtime.upper()} runtime: installing {requirement}", flush=True)
     done = subprocess.run([*installer, "install", "-q", *target, requirement], capture_output=True, text=True)

@@ -41,11 +41,15 @@ with open({log!r}, "a") as log:
 
 
 def run(folder: Path, *, source="", devices=(), before="", pip="sys.exit('no such network')", bare=True, **env: str):
-    """What the cell printed, and the arguments of each call of pip. `bare`: no package is installed but `folder`'s."""
-    (folder / "pip").mkdir(exist_ok=True)
-    (folder / "pip" / "__init__.py").touch()
+    """What the cell printed, and the arguments of each call of pip. `bare`: no package is installed but `folder`'s.
+
+    `pip`: what it does beside noting its arguments; None: there is no pip.
+    """
     log = folder / "pip.log"
-    (folder / "pip" / "__main__.py").write_text(PIP.format(log=str(log), does=pip))
+    if pip is not None:
+        (folder / "pip").mkdir(exist_ok=True)
+        (folder / "pip" / "__init__.py").touch()
+        (folder / "pip" / "__main__.py").write_text(PIP.format(log=str(log), does=pip))
     code = BEFORE.format(devices=list(devices), before=before, cell=str(CELL), source=source)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(NAMED)}
     (folder / "alone").mkdir(exist_ok=True)
@@ -129,6 +133,17 @@ def test_without_anything_to_install_it_says_so(tmp_path, source, says):
     assert said.startswith("STOP")
     assert says in said
     assert calls == []
+
+
+def test_without_pip_it_takes_uv_for_this_python(tmp_path):
+    options = {"source": "pdx-inference", "devices": ("/dev/accel0",), "pip": None}
+    assert "There is neither pip nor uv here" in run(tmp_path, **options)[0]
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\necho "$@" 1>&2\nexit 1\n')
+    uv.chmod(0o755)
+    there = f"shutil.which = lambda name: name == 'uv'\nos.environ['PATH'] = {str(tmp_path)!r}"
+    said = run(tmp_path, **options, before=there)[0]
+    assert f"pip install -q --python {sys.executable} pdx-inference[tpu]" in said
 
 
 # pip as it would end: jax and all that belongs to it of one release.
