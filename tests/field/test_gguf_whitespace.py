@@ -12,10 +12,11 @@ USER_DEFINED = 4
 
 def gemma() -> Tokenizer:
     metadata = sentencepiece_metadata(prefix=False)
-    for count in range(1, 7):
-        metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "\t" * count]
-        metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], USER_DEFINED]
-        metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], -1000.0]
+    keys = [f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "scores")]
+    # SentencePiece never learns a piece across a user-defined one.
+    rows = [row for row in zip(*(metadata[key] for key in keys), strict=True) if "\t" not in row[0]]
+    rows += [("\t" * count, USER_DEFINED, -1000.0) for count in range(1, 7)]
+    metadata |= zip(keys, map(list, zip(*rows, strict=True)), strict=True)
     del metadata["tokenizer.ggml.add_space_prefix"]  # as older files of Gemma
     return Tokenizer.from_gguf(metadata)
 
