@@ -130,8 +130,7 @@ class Tokenizer:
         Raises RequestError for malformed messages or a model without a template, ModelFileError for a
         template that does not work, or that takes more time or memory than a template may.
         """
-        template = choose_template(self._settings.templates, with_tools=bool(tools), source=self._settings.source)
-        return render(template, self._inputs(messages, add_generation_prompt, tools, extra), self._settings.source)
+        return self._rendered(messages, add_generation_prompt, tools, extra)[2]
 
     def encode_chat(
         self,
@@ -151,25 +150,25 @@ class Tokenizer:
         Raises what `apply_chat_template` raises, and RequestError for a control token that this vocabulary also
         makes out of plain text.
         """
-        source = self._settings.source
-        template = choose_template(self._settings.templates, with_tools=bool(tools), source=source)
-        inputs = self._inputs(messages, add_generation_prompt, tools, extra)
-        prompt = render(template, inputs, source)
+        template, inputs, prompt = self._rendered(messages, add_generation_prompt, tools, extra)
         if sanitize_control_tokens:
-            control = self._control_tokens(template)
+            control, source = self._control_tokens(template), self._settings.source
             found = control.from_users(prompt, inputs, lambda marked: render(template, marked, source))
             if found.tokens:
                 return self._encode_apart(found.text, found.tokens, found.mark)
             prompt = found.text
         return self.encode(prompt, add_special=False, parse_special=True)
 
-    def _inputs(
+    def _rendered(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        named = self._settings.named
-        return template_inputs(
+    ) -> tuple[str, dict[str, Any], str]:
+        """The template for a chat, the variables that it is given, and the prompt that it makes of them."""
+        named, source = self._settings.named, self._settings.source
+        template = choose_template(self._settings.templates, with_tools=bool(tools), source=source)
+        inputs = template_inputs(
             messages, named=named, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
         )
+        return template, inputs, render(template, inputs, source)
 
     def _control_tokens(self, template: str) -> ControlTokens:
         """The special tokens, and of the other added ones those that the template writes."""
