@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import Messages, Tools, choose_template, template_inputs
+from pdx.tokenizer.chat import Messages, Tools, render_chat, template_and_inputs
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
 from pdx.tokenizer.render import render
@@ -130,7 +130,7 @@ class Tokenizer:
         Raises RequestError for malformed messages or a model without a template, ModelFileError for a
         template that does not work, or that takes more time or memory than a template may.
         """
-        return self._rendered(messages, add_generation_prompt, tools, extra)[2]
+        return render_chat(**self._chat(messages, add_generation_prompt, tools, extra))
 
     def encode_chat(
         self,
@@ -150,25 +150,23 @@ class Tokenizer:
         Raises what `apply_chat_template` raises, and RequestError for a control token that this vocabulary also
         makes out of plain text.
         """
-        template, inputs, prompt = self._rendered(messages, add_generation_prompt, tools, extra)
+        template, inputs = template_and_inputs(**self._chat(messages, add_generation_prompt, tools, extra))
+        source = self._settings.source
+        prompt = render(template, inputs, source)
         if sanitize_control_tokens:
-            control, source = self._control_tokens(template), self._settings.source
+            control = self._control_tokens(template)
             found = control.from_users(prompt, inputs, lambda marked: render(template, marked, source))
             if found.tokens:
                 return self._encode_apart(found.text, found.tokens, found.mark)
             prompt = found.text
         return self.encode(prompt, add_special=False, parse_special=True)
 
-    def _rendered(
+    def _chat(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
-    ) -> tuple[str, dict[str, Any], str]:
-        """The template for a chat, the variables that it is given, and the prompt that it makes of them."""
-        named, source = self._settings.named, self._settings.source
-        template = choose_template(self._settings.templates, with_tools=bool(tools), source=source)
-        inputs = template_inputs(
-            messages, named=named, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
-        )
-        return template, inputs, render(template, inputs, source)
+    ) -> dict[str, Any]:
+        said = self._settings
+        return {"templates": said.templates, "named": said.named, "source": said.source, "messages": messages,
+                "add_generation_prompt": add_generation_prompt, "tools": tools, "extra": extra}  # fmt: skip
 
     def _control_tokens(self, template: str) -> ControlTokens:
         """The special tokens, and of the other added ones those that the template writes."""
