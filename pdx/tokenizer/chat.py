@@ -1,4 +1,4 @@
-"""Chats to what a model's own template is given: the template to take, and plain JSON values for it to see."""
+"""Chats to prompts through the model's own template, which sees nothing but plain JSON values."""
 
 from __future__ import annotations
 
@@ -14,18 +14,42 @@ from pdx.tokenizer.traits import Traits
 Tools = Sequence[Mapping[str, Any]]
 
 
-def template_inputs(
-    template: str,
+def render_chat(
+    templates: Mapping[str, str],
     messages: Messages,
     *,
     named: Mapping[str, str],
+    source: str,
     add_generation_prompt: bool,
     tools: Tools | None,
     extra: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The variables that a template is given, as JSON values. Raises RequestError for malformed messages."""
+) -> str:
+    """The prompt that a model's chat template makes of the messages.
+
+    Raises RequestError for malformed messages, for a model without a template and for messages that the template
+    refuses; ModelFileError for a template that is not valid, leaves the sandbox or asks for too much.
+    """
+    chosen = template_and_inputs(
+        templates, messages, named=named, source=source, add_generation_prompt=add_generation_prompt, tools=tools,
+        extra=extra,
+    )  # fmt: skip
+    return render(*chosen, source)
+
+
+def template_and_inputs(
+    templates: Mapping[str, str],
+    messages: Messages,
+    *,
+    named: Mapping[str, str],
+    source: str,
+    add_generation_prompt: bool,
+    tools: Tools | None,
+    extra: Mapping[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The template for a chat, and its variables as JSON values. Raises as `render_chat`, before it renders."""
+    template = _choose(templates, with_tools=bool(tools), source=source)
     try:
-        return {
+        return template, {
             "documents": None,
             **named,
             **{key: plain(value, key) for key, value in extra.items()},
@@ -37,11 +61,7 @@ def template_inputs(
         raise RequestError("the messages or tools are nested too deeply for a chat template") from None
 
 
-def choose_template(templates: Mapping[str, str], *, with_tools: bool, source: str) -> str:
-    """The template for a chat: the one named `tool_use` where tools are given, else the one named `default`.
-
-    Raises RequestError for a model without a template, ModelFileError for several without a default.
-    """
+def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> str:
     if not templates:
         raise RequestError(
             f"{source} has no chat template: it is a base model, or its files lack one. Give it a plain prompt, "

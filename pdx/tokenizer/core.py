@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import Tools, choose_template, template_inputs
+from pdx.tokenizer.chat import Tools, render_chat, template_and_inputs
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
 from pdx.tokenizer.messages import Messages
@@ -132,9 +132,7 @@ class Tokenizer:
         Raises RequestError for malformed messages or a model without a template, ModelFileError for a
         template that does not work, or that takes more time or memory than a template may.
         """
-        template = choose_template(self._settings.templates, with_tools=bool(tools), source=self._settings.source)
-        inputs = self._inputs(template, messages, add_generation_prompt, tools, extra)
-        return render(template, inputs, self._settings.source)
+        return render_chat(**self._chat(messages, add_generation_prompt, tools, extra))
 
     def encode_chat(
         self,
@@ -154,9 +152,8 @@ class Tokenizer:
         Raises what `apply_chat_template` raises, and RequestError for a control token that this vocabulary also
         makes out of plain text.
         """
+        template, inputs = template_and_inputs(**self._chat(messages, add_generation_prompt, tools, extra))
         source = self._settings.source
-        template = choose_template(self._settings.templates, with_tools=bool(tools), source=source)
-        inputs = self._inputs(template, messages, add_generation_prompt, tools, extra)
         prompt = render(template, inputs, source)
         if sanitize_control_tokens:
             control = self._control_tokens(template)
@@ -166,14 +163,12 @@ class Tokenizer:
             prompt = found.text
         return self.encode(prompt, add_special=False, parse_special=True)
 
-    def _inputs(
-        self, template: str, messages: Messages, add_generation_prompt: bool, tools: Tools | None,
-        extra: Mapping[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
-        named = self._settings.named
-        return template_inputs(
-            template, messages, named=named, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
-        )
+    def _chat(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        said = self._settings
+        return {"templates": said.templates, "named": said.named, "source": said.source, "messages": messages,
+                "add_generation_prompt": add_generation_prompt, "tools": tools, "extra": extra}  # fmt: skip
 
     def _control_tokens(self, template: str) -> ControlTokens:
         """The special tokens, and of the other added ones those that the template writes."""

@@ -7,8 +7,10 @@ A template is a program that comes with a model. Its sandbox keeps it from files
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -59,7 +61,7 @@ class Renderer:
         if "text" in reply:
             return reply["text"]
         kind, message = reply["kind"], reply["message"]
-        if kind == "limit" and len(values) < _SMALL:  # so it is no matter of the messages: not tried again
+        if kind == "limit" and len(values) < _SMALL:  # the messages are not to blame: it is not tried again
             self._stopped[template] = message
         if kind == "refused":
             raise RequestError(
@@ -78,7 +80,8 @@ class Renderer:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            pipe.close()
+            with contextlib.suppress(OSError):  # what was not sent yet
+                pipe.close()
 
     def _exchange(self, request: bytes) -> dict[str, str]:
         with self._lock:
@@ -97,11 +100,18 @@ class Renderer:
                 raise
             finally:
                 timer.cancel()
-            needs = f"it takes more than {self._seconds:g} seconds, or more memory than a chat template may have"
-            reply = json.loads(line) if line else {"kind": "limit", "message": needs}
-            if reply.get("kind") == "limit":  # the process is gone, or holds memory that would count against the next
+            reply = json.loads(line) if line else self._ended(process)
+            if reply.get("kind") == "limit":  # what the process holds would count against the next
                 self.close()
             return reply
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> dict[str, str]:
+        """What stands for the reply of a process that ended over a template."""
+        self.close()
+        if process.returncode == -getattr(signal, "SIGXCPU", 0):
+            return {"kind": "limit", "message": f"it takes more than {self._seconds:g} seconds of processor time"}
+        return {"kind": "ended", "message": f"its process ended (code {process.returncode}): it takes more time or "
+                                            "memory than there is, or was ended from outside"}  # fmt: skip
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:

@@ -81,10 +81,17 @@ class ControlTokens:
         if not before:
             raise RequestError("the messages hold Unicode's noncharacters U+FDD0 to U+FDEF, which stand for no text")
         marks, spans = mark + after + before, self._found(prompt)
-        hidden = _readable(render(self._marked(inputs, _Hidden(mark))), marks)
+
+        def marked(style: _Within) -> str:
+            try:
+                return render(self._marked(inputs, style))
+            except RequestError:  # the template refuses marked words: no answer, but no fault of the words
+                return ""
+
+        hidden = _readable(marked(_Hidden(mark)), marks)
         if len(hidden) == len(prompt) and all(h in (p, mark) for h, p in zip(hidden, prompt, strict=True)):
             return _apart(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
-        plain, users = self._users(render(self._marked(inputs, _Beside(mark, after, before))), mark, after, before)
+        plain, users = self._users(marked(_Beside(mark, after, before)), mark, after, before)
         tokens = [plain[a:b] for a, b in self._found(plain)]
         others = Counter(token for token, is_users in zip(tokens, users, strict=True) if not is_users)
         # Without the user's words, the template writes as many.

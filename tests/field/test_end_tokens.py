@@ -117,3 +117,12 @@ def test_directories_end_at_tokens_that_their_configuration_does_not_name(tmp_pa
     tokenizer = Tokenizer.from_hf_dir(tmp_path)
     ids = {tokenizer.token_id(token) for token in ("<|eom_id|>", "<|im_end|>", SPECIAL[0])}
     assert tokenizer.eos_ids == ids | {5}, "null says nothing"
+
+
+def test_the_tokenizers_eos_counts_beside_that_of_the_generation_config(tmp_path):
+    # A fine-tune that ends turns with a token of its own, whose generation_config.json is the base model's.
+    byte_level("qwen2").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|over|>"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    tokenizer = Tokenizer.from_hf_dir(tmp_path)
+    assert {0, tokenizer.token_id("<|over|>")} <= tokenizer.eos_ids

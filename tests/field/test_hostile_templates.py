@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,6 +89,16 @@ def test_after_a_stopped_template_others_work_and_it_is_not_run_again(renderer):
     with pytest.raises(ModelFileError, match="stopped"):
         renderer.render(MUCH["loops"], USER, "model")
     assert renderer._process is process
+
+
+def test_a_process_that_is_ended_from_outside_condemns_no_template(renderer):
+    template = "{% for a in range(99999) %}{% for b in range(900) %}{% endfor %}{% endfor %}x"
+    renderer.render("x", USER, "model")
+    timer = threading.Timer(0.2, renderer._process.kill)
+    timer.start()
+    with pytest.raises(ModelFileError, match=r"its process ended \(code -9\)"):
+        renderer.render(template, USER, "model")
+    assert template not in renderer._stopped
 
 
 def test_a_large_chat_is_no_hostile_one(renderer):
