@@ -90,7 +90,7 @@ class Names:
     leaves: Mapping[str, str]
     minus_one: tuple[str, ...] = ()  # norms stored as the factor minus one
     interleaved: tuple[str, ...] = ()  # rows in the pair order (0, H/2, 1, H/2 + 1, ..) of interleaved RoPE
-    prefixes: tuple[str, ...] = ("model.",)  # what may stand in the place of the leading "model."
+    prefixes: tuple[str, ...] = ("model.", "")  # what may stand in the place of the leading "model."
     ignorable: tuple[str, ...] = ()  # regular expressions of tensors that inference does not use
 
     def source(self, leaf: str, layer: int | None, cfg: ModelConfig, prefix: str = "model.") -> Source:

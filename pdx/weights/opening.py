@@ -63,6 +63,7 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
     family, cfg = config_from_gguf(file.metadata, file, str(files.path), notes)
     notes += parts_said(file.names())
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
+    license = license if isinstance(license, str) else None  # a list, or a number, in damaged files
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
     return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), _idle(family.gguf_names, file), tokenizer,
                      license, notes=tuple(notes))

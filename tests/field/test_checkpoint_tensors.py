@@ -192,6 +192,15 @@ def test_a_tied_model_stored_under_the_head_alone(directory):
         load(directory)
 
 
+def test_names_without_the_leading_model(directory):
+    """As the bare model is saved, buffers and all."""
+    plain = load(directory)
+    extended(directory, BUFFERS)
+    names = list(weight_files.tensors(directory))
+    weight_files.rewrite(directory, lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in names])
+    assert same(load(directory).params, plain.params)
+
+
 def test_an_untied_model_without_a_head_is_refused(directory):
     """Elsewhere it is drawn at random. A missing `tie_word_embeddings` is the family's default: Llama does not tie."""
     for change in ({"tie_word_embeddings": False}, {"tie_word_embeddings": None}):
