@@ -16,8 +16,7 @@ import numpy as np
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.families.common import Family, TensorFile
-from pdx.families.fields import Fields, short
-from pdx.families.passed_over import counted
+from pdx.families.fields import Fields, counted, short
 
 _SHARED = ("common", "fields", "passed_over", "rope")
 # Fields of a GGUF architecture that belong to encoders beside the text model.

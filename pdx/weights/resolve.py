@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from pdx.errors import DownloadError, ModelNotFoundError
+from pdx.families.passed_over import MERGE
 from pdx.weights.builtin import BUILTIN
 from pdx.weights.download import ensure, models_home
 from pdx.weights.progress import Report
-from pdx.weights.safetensors_file import MERGE, PICKLED, has_weights
+from pdx.weights.safetensors_file import PICKLED, has_weights
 
 Kind = Literal["gguf", "hf", "pdx"]
 CHECKPOINT_FILE = "pdx.json"  # what makes a directory a checkpoint of pdx

@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
-from pdx.families.passed_over import counted
+from pdx.families.fields import counted
+from pdx.families.passed_over import MERGE
 from pdx.weights.arrays import check_pointer, converted, map_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_model"  # how peft names a LoRA adapter
-MERGE = "merge it into the model first (peft: merge_and_unload)"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}

@@ -102,7 +102,7 @@ def test_no_parameter_of_a_family_is_a_buffer(family):
 def test_weights_that_the_configuration_does_not_ask_for_are_refused_by_name(directory, name):
     with pytest.raises(ModelFileError, match=f"tensor {name} is not one that the configuration asks for") as caught:
         extended(directory, {name: WEIGHTS[name]})
-    assert ("merge the adapter" in str(caught.value)) == ("lora" in name)
+    assert ("merge it into the model" in str(caught.value)) == ("lora" in name)
     assert ("quantized by another tool" in str(caught.value)) == ("scale" in name)
 
 

@@ -131,7 +131,7 @@ def test_odd_types_end_in_a_configuration_or_a_sentence(field):
 
 
 def test_whole_floats_and_numpy_scalars_are_numbers():
-    numbers = {"attention__head_count": 4.0, "attention__head_count_kv": np.float32(2), "block_count": np.uint64(LAYERS)}
+    numbers = {"attention__head_count": 4.0, "feed_forward_length": np.float32(96), "block_count": np.uint64(LAYERS)}
     assert read(**numbers) == read()
     assert read(attention__causal=np.uint8(1), use_parallel_residual=0, expert_count=0) == read()
     with pytest.raises(ModelFileError, match="context_length is '512', expected a positive integer"):
