@@ -195,7 +195,8 @@ def open_safetensors(
     files, index = _files(directory), directory / INDEX
     if adapters := sorted(directory.glob(f"{ADAPTER}*")):
         said = f"{adapters[0].name} is a LoRA adapter, which pdx does not apply"
-        if not files and not index.is_file():
+        others = [p for p in directory.iterdir() if p.suffix in PICKLED and p not in adapters]
+        if not files and not index.is_file() and not others:
             raise _fail(directory, f"{said}, and there is no model beside it: {MERGE}")
         notes.append(f"{said}: {MERGE}")
     single = directory / SINGLE in files

@@ -149,6 +149,10 @@ def test_fields_of_an_image_encoder_are_passed_over_and_said():
     (note,) = notes
     assert "5 metadata fields" in note
     assert "gemma3.mm.tokens_per_image" in note
+    metadata = {"general.architecture": "llama", "clip.has_vision_encoder": True,
+                **{f"llama.{key}": value for key, value in FIELDS.items()}}  # fmt: skip
+    assert config_from_gguf(metadata, Tensors(), "x.gguf", notes)[1] == read()
+    assert "1 metadata field of" in notes[1]
     with pytest.raises(UnsupportedModelError, match=r"gemma3\.visions = 1"):
         read("gemma3", visions=1)
 
