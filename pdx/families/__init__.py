@@ -16,8 +16,7 @@ import numpy as np
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.families.common import Family, TensorFile
-from pdx.families.fields import Fields, short
-from pdx.families.passed_over import counted
+from pdx.families.fields import Fields, counted, short
 
 _SHARED = ("common", "fields", "passed_over", "rope")
 # Fields of a GGUF architecture that belong to encoders beside the text model.
@@ -91,12 +90,12 @@ def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str,
     """
     family = family_of_gguf(metadata, where)
     prefix = f"{metadata['general.architecture']}."
-    under = {k.removeprefix(prefix): _plain(v) for k, v in metadata.items() if k.startswith(prefix)}
-    encoders = [key for key in under if key.startswith(_ENCODERS)]
+    encoders = [key for key in metadata if key.startswith(("clip.", *(prefix + part for part in _ENCODERS)))]
     if encoders and notes is not None:
         notes.append(f"{counted(len(encoders), 'metadata field')} of an encoder for images or sound passed over, such "
-                     f"as {prefix}{encoders[0]}: pdx runs the text model")
-    under = {k: v for k, v in under.items() if k not in encoders}
+                     f"as {encoders[0]}: pdx runs the text model")
+    under = {key.removeprefix(prefix): _plain(value) for key, value in metadata.items()
+             if key.startswith(prefix) and key not in encoders}  # fmt: skip
     fields = Fields(under, where, prefix, len(file.names()), notes, per_layer="block_count")
     cfg = _checked(family.from_gguf, fields, file)
     for key, value in fields.unused().items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -90,8 +89,7 @@ class Names:
     leaves: Mapping[str, str]
     minus_one: tuple[str, ...] = ()  # norms stored as the factor minus one
     interleaved: tuple[str, ...] = ()  # rows in the pair order (0, H/2, 1, H/2 + 1, ..) of interleaved RoPE
-    prefixes: tuple[str, ...] = ("model.",)  # what may stand in the place of the leading "model."
-    ignorable: tuple[str, ...] = ()  # regular expressions of tensors that inference does not use
+    prefixes: tuple[str, ...] = ("model.", "")  # what may stand in the place of the leading "model."
 
     def source(self, leaf: str, layer: int | None, cfg: ModelConfig, prefix: str = "model.") -> Source:
         """The tensor of one parameter leaf; `layer` is None outside the layers."""
@@ -113,9 +111,6 @@ class Names:
             if found := [p for p in self.prefixes if p + tail in present]:
                 return found[0]
         return self.prefixes[0]
-
-    def ignores(self, name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in self.ignorable)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ def short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def counted(count: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 class Fields:
     """A configuration as a mapping that remembers what was read.
 

@@ -44,7 +44,7 @@ HF = Names(
     },
     minus_one=("final_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm"),
     # Checkpoints with an image encoder nest the text model, the way depends on the version that wrote them.
-    prefixes=("model.", "language_model.model.", "model.language_model."),
+    prefixes=("model.", "language_model.model.", "model.language_model.", ""),
 )
 
 

@@ -12,7 +12,7 @@ DEFAULTS = {
     "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }
 # llama.cpp rotates pairs of neighbours for this architecture, so its files store queries and keys that way.
-PAIRS = Names(GGUF_NAMES, interleaved=("q_proj", "k_proj", "q_bias", "k_bias"), ignorable=(r"rope_freqs\.weight",))
+PAIRS = Names(GGUF_NAMES, interleaved=("q_proj", "k_proj", "q_bias", "k_bias"))
 
 
 def from_hf(f: Fields) -> ModelConfig:

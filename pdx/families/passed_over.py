@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from pdx.families.fields import counted
+
+MERGE = "merge it into the model first (peft: merge_and_unload)"  # what to do with a LoRA adapter
 # Values that a model computes from its configuration, kept by older versions of the published classes.
 BUFFERS = (
     r"(.*\.)?rotary(_pos)?_emb(_local|_global)?\.(\w*inv_freq|_?(cos|sin)(_cache|_cached)?|cos_sin_cache)",
@@ -17,6 +20,7 @@ BUFFERS = (
     r"(.*\.)?(causal_mask|position_ids|_extra_state)",
     r"(.*\.)?embed_tokens\.embed_scale",
     r"blk\.\d+\.attn_rot_embd(\.weight)?",
+    r"rope_freqs\.weight",  # read with the configuration
 )
 # The causal mask of an attention module; a vector of this name would be a bias.
 MASK = r"(.*\.)?(self_attn|attn|attention|self_attention)\.bias"
@@ -32,7 +36,7 @@ PARTS = {
 }
 # What an unknown tensor can be told to be; the first that fits.
 _KNOWN = (
-    (r".*lora_\w+.*", "it is of a LoRA adapter; merge the adapter into the model first (peft: merge_and_unload)"),
+    (r".*lora_\w+.*", f"it is of a LoRA adapter; {MERGE}"),
     (r".*(scale|scales|scale_inv|zero_point|qweight|qzeros|g_idx|absmax|quant_map|quant_state\S*)",
      "it is of a checkpoint quantized by another tool, which pdx does not read"),
 )  # fmt: skip
@@ -72,11 +76,6 @@ def parts_said(names: Iterable[str], draft_layers: range = range(0)) -> list[str
             found.setdefault(part, []).append(name)
     return [f"{counted(len(group), 'tensor')} of {part} passed over, such as {group[0]}: pdx runs the text model"
             for part, group in found.items()]  # fmt: skip
-
-
-def counted(count: int, what: str) -> str:
-    """`1 tensor`, `2 tensors`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def told_to_be(name: str) -> str:

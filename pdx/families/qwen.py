@@ -44,6 +44,6 @@ def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
 
 FAMILIES = tuple(
     Family(name, (f"{title}ForCausalLM",), (name,), (name,), partial(_from_hf, name), partial(_from_gguf, name),
-           Names(HF_NAMES), Names(GGUF_NAMES, ignorable=(r"rope_freqs\.weight",)))
+           Names(HF_NAMES), Names(GGUF_NAMES))
     for name, title in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 )

@@ -156,7 +156,7 @@ def rope_from_hf(f: Fields, head_dim: int, positions: int, theta: float = 10_000
         return _scaled(values, base, head_dim, positions, None if values is not flat else original)
 
     if nested:
-        for key in flat.unused().keys() - {*_NAMING, *_NUMBERS}:
+        for key in sorted(flat.unused().keys() - {*_NAMING, *_NUMBERS}):
             raise flat.unsupported(key, flat.get(key), f"entries of {' and '.join(_LAYER_TYPES)}")
     full, context = entry("full_attention", top_theta)
     if window_theta is not None:  # Gemma 3, whose positions count the scaling of its full layers

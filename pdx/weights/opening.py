@@ -67,8 +67,9 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
     family, cfg = config_from_gguf(file.metadata, file, str(files.path), notes)
     notes += parts_said(file.names())
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
+    license = license if isinstance(license, str) else None  # a list, or a number, in damaged files
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
-    return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), _idle(family.gguf_names, file), tokenizer,
+    return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), _idle(file), tokenizer,
                      license, notes=tuple(notes), sampling=sampling_defaults.from_gguf(file.metadata))
 
 
@@ -88,9 +89,8 @@ def _open_hf(files: ModelFiles) -> OpenModel:
         cfg = dataclasses.replace(cfg, tie_embeddings=False)
         source = _by_names(family.hf_names, cfg, file)
     recommended = sampling_defaults.from_generation_config(read_json(files.path / "generation_config.json"))
-    return OpenModel(file, cfg, source, _idle(family.hf_names, file, draft_layers),
-                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes),
-                     sampling=recommended)
+    return OpenModel(file, cfg, source, _idle(file, draft_layers),
+                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes), sampling=recommended)
 
 
 def _open_checkpoint(files: ModelFiles) -> OpenModel:
@@ -115,21 +115,17 @@ def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
     return source
 
 
-def _idle(names: Names, file: TensorFile, draft_layers: range = range(0)) -> Callable[[str], bool]:
+def _idle(file: TensorFile, draft_layers: range = range(0)) -> Callable[[str], bool]:
     """Which tensors of a file the text model does without."""
-
-    def idle(name: str) -> bool:
-        return names.ignores(name) or part_of(name, draft_layers) is not None or is_buffer(name, file.shape(name))
-
-    return idle
+    return lambda name: part_of(name, draft_layers) is not None or is_buffer(name, file.shape(name))
 
 
 def _head_differs(file: TensorFile, embed: str, head: str) -> bool:
     """Whether the files hold an output head with other values than the embedding."""
     if embed == head or not {embed, head} <= set(file.names()):
         return False
-    if file.shape(embed) != file.shape(head):
-        return True
+    if file.shape(embed) != file.shape(head) or len(file.shape(head)) != 2:
+        return True  # what is wrong with it is said where it is read
     count = file.shape(head)[0]
     pieces = (np.arange(at, min(at + ROWS_COMPARED, count)) for at in range(0, count, ROWS_COMPARED))
     return any(not np.array_equal(file.read(embed, np.float32, rows), file.read(head, np.float32, rows))

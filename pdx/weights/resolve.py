@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from pdx.errors import DownloadError, ModelNotFoundError
+from pdx.families.passed_over import MERGE
 from pdx.weights.builtin import BUILTIN
 from pdx.weights.download import ensure, models_home
 from pdx.weights.progress import Report
-from pdx.weights.safetensors_file import MERGE, PICKLED, has_weights
+from pdx.weights.safetensors_file import PICKLED, has_weights
 
 Kind = Literal["gguf", "hf", "pdx"]
 CHECKPOINT_FILE = "pdx.json"  # what makes a directory a checkpoint of pdx
@@ -92,8 +93,7 @@ def _from_path(path: Path) -> ModelFiles:
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         if ggufs:
             raise ModelNotFoundError(f"{path} has {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}")
-        if (path / "adapter_config.json").is_file():
-            raise ModelNotFoundError(f"{path} is a LoRA adapter, which pdx does not apply: {MERGE}, and name the result")
+        _refuse_adapter(str(path), path)
         has = "safetensors but no config.json: copy that too" if has_weights(path) else "none of these"
         raise ModelNotFoundError(f"{path} is a directory, but not of a model: expected config.json with safetensors, "
                                  f"a .gguf file, or a checkpoint of `pdx convert`; it has {has}")
@@ -125,9 +125,16 @@ def _from_hub(text: str) -> ModelFiles:
     except (hub.HfHubHTTPError, OSError) as error:
         raise DownloadError(f"could not fetch {text} from the hub: {_first_line(error)}") from error
     if not (path / "config.json").is_file() or not has_weights(path):
+        _refuse_adapter(text, path)
         raise ModelNotFoundError(f"{text} on the hub has no config.json with safetensors at its top; "
                                  "download a .gguf file by hand and name that")
     return ModelFiles(text, "hf", path)
+
+
+def _refuse_adapter(model: str, path: Path) -> None:
+    """Raises ModelNotFoundError for a directory that holds a LoRA adapter in the place of a model."""
+    if (path / "adapter_config.json").is_file():
+        raise ModelNotFoundError(f"{model} is a LoRA adapter, which pdx does not apply: {MERGE} and name the result")
 
 
 def _first_line(error: Exception) -> str:

@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
-from pdx.families.passed_over import counted
+from pdx.families.fields import counted
+from pdx.families.passed_over import MERGE
 from pdx.weights.arrays import check_pointer, converted, map_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_model"  # how peft names a LoRA adapter
-MERGE = "merge it into the model first (peft: merge_and_unload)"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -195,7 +195,8 @@ def open_safetensors(
     files, index = _files(directory), directory / INDEX
     if adapters := sorted(directory.glob(f"{ADAPTER}*")):
         said = f"{adapters[0].name} is a LoRA adapter, which pdx does not apply"
-        if not files and not index.is_file():
+        others = [p for p in directory.iterdir() if p.suffix in PICKLED and p not in adapters]
+        if not files and not index.is_file() and not others:
             raise _fail(directory, f"{said}, and there is no model beside it: {MERGE}")
         notes.append(f"{said}: {MERGE}")
     single = directory / SINGLE in files

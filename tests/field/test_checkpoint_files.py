@@ -146,11 +146,11 @@ def test_an_adapter_is_not_applied_and_said(directory):
     assert same(model.params, good.params)
     assert any("adapter_model.safetensors is a LoRA adapter, which pdx does not apply" in note for note in model.notes)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(ModelFileError, match="is a LoRA adapter.*no model beside it: merge it into the model first"):
+    with pytest.raises(ModelFileError, match=r"is a LoRA adapter.*no model beside it: merge it into the model first"):
         load(directory)
     (directory / "config.json").unlink()
     (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelNotFoundError, match="a LoRA adapter.*merge it into the model first"):
+    with pytest.raises(ModelNotFoundError, match=r"a LoRA adapter.*merge it into the model first"):
         load(directory)
 
 

@@ -102,7 +102,7 @@ def test_no_parameter_of_a_family_is_a_buffer(family):
 def test_weights_that_the_configuration_does_not_ask_for_are_refused_by_name(directory, name):
     with pytest.raises(ModelFileError, match=f"tensor {name} is not one that the configuration asks for") as caught:
         extended(directory, {name: WEIGHTS[name]})
-    assert ("merge the adapter" in str(caught.value)) == ("lora" in name)
+    assert ("merge it into the model" in str(caught.value)) == ("lora" in name)
     assert ("quantized by another tool" in str(caught.value)) == ("scale" in name)
 
 
@@ -190,6 +190,15 @@ def test_a_tied_model_stored_under_the_head_alone(directory):
     weight_files.reconfigure(directory, tie_word_embeddings=False)
     with pytest.raises(ModelFileError, match=f"tensor {EMBED} is missing"):
         load(directory)
+
+
+def test_names_without_the_leading_model(directory):
+    """As the bare model is saved, buffers and all."""
+    plain = load(directory)
+    extended(directory, BUFFERS)
+    names = list(weight_files.tensors(directory))
+    weight_files.rewrite(directory, lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in names])
+    assert same(load(directory).params, plain.params)
 
 
 def test_an_untied_model_without_a_head_is_refused(directory):

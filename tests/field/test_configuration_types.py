@@ -17,17 +17,24 @@ FIELDS = ("architectures", "model_type", "rope_scaling", "rope_parameters", "rop
           "original_max_position_embeddings", "sliding_window_pattern", "quantization_config", "attention_bias",
           "num_nextn_predict_layers", "vocab_size", "partial_rotary_factor", "rms_norm_eps")  # fmt: skip
 ODD = ["16", "", 1.5, 16.0, float("nan"), float("inf"), -1, 0, 10**400, True, False, [], [16], [[1]], {}, {"a": 1},
-       {"rope_type": 5}, {"factor": "4"}, {"type": "yarn", "factor": [4]}, {"full_attention": 5}, ["x"] * 50]  # fmt: skip
+       {"rope_type": 5}, {"factor": "4"}, {"type": "yarn", "factor": [4]}, {"full_attention": 5}, ["x"] * 50,
+       ]  # fmt: skip
+
+
+def refusal(config: dict) -> str:
+    """The sentence that refuses a configuration; empty where it is taken."""
+    try:
+        config_from_hf(config)
+    except PdxError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "mistral-window", "qwen2-window", "qwen3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("field", FIELDS)
 def test_odd_values_end_in_a_configuration_or_a_sentence(name, field):
     for value in ODD:
-        try:
-            config_from_hf(GOLDEN[name]["config"] | {field: value})
-        except PdxError as error:
-            assert len(str(error)) < 500
+        assert len(refusal(GOLDEN[name]["config"] | {field: value})) < 500
 
 
 def test_a_long_value_is_shown_short():
