@@ -229,7 +229,7 @@ def test_a_checkpoint_goes_where_links_lead_and_nowhere_else(model, tmp_path):
         (["bench", "model", "-m", "no-model", "--quantize", "int3"], "int3"),
         (["bench", "memory", "-m", "no-model", "--quantize", "int3"], "int3"),
         (["eval", "ppl", "no-model", "--kv-dtype", "nosuch"], "kv_dtype"),
-        (["convert", "no-model", "file"], "no directory"),
+        (["convert", "no-model", "file"], "name a new directory"),
         (["convert", "no-model", "/proc/nosuch/x"], "cannot be written"),
         (["quantize", "no-model", "q", "--quantize", "int3"], "int3"),
         (["quantize", "no-model", "q", "--calibration", "nosuch.txt"], "nosuch.txt"),
