@@ -44,7 +44,7 @@ def check_target(directory: str | Path) -> Path:
     Raises ModelFileError unless it is new or empty, RequestError where it cannot be made.
     """
     directory = outputs.real(Path(directory).expanduser())
-    if directory.is_dir() and any(directory.iterdir()):
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ModelFileError(f"{directory} is there and not empty: name a new directory")
     if directory.exists() and not directory.is_dir():
         raise ModelFileError(f"{directory} is there and no directory: name a new directory")
