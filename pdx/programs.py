@@ -13,9 +13,9 @@ import jax.numpy as jnp
 class Programs:
     """Compiled programs by key. `compile_s` counts the seconds spent on compiling.
 
-        programs = Programs()
-        y = programs.call("double", jax.jit(lambda x: 2 * x), x=np.ones(3))  # compiles, then runs
-        y = programs.call("double", None, x=np.ones(3))                      # runs
+        programs, double = Programs(), jax.jit(lambda x: 2 * x)
+        y = programs.call("double", double, x=np.ones(3))  # compiles, then runs
+        y = programs.call("double", double, x=np.ones(3))  # runs
     """
 
     def __init__(self):
@@ -30,7 +30,8 @@ class Programs:
     ) -> Any:
         """Run the program of `key`. The first call compiles `function`, a jitted one, for these arguments.
 
-        `static` are the function's static arguments. Arguments of another shape raise TypeError.
+        `static` are the function's static arguments. Arguments of another shape raise TypeError; with int4 on a mesh
+        they compile anew.
         """
         if key not in self._known:
             self._known[key] = self._compiled(function, static or {}, arguments)
