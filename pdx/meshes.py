@@ -20,8 +20,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MESH_AXES = ("data", "model")
-_END = object()
-
 MESH_HELP = "expected axes out of data, model with a size each, such as data=2,model=4"
 
 
@@ -93,8 +91,7 @@ def as_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     if len(set(mesh.devices.flat)) < max(mesh.devices.size, 1):
         wrong = "names a device twice" if mesh.devices.size else "is empty"
         raise RequestError(f"the mesh {dict(mesh.shape)} {wrong}: give each of its places a device of its own")
-    kept = [name for name in mesh.axis_names if name in MESH_AXES]
-    order = [mesh.axis_names.index(name) for name in MESH_AXES if name in kept]
+    order = [mesh.axis_names.index(name) for name in MESH_AXES if name in mesh.axis_names]
     rest = [i for i in range(len(mesh.axis_names)) if i not in order]
     devices = mesh.devices.transpose(order + rest)
     return Mesh(devices.reshape([mesh.shape.get(name, 1) for name in MESH_AXES]), MESH_AXES)
@@ -111,6 +108,9 @@ def no_ambient_mesh() -> Iterator[None]:
             with suppress(ValueError):  # traced
                 stack.enter_context(jax.set_mesh(None))
         yield
+
+
+_END = object()
 
 
 def on_own_mesh(function: Callable[P, R]) -> Callable[P, R]:

@@ -15,9 +15,9 @@ class Programs:
     """Compiled programs by key. Each is compiled once, from the arguments that it is first wanted for, whichever thread
     wants it. Arguments of another shape raise TypeError: nothing is compiled by the way.
 
-        programs = Programs()
-        y = programs.call("double", jax.jit(lambda x: 2 * x), x=np.ones(3))  # compiles, then runs
-        y = programs.call("double", None, x=np.ones(3))                      # runs
+        programs, double = Programs(), jax.jit(lambda x: 2 * x)
+        y = programs.call("double", double, x=np.ones(3))  # compiles, then runs
+        y = programs.call("double", double, x=np.ones(3))  # runs
     """
 
     def __init__(self):
