@@ -18,7 +18,8 @@ from pdx.tokenizer.messages import check_messages
 
 SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
 # What a chat template is given by pdx itself.
-_OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
+_OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
+              "sanitize_control_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
