@@ -23,7 +23,7 @@ from pdx import __version__, openai_answers, openai_rows
 from pdx.batch_file import Request, parse, prompt_of, rows_of
 from pdx.completion import Completion
 from pdx.errors import EngineError, RequestError
-from pdx.generation import cache_dtype
+from pdx.generator import cache_dtype
 from pdx.journal import InOrder, Journal, check_job, path_of
 from pdx.layers.attention import explain_mixed
 from pdx.outputs import is_ordinary
