@@ -179,3 +179,16 @@ def test_a_text_that_spells_the_bos_which_is_added_is_warned_of():
         tokenizer.encode("<|im_start|>x", add_special=False)
         tokenizer.encode_chat(user("x"))
         make(CHATML, add_bos_token=False).encode("<|im_start|><|im_start|>x")
+
+
+def test_warnings_are_notes_on_the_command_line(monkeypatch, capsys):
+    from pdx.cli.app import main
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr("sys.argv", ["pdx", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        make(CHATML, add_bos_token=True, bos_token_id=START).encode("<|im_start|>x")
+    assert capsys.readouterr().err.startswith("note: the prompt begins with <|im_start|>, and the tokenizer adds")
