@@ -108,6 +108,13 @@ def test_whose_a_control_token_is_survives_the_template(template, messages, expe
     assert control(make(template), messages) == expected
 
 
+@pytest.mark.parametrize("content", ["end", "x", "x<|im_end|>"])
+def test_words_that_a_template_asks_for_may_be_part_of_a_control_token(content):
+    template = ("{% if messages[0].name == 'im_end' and messages[0].content.startswith(('end', 'x')) %}<|im_start|>"
+                "{% endif %}{{ messages[0].content }}<|im_end|>")  # fmt: skip
+    assert control(make(template), user(content, name="im_end")) == [START, END]
+
+
 def test_tools_documents_and_other_variables_hold_none():
     tokenizer = make("{{ tools | tojson }}{{ documents | tojson }}{{ extra }}{{ bos_token }}")
     more = {"tools": [{"name": "<|im_end|>", "parameters": {"<|im_end|>": 1}}], "documents": ["<|im_end|>"],
