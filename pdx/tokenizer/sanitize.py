@@ -5,6 +5,7 @@ rendered again with those words changed by marks: noncharacters of Unicode, whic
 of words that would only become a control token together with the template's, such as `end|>` behind `<|im_`.
 
 1. Marks stand in the place of each character. Where the two renderings are otherwise the same, that is the answer.
+   If not, the ends of words are left alone: a template may ask for `function`, which is a part of `<|function|>`.
 2. A template may act on a control token in the user's words (`content.split('</think>')`). So the marks are put beside
    them; the control tokens of the two renderings must be the same ones in the same order.
 3. Otherwise the prompt is what the template makes of words whose control tokens are broken up by marks.
@@ -73,7 +74,7 @@ class ControlTokens:
 
         Raises RequestError for text that holds too many of Unicode's noncharacters to mark it with others.
         """
-        if not self.tokens or self._marked(inputs, _Within("\0")) == inputs:
+        if not self.tokens or self._marked(inputs, _Within(mark="\0", borders=True)) == inputs:
             return Prompt(prompt)
         given = json.dumps({k: v for k, v in inputs.items() if not k.endswith("_token")}, ensure_ascii=False)
         free = (c for c in _NONCHARACTERS if c not in prompt + given and f"u{ord(c):x}" not in (prompt + given).lower())
@@ -88,17 +89,20 @@ class ControlTokens:
             except RequestError:  # the template refuses marked words: no answer, but no fault of the words
                 return ""
 
-        hidden = _readable(marked(_Hidden(mark)), marks)
-        if len(hidden) == len(prompt) and all(h in (p, mark) for h, p in zip(hidden, prompt, strict=True)):
-            return _apart(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
-        plain, users = self._users(marked(_Beside(mark, after, before)), mark, after, before)
+        for borders in (True, False):
+            hidden = _readable(marked(_Hidden(mark=mark, borders=borders)), marks)
+            if len(hidden) == len(prompt) and all(h in (p, mark) for h, p in zip(hidden, prompt, strict=True)):
+                return _apart(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
+        if self._marked(inputs, _Within(mark=mark)) == inputs:  # nobody spells a control token out
+            return Prompt(prompt)
+        plain, users = self._users(marked(_Beside(mark=mark, after=after, before=before)), mark, after, before)
         tokens = [plain[a:b] for a, b in self._found(plain)]
         others = Counter(token for token, is_users in zip(tokens, users, strict=True) if not is_users)
         # Without the user's words, the template writes as many.
         own = Counter(self._pattern.findall(hidden))
         if tokens == [prompt[a:b] for a, b in spans] and all(n <= own[t] or t not in given for t, n in others.items()):
             return _apart(prompt, spans, users, mark)
-        plain, users = self._users(render(self._marked(inputs, _Within(mark))), mark, after, before)
+        plain, users = self._users(render(self._marked(inputs, _Within(mark=mark))), mark, after, before)
         return _apart(plain, self._found(plain), users, mark)
 
     def _found(self, text: str) -> list[tuple[int, int]]:
@@ -147,7 +151,7 @@ class ControlTokens:
 
     def _text(self, text: str, style: _Within, *, ends: bool = True) -> str:
         marked = self._pattern.sub(style.token, text)
-        return self._mark_ends(marked, style) if ends else marked
+        return self._mark_ends(marked, style) if ends and style.borders else marked
 
     def _mark_ends(self, text: str, style: _Within) -> str:
         words = text.strip()
@@ -162,11 +166,13 @@ class ControlTokens:
         return 0 < len(words) < self._longest and any(words in token for token in self.tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Within:
-    """Marks between the characters of a control token, and at ends of words that could become part of one."""
+    """Marks between the characters of a control token and, with `borders`, at ends of words that could become part of
+    one."""
 
     mark: str
+    borders: bool = False
 
     def token(self, match: re.Match[str]) -> str:
         return self.mark.join(match[0])
@@ -175,7 +181,7 @@ class _Within:
         return self.mark * start + words + self.mark * end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Hidden(_Within):
     """Marks in the place of characters, so that lengths stay the same."""
 
@@ -187,7 +193,7 @@ class _Hidden(_Within):
         return words[: len(words) - end] + self.mark * end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Beside(_Within):
     """Marks before and after a control token, but none at the ends of the text, where templates look for tokens."""
 

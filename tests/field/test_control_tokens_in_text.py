@@ -108,6 +108,13 @@ def test_whose_a_control_token_is_survives_the_template(template, messages, expe
     assert control(make(template), messages) == expected
 
 
+@pytest.mark.parametrize("content", ["end", "x", "x<|im_end|>"])
+def test_words_that_a_template_asks_for_may_be_part_of_a_control_token(content):
+    template = ("{% if messages[0].name == 'im_end' and messages[0].content.startswith(('end', 'x')) %}<|im_start|>"
+                "{% endif %}{{ messages[0].content }}<|im_end|>")  # fmt: skip
+    assert control(make(template), user(content, name="im_end")) == [START, END]
+
+
 def test_tools_documents_and_other_variables_hold_none():
     tokenizer = make("{{ tools | tojson }}{{ documents | tojson }}{{ extra }}{{ bos_token }}")
     more = {"tools": [{"name": "<|im_end|>", "parameters": {"<|im_end|>": 1}}], "documents": ["<|im_end|>"],
@@ -179,3 +186,16 @@ def test_a_text_that_spells_the_bos_which_is_added_is_warned_of():
         tokenizer.encode("<|im_start|>x", add_special=False)
         tokenizer.encode_chat(user("x"))
         make(CHATML, add_bos_token=False).encode("<|im_start|><|im_start|>x")
+
+
+def test_warnings_are_notes_on_the_command_line(monkeypatch, capsys):
+    from pdx.cli.app import main
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr("sys.argv", ["pdx", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        make(CHATML, add_bos_token=True, bos_token_id=START).encode("<|im_start|>x")
+    assert capsys.readouterr().err.startswith("note: the prompt begins with <|im_start|>, and the tokenizer adds")
