@@ -54,7 +54,7 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
             return 0
         except BaseException as error:
             return _ended(error, asked)
-    except KeyboardInterrupt:  # once more, while the first is dealt with
+    except (KeyboardInterrupt, Terminated):  # once more, while the first is dealt with
         return leave(signal.SIGINT)
 
 
@@ -62,12 +62,15 @@ def _ended(error: BaseException, debug: bool) -> int:
     """The exit code of an error, which is told."""
     if isinstance(error, KeyboardInterrupt | Terminated):
         return leave(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+    if _reader_left(error):
+        streams.drop_output()
+        return 0
     try:
         streams.flush_output()
     except OSError as failed:
+        if _reader_left(failed):
+            return 0
         error = failed if isinstance(error, typer.Exit) else error
-    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-        return 0  # the reader of the output went away: nobody is left to tell. (rich makes a SystemExit of it.)
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, UsageError):
@@ -79,6 +82,13 @@ def _ended(error: BaseException, debug: bool) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     _tell(error, debug)
     return 1
+
+
+def _reader_left(error: BaseException) -> bool:
+    """Whether it is that of standard output which went away, and not of some other pipe. rich turns it into an exit."""
+    if isinstance(error, SystemExit):
+        return isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError) and (error.filename == streams.OUTPUT or streams.is_output_broken())
 
 
 def _thread_ended(failed: threading.ExceptHookArgs, debug: bool) -> None:

@@ -29,7 +29,10 @@ def calibrate(
     from pdx.weights.progress import progress_bar
 
     target = out or chips.file_of(name or slug())
-    (outputs.check_file if target.parent.is_dir() else outputs.check_folder)(target)
+    if target.parent.is_dir():
+        outputs.check_file(target)
+    else:
+        outputs.check_folder(target.parent)
     enable_cache()
     with progress_bar(unit="measurements") as progress:
         chip = measure(name, progress=progress)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import select
 import sys
 from contextlib import suppress
 
 from pdx import texts
 from pdx.errors import RequestError
 
+OUTPUT = "standard output"
 ESCAPING = "pdx.json_escape"
 # Handlers of the user's own choice that never raise.
 LENIENT = ("replace", "ignore", "backslashreplace", "xmlcharrefreplace", "namereplace")
@@ -76,8 +78,22 @@ def flush_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise OSError(error.errno, error.strerror, "standard output") from None
+        drop_output()
+        raise OSError(error.errno, error.strerror, OUTPUT) from None
+
+
+def drop_output() -> None:
+    """Send what standard output still holds, and all that follows, nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def is_output_broken() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def read_prompt() -> str:

@@ -79,9 +79,10 @@ def test_codes_of_ends_that_are_no_errors(monkeypatch):
     left = []
     monkeypatch.setattr(errors, "leave", lambda number: left.append(number) or errors.ENDS[number][0])
     for error, code in ((typer.Exit(3), 3), (SystemExit(4), 4), (SystemExit("text"), 1), (SystemExit(), 0),
-                        (BrokenPipeError(32, "Broken pipe"), 0), (KeyboardInterrupt(), 130),
-                        (errors.Terminated(), 143)):  # fmt: skip
+                        (KeyboardInterrupt(), 130), (errors.Terminated(), 143)):  # fmt: skip
         assert ended(monkeypatch, failing(error)) == (code, "")
+    # A pipe that is not standard output: what was to be written there is lost.
+    assert ended(monkeypatch, failing(BrokenPipeError(32, "Broken pipe"))) == (1, "error: Broken pipe\n")
     assert left == [signal.SIGINT, signal.SIGTERM]
 
 
