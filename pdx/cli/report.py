@@ -86,9 +86,12 @@ def report(
             if not quick:
                 chips.save(here)
         found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
-    files = [str(file) for file in reporting.write(found, out)]
-    if as_json:
-        print(strict_json.dumps(found.to_dict() | {"files": files}))
-        return
-    report_page.show(found)
-    print(f"written: {', '.join(files)}")
+    if not as_json:  # before files are written: a disk that is full by now costs no result
+        report_page.show(found)
+    try:
+        files = [str(file) for file in reporting.write(found, out)]
+    except OSError:
+        if as_json:
+            print(strict_json.dumps(found.to_dict()))
+        raise
+    print(strict_json.dumps(found.to_dict() | {"files": files}) if as_json else f"written: {', '.join(files)}")
