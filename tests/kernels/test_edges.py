@@ -194,7 +194,7 @@ def test_sinks_of_pages_are_taken_alike(name):
 
 @pytest.mark.parametrize("name", LAYOUT)
 def test_a_row_with_more_queries_than_tokens_has_some_that_see_nothing(name):
-    """Zeros and -inf for them, be they the first of a block (FlashInfer 4452: a finite log-sum-exp)."""
+    """Zeros and -inf for them, be they the first of a block (FlashInfer #4452: a finite log-sum-exp)."""
     (out, lse), right = pages([3, 20], 2, name, name != "xla", queries=[9, 4])
     same((out, lse), right)
     np.testing.assert_array_equal(np.asarray(out)[:6], 0)
@@ -204,7 +204,7 @@ def test_a_row_with_more_queries_than_tokens_has_some_that_see_nothing(name):
 
 @pytest.mark.parametrize(("op", "name"), RUNS, ids=IDS)
 def test_leading_queries_that_see_nothing_get_their_sink(op, name):
-    """A whole block of them, zeros (ik_llama.cpp 2344: NaN); the tree hides all of the chunk's tokens."""
+    """A whole block of them, zeros (ik_llama.cpp #2344: NaN); the tree hides all of the chunk's tokens."""
     q, k, v = numbers(1, 16, 128)
     tree = jnp.zeros((1, 16, 16), bool).at[:, 15].set(True)
     sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
@@ -216,7 +216,7 @@ def test_leading_queries_that_see_nothing_get_their_sink(op, name):
 
 @pytest.mark.parametrize(("op", "name"), RUNS, ids=IDS)
 def test_logits_below_what_others_mask_with_still_count(op, name):
-    """FlashInfer 4267: real logits below its -5e4 lost to masked ones."""
+    """FlashInfer #4267: real logits below its -5e4 lost to masked ones."""
     q, k, v = numbers(1, 3, 128)
     q, k = jnp.full_like(q, -1e20 / 16), jnp.ones_like(k)
     (out, _), _ = both(op, name, q, k, v, [20], [23], scale=1.0)
