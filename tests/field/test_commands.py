@@ -19,7 +19,7 @@ from pdx.errors import ModelFileError, PdxError, RequestError
 from pdx.weights import checkpoint
 from tests import tiny_model
 
-COMMAND = [sys.executable, "-m", "pdx.cli"]
+COMMAND = [sys.executable, "-m", "pdx"]
 
 
 def ended(monkeypatch, command, arguments=()):

@@ -61,7 +61,7 @@ def test_an_error_that_quotes_the_prompt_is_printed(monkeypatch):
 
 def test_help_texts_and_tables_fit_an_ascii_console():
     for arguments in (["--help"], ["models"], ["generate", "--nosuch"]):
-        done = subprocess.run([sys.executable, "-m", "pdx.cli", *arguments], capture_output=True, check=False,
+        done = subprocess.run([sys.executable, "-m", "pdx", *arguments], capture_output=True, check=False,
                               env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"})  # fmt: skip
         said = done.stdout.decode("ascii") + done.stderr.decode("ascii")
         assert "pdx" in said or "smollm2" in said

@@ -20,7 +20,7 @@ def doctor(path: str = "", *options: str, **env: str) -> subprocess.CompletedPro
     """Run it with `path` before everything that is installed."""
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     clean |= {"PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])), "PYTHONSAFEPATH": "1"}
-    return subprocess.run([sys.executable, "-m", "pdx.cli", "doctor", *options], cwd=ROOT, capture_output=True,
+    return subprocess.run([sys.executable, "-m", "pdx", "doctor", *options], cwd=ROOT, capture_output=True,
                           text=True, env=clean | env, check=False)  # fmt: skip
 
 

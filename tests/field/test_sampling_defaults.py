@@ -92,7 +92,7 @@ def test_the_chat_command_takes_it(directory, monkeypatch):
     from pdx.cli import app
 
     seen = []
-    monkeypatch.setattr("pdx.chat.converse", lambda chat, lines: seen.append(chat.options))
+    monkeypatch.setattr("pdx.chat.converse", lambda chat, lines, out: seen.append(chat.options))
     for given in ((), ("--temperature", "0")):
         done = CliRunner().invoke(app, ["chat", "-m", str(directory), "--seed", "1", *given])
         assert done.exit_code == 0, done.output

@@ -190,14 +190,14 @@ def test_every_command_stops_before_jax_is_imported(tmp_path, command):
     """A libtpu of another release stands before the one that is installed, if any."""
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('jax was imported')")
-    done = run(["-m", "pdx.cli", *command], path=str(install(tmp_path, {"libtpu": "0.0.1"})))
+    done = run(["-m", "pdx", *command], path=str(install(tmp_path, {"libtpu": "0.0.1"})))
     assert done.returncode == 1
     assert re.fullmatch(r'error: libtpu 0\.0\.1 does not belong .*: pip install "jax\[.*tpu\]==.*"\n', done.stderr)
     assert done.stdout == ""
 
 
 def test_help_is_there_all_the_same(tmp_path):
-    done = run(["-m", "pdx.cli", "generate", "--help"], path=str(install(tmp_path, {"libtpu": "0.0.1"})))
+    done = run(["-m", "pdx", "generate", "--help"], path=str(install(tmp_path, {"libtpu": "0.0.1"})))
     assert done.returncode == 0
     assert "--max-tokens" in done.stdout
 
