@@ -20,6 +20,8 @@ SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
 # What a chat template is given by pdx itself.
 _OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
               "sanitize_control_tokens")
+# Values that a row must not lose: refused where the template does not read them.
+_ASKED_FOR = ("documents", "reasoning_effort")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,12 @@ class Request:
 
 
 def unread_names(model, requests: list[Request]) -> list[str]:
-    """What rows give to the chat template and it does not read."""
-    given = {name for request in requests for name in request.template}
-    return sorted(given - model.tokenizer.template_names) if given else []
+    """What rows give to the chat template and it does not read, and is passed over."""
+    given = {name for request in requests for name in request.template} - {*_ASKED_FOR}
+    if not given:
+        return []
+    known = model.tokenizer.template_names
+    return sorted(name for name in given - known if not closest(name, known))
 
 
 def read(path: Path, defaults: SamplingOptions) -> list[Request]:
@@ -57,7 +62,11 @@ def read(path: Path, defaults: SamplingOptions) -> list[Request]:
 
     Raises RequestError that names the line. Keys that are no setting are the user's own: they are kept.
     """
-    requests = [parse(where, number, row, defaults) for number, row, where in rows_of(path)]
+    requests = []
+    for number, row, where in rows_of(path):
+        if has_half_pair(row):
+            raise RequestError(f"{where} holds half a surrogate pair, which is no character")
+        requests.append(parse(where, number, row, defaults))
     if not requests:
         raise RequestError(f"{path} holds no requests: one JSON object a line, such as " '{"prompt": "Hello"}')
     return requests
@@ -70,12 +79,19 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
         if line.strip():
             try:
                 row = json.loads(line, parse_constant=_no_number)
-                json.dumps(row, ensure_ascii=False).encode()  # as it will be written
-            except UnicodeEncodeError:
-                raise RequestError(f"{where} holds half a surrogate pair, which is no character") from None
+                json.dumps(row)  # as it will be written
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{where} is no JSON: {error}") from None
             yield number, row, where
+
+
+def has_half_pair(row: Any) -> bool:
+    """Whether a row says `\\ud83d` alone, as texts that were cut inside of a character do: it is in no encoding."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _no_number(name: str):
@@ -131,7 +147,7 @@ def prompt_of(model, request: Request) -> Any:
     for name in request.template.keys() - known - {"add_generation_prompt"}:
         if near := closest(name, known):
             raise RequestError(f"this model's chat template has no {name}: {near} is meant?")
-        if name in ("documents", "reasoning_effort"):
+        if name in _ASKED_FOR:
             raise RequestError(f"this model's chat template has no {name}: leave it out")
     return model.tokenizer.encode_chat(request.prompt, **request.template)
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pdx import __version__, openai_answers, openai_rows
-from pdx.batch_file import Request, parse, prompt_of, rows_of
+from pdx.batch_file import Request, has_half_pair, parse, prompt_of, rows_of
 from pdx.completion import Completion
 from pdx.errors import EngineError, RequestError
 from pdx.generator import cache_dtype
@@ -56,6 +56,10 @@ def read(path: Path, defaults: SamplingOptions, asked: Mapping[str, Any] | None 
 
 
 def _request(number: int, row: Any, defaults: SamplingOptions) -> Request:
+    if has_half_pair(row):
+        shown = json.loads(json.dumps(row, ensure_ascii=False).encode(errors="replace"))  # the answer repeats it
+        error = RequestError("the row holds half a surrogate pair, which is no character")
+        return Request(number, shown, None, defaults, error=error)
     try:
         if openai_rows.is_openai(row):
             return openai_rows.parse(number, row, defaults)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class Renderer:
         self._seconds, self._memory = seconds, memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
         self._stopped: dict[str, str] = {}
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (forget := after_fork()) and forget())
 
     def render(self, template: str, variables: Mapping[str, Any], source: str) -> str:
         """The text that a template makes of JSON values. `source` names the model in errors.
@@ -75,13 +78,21 @@ class Renderer:
     def close(self) -> None:
         """End the process; the next rendering starts another."""
         process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
+        if process is None:
             return
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):  # what was not sent yet
                 pipe.close()
+
+    def _after_fork(self) -> None:
+        """Leave the process to the parent, whose other threads may have been in the middle of a rendering."""
+        process, self._process = self._process, None
+        self._lock = threading.Lock()
+        if process is not None:
+            for pipe in (process.stdin, process.stdout):
+                pipe.raw.close()  # without sending what the parent is about to send
 
     def _exchange(self, request: bytes) -> dict[str, str]:
         with self._lock:
@@ -114,22 +125,24 @@ class Renderer:
                                             "memory than there is, or was ended from outside"}  # fmt: skip
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
         # The same packages as here, however they were found; -P keeps the worker's own folder out.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        found = [os.path.abspath(entry) for entry in sys.path if os.path.exists(entry)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER), str(self._memory)],
+                [sys.executable or "", "-P", str(_WORKER), str(self._memory)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
                 start_new_session=True,  # Ctrl-C on a terminal is for pdx
             )  # fmt: skip
         except OSError as error:
             raise RequestError(f"chat templates are rendered in a process of their own, which cannot be started "
                                f"({error}): give the prompt as text") from error  # fmt: skip
-        self._process, self._owner = process, os.getpid()
-        if process.stdout.readline().strip() != b"ready":
+        self._process = process
+        # What a machine's own Python prints as it starts comes before.
+        if not any(line.strip() == b"ready" for line in iter(process.stdout.readline, b"")):
             self.close()
             raise RequestError(f"chat templates are rendered in a process of their own ({sys.executable} {_WORKER}), "
                                "which does not start: give the prompt as text")  # fmt: skip

@@ -143,6 +143,38 @@ def test_the_process_ends_with_its_owner():
     pytest.fail("the rendering process outlives its owner")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_renders_whatever_the_parents_threads_do():
+    script = '''
+import os, signal
+from pdx.tokenizer import render
+render.render("x", {}, "m")
+render._default._lock.acquire()  # as a thread has it in the middle of a rendering
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if render.render("{{ y }}", {"y": "child"}, "m") == "child" else 1)
+ended = os.waitpid(child, 0)[1]
+render._default._lock.release()
+print(ended, render.render("{{ y }}", {"y": "parent"}, "m"))
+'''
+    shown = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout == "0 parent\n"
+
+
+def test_a_python_that_greets_and_a_folder_that_is_gone_do_not_matter(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello from the machine')")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path, "no.path.but.a.finder"])
+    renderer = Renderer()
+    assert renderer.render("{{ y }}", {"y": "well"}, "m") == "well"
+    renderer.close()
+
+
 def test_no_python_to_start_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(RequestError, match=r"process of their own.*give the prompt as text"):

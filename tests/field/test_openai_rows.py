@@ -163,6 +163,30 @@ def test_rows_that_no_answer_can_name_are_refused_with_their_lines(tmp_path):
         read(tmp_path, row, row | {"custom_id": "b"}, row)
 
 
+def test_half_a_surrogate_pair_fails_its_row_and_the_answer_can_be_written(tmp_path):
+    half = {"custom_id": "b\ud83d", "body": {"messages": [{"role": "user", "content": "cut \ud83d"}]}}
+    well = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "whole \ud83d\ude00"}]}}
+    good, bad, plain = read(tmp_path, well, half, {"prompt": "\ud83d", "mine": 1})
+    assert good.error is None
+    assert good.prompt[0]["content"] == "whole \U0001f600"
+    for request in (bad, plain):
+        assert "half a surrogate pair" in str(request.error)
+        json.dumps(request.row, ensure_ascii=False).encode()
+    assert plain.row == {"prompt": "?", "mine": 1}
+
+
+def test_the_note_names_only_what_is_passed_over(tmp_path):
+    from pdx.batch_file import unread_names
+
+    class Model:
+        class tokenizer:
+            template_names = frozenset({"enable_thinking"})
+
+    body = {"messages": [{"role": "user", "content": "Hi"}], "reasoning_effort": "low",
+            "chat_template_kwargs": {"other": 1, "enable_thinkng": 1}}  # fmt: skip
+    assert unread_names(Model, read(tmp_path, {"custom_id": "a", "body": body})) == ["other"]
+
+
 @pytest.mark.parametrize(
     ("key", "name"),
     [("temprature", "temperature"), ("Temperature", "temperature"), ("maxTokens", "max_tokens"), ("top-p", "top_p"),
