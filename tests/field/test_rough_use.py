@@ -327,7 +327,8 @@ def test_settings_of_generate_that_make_no_sense(model, settings, says):
         pdx.generate(model, "hi", **settings)
 
 
-@pytest.mark.parametrize("scalar", [np.int32, np.int64, jnp.int32, lambda x: np.array(x)], ids=["int32", "int64", "jax", "array"])
+@pytest.mark.parametrize("scalar", [np.int32, np.int64, jnp.int32, lambda x: np.array(x)],
+                         ids=["int32", "int64", "jax", "array"])  # fmt: skip
 def test_scalars_of_numpy_and_jax_are_numbers(model, expected, scalar):
     settings = {"max_tokens": scalar(20), "top_k": scalar(5), "seed": scalar(3), "capacity": scalar(300),
                 "batch_size": scalar(2), "stop_token_ids": [scalar(257)], "temperature": np.float32(0),
