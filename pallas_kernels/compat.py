@@ -5,7 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import AbstractDevice
+
+if jax.__version_info__ >= (0, 11):
+    # Pallas adds to the key of JAX's caches when it is imported. The ops import their kernels while they are traced:
+    # were it not here before, the first programs would be traced and compiled a second time.
+    import jax.experimental.pallas.fuser
 
 
 def abstract_device(kind: str, cores: int, platform: str, **facts) -> AbstractDevice:

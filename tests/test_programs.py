@@ -1,6 +1,8 @@
 """What the compiler made of the steps: caches updated in place, IEEE f32 in every product, nothing compiled twice."""
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -162,6 +164,34 @@ def test_a_second_request_compiles_nothing(count_compiles):
         for k in (1, 3, 4):
             cache = request(cache, [24, k, 7], [k > 1, True, True], mixed, k, 3)
     assert compiles() == 0
+
+
+FRESH = """
+import jax, numpy as np
+import pdx
+from tests.models import LLAMA, params
+
+events = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **kwargs: events.append(name) if name == "/jax/core/compile/backend_compile_duration" else None)
+double = jax.jit(lambda x: x * 2 + 0.123)
+double(np.ones(3, np.float32))
+for run in range(2):
+    del events[:]
+    cache = pdx.init_cache(LLAMA, 1, 128, layout="folded")
+    _, cache = pdx.prefill(params(LLAMA), LLAMA, np.ones((1, 8), np.int32), np.array([8]), cache, kernels="pallas")
+    pdx.decode_step(params(LLAMA), LLAMA, np.ones(1, np.int32), np.array([True]), cache, kernels="pallas")
+assert not events, f"{len(events)} programs of the first run were compiled anew in the second"
+import jax.experimental.pallas.triton, jax.experimental.pallas.fuser
+double(np.ones(3, np.float32))
+assert not events, "importing Pallas made JAX forget its programs"
+"""
+
+
+def test_kernels_imported_while_they_are_traced_compile_nothing_twice():
+    """In a process of its own: in JAX 0.12 importing Pallas changes the key of JAX's caches, once."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bf16", "int8"])
