@@ -8,6 +8,7 @@ from types import ModuleType
 from pallas_kernels.checks import check_scale, describe
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.gradients import raising_under_grad
+from pallas_kernels.layouts import as_int32
 from pallas_kernels.masking import sink_logits
 from pallas_kernels.values import check_rows
 
@@ -36,4 +37,4 @@ def attend(
 
     if chosen != "xla":
         run = raising_under_grad(run, op)
-    return run(q, k, v, starts, lengths, sink_logits(sinks), k_scale, v_scale, tree)
+    return run(q, k, v, as_int32(starts), as_int32(lengths), sink_logits(sinks), k_scale, v_scale, tree)

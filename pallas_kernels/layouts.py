@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -18,6 +19,22 @@ LANES = 128  # the last axis of a TPU array comes in whole registers of this man
 SUBLANES = 8
 # Bytes of scalars that a TPU kernel may fetch ahead: three quarters of a core's scalar memory.
 SCALAR_BYTES = 3 << 18
+
+
+def as_int32(x):
+    """Numbers that say where things are, in the type that all ops count in; those that it cannot hold stay as far out.
+
+    In a smaller or unsigned type a difference of two positions would wrap. None stays None.
+    """
+    if x is None or x.dtype == jnp.int32:
+        return x
+    mine, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
+    xp = np if isinstance(x, np.ndarray) else jnp  # jax.numpy would cut an int64 first
+    if theirs.max > mine.max:
+        x = xp.minimum(x, mine.max)
+    if theirs.min < mine.min:
+        x = xp.maximum(x, mine.min)
+    return x.astype(jnp.int32)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.layouts import Layout, from_layout
+from pallas_kernels.layouts import Layout, as_int32, from_layout
 from pallas_kernels.masking import MASKED, precision_of, sink_logits, soft_cap, visible
 
 
@@ -48,7 +48,7 @@ def attention(
     else:
         kv_heads = kv_heads if layout == "folded" else k.shape[2]
         k, v = from_layout(k, layout, kv_heads, h), from_layout(v, layout, kv_heads, value_dim or h)
-    slots = k.shape[1]
+    slots, starts, lengths = k.shape[1], as_int32(starts), as_int32(lengths)
     precision = precision_of(q.dtype)
     # Widening is exact, and XLA on the CPU has no kernel for this product of bf16; at bf16's precision an
     # accelerator multiplies the f32 copies in bf16 all the same.

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_scale
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
-from pallas_kernels.layouts import Layout
+from pallas_kernels.layouts import Layout, as_int32
 from pallas_kernels.masking import sink_logits
 from pallas_kernels.paged_attention.call import Call, make_call
 from pallas_kernels.values import check_packed
@@ -94,7 +94,8 @@ def paged_attention(
     check_packed(call, block_tables, lengths, query_starts)
     module = IMPLEMENTATIONS[select("paged_attention", implementation, IMPLEMENTATIONS, call, interpret)]
     return module.attention(
-        q, k_pages, v_pages, call=call, block_tables=block_tables, lengths=lengths, query_starts=query_starts,
-        scale=scale, sinks=sink_logits(sinks), k_scale=k_scale, v_scale=v_scale, config=config, interpret=interpret,
+        q, k_pages, v_pages, call=call, block_tables=as_int32(block_tables), lengths=as_int32(lengths),
+        query_starts=as_int32(query_starts), scale=scale, sinks=sink_logits(sinks), k_scale=k_scale, v_scale=v_scale,
+        config=config, interpret=interpret,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.layouts import unfold
+from pallas_kernels.layouts import as_int32, unfold
 from pallas_kernels.masking import sink_logits, soft_cap
 
 
@@ -35,6 +35,7 @@ def attention(
     """Softmax attention of packed queries over what their rows hold; the contract is in `api.py`."""
     t, n, h = q.shape
     rows = block_tables.shape[0]
+    block_tables, lengths, query_starts = map(as_int32, (block_tables, lengths, query_starts))
     row = query_rows(query_starts, t)
     own = jnp.clip(row, 0, rows - 1)
     position = lengths[own] - query_starts[own + 1] + jnp.arange(t)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
-from pallas_kernels.layouts import Layout
+from pallas_kernels.layouts import Layout, as_int32
 from pallas_kernels.paged_write.call import Call, make_call
 from pallas_kernels.values import check_slots
 
@@ -58,4 +58,4 @@ def write_pages(
     if call.scale_heads:
         pools, new = (*pools, k_scale, v_scale), (*new, new_k_scale, new_v_scale)
     name = select("write_pages", implementation, IMPLEMENTATIONS, call, interpret, helper=True)
-    return IMPLEMENTATIONS[name].write(pools, new, slots, call=call, interpret=interpret)
+    return IMPLEMENTATIONS[name].write(pools, new, as_int32(slots), call=call, interpret=interpret)

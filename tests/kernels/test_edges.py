@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention
+from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention, write_pages
 from pallas_kernels.checks import Call
 from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.flash_attention import gpu as flash_gpu
@@ -29,9 +29,10 @@ def numbers(b, t, slots, heads=4, kv_heads=2, size=16, seed=0):
 
 def both(op, name, q, k, v, starts, lengths, config=None, interpret=True, **settings):
     """The op by an implementation and by the reference, each (out, lse); traced, so that no number is looked at."""
-    arrays = {"q": q, "k": k, "v": v, "starts": jnp.asarray(starts, jnp.int32),
-              "lengths": None if lengths is None else jnp.asarray(lengths, jnp.int32)}  # fmt: skip
+    arrays = {"q": q, "k": k, "v": v, "starts": jnp.asarray(starts),
+              "lengths": None if lengths is None else jnp.asarray(lengths)}  # fmt: skip
     settings = {"scale": 0.3, "return_lse": True} | settings
+    plain = {x: None if arrays[x] is None else arrays[x].astype(jnp.int32) for x in ("starts", "lengths")}
 
     def run(arrays):
         laid = {x: to_layout(arrays[x], LAYOUT[name]) for x in "kv"}
@@ -39,7 +40,7 @@ def both(op, name, q, k, v, starts, lengths, config=None, interpret=True, **sett
         return DENSE[op](**arrays | laid, **settings, layout=LAYOUT[name], kv_heads=k.shape[2], implementation=name,
                          **kernel)  # fmt: skip
 
-    return jax.jit(run)(arrays), reference_attention(**arrays, **settings, layout="heads_last")
+    return jax.jit(run)(arrays), reference_attention(**arrays | plain, **settings, layout="heads_last")
 
 
 def same(found, right):
@@ -92,16 +93,18 @@ def test_blocks_of_the_tpu_decode_kernel_stay_inside_a_ring_that_they_do_not_div
     same(*both("decode", "tpu", q, k, v, [length - 3, 98], [length, 101], config=config, interpret=interpret))
 
 
-def pages(lengths, width, name, interpret, sinks=None, tables=None, traced=True, queries=None, **settings):
+def pages(lengths, width, name, interpret, sinks=None, tables=None, traced=True, queries=None, kind="int32",
+          **settings):  # fmt: skip
     """Paged attention over pages of 16 by an implementation and by the reference, the last tokens of each row asked."""
     rng, rows = np.random.default_rng(0), len(lengths)
     queries = queries or [1] * rows
     tables = np.arange(rows * width).reshape(rows, width) if tables is None else tables
     arrays = {
         "q": jnp.asarray(rng.standard_normal((sum(queries), 4, 64)), jnp.float32),
-        "block_tables": jnp.asarray(tables, jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32),
-        "query_starts": jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), jnp.int32), "sinks": sinks,
+        "block_tables": jnp.asarray(tables, kind), "lengths": jnp.asarray(lengths, kind),
+        "query_starts": jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), kind), "sinks": sinks,
     }  # fmt: skip
+    plain = {x: arrays[x].astype(jnp.int32) for x in ("block_tables", "lengths", "query_starts")}
     pool = jnp.asarray(rng.standard_normal((2, rows * width, 16, 2, 64)), jnp.float32)
     settings = {"scale": 0.2, "return_lse": True} | settings
 
@@ -111,7 +114,7 @@ def pages(lengths, width, name, interpret, sinks=None, tables=None, traced=True,
                                interpret=interpret, **settings)  # fmt: skip
 
     found = jax.jit(run)(arrays) if traced else run(arrays)
-    return found, paged_reference(**arrays, k_pages=pool[0], v_pages=pool[1], layout="heads_last", kv_heads=2,
+    return found, paged_reference(**arrays | plain, k_pages=pool[0], v_pages=pool[1], layout="heads_last", kv_heads=2,
                                   **settings)  # fmt: skip
 
 
@@ -283,3 +286,38 @@ def test_pages_that_nobody_looks_at_may_be_any():
     paged_attention(**packed(block_tables=np.array([[0, 1], [-1, 3]]), window=5))
     paged_attention(**packed(block_tables=np.array([[99, 99], [2, 3]]), lengths=np.array([0, 30])))
     paged_attention(**packed(block_tables=np.array([[0, -1], [2, 3]]), lengths=np.array([16, 30])))
+
+
+# --- the type of numbers that say where things are
+
+
+@pytest.mark.parametrize(("kind", "window"), [("uint32", None), ("uint8", 5), ("int8", 5)])
+@pytest.mark.parametrize(("op", "name"), RUNS, ids=IDS)
+def test_positions_may_be_of_any_integer_type(op, name, kind, window):
+    """Rows shorter than what is subtracted from them, and one that stands where sums leave the smallest types."""
+    q, k, v = numbers(3, 9, 128)
+    given = {x: jnp.asarray(n, kind) for x, n in (("starts", [0, 0, 118]), ("lengths", [0, 9, 127]))}
+    found, right = both(op, name, q, k, v, **given, window=window)
+    same(found, right)
+    same(reference_attention(q, k, v, **given, scale=0.3, window=window, layout="heads_last", return_lse=True), right)
+
+
+@pytest.mark.parametrize("kind", ["uint32", "uint8"])
+@pytest.mark.parametrize("name", LAYOUT)
+def test_so_may_those_of_pages(name, kind):
+    found, right = pages([0, 5, 130], 9, name, interpret=name != "xla", queries=[2, 3, 1], kind=kind)
+    same(found, right)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint32", "int8"])
+def test_and_of_slots(kind):
+    pool, new = jnp.zeros((20, 16, 1, 8)), jnp.ones((3, 1, 8))
+    written, _ = write_pages(pool, pool, new, new, slots=jnp.asarray([100, 7, 127], kind), layout="heads_last")
+    np.testing.assert_array_equal(np.flatnonzero(written[..., 0, 0]), [7, 100, 127])
+
+
+def test_a_number_beyond_int32_stays_beyond():
+    """2^32 is dropped, and not slot 0."""
+    pool, new = jnp.zeros((2, 16, 1, 8)), jnp.ones((2, 1, 8))
+    written, _ = write_pages(pool, pool, new, new, slots=np.array([2**32, -(2**32)]), layout="heads_last")
+    assert not written.any()
