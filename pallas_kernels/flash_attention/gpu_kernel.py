@@ -96,11 +96,11 @@ def spans(plan: Plan, block: Block, first, last):
         edge = jnp.minimum(edge, block.start)
     if plan.lengths and plan.causal:
         end = jnp.where(block.start + first < block.high, end, 0)
-    if plan.lengths and plan.window is None:
-        edge = jnp.where(block.low > 0, 0, edge)  # a ring that has wrapped: its first block holds the row's newest too
+    if plan.lengths and plan.window is None:  # a ring that has wrapped: its first block holds the row's newest too
+        clean, edge = (jnp.where(block.low > 0, 0, x) for x in (clean, edge))
     begin, end = begin // size, pl.cdiv(end, size)
     end = jnp.maximum(begin, end)
-    clean = begin if plan.window is None else jnp.clip(pl.cdiv(clean, size), begin, end)
+    clean = jnp.clip(pl.cdiv(clean, size), begin, end)
     return begin, clean, jnp.clip(edge // size, clean, end), end
 
 
