@@ -27,14 +27,14 @@ def as_int32(x):
     In a smaller or unsigned type a difference of two positions would wrap. None stays None.
     """
     if x is None or x.dtype == jnp.int32:
-        return x
+        return None if x is None else jnp.asarray(x)
     mine, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
     xp = np if isinstance(x, np.ndarray) else jnp  # jax.numpy would cut an int64 first
     if theirs.max > mine.max:
         x = xp.minimum(x, mine.max)
     if theirs.min < mine.min:
         x = xp.maximum(x, mine.min)
-    return x.astype(jnp.int32)
+    return jnp.asarray(x.astype(jnp.int32))
 
 
 def round_up(n: int, multiple: int) -> int:

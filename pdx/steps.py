@@ -132,7 +132,7 @@ def decode_many(
     n = integer("n", n, 1)
     num_logprobs = integer("num_logprobs", num_logprobs, 0)
     if not isinstance(steps, jax.Array):
-        steps = n if steps is None else integer("steps", steps, 0, n)
+        steps = n if steps is None else integer("steps", steps, 0)
     active = np.ones(cache.batch, bool) if active is None and isinstance(cache, DenseCache) else active
     tokens, active = newest(cfg, cache, tokens, active, check, steps)
     check_mesh(params["final_norm"], cache.mesh)

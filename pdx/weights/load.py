@@ -62,7 +62,7 @@ def load(
       ContextLengthError: `max_context` is not within the model's own.
       ValueError: a dtype or a mesh that makes no sense.
     """
-    if not isinstance(model, str | Path) or not str(model).strip():
+    if not isinstance(model, str | Path):
         raise ModelNotFoundError(f"model is {model!r}: it must be a name (see `pdx models`), a path or a hub id")
     max_context = None if max_context is None else integer("max_context", max_context)
     mesh = as_mesh(mesh)

@@ -61,6 +61,7 @@ def test_a_backend_that_does_not_start_is_described():
 
 def test_releases_that_do_not_fit_are_named_and_the_device_left_alone(tmp_path):
     install(tmp_path, {"libtpu": "0.0.1"})
+    (tmp_path / "libtpu.py").touch()
     done = doctor(broken_jax(tmp_path, "raise SystemExit('imported')"), "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 1

@@ -188,8 +188,9 @@ def run(code: list[str], **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("command", [["generate", "hi"], ["plan", "llama-3-8b"], ["bench", "load"], ["models"]])
 def test_every_command_stops_before_jax_is_imported(tmp_path, command):
     """A libtpu of another release stands before the one that is installed, if any."""
-    (tmp_path / "jax").mkdir()
-    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('jax was imported')")
+    for name, text in (("jax", "raise SystemExit('jax was imported')"), ("libtpu", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
     done = run(["-m", "pdx", *command], path=str(install(tmp_path, {"libtpu": "0.0.1"})))
     assert done.returncode == 1
     assert re.fullmatch(r'error: libtpu 0\.0\.1 does not belong .*: pip install "jax\[.*tpu\]==.*"\n', done.stderr)
