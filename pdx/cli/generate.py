@@ -108,12 +108,21 @@ def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
     from pdx.generation import stream
     from pdx.weights.progress import patiently
 
-    completion = None
-    for piece in patiently(stream(model, request, options, **run), "compiling programs for this shape"):
-        if not as_json:
-            sys.stdout.write(piece.text)
+    completion, held = None, ""
+    pieces = patiently(stream(model, request, options, **run), "compiling programs for this shape")
+    try:
+        for number, piece in enumerate(pieces):
+            held += piece.text
+            # The first piece waits for the second: a program may be compiled between them, which is said on a line.
+            if not as_json and (number or piece.completion):
+                sys.stdout.write(held)
+                sys.stdout.flush()
+                held = ""
+            completion = piece.completion or completion
+    finally:
+        if not as_json:  # the first piece, where an error followed it
+            sys.stdout.write(held)
             sys.stdout.flush()
-        completion = piece.completion or completion
     if as_json:
         fields = report_text.completion_fields(completion, run["kernels"], model.mesh)
         print(strict_json.dumps(fields, ensure_ascii=False))
