@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pdx import outputs
+from pdx import outputs, strict_json
 from pdx.errors import EngineError, RequestError
 
 
@@ -49,7 +49,7 @@ class Journal:
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
         """Keep the answer to the request of a line. Raises EngineError where the disk does not take it."""
-        text = json.dumps(row, ensure_ascii=False)
+        text = strict_json.dumps(row, ensure_ascii=False)
         data = _row(line, text)
         try:
             if self._file.write(data) != len(data):
@@ -83,7 +83,7 @@ class InOrder:
         self._file = outputs.opened(output)
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
-        self.done[line] = json.dumps(row, ensure_ascii=False)
+        self.done[line] = strict_json.dumps(row, ensure_ascii=False)
         while self._next in self.done:
             self._file.write(self.done[self._next] + "\n")
             self._next = next(self._lines, None)

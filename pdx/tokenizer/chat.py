@@ -14,28 +14,6 @@ from pdx.tokenizer.traits import Traits
 Tools = Sequence[Mapping[str, Any]]
 
 
-def render_chat(
-    templates: Mapping[str, str],
-    messages: Messages,
-    *,
-    named: Mapping[str, str],
-    source: str,
-    add_generation_prompt: bool,
-    tools: Tools | None,
-    extra: Mapping[str, Any],
-) -> str:
-    """The prompt that a model's chat template makes of the messages.
-
-    Raises RequestError for malformed messages, for a model without a template and for messages that the template
-    refuses; ModelFileError for a template that is not valid, leaves the sandbox or asks for too much.
-    """
-    chosen = template_and_inputs(
-        templates, messages, named=named, source=source, add_generation_prompt=add_generation_prompt, tools=tools,
-        extra=extra,
-    )  # fmt: skip
-    return render(*chosen, source)
-
-
 def template_and_inputs(
     templates: Mapping[str, str],
     messages: Messages,
@@ -46,7 +24,11 @@ def template_and_inputs(
     tools: Tools | None,
     extra: Mapping[str, Any],
 ) -> tuple[str, dict[str, Any]]:
-    """The template for a chat, and its variables as JSON values. Raises as `render_chat`, before it renders."""
+    """The template for a chat, and its variables as JSON values.
+
+    Raises RequestError for malformed messages and for a model without a template, ModelFileError for several templates
+    without a default.
+    """
     template = _choose(templates, with_tools=bool(tools), source=source)
     try:
         return template, {

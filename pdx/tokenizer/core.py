@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdx.errors import ModelFileError, RequestError, UnsupportedModelError
-from pdx.tokenizer.chat import Tools, render_chat, template_and_inputs
+from pdx.tokenizer.chat import Tools, template_and_inputs
 from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
 from pdx.tokenizer.messages import Messages
@@ -132,7 +132,8 @@ class Tokenizer:
         Raises RequestError for malformed messages or a model without a template, ModelFileError for a
         template that does not work, or that takes more time or memory than a template may.
         """
-        return render_chat(**self._chat(messages, add_generation_prompt, tools, extra))
+        template, inputs = template_and_inputs(**self._chat(messages, add_generation_prompt, tools, extra))
+        return render(template, inputs, self._settings.source)
 
     def encode_chat(
         self,
