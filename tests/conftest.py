@@ -6,6 +6,7 @@ compilation is most of their time, and the programs are the same.
 
 import os
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "pdx-test-xla-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # in no error's text, and a tenth of all tracing
 
 
 def _add_xla_flag(name: str, value: str) -> None:
@@ -23,12 +25,27 @@ def _add_xla_flag(name: str, value: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Of a parametrized test marked `thin(n)` every n-th set of parameters stays fast, the others become slow."""
+    seen = Counter()
+    for item in items:
+        thin, test = item.get_closest_marker("thin"), item.nodeid.partition("[")[0]
+        if thin is not None and "[" in item.nodeid:
+            if seen[test] % thin.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
+
+
 def pytest_configure(config):
     # Before any test module imports jax; the workers of xdist inherit the environment.
     _add_xla_flag("xla_force_host_platform_device_count", "8")
     chosen = config.getoption("markexpr") or ""
     if not chosen or "not slow" in chosen or "not real" in chosen:
         _add_xla_flag("xla_backend_optimization_level", "0")
+        _add_xla_flag("xla_llvm_disable_expensive_passes", "true")
+        # The programs are small, and the workers of xdist fill the cores.
+        _add_xla_flag("xla_cpu_parallel_codegen_split_count", "1")
         # Twice as fast to compile; later releases have no such flag, and are as fast without it.
         if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
             _add_xla_flag("xla_cpu_use_fusion_emitters", "false")

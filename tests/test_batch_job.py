@@ -158,6 +158,7 @@ def test_a_journal_is_taken_up_and_one_of_another_job_is_not(tmp_path):
         batch_job.Journal(output, "other job")
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_run_again_nothing_is_lost_or_doubled(directory, tmp_path):
     source, target = write(tmp_path / "in.jsonl", rows(60)), tmp_path / "out.jsonl"
     journal = tmp_path / "out.jsonl.journal"

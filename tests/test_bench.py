@@ -18,6 +18,7 @@ def directory(tmp_path_factory):
     return tiny_model.make(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_other_ways_of_storing_a_model_stand_beside_it(directory, monkeypatch):
     monkeypatch.setattr(model, "ROUNDS", 1)
     others = {"w8a8": pdx.load(directory, quantize="w8a8")}
@@ -65,6 +66,7 @@ def read_one_megabyte():
     return read_bandwidth(megabytes=1)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own(directory):
     done = CliRunner().invoke(app, ["bench", "memory", "--model", str(directory), "--quantize", "none", "--quantize",
                                     "int8", "--json"])  # fmt: skip

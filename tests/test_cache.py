@@ -13,6 +13,8 @@ from pdx.sharding import is_spec
 from tests.history import CAPACITY, CHUNK, DRAFT, History, history_of
 from tests.models import ALL, GEMMA, LLAMA, leaves_equal, snapshot
 
+pytestmark = pytest.mark.thin(3)
+
 each = pytest.mark.parametrize("cfg", ALL.values(), ids=ALL)
 
 

@@ -12,6 +12,8 @@ from pdx.sharding import is_spec, make_mesh
 from tests.history import CHUNK
 from tests.models import ALL, GEMMA, LLAMA, NINE, bits, params, tokens
 
+pytestmark = pytest.mark.thin(3)
+
 B, CAPACITY = 4, 256
 # The scale of the logits of these models is about one. Rounding K and V to 1 in 254 moves them by this much.
 NEAR = 0.05

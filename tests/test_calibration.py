@@ -82,6 +82,7 @@ def shared_sizes(x, shared):
     return size if shared is None else jnp.broadcast_to(size.reshape(shared).max(1, keepdims=True), shared).reshape(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [models.LLAMA, models.GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("kind", ["none", "int8"])
 def test_scaling_alone_changes_nothing(cfg, kind, monkeypatch):
@@ -109,6 +110,7 @@ def directory(tmp_path_factory):
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. "
 
 
+@pytest.mark.slow
 def test_calibrated_models_are_nearer(directory):
     plain = pdx.load(directory)
     policy = "int4,*.down_proj=none,embed=none,lm_head=none"
@@ -129,6 +131,7 @@ def test_a_head_in_int8_is_scaled_apart(directory, tmp_path):
     assert evaluate(model, plain, TEXT, length=64, stride=32, max_tokens=60).kl < 0.1
 
 
+@pytest.mark.slow
 def test_the_command(directory, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text(TEXT * 60)
@@ -158,6 +161,7 @@ def test_what_makes_no_sense_is_refused(directory):
         quantize_model(model, "int4,nothing=int8", TEXT * 60, "gptq")
 
 
+@pytest.mark.slow
 def test_the_texts_are_long_and_apart():
     first, second = texts.evaluation(), texts.calibration()
     assert min(len(first), len(second)) > 100_000

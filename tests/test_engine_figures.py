@@ -24,6 +24,7 @@ TINY = engine_figures.Sizes(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_figure_is_measured(directory):
     (found,), notes = engine_figures.run(pdx.load(directory), ["overhead"], sizes=TINY)
     assert found.value == pytest.approx(found.seen["engine ms"] / found.seen["loop ms"])

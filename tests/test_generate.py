@@ -15,6 +15,8 @@ from pdx.generator import Generator
 from pdx.sampling_options import SamplingOptions
 from tests import tiny_model
 
+pytestmark = pytest.mark.thin(3)
+
 PROMPTS = ["Hello", "a somewhat longer prompt, with a comma", "x"]
 
 

@@ -18,6 +18,8 @@ import pdx
 from tests.golden.phases import TOLERANCE, difference, prefilled_then_decoded
 from tests.golden.weights import digest, make_weights
 
+pytestmark = pytest.mark.thin(3)
+
 GOLDEN = {path.stem: path for path in sorted((Path(__file__).parent / "golden" / "logits").glob("*.json"))}
 # Compiling is what these tests spend their time on: a family's other variants are checked in one pass, uncompiled.
 STEPPED = ("llama31", "smollm2", "mistral", "qwen2_window", "qwen3", "gemma2", "gemma3_linear")

@@ -17,7 +17,8 @@ from pdx.sharding import place
 from tests import tiny_model
 from tests.models import LLAMA, close, params, tokens
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+pytestmark = [pytest.mark.thin(3),
+              pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]  # fmt: skip
 B = 4
 
 
@@ -133,6 +134,7 @@ def test_a_mesh_that_is_set_around_a_call_changes_nothing(name, sizes, count_com
     assert compiles() == 0
 
 
+@pytest.mark.slow
 def test_a_set_mesh_changes_nothing_for_loading_generating_and_the_engine(tmp_path):
     directory = tiny_model.make(tmp_path)
     expected = pdx.generate(pdx.load(directory), "Hello", max_tokens=6, ignore_eos=True)[0].token_ids

@@ -15,6 +15,8 @@ from tests.models import ALL, GEMMA, LLAMA, NINE, bits, close, leaves_equal, par
 from tests.paging import Desk
 from tests.programs import check_in_place
 
+pytestmark = pytest.mark.thin(3)
+
 # Beside the three kinds, a window everywhere (Mistral), and windows with soft caps and one rope base (Gemma 2).
 MISTRAL = dataclasses.replace(LLAMA, windows=(24, 24))
 GEMMA2 = dataclasses.replace(GEMMA, qk_norm=False, rope_window=None, windows=(8, None, 8))
@@ -159,6 +161,7 @@ def test_int8_pages(cfg):
     assert 0 < np.abs(plain - narrow).max() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_pallas_interpreted_gives_what_xla_gives(dtype):
     page = {"page": 128, "width": 1} if dtype == "int8" else {"page": 16, "width": 4}

@@ -13,6 +13,8 @@ from pdx.model import forward, init_params, param_specs
 from pdx.sharding import is_spec
 from tests.models import ALL, GEMMA, LLAMA, QWEN, bits, close, params, tokens, whole
 
+pytestmark = pytest.mark.thin(3)
+
 each = pytest.mark.parametrize("cfg", ALL.values(), ids=ALL)
 
 

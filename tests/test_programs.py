@@ -188,6 +188,7 @@ assert not events, "importing Pallas made JAX forget its programs"
 """
 
 
+@pytest.mark.slow
 def test_kernels_imported_while_they_are_traced_compile_nothing_twice():
     """In a process of its own: in JAX 0.12 importing Pallas changes the key of JAX's caches, once."""
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False)

@@ -18,6 +18,8 @@ from pdx.quant import Kind, Policy, parse_kind, quantize_params
 from pdx.weights.checkpoint import save
 from tests import models, tiny_model
 
+pytestmark = pytest.mark.thin(3)
+
 
 def floats(params):
     """The same parameters with each QuantArray as the matrix it stands for."""
@@ -61,6 +63,7 @@ def test_a_model_is_quantized_as_it_is_read(directory, policy):
     assert [c.completion_tokens for c in done] == [12, 12]
 
 
+@pytest.mark.slow
 def test_sharded_equals_one_device(directory):
     one = pdx.generate(pdx.load(directory, quantize="int8"), "Hello", max_tokens=12, ignore_eos=True)[0]
     model = pdx.load(directory, quantize="int8", mesh="data=2,model=2")

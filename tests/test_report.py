@@ -175,6 +175,7 @@ def test_slots_are_filled_as_they_fall_free():
     ]
 
 
+@pytest.mark.slow
 def test_both_sides_serve_the_same_requests(seen):
     outcome = next(o for o in seen.outcomes if o.name == "continuous batching")
     assert [f.phase for f in outcome.findings] == ["prefill", "decode"]
@@ -231,6 +232,7 @@ def test_unknown_rows_are_refused(directory):
         report.run(pdx.load(directory), chip(1e9), {}, SIZES, only=["magic"])
 
 
+@pytest.mark.slow
 def test_the_commands(directory, tmp_path, monkeypatch):
     """Calibrated once, stored, found again; a report needs a chip that was measured."""
     monkeypatch.setenv("PDX_HOME", str(tmp_path))

@@ -12,6 +12,8 @@ from pdx.sampling_filters import CANDIDATES, GROUP
 from tests import sampling_reference as reference
 from tests.sampling_reference import PENALTIES, SETTINGS, mixed_batch
 
+pytestmark = pytest.mark.thin(3)
+
 # With fixed seeds these tests always give the same answer; a right sampler had one chance in 10,000 each to fail.
 ALPHA = 1e-4
 INF = float("inf")

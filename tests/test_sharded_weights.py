@@ -24,7 +24,8 @@ from tests import tiny_model
 from tests.models import LLAMA, QWEN, close, params, tokens
 from tests.programs import equations
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+pytestmark = [pytest.mark.thin(5),
+              pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]  # fmt: skip
 B, CHUNK = 4, 8
 
 # Every matrix has groups of 32 that divide over 4 devices.
@@ -169,6 +170,7 @@ def test_int4_on_a_mesh_generates_and_serves(tmp_path, sizes, count_compiles):
     assert [c.token_ids for c in first] == [c.token_ids for c in again] == [c.token_ids for c in expected]
 
 
+@pytest.mark.slow
 def test_int4_on_a_mesh_serves_without_compiling_anew(tmp_path):
     model = pdx.load(tiny_model.make(tmp_path), quantize="int4", mesh="model=2")
     expected = pdx.generate(model, "Hello", max_tokens=6, ignore_eos=True)[0]

@@ -21,7 +21,8 @@ from tests.programs import aliased_parameters
 EIGHT = replace(QWEN, num_heads=16, num_kv_heads=8, head_dim=4, windows=(8, None), rope=LLAMA.rope)
 B, CHUNK = 8, 24
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+pytestmark = [pytest.mark.thin(3),
+              pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]  # fmt: skip
 
 
 # --- the declaration

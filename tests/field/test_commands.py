@@ -144,12 +144,17 @@ sys.exit(errors.run(command, sys.argv[1:]))
                                                       (signal.SIGTERM, 143, "terminated")])  # fmt: skip
 @pytest.mark.parametrize("where", ["python", "a call"])
 def test_a_signal_ends_it_at_any_moment_and_leaves_nothing(tmp_path, number, code, word, where):
-    process = subprocess.Popen([sys.executable, "-c", BUSY, tmp_path / "out", where], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / ".out.unfinished" / "weights").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    # pytest in the background of a shell ignores SIGINT, and a process that it starts would as well.
+    process = subprocess.Popen([sys.executable, "-c", BUSY, tmp_path / "out", where], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    try:
+        while not (tmp_path / ".out.unfinished" / "weights").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (code, word + "\n")
     assert list(tmp_path.iterdir()) == []
 

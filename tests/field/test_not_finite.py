@@ -72,6 +72,7 @@ def test_what_follows_an_end_is_nobodys_error(broken):
     assert pdx.generate(broken, [5, 6], one)[0].token_ids == [BAD]
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_failed_run_does_the_next_one_no_harm(sound, broken):
     expected = pdx.generate(sound, [[5, 6, 7], [8, 9]], max_tokens=9, ignore_eos=True)
     for _ in range(2):
@@ -81,6 +82,7 @@ def test_the_cache_of_a_failed_run_does_the_next_one_no_harm(sound, broken):
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
+@pytest.mark.slow
 def test_the_engine_gives_the_same_error_and_shares_no_page_of_it(sound, broken):
     # sglang 33187: rows of NaN became random tokens, and their keys and values stayed behind.
     prompt = [5] * 70
@@ -176,6 +178,7 @@ def test_every_command_says_so_and_fails(overflowing, tmp_path):
     assert "window 0" in run("eval", "ppl", overflowing, "--max-tokens", 300, "--window", 128, "--stride", 64, "--json")
 
 
+@pytest.mark.slow
 def test_chat_says_so_and_goes_on(overflowing, capsys):
     with pdx.Engine(pdx.load(overflowing), pdx.EngineConfig(slots=1, token_budget=64)) as engine:
         converse(Chat(engine, SamplingOptions(max_tokens=3)), ["one", "two"])

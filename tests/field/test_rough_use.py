@@ -147,6 +147,7 @@ def cache_bytes():
     return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4)
 
 
+@pytest.mark.slow
 def test_many_shapes_leave_no_more_than_the_bound(model):
     one = pdx.load(model.path)
     pdx.generate(one, "x", max_tokens=1)

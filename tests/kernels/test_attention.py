@@ -9,6 +9,8 @@ from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.layouts import LAYOUTS
 from tests.kernels.cases import make
 
+pytestmark = pytest.mark.thin(5)
+
 OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
 FEW, CHUNKS = flash_cases.FEW, flash_cases.CHUNKS
 CASES = {

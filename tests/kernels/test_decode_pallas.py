@@ -15,6 +15,8 @@ from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_kernel
 from pallas_kernels.hardware import chip
 from tests.kernels.cases import make
 
+pytestmark = pytest.mark.thin(5)
+
 RING = Case("ring", (900, 40, 385, 2, 130), (5, 5, 2, 0, 1), 5, 384, window=300, kv_heads=3, group=3, head_dim=64)
 LONG = Case("long", (600, 0, 20, 300), (1, 0, 1, 1), 1, 640, head_dim=64, dtype="bfloat16")
 INT8 = Case("int8", (300, 0, 20), (1, 0, 1), 1, 384, head_dim=64, kv_dtype="int8", sinks=True)
@@ -72,6 +74,7 @@ def test_the_tpu_interpreter_sees_a_missing_wait(monkeypatch):
         problem.check(jax.jit(lambda arrays: tpu.attention(**arrays, **settings))(problem.arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_row_holds_all_slots_where_no_lengths_are_given(name):
     attention, layout, configs = KERNELS[name]
@@ -81,6 +84,7 @@ def test_every_row_holds_all_slots_where_no_lengths_are_given(name):
         problem.check(*problem.run(attention, config=config, interpret=True, return_lse=True, lengths=None))
 
 
+@pytest.mark.slow
 def test_lanes_behind_the_last_head_may_hold_anything():
     case = Case("three heads of 64", (130, 20), (1, 1), 1, 256, kv_heads=3, group=3, head_dim=64)
     problem = make(case, layout="folded")

@@ -14,6 +14,8 @@ from pallas_kernels.flash_attention import tpu as flash_tpu
 from pallas_kernels.layouts import to_layout
 from pallas_kernels.paged_attention.reference import attention as paged_reference
 
+pytestmark = pytest.mark.thin(5)
+
 LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
 DENSE = {"flash": flash_attention, "decode": decode_attention}
 RUNS = [(op, name) for op in DENSE for name in LAYOUT]
@@ -181,6 +183,7 @@ def test_a_sink_that_is_no_number_gives_none(op, name, sink):
         assert np.isfinite(np.asarray(out)[:, :, [0, 2, 3]]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUT)
 def test_sinks_of_pages_are_taken_alike(name):
     interpret = name != "xla"
@@ -195,6 +198,7 @@ def test_sinks_of_pages_are_taken_alike(name):
 # --- what others' kernels got wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUT)
 def test_a_row_with_more_queries_than_tokens_has_some_that_see_nothing(name):
     """Zeros and -inf for them, be they the first of a block (FlashInfer #4452: a finite log-sum-exp)."""

@@ -17,6 +17,8 @@ from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.hardware import CHIPS
 from tests.kernels.cases import make
 
+pytestmark = pytest.mark.thin(5)
+
 TILES = {
     "tpu": (tpu.Config(16, 128, 128), tpu.Config(16, 256, 128, ones=True), tpu.Config(32, 128, 128, ones=True)),
     "gpu": (gpu.Config(16, 16), gpu.Config(32, 64)),

@@ -11,6 +11,8 @@ from pallas_kernels import blocked, decode_attention, flash_attention, reference
 from pallas_kernels.attention_cases import Case
 from tests.kernels.cases import make
 
+pytestmark = pytest.mark.thin(3)
+
 OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
 GARBAGE = {"nan": np.nan, "infinity": np.inf, "large": 1e30}
 

@@ -14,6 +14,8 @@ from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.cases import CASES, Case
 from tests.kernels.paged import make
 
+pytestmark = pytest.mark.thin(5)
+
 LAYOUTS = ("folded", "heads_last", "heads_first")
 STATIC = ("scale", "window", "softcap", "layout", "kv_heads", "value_dim", "decode_rows", "max_queries", "return_lse",
           "implementation", "interpret", "config")  # fmt: skip
@@ -197,6 +199,7 @@ def drawn(draw):
     return make(case, seed=draw(st.integers(0, 1000)), shared=draw(st.integers(0, 2)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(drawn())
 def test_any_rows_agree_with_float64(problem):

@@ -17,6 +17,8 @@ from pallas_kernels.paged_attention.plan import full_rows
 from tests.kernels.paged import make
 from tests.kernels.test_paged import ids, make_once, run
 
+pytestmark = pytest.mark.thin(7)
+
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 
 
@@ -76,6 +78,7 @@ def test_tpu_without_races_and_unwritten_memory(case, mode):
     assert not interpreter.races.races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
 def test_a_missing_wait_would_be_seen(monkeypatch, mode):
     """The test above can fail: a kernel that reads a buffer before its fetches have come."""

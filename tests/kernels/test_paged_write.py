@@ -16,6 +16,8 @@ from pallas_kernels.paged_write.api import write_pages
 from pallas_kernels.quantize_kv import quantize_kv
 from tests.kernels.paged import pad_scale, to_layout
 
+pytestmark = pytest.mark.thin(5)
+
 LAYOUTS = ("folded", "heads_last", "heads_first")
 PAGES, PAGE, HEADS, SIZE, VALUE = 6, 32, 3, 64, 32
 

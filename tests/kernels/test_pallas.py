@@ -14,6 +14,8 @@ from pallas_kernels.flash_attention import api as flash_api
 from pallas_kernels.flash_attention import cases as flash_cases
 from tests.kernels.cases import make
 
+pytestmark = pytest.mark.thin(5)
+
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 OPS = {
     "decode": (decode_attention, decode_api, decode_cases.CASES),

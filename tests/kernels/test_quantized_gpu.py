@@ -16,6 +16,8 @@ from pallas_kernels.quantized_matmul.call import Call
 from pallas_kernels.targets import GPUS, Target
 from tests.kernels.test_quantized_matmul import TOLERANCE, error, expected
 
+pytestmark = pytest.mark.thin(5)
+
 LARGE = problems.problems("quantized_matmul", "gpu", large_only=True)
 # Rows, outputs, columns of SmolLM2 135M and Gemma 3 270M, and sizes that no tile divides.
 SHAPES = ((1, 192, 576), (3, 576, 192), (5, 1536, 576), (2, 576, 1536), (7, 640, 2048), (4, 2048, 640), (17, 100, 96),

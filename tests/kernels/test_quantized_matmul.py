@@ -15,6 +15,8 @@ from pallas_kernels.quantized_matmul.call import Call
 from pallas_kernels.quantized_matmul.cases import CASES
 from pallas_kernels.targets import Target
 
+pytestmark = pytest.mark.thin(5)
+
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
@@ -196,6 +198,7 @@ def test_jit_vmap_and_shapes():
     assert quantized_matmul(x, w, out_dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape(data):

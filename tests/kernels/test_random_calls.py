@@ -5,6 +5,8 @@ import pytest
 
 from tests.kernels.random_calls import KINDS, draw
 
+pytestmark = pytest.mark.thin(5)
+
 SOME = range(100, 100 + len(KINDS))
 
 
