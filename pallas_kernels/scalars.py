@@ -64,6 +64,7 @@ class Interpreter:
     _busy: dict[int, bool] = field(default_factory=dict)
     _ways: dict[int, Callable] = field(default_factory=dict)
     _literals: dict[int, Known] = field(default_factory=dict)
+    _matter: dict[int, list] = field(default_factory=dict)
 
     def run(self, jaxpr: Jaxpr, consts, args) -> list:
         """The outputs of a jaxpr: Known, None or Ref each."""
@@ -78,7 +79,7 @@ class Interpreter:
                 literals[id(v)] = Known(np.asarray(v.val, getattr(v.aval, "dtype", None)))
             return literals[id(v)]
 
-        for eqn in jaxpr.eqns:
+        for eqn in self._live(jaxpr):
             for v, x in zip(eqn.outvars, self.step(eqn, [read(v) for v in eqn.invars]), strict=True):
                 if x is not None:
                     known[v] = x
@@ -89,6 +90,19 @@ class Interpreter:
             consts = [Known(np.asarray(c)) if prod(np.shape(c)) <= self.limit else None for c in closed.consts]
             return self.run(closed.jaxpr, consts, args)
         return self.run(closed, [], args)
+
+    def _live(self, jaxpr: Jaxpr) -> list:
+        """The equations that matter: those that are listened to, and those whose results these or the caller take."""
+        if id(jaxpr) not in self._matter:
+            needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
+            for eqn in reversed(jaxpr.eqns):
+                busy = eqn.primitive.name in LISTENED or any(map(self.busy, inside(eqn)))
+                wanted = any(v in needed and self._follows(v.aval) for v in eqn.outvars)
+                if busy or wanted:
+                    found.append(eqn)
+                    needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+            self._matter[id(jaxpr)] = found[::-1]
+        return self._matter[id(jaxpr)]
 
     def step(self, eqn, args: list) -> list:
         """One equation."""
