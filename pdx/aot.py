@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.targets import Compiled, Target
 from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
-from pdx.cache.paged import PackedRows, paged_cache_specs
+from pdx.cache.paged import paged_cache_specs
 from pdx.config import ModelConfig
 from pdx.meshes import make_mesh, on_own_mesh
 from pdx.model import param_specs
@@ -65,7 +65,7 @@ def compile_step(
     )  # fmt: skip
     name = Target.get(target).chip.platform if kernels == "pallas" else kernels
     return Target.get(target).compile(
-        function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels")
+        function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels", "decode_rows", "max_queries")
     )
 
 
@@ -73,7 +73,7 @@ def step_arguments(
     step: Step, cfg: ModelConfig, target: str, *, batch: int, capacity: int, tokens: int, dtype, kv_dtype=None,
     quantize: str | Policy | None = None, mesh: Mapping[str, int] | str | None = None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """The jitted step and its array arguments as shapes, placed on `target`'s chips."""
+    """The jitted step and its arguments: arrays as shapes, placed on `target`'s chips, and static hints."""
     if step not in get_args(Step):
         raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
     chips = Target.get(target)
@@ -92,7 +92,7 @@ def step_arguments(
             declared |= {"tokens": rows(jnp.int32), "active": rows(jnp.bool_)}
         else:
             declared |= {"tokens": rows(jnp.int32, min(tokens, cache.chunk)), "lengths": rows(jnp.int32)}
-    arguments = jax.tree.map(lambda spec: spec.abstract(devices), declared, is_leaf=is_spec)
+    arguments = jax.tree.map(lambda x: x.abstract(devices) if is_spec(x) else x, declared, is_leaf=is_spec)
     return steps.PROGRAMS[step], arguments
 
 
@@ -108,8 +108,8 @@ def _packed(cfg: ModelConfig, decode_rows: int, capacity: int, tokens: int, wher
     def ints(*shape):
         return ArraySpec(shape, (None,) * len(shape), jnp.int32)
 
-    packed = PackedRows(
-        ints(len(cache.groups), count, width), ints(count), ints(count + 1), decode_rows,
-        max(1, tokens - decode_rows),
-    )  # fmt: skip
-    return {"tokens": ints(tokens), "rows": packed, "cache": cache}
+    return {
+        "tokens": ints(tokens), "cache": cache, "block_tables": ints(len(cache.groups), count, width),
+        "lengths": ints(count), "query_starts": ints(count + 1), "decode_rows": decode_rows,
+        "max_queries": max(1, tokens - decode_rows),
+    }  # fmt: skip

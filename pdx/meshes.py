@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import wraps
 from inspect import isgeneratorfunction
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MESH_AXES = ("data", "model")
+
+# What a program is traced for: a mesh, one device (None), or whatever its arguments lie on, which nobody has said.
+ANY_DEVICES = "any devices"
+Devices = Mesh | None | Literal["any devices"]
 MESH_HELP = "expected axes out of data, model with a size each, such as data=2,model=4"
 
 
@@ -95,6 +99,16 @@ def as_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     rest = [i for i in range(len(mesh.axis_names)) if i not in order]
     devices = mesh.devices.transpose(order + rest)
     return Mesh(devices.reshape([mesh.shape.get(name, 1) for name in MESH_AXES]), MESH_AXES)
+
+
+def on_several_devices(mesh: Devices) -> TypeGuard[Mesh]:
+    """Whether this is a mesh of more than one device."""
+    return isinstance(mesh, Mesh) and mesh.size > 1
+
+
+def on_one_device(mesh: Devices) -> bool:
+    """Whether arguments lie on one device: as said, or because the process has no other."""
+    return jax.device_count() == 1 if mesh == ANY_DEVICES else not on_several_devices(mesh)
 
 
 @contextmanager

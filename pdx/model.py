@@ -5,26 +5,25 @@ Prefill, decode and verification are this `forward` with T = chunk, 1 and draft 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pdx import quant
-from pdx.cache.dense import DenseCache
-from pdx.cache.given import check_cache, whole_numbers
-from pdx.cache.paged import PackedRows, PagedCache
+from pdx.cache.dense import DenseCache, LayerCache
+from pdx.cache.given import as_new_lengths, check_cache, whole_numbers
+from pdx.cache.paged import PagedCache
+from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.layers.attention import Kernels, attention
 from pdx.layers.linear import embed, projections, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotation
+from pdx.meshes import ANY_DEVICES, Devices
 from pdx.sharding import ArraySpec, is_spec
 
 Params = dict
@@ -101,15 +100,16 @@ def forward(
     tokens: Int[Array, "B T"],
     cache: DenseCache | PagedCache | None = None,
     *,
-    lengths: Int[Array, " B"] | PackedRows | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    rows: TokenRows | PackedRows | None = None,
     logits: Literal["last", "all", "none"] = "all",
     hidden_layers: tuple[int, ...] = (),
     kernels: Kernels = "auto",
 ) -> ForwardOutput:
     """Run T tokens a row behind what the cache holds, or by themselves without a cache.
 
-    Over a paged cache the tokens of many requests are packed into one row [1, T], and `lengths` is a `PackedRows` that
-    says whose they are; "last" logits are then those behind each request's last token, [R, V].
+    Over a paged cache the tokens of many requests are packed into one row [1, T], and `rows` says whose they are;
+    "last" logits are then those behind each request's last token, [R, V].
 
     Args:
       params: as `param_specs` declares them.
@@ -118,6 +118,7 @@ def forward(
         shapes only, so that the result differentiates and vmaps.
       lengths: how many of the T tokens of each row are real; the rest is padding, which is neither
         written nor seen. None: all.
+      rows: whose the tokens are, in place of `lengths`; None: as the cache makes them of `lengths`.
       logits: of the last real token of each row [B, V], of all positions [B, T, V], or none.
         A row of length 0 has no last token: its logits mean nothing.
       hidden_layers: residual streams to hand out: 0 is the embedding, i is behind layer i, up to L.
@@ -128,105 +129,68 @@ def forward(
       RequestError: tokens or lengths of another shape or type; DonatedError: a cache that a step has used up.
     """
     if cache is not None:
-        check_cache(cache, PagedCache if isinstance(cache, PagedCache) else DenseCache)
+        check_cache(cache, DenseCache, PagedCache)
     tokens = jnp.asarray(whole_numbers("tokens", tokens, (None, None), "[B, T]"))
     b, t = tokens.shape
     if any(not 0 <= i <= cfg.num_layers for i in hidden_layers):
         raise ValueError(f"hidden_layers {hidden_layers}: a model of {cfg.num_layers} layers has 0 to {cfg.num_layers}")
     if t < 1:
         raise ValueError(f"tokens {tokens.shape} are empty: a call takes at least one token a row")
-    if isinstance(cache, DenseCache) and t > cache.chunk:
-        raise ValueError(f"a chunk of {t} tokens is more than this cache takes at once, {cache.chunk}: "
-                         f"send smaller chunks, or init_cache(..., chunk={t})")
-    if isinstance(cache, PagedCache):
-        if b != 1 or not isinstance(lengths, PackedRows):
-            raise ValueError(f"over a paged cache tokens {tokens.shape} must be packed, [1, T], and lengths PackedRows")
-        _, positions, valid = (x[None] for x in lengths.places(t))
-        groups = [lengths.group(g) for g in range(len(cache.groups))]
-        held = [groups[g] for g in cache.group_of_layer]
-        last = lengths.query_starts[None, 1:] - 1
-    else:
-        if lengths is None:
-            lengths = jnp.full((b,), t, jnp.int32)
-        lengths = jnp.asarray(whole_numbers("lengths", lengths, (b,), "[B]"))
-        positions, valid, total = _rows(t, lengths, cache)
-        held = [total] * cfg.num_layers
-        last = lengths[:, None] - 1
-    rotations = {r: rotation(r, cfg.head_dim, positions) for r in {cfg.layer_rope(i) for i in range(cfg.num_layers)}}
+    if rows is None and cache is not None:
+        rows = cache.rows(lengths, b, t)
+    elif rows is None:
+        rows = TokenRows.behind(jnp.zeros(b, jnp.int32), as_new_lengths(lengths, b, t), t)
+    layer_rows = [rows] * cfg.num_layers if cache is None else cache.layer_rows(rows)
+    rotations = {r: rotation(r, cfg.head_dim, rows.positions) for r in map(cfg.layer_rope, range(cfg.num_layers))}
 
-    mesh = cache.mesh if cache is not None else None
-    with _devices(cache, mesh):
-        x = embed(params["embed"], tokens, cfg.embed_scale, mesh)
+    # Without a cache nobody says where the parameters lie.
+    mesh = ANY_DEVICES if cache is None else cache.mesh
+    x = embed(params["embed"], tokens, cfg.embed_scale, mesh)
     hidden = {0: x} if 0 in hidden_layers else {}
     layers = []
     for i, p in enumerate(params["layers"]):
         x, layer_cache = layer(
-            p, x, cache.layers[i] if cache is not None else None, rotations[cfg.layer_rope(i)], positions, valid,
-            held[i], cfg=cfg, window=cfg.windows[i], mesh=mesh, kernels=kernels,
+            p, x, cache.layers[i] if cache is not None else None, layer_rows[i], rotations[cfg.layer_rope(i)],
+            cfg=cfg, window=cfg.windows[i], mesh=mesh, kernels=kernels,
         )  # fmt: skip
         layers.append(layer_cache)
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    with _devices(cache, mesh):
-        chosen = _logits(params, cfg, x, last, logits)
     return ForwardOutput(
-        logits=chosen,
-        cache=_appended(cache, lengths, tuple(layers)),
+        logits=_logits(params, cfg, x, rows, logits, mesh),
+        cache=None if cache is None else cache.advance(rows, tuple(layers)),
         final_hidden=x,
         hidden=hidden,
     )
-
-
-def _devices(cache, mesh: Mesh | None) -> AbstractContextManager:
-    """Says for which devices a step is traced; without a cache nobody does."""
-    return nullcontext() if cache is None else quant.over(mesh)
-
-
-def _rows(t: int, lengths: Int[Array, " B"], cache: DenseCache | None):
-    """Positions of a chunk [B, T], which of its tokens are real, and what each row holds with them."""
-    offsets = jnp.arange(t, dtype=jnp.int32)[None]
-    valid = offsets < lengths[:, None]
-    held = cache.lengths if cache is not None else jnp.zeros_like(lengths, jnp.int32)
-    positions = held[:, None] + offsets
-    if cache is not None:
-        # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
-        valid &= positions < cache.capacity
-    return positions, valid, jnp.where(lengths > 0, held + lengths, 0)  # a row that takes no part is not read
-
-
-def _appended(cache: DenseCache | PagedCache | None, lengths, layers: tuple):
-    if isinstance(cache, PagedCache):
-        return cache.replace(layers=layers).placed()
-    return cache.advance(lengths, layers) if cache is not None else None
 
 
 # Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler
 # inlines the calls.
 @partial(jax.jit, static_argnames=("cfg", "window", "mesh", "kernels"))
 def layer(
-    p, x, cache, rotation, positions, valid, lengths, *, cfg: ModelConfig, window: int | None, mesh: Mesh | None,
-    kernels: Kernels,
+    p, x: Float[Array, "B T D"], cache: LayerCache | None, rows: TokenRows | PackedRows, rotation, *, cfg: ModelConfig,
+    window: int | None, mesh: Devices, kernels: Kernels,
 ):  # fmt: skip
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
-    with _devices(cache, mesh):
-        y, cache = attention(
-            p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), window=window, rotation=rotation, positions=positions,
-            valid=valid, lengths=lengths, cache=cache, mesh=mesh, kernels=kernels,
-        )  # fmt: skip
-        x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
-        y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps))
+    y, cache = attention(
+        p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), cache, rows, window=window, rotation=rotation, mesh=mesh,
+        kernels=kernels,
+    )  # fmt: skip
+    x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
+    y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps), mesh)
     return x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y), cache
 
 
-def _logits(params: Params, cfg: ModelConfig, x: Float[Array, "B T D"], last: Int[Array, "B R"], which: str):
-    """`last`: which tokens of each row are its last one, or the last ones of the requests packed into it."""
+def _logits(
+    params: Params, cfg: ModelConfig, x: Float[Array, "B T D"], rows: TokenRows | PackedRows, which: str, mesh: Devices
+):
     if which == "none":
         return None
     head = params.get("lm_head", params["embed"])
     if which == "last":
-        x = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
+        x = jnp.take_along_axis(x, jnp.maximum(rows.wanted, 0)[..., None], axis=1)
         x = x.reshape(-1, x.shape[-1])
     elif which != "all":
         raise ValueError(f"logits {which!r} is not one of last, all, none")
-    return unembed(x, head, cfg.logit_softcap)
+    return unembed(x, head, cfg.logit_softcap, mesh)

@@ -16,9 +16,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -33,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import QuantArray, quantized_matmul
 from pallas_kernels.quant_array import DTYPES, GROUPS, quantize, take_rows
 from pdx.errors import RequestError
+from pdx.meshes import ANY_DEVICES, Devices, on_one_device, on_several_devices
 from pdx.sharding import ArraySpec, is_spec, mesh_axis
 
 KINDS = "none, stored, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
@@ -264,38 +263,16 @@ def rounded(params: dict, kinds: Mapping[str, Kind]) -> dict:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
 
 
-UNKNOWN = "unknown"
-_mesh: ContextVar[Mesh | str | None] = ContextVar("pdx_mesh", default=UNKNOWN)
-
-
-@contextmanager
-def over(mesh: Mesh | None) -> Iterator[None]:
-    """Inside, products are traced for the devices of `mesh`, or for one device. Outside, nobody says for how many."""
-    token = _mesh.set(mesh)
-    try:
-        yield
-    finally:
-        _mesh.reset(token)
-
-
-def _several() -> Mesh | None:
-    """The mesh of several devices that is traced for."""
-    mesh = _mesh.get()
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
-
-
 def matmul(
-    x: Float[Array, "*b in"], w: QuantArray, dtype=None, spec: ArraySpec | None = None
+    x: Float[Array, "*b in"], w: QuantArray, dtype=None, spec: ArraySpec | None = None, mesh: Devices = ANY_DEVICES
 ) -> Float[Array, "*b out"]:
     """x @ w.T in `dtype` (None: that of x).
 
     On a mesh each device multiplies its own part of the matrix, which `spec` declares; where that is a part of the
     columns, one sum over the devices follows. Over several devices products are XLA's.
     """
-    mesh = _several()
-    alone = mesh is None and (_mesh.get() != UNKNOWN or jax.device_count() == 1)
-    product = partial(quantized_matmul, out_dtype=dtype, implementation="auto" if alone else "xla")
-    if mesh is None or spec is None:
+    product = partial(quantized_matmul, out_dtype=dtype, implementation="auto" if on_one_device(mesh) else "xla")
+    if not on_several_devices(mesh) or spec is None:
         return product(x, w)
     parts = _parts(w, spec, mesh)
     rows, columns = parts.values
@@ -311,10 +288,9 @@ def matmul(
     return jax.shard_map(each, mesh=mesh, in_specs=(given, parts), out_specs=out, check_vma=False)(x, w)
 
 
-def lookup(table: QuantArray, tokens: Int[Array, "B T"], spec: ArraySpec) -> Float[Array, "B T D"]:
+def lookup(table: QuantArray, tokens: Int[Array, "B T"], spec: ArraySpec, mesh: Devices) -> Float[Array, "B T D"]:
     """Rows of an embedding, dequantized. On a mesh each device looks up in its own rows, and one sum follows."""
-    mesh = _several()
-    parts = None if mesh is None else _parts(table, spec, mesh)
+    parts = _parts(table, spec, mesh) if on_several_devices(mesh) else None
     if parts is None or parts.values[0] is None:
         return take_rows(table, tokens)
     axis = parts.values[0]

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pdx.arguments import integer
 from pdx.cache.dense import DenseCache
 from pdx.cache.given import check_alive, check_cache, whole_numbers
-from pdx.cache.paged import PackedRows, PagedCache
+from pdx.cache.paged import PagedCache
+from pdx.cache.rows import PackedRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.layers.attention import Kernels
@@ -210,10 +211,10 @@ def mixed_step(
     tokens, lengths = whole_numbers("tokens", tokens, (None,), "[T]"), whole_numbers("lengths", lengths, (rows,), "[R]")
     block_tables = whole_numbers("block_tables", block_tables, (groups, rows, None), "[Gr, R, M]")
     query_starts = whole_numbers("query_starts", query_starts, (rows + 1,), "[R+1]")
-    packed = PackedRows(*(jnp.asarray(x, jnp.int32) for x in (block_tables, lengths, query_starts)),
-                        integer("decode_rows", decode_rows, 0),
-                        max_queries if max_queries is None else integer("max_queries", max_queries, 1))  # fmt: skip
-    return _mixed_step(params, cfg, jnp.asarray(tokens, jnp.int32), packed, cache, kernels)
+    tokens, *packed = (jnp.asarray(x, jnp.int32) for x in (tokens, block_tables, lengths, query_starts))
+    hints = (integer("decode_rows", decode_rows, 0),
+             max_queries if max_queries is None else integer("max_queries", max_queries, 1))  # fmt: skip
+    return _mixed_step(params, cfg, tokens, cache, *packed, *hints, kernels)
 
 
 def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
@@ -247,13 +248,16 @@ def _verify(params, cfg, tokens, lengths, cache, kernels):
 
 def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):
     """`mixed_step` to be traced inside a larger program."""
-    out = forward(params, cfg, tokens[None], cache, lengths=rows, logits="last", kernels=kernels)
-    full = rows.lengths > rows.block_tables.shape[-1] * cache.page_size
+    out = forward(params, cfg, tokens[None], cache, rows=rows, logits="last", kernels=kernels)
+    full = rows.held_lengths > rows.block_tables.shape[-1] * cache.page_size
     logits = jnp.where(full[:, None], jnp.nan, out.logits)
     return constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh), out.cache
 
 
-_mixed_step = jax.jit(mixed, static_argnames=("cfg", "kernels"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("cfg", "decode_rows", "max_queries", "kernels"), donate_argnames="cache")
+def _mixed_step(params, cfg, tokens, cache, block_tables, lengths, query_starts, decode_rows, max_queries, kernels):
+    rows = PackedRows.packed(tokens.shape[0], block_tables, lengths, query_starts, decode_rows, max_queries)
+    return mixed(params, cfg, tokens, rows, cache, kernels)
 
 
 @partial(

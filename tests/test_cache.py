@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pdx.cache.dense import LayerCache, cache_specs, init_cache, layer_slots
+from pdx.cache.rows import TokenRows
 from pdx.errors import ContextLengthError
 from pdx.sharding import is_spec
 from tests.history import CAPACITY, CHUNK, DRAFT, History, history_of
@@ -129,8 +130,9 @@ def test_only_valid_tokens_are_written(kind):
     start = np.array([0, 50, 0]) if kind == "full" else np.array([125, 250, 1000])
     counts = np.array([10, 4, 0])
     positions = start[:, None] + np.arange(10)
-    valid = jnp.asarray(np.arange(10) < counts[:, None])
-    out = LayerCache(garbage, garbage).append(k, v, jnp.asarray(positions), valid)
+    rows = TokenRows.behind(jnp.asarray(start), jnp.asarray(counts), 10)
+    np.testing.assert_array_equal(rows.positions, positions)
+    out = LayerCache(garbage, garbage).append(k, v, rows)
     expected_k, expected_v = np.array(garbage), np.array(garbage)
     for row in range(3):
         for t in range(counts[row]):
@@ -142,7 +144,8 @@ def test_only_valid_tokens_are_written(kind):
 
 def test_append_rounds_to_the_dtype_of_the_cache():
     out = LayerCache(*[jnp.zeros((1, 1, 128, 2), jnp.bfloat16)] * 2).append(
-        jnp.full((1, 1, 1, 2), 1.001), jnp.full((1, 1, 1, 2), 3.0), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))
+        jnp.full((1, 1, 1, 2), 1.001), jnp.full((1, 1, 1, 2), 3.0),
+        TokenRows.behind(jnp.zeros(1, int), jnp.ones(1, int), 1))  # fmt: skip
     assert out.k.dtype == jnp.bfloat16
     assert float(out.k[0, 0, 0, 0]) == 1.0
     assert float(out.v[0, 0, 0, 0]) == 3.0

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.layouts import LAYOUTS, from_layout
 from pdx import steps
 from pdx.cache.dense import cache_specs, init_cache
+from pdx.cache.rows import TokenRows
 from pdx.sharding import is_spec, make_mesh
 from tests.history import CHUNK
 from tests.models import ALL, GEMMA, LLAMA, NINE, bits, params, tokens
@@ -48,8 +49,7 @@ def test_what_is_appended_is_the_token_to_half_a_step(layout):
     layer = init_cache(LLAMA, 2, 128, dtype=jnp.int8, layout=layout).layers[0]
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(0, size, (2, 5, 2, 8)), jnp.float32) for size in (1.0, 30.0))
-    valid = jnp.array([[True] * 5, [True, True, False, False, False]])
-    out = layer.append(k, v, jnp.array([[126, 127, 128, 129, 130], [4, 5, 6, 7, 8]]), valid)
+    out = layer.append(k, v, TokenRows.behind(jnp.array([126, 4]), jnp.array([5, 2]), 5))
     for name, new in (("k", k), ("v", v)):
         values = from_layout(getattr(out, name), layout, 2, 8).astype(jnp.float32)
         scales = getattr(out, f"{name}_scale")[:, :2].swapaxes(1, 2)[..., None]

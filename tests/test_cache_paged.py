@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdx.cache.paged import PackedRows, copy_pages, init_paged_cache, page_groups, paged_cache_specs
+from pdx.cache.paged import copy_pages, init_paged_cache, page_groups, paged_cache_specs
+from pdx.cache.rows import PackedRows
 from pdx.errors import RequestError
 from pdx.sharding import is_spec, make_mesh
 from tests.models import GEMMA, LLAMA, snapshot
@@ -26,12 +27,12 @@ def test_layers_of_one_window_are_a_group():
 def test_where_tokens_are_written():
     """Rows of three tokens, none, one and two; the last has a table entry too few. Two tokens are padding."""
     tables = np.array([[5, 9], [7, 7], [2, 2], [4, 1]])
-    rows = PackedRows(jnp.asarray(tables), jnp.array([5, 0, 1, 9]), jnp.array([0, 3, 3, 4, 6]))
-    own, position, real = rows.places(8)
-    assert real.tolist() == [True] * 6 + [False] * 2
-    assert own[:6].tolist() == [0, 0, 0, 2, 3, 3]
-    assert position[:6].tolist() == [2, 3, 4, 0, 7, 8]
-    assert rows.slots(8, 4).tolist() == [5 * 4 + 2, 5 * 4 + 3, 9 * 4, 2 * 4, 1 * 4 + 3, -1, -1, -1]
+    rows = PackedRows.packed(8, jnp.asarray(tables), jnp.array([5, 0, 1, 9]), jnp.array([0, 3, 3, 4, 6]))
+    assert rows.real[0].tolist() == [True] * 6 + [False] * 2
+    assert rows.owner[0, :6].tolist() == [0, 0, 0, 2, 3, 3]
+    assert rows.positions[0, :6].tolist() == [2, 3, 4, 0, 7, 8]
+    assert rows.wanted[0].tolist() == [2, 2, 3, 5]
+    assert rows.slots(4).tolist() == [5 * 4 + 2, 5 * 4 + 3, 9 * 4, 2 * 4, 1 * 4 + 3, -1, -1, -1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

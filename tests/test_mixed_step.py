@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdx import steps
-from pdx.cache.paged import PackedRows, copy_pages, init_paged_cache, page_groups, paged_cache_specs
+from pdx.cache.paged import copy_pages, init_paged_cache, page_groups, paged_cache_specs
 from pdx.model import forward
 from pdx.sharding import is_spec, make_mesh, place
 from tests.models import ALL, GEMMA, LLAMA, NINE, bits, close, leaves_equal, params, snapshot, tokens, whole
@@ -223,8 +223,8 @@ def test_pages_are_updated_in_place(dtype, decode_rows):
     specs = paged_cache_specs(GEMMA, 2000, page_size=16, dtype=jnp.dtype(dtype))
     abstract = jax.tree.map(lambda s: s.abstract(), specs, is_leaf=is_spec)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    rows = PackedRows(ints(2, 4, 8), ints(4), ints(5), decode_rows)
-    compiled = steps.PROGRAMS["mixed_step"].lower(params(GEMMA), GEMMA, ints(16), rows, abstract, "xla").compile()
+    packed = ints(2, 4, 8), ints(4), ints(5), decode_rows, None
+    compiled = steps.PROGRAMS["mixed_step"].lower(params(GEMMA), GEMMA, ints(16), abstract, *packed, "xla").compile()
     check_in_place(compiled, "cache", abstract)
 
 

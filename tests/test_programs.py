@@ -14,7 +14,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.targets import Target
 from pdx import steps
 from pdx.cache.dense import cache_specs, default_layout, init_cache
-from pdx.cache.paged import PackedRows, init_paged_cache
+from pdx.cache.paged import init_paged_cache
 from pdx.config import ModelConfig
 from pdx.model import forward, param_specs
 from pdx.sampling import SamplingOptions, SamplingState
@@ -206,13 +206,13 @@ def test_steps_take_the_path_that_auto_was_made_to_mean(target, means, dtype):
     dense = init_cache(cfg, 2, 256, chunk=64, dtype=dtype, layout=layout)
     paged = init_paged_cache(cfg, 4, page_size=128, dtype=dtype, layout=layout)
     rows, starts = jnp.ones(2, jnp.int32), jnp.arange(3, dtype=jnp.int32)
-    packed = PackedRows(jnp.zeros((1, 2, 2), jnp.int32), rows, starts, 0, None)
+    packed = jnp.zeros((1, 2, 2), jnp.int32), rows, starts, 0, None
 
     def run(params, dense, paged):
         return (
             steps.PROGRAMS["prefill"](params, cfg, jnp.zeros((2, 64), jnp.int32), rows, dense, "auto"),
             steps.PROGRAMS["decode_step"](params, cfg, rows, rows > 0, dense, "auto"),
-            steps.PROGRAMS["mixed_step"](params, cfg, jnp.zeros(24, jnp.int32), packed, paged, "auto"),
+            steps.PROGRAMS["mixed_step"](params, cfg, jnp.zeros(24, jnp.int32), paged, *packed, "auto"),
         )
 
     with Target.get(target).tracing(), dispatch.use(means):

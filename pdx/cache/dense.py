@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import quantize_kv, write_pages
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis
 from pdx.arguments import integer
-from pdx.cache.given import check_alive, whole_numbers
+from pdx.cache.given import as_new_lengths, check_alive, whole_numbers
+from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
 from pdx.meshes import as_mesh, on_own_mesh
@@ -35,7 +36,7 @@ CACHE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i
 class LayerCache:
     """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all (see `stored_heads`).
 
-    The first axis, `rows`, is the batch of a dense cache or the pages of a paged one: a row of a dense cache is a
+    The first axis, `row_axis`, is the batch of a dense cache or the pages of a paged one: a row of a dense cache is a
     page of its slots. In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and
     probabilities with: nothing is dequantized in memory.
     """
@@ -46,7 +47,7 @@ class LayerCache:
     v_scale: Array | None = None
     layout: Layout = struct.field(pytree_node=False, default="heads_first")
     kv_heads: int = struct.field(pytree_node=False, default=1)
-    rows: Literal["batch", "pages"] = struct.field(pytree_node=False, default="batch")
+    row_axis: Literal["batch", "pages"] = struct.field(pytree_node=False, default="batch")
 
     @property
     def slots(self) -> int:
@@ -60,38 +61,29 @@ class LayerCache:
 
     def specs(self) -> LayerCache:
         """What the leaves are, as declared."""
-        found = {n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.rows)
+        found = {n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.row_axis)
                  for n, x in (("k", self.k), ("v", self.v))}  # fmt: skip
-        found |= {name: _scale_spec(x.shape, self.kv_heads, self.rows) for name, x in self.scales.items()}
+        found |= {name: _scale_spec(x.shape, self.kv_heads, self.row_axis) for name, x in self.scales.items()}
         return self.replace(**found)
 
-    def write(
-        self, k: Float[Array, "T K H"], v: Float[Array, "T K H"], slots: Int[Array, " T"],
+    def append(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], rows: TokenRows | PackedRows,
         implementation: str = "auto", interpret: bool = False,
     ) -> LayerCache:  # fmt: skip
-        """Write tokens into slots, counted through all rows or pages; those of slot -1 are written nowhere.
+        """Write the tokens of a call where `rows` says they belong; padding costs no write.
 
         On a mesh this is called on each device's own heads (`layers.attention`). `implementation`: see
         `pallas_kernels.write_pages`.
         """
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         scales = {}
         if self.scales:
             (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
             scales = self.scales | {"new_k_scale": k_scale, "new_v_scale": v_scale}
         written = write_pages(
-            self.k, self.v, k.astype(self.k.dtype), v.astype(self.v.dtype), slots=slots, layout=self.layout, **scales,
-            implementation=implementation, interpret=interpret)  # fmt: skip
+            self.k, self.v, k.astype(self.k.dtype), v.astype(self.v.dtype), slots=rows.slots(self.slots),
+            layout=self.layout, **scales, implementation=implementation, interpret=interpret)  # fmt: skip
         return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
-
-    def append(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"],
-        valid: Bool[Array, "B T"], implementation: str = "auto", interpret: bool = False,
-    ) -> LayerCache:  # fmt: skip
-        """Write the valid tokens of a dense cache's rows at their positions; the others cost no write."""
-        rows = jnp.arange(k.shape[0])[:, None]
-        slots = jnp.where(valid, rows * self.slots + positions % self.slots, -1).reshape(-1)
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        return self.write(k, v, slots, implementation, interpret)
 
 
 @struct.dataclass
@@ -114,9 +106,27 @@ class DenseCache:
     def batch(self) -> int:
         return self.lengths.shape[0]
 
-    def advance(self, lengths: Int[Array, " B"], layers: tuple[LayerCache, ...]) -> DenseCache:
-        """The cache with `layers` and `lengths` more tokens a row."""
-        total = self.lengths + lengths
+    def rows(self, new_lengths: Int[Array, " B"] | None, batch: int, tokens: int) -> TokenRows:
+        """Whose the tokens [B, T] = [batch, tokens] of a call are, of which each row's first `new_lengths` are real.
+
+        Raises:
+          ValueError: more tokens than the cache takes at once.
+          RequestError: `new_lengths` of another shape or type.
+        """
+        if tokens > self.chunk:
+            raise ValueError(f"a chunk of {tokens} tokens is more than this cache takes at once, {self.chunk}: "
+                             f"send smaller chunks, or init_cache(..., chunk={tokens})")
+        rows = TokenRows.behind(self.lengths, as_new_lengths(new_lengths, batch, tokens), tokens)
+        # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
+        return rows.replace(real=rows.real & (rows.positions < self.capacity))
+
+    def layer_rows(self, rows: TokenRows) -> list[TokenRows]:
+        """The rows as each layer sees them."""
+        return [rows] * len(self.layers)
+
+    def advance(self, rows: TokenRows, layers: tuple[LayerCache, ...]) -> DenseCache:
+        """The cache with `layers`, to which the tokens of `rows` were appended."""
+        total = self.lengths + rows.new_lengths
         return self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total)).placed()
 
     def placed(self) -> DenseCache:
@@ -132,9 +142,9 @@ class DenseCache:
             lengths=row_spec(self.lengths), written=row_spec(self.written),
         )  # fmt: skip
 
-    def check_room(self, lengths) -> None:
-        """Raise ContextLengthError where `lengths` [B] more tokens do not fit. Waits for the device."""
-        held, new = np.asarray(self.lengths), np.asarray(lengths).astype(int)
+    def check_room(self, new_lengths) -> None:
+        """Raise ContextLengthError where `new_lengths` [B] more tokens do not fit. Waits for the device."""
+        held, new = np.asarray(self.lengths), np.asarray(new_lengths).astype(int)
         full = np.flatnonzero(held + new > self.capacity)
         if full.size:
             row = int(full[0])
@@ -144,53 +154,53 @@ class DenseCache:
             )
 
     @on_own_mesh
-    def truncate(self, lengths: Int[Array, " B"]) -> DenseCache:
-        """Keep the first `lengths` tokens of each row and forget the rest; nothing is moved.
+    def truncate(self, keep_lengths: Int[Array, " B"]) -> DenseCache:
+        """Keep the first `keep_lengths` tokens of each row and forget the rest; nothing is moved.
 
         A row that is shorter already stays as it is; 0 empties a row for the next request. Called with
         arrays that hold values (not under a trace), it raises ContextLengthError where a ring has
         overwritten what the shorter row would need.
         """
         check_alive(self)
-        lengths = jnp.asarray(whole_numbers("lengths", lengths, self.lengths.shape, "[B]"), jnp.int32)
-        new = jnp.minimum(self.lengths, lengths)
-        if not any(isinstance(x, jax.core.Tracer) for x in (lengths, self.lengths, self.written)):
-            self._check_held(np.asarray(new))
-        return self.replace(lengths=new, written=jnp.where(new == 0, 0, self.written))
+        keep = jnp.asarray(whole_numbers("keep_lengths", keep_lengths, self.lengths.shape, "[B]"), jnp.int32)
+        kept = jnp.minimum(self.lengths, keep)
+        if not any(isinstance(x, jax.core.Tracer) for x in (keep, self.lengths, self.written)):
+            self._check_held(np.asarray(kept))
+        return self.replace(lengths=kept, written=jnp.where(kept == 0, 0, self.written))
 
-    def _check_held(self, lengths: np.ndarray) -> None:
+    def _check_held(self, keep_lengths: np.ndarray) -> None:
         written = np.asarray(self.written)
         for layer, window in zip(self.layers, self.windows, strict=True):
             slots = layer.slots
             if window is None or slots >= self.capacity:
                 continue
-            # The next query, at position `lengths`, sees from lengths - window + 1 on.
-            needed = np.maximum(lengths - window + 1, 0)
-            lost = np.flatnonzero((written - slots > needed) & (lengths > 0))
+            # The next query, at position n of a row that keeps n, sees from n - window + 1 on.
+            needed = np.maximum(keep_lengths - window + 1, 0)
+            lost = np.flatnonzero((written - slots > needed) & (keep_lengths > 0))
             if lost.size:
                 row = int(lost[0])
                 raise ContextLengthError(
-                    f"row {row} was {written[row]} tokens long and cannot go back to {lengths[row]}: a layer with "
+                    f"row {row} was {written[row]} tokens long and cannot go back to {keep_lengths[row]}: a layer with "
                     f"a window of {window} keeps {slots} positions, so the earliest it can go back to is "
                     f"{written[row] - slots + window - 1}, or 0"
                 )
 
 
-def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int, rows: str = "batch") -> ArraySpec:
+def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int, row_axis: str) -> ArraySpec:
     """Keys or values of a layer. In `folded`, heads are dealt out whole, each device's rounded up to whole lanes."""
     axes = {
-        "heads_first": (rows, "kv_heads", None, None),
-        "heads_last": (rows, None, "kv_heads", None),
-        "folded": (rows, None, "kv_heads"),
+        "heads_first": (row_axis, "kv_heads", None, None),
+        "heads_last": (row_axis, None, "kv_heads", None),
+        "folded": (row_axis, None, "kv_heads"),
     }[layout]
     units = (*shape[:2], kv_heads) if layout == "folded" else None
     return ArraySpec(shape, axes, dtype, units=units, init="zeros")
 
 
-def _scale_spec(shape: tuple[int, ...], kv_heads: int, rows: str = "batch") -> ArraySpec:
+def _scale_spec(shape: tuple[int, ...], kv_heads: int, row_axis: str) -> ArraySpec:
     """Scales of int8 keys or values: dealt out as the heads are, each device's rounded up."""
     units = (shape[0], kv_heads, shape[2])
-    return ArraySpec(shape, (rows, "kv_heads", None), jnp.float32, units=units, init="zeros")
+    return ArraySpec(shape, (row_axis, "kv_heads", None), jnp.float32, units=units, init="zeros")
 
 
 def stored_heads(cfg: ModelConfig, mesh: Mesh | None) -> int:
@@ -204,7 +214,7 @@ def stored_heads(cfg: ModelConfig, mesh: Mesh | None) -> int:
 
 
 def layer_specs(
-    cfg: ModelConfig, count: int, slots: int, rows: Literal["batch", "pages"], *, dtype, mesh: Mesh | None,
+    cfg: ModelConfig, count: int, slots: int, row_axis: Literal["batch", "pages"], *, dtype, mesh: Mesh | None,
     layout: Layout,
 ) -> LayerCache:  # fmt: skip
     """One layer of `count` rows (or pages) of `slots` tokens, as declared: its leaves are `ArraySpec`s."""
@@ -214,12 +224,12 @@ def layer_specs(
     shape = cache_shape(layout, count, slots, heads, cfg.head_dim)
     if layout == "folded":
         shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
-    spec = _spec(shape, dtype, layout, heads, rows)
+    spec = _spec(shape, dtype, layout, heads, row_axis)
     if jnp.dtype(dtype) != jnp.int8:
-        return LayerCache(spec, spec, layout=layout, kv_heads=heads, rows=rows)
+        return LayerCache(spec, spec, layout=layout, kv_heads=heads, row_axis=row_axis)
     padded = round_up(heads // shards, SUBLANES) * shards if layout == "folded" else heads
-    scale = _scale_spec((count, padded, slots), heads, rows)
-    return LayerCache(spec, spec, scale, scale, layout, heads, rows)
+    scale = _scale_spec((count, padded, slots), heads, row_axis)
+    return LayerCache(spec, spec, scale, scale, layout, heads, row_axis)
 
 
 def default_layout(platform: str | None = None) -> Layout:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pdx.errors import DonatedError, RequestError
 
 
-def check_cache(cache: Any, kind: type) -> None:
-    """Raise RequestError for what is no cache of this kind, DonatedError for one that a step has used up."""
-    if not isinstance(cache, kind):
-        made = {"DenseCache": "pdx.init_cache", "PagedCache": "pdx.init_paged_cache"}[kind.__name__]
-        raise RequestError(f"cache is {type(cache).__name__}: it must be a {kind.__name__}, which {made} makes")
+def check_cache(cache: Any, *kinds: type) -> None:
+    """Raise RequestError for what is no cache of these kinds, DonatedError for one that a step has used up."""
+    if not isinstance(cache, kinds):
+        made = {"DenseCache": "pdx.init_cache", "PagedCache": "pdx.init_paged_cache"}
+        wanted = " or ".join(f"a {kind.__name__}, which {made[kind.__name__]} makes" for kind in kinds)
+        raise RequestError(f"cache is {type(cache).__name__}: it must be {wanted}")
     check_alive(cache)
 
 
@@ -35,6 +37,13 @@ def whole_numbers(name: str, value: Any, shape: tuple[int | None, ...], dims: st
     `dims`: the shape in letters. Values are not looked at: a device may still be computing them.
     """
     return _array(name, value, shape, dims, "iu", "whole numbers")
+
+
+def as_new_lengths(lengths: Any, batch: int, tokens: int) -> jax.Array:
+    """How many of each row's `tokens` are real, [B]; None: all. Raises RequestError."""
+    if lengths is None:
+        return jnp.full((batch,), tokens, jnp.int32)
+    return jnp.asarray(whole_numbers("lengths", lengths, (batch,), "[B]"), jnp.int32)
 
 
 def flags(name: str, value: Any, shape: tuple[int | None, ...], dims: str) -> Any:

@@ -1,4 +1,4 @@
-"""The paged KV-cache: pages of tokens that block tables deal out to requests, and which request a packed token is of.
+"""The paged KV-cache: pages of tokens that block tables deal out to requests.
 
 Layers of one window make a page group, with a pool of pages and a block table of their own, since a window layer can
 give pages back that a full layer must keep. Which page belongs to whom is the host's to know: the cache holds pages
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels.hardware import platform_of
 from pallas_kernels.layouts import Layout
 from pdx.arguments import integer
 from pdx.cache.dense import LayerCache, cache_dtype, default_layout, layer_specs, zeros
 from pdx.cache.given import check_cache, whole_numbers
+from pdx.cache.rows import PackedRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.meshes import as_mesh, on_own_mesh
@@ -34,44 +35,6 @@ PAGE_SIZES: dict[Layout, int] = {"folded": 128, "heads_last": 64, "heads_first":
 def page_groups(cfg: ModelConfig) -> tuple[int | None, ...]:
     """The windows of a model, each once, in the order of its layers: a page group each. None: the whole context."""
     return tuple(dict.fromkeys(cfg.windows))
-
-
-@struct.dataclass
-class PackedRows:
-    """Which request each packed token is of, and where that request's pages are: what attention needs of a step.
-
-    Attributes:
-      block_tables: [Gr, R, M], or [R, M] of one page group: position t lies in page block_tables[g, r, t // p].
-      lengths: tokens that each row holds, this step's included; 0: it takes no part.
-      query_starts: row r owns the tokens from query_starts[r] to query_starts[r+1] - 1; the last one stands at
-        position lengths[r] - 1. What follows the last row is padding.
-      decode_rows: the first rows, so many, own one token at most; max_queries: the most any row owns. Static.
-    """
-
-    block_tables: Int[Array, "Gr R M"] | Int[Array, "R M"]
-    lengths: Int[Array, " R"]
-    query_starts: Int[Array, " R1"]
-    decode_rows: int = struct.field(pytree_node=False, default=0)
-    max_queries: int | None = struct.field(pytree_node=False, default=None)
-
-    def group(self, index: int) -> PackedRows:
-        """As one page group sees them."""
-        return self.replace(block_tables=self.block_tables[index])
-
-    def places(self, tokens: int) -> tuple[Int[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
-        """Row and position of each packed token, and whether it is one: padding is not, nor is what has no page."""
-        at, rows = jnp.arange(tokens, dtype=jnp.int32), self.lengths.shape[0]
-        row = jnp.searchsorted(self.query_starts, at, side="right", method="compare_all") - 1
-        own = jnp.clip(row, 0, rows - 1)
-        position = self.lengths[own] - self.query_starts[own + 1] + at
-        return own, position, (row < rows) & (self.lengths[own] > 0) & (position >= 0)
-
-    def slots(self, tokens: int, page: int) -> Int[Array, " T"]:
-        """Where in the pages of one group each token is to be written, page * p + offset; -1: nowhere."""
-        own, position, real = self.places(tokens)
-        width = self.block_tables.shape[1]
-        held = self.block_tables[own, jnp.clip(position // page, 0, width - 1)]
-        return jnp.where(real & (position < width * page), held * page + position % page, -1)
 
 
 @struct.dataclass
@@ -100,6 +63,20 @@ class PagedCache:
             for spec in jax.tree.leaves(layer.specs(), is_leaf=is_spec):
                 found[group] += spec.held_bytes(self.mesh) // spec.shape[0]
         return tuple(found)
+
+    def rows(self, new_lengths, batch: int, tokens: int) -> PackedRows:
+        """Raises ValueError: how many tokens are new does not say whose pages they belong in."""
+        raise ValueError(f"over a paged cache tokens [{batch}, {tokens}] must be packed, [1, T], and come with rows: "
+                         "PackedRows.packed(T, block_tables, held_lengths, query_starts)")
+
+    def layer_rows(self, rows: PackedRows) -> list[PackedRows]:
+        """The rows as each layer sees them: with the block table of its page group."""
+        groups = [rows.of_group(g) for g in range(len(self.groups))]
+        return [groups[g] for g in self.group_of_layer]
+
+    def advance(self, rows: PackedRows, layers: tuple[LayerCache, ...]) -> PagedCache:
+        """The cache with `layers`, to which the tokens of `rows` were appended."""
+        return self.replace(layers=layers).placed()
 
     def placed(self) -> PagedCache:
         """The cache held to its placement on the mesh, inside a jitted function: how it must be returned."""

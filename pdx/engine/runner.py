@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx import steps
-from pdx.cache.paged import PackedRows, copy_pages, init_paged_cache
+from pdx.cache.paged import copy_pages, init_paged_cache
+from pdx.cache.rows import PackedRows
 from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
@@ -160,7 +161,7 @@ def _step(params, cache, last, host, cfg, shape, decode_rows, max_queries, kerne
     ends = np.cumsum([t, t, r, r + 1, slots])
     tokens, sources, lengths, starts, logit_rows, tables = jnp.split(host, ends)
     tokens = jnp.where(sources >= 0, last[jnp.maximum(sources, 0)], tokens)
-    rows = PackedRows(tables.reshape(groups, r, -1), lengths, starts, decode_rows, max_queries)
+    rows = PackedRows.packed(t, tables.reshape(groups, r, -1), lengths, starts, decode_rows, max_queries)
     logits, cache = steps.mixed(params, cfg, tokens, rows, cache, kernels)
     return logits[logit_rows], cache
 

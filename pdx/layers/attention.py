@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, singledispatch
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention
 from pallas_kernels.decode_attention.api import MAX_QUERIES
@@ -18,12 +18,13 @@ from pallas_kernels.flash_attention.api import explain as explain_flash
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.api import explain as explain_paged
 from pdx.cache.dense import LayerCache, default_layout
-from pdx.cache.paged import PackedRows
+from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.layers.linear import linear, projections
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotate
+from pdx.meshes import Devices, on_several_devices
 from pdx.sharding import is_spec, mesh_axis
 
 # The user chooses among auto, xla and pallas; tpu and gpu name a target that is compiled for but is not here. dense is
@@ -79,28 +80,25 @@ def attention(
     p: dict,
     cfg: ModelConfig,
     x: Float[Array, "B T D"],
+    cache: LayerCache | None,
+    rows: TokenRows | PackedRows,
     *,
     window: int | None,
     rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]],
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
-    lengths: Int[Array, " B"] | PackedRows,
-    cache: LayerCache | None,
-    mesh: Mesh | None,
+    mesh: Devices,
     kernels: Kernels,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """Project, rotate, append to the cache and attend over what it holds.
 
-    `lengths` are the tokens a row holds with this chunk; over pages, x is one row of packed tokens, and `lengths` says
-    whose they are. Without a cache the chunk attends to itself
-    through the dense reference, which differentiates. On a `mesh` each device appends and attends to
-    its own rows and heads.
+    Without a cache the chunk attends to itself through the dense reference, which differentiates. On a `mesh` each
+    device appends and attends to its own rows and heads.
     """
     b, t, _ = x.shape
     h, specs = cfg.head_dim, projections(cfg)
 
     def heads(name, count):
-        return linear(x, p[f"{name}_proj"], p.get(f"{name}_bias"), specs[f"{name}_proj"]).reshape(b, t, count, h)
+        y = linear(x, p[f"{name}_proj"], p.get(f"{name}_bias"), specs[f"{name}_proj"], mesh)
+        return y.reshape(b, t, count, h)
 
     q, k, v = heads("q", cfg.num_heads), heads("k", cfg.num_kv_heads), heads("v", cfg.num_kv_heads)
     if cfg.qk_norm:
@@ -108,53 +106,61 @@ def attention(
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     settings = {"scale": cfg.attn_scale, "window": window, "softcap": cfg.attn_softcap}
     if cache is None:
-        out = reference_attention(q, k, v, starts=positions[:, 0], lengths=lengths, layout="heads_last", **settings)
+        out = reference_attention(q, k, v, starts=rows.positions[:, 0], lengths=rows.held_lengths, layout="heads_last",
+                                  **settings)  # fmt: skip
     else:
-        name, interpret = implementation(kernels, cache.layout)
-        settings |= {"implementation": name, "interpret": interpret, "layout": cache.layout}
-        run = partial(_attend_pages if cache.rows == "pages" else _append_and_attend, **settings)
-        if mesh is not None and mesh.size > 1:
+        run = partial(_append_and_attend, kernels=kernels, **settings)
+        if on_several_devices(mesh):
             run = _sharded(run, mesh, cache)
             if cache.kv_heads > cfg.num_kv_heads:
                 k, v = (jnp.repeat(x, cache.kv_heads // cfg.num_kv_heads, axis=2) for x in (k, v))
-        out, cache = run(q, k, v, positions, valid, lengths, cache)
+        out, cache = run(q, k, v, rows, cache)
     out = out.reshape(b, t, cfg.num_heads * h)
-    return linear(out, p["o_proj"], p.get("o_bias"), specs["o_proj"]), cache
+    return linear(out, p["o_proj"], p.get("o_bias"), specs["o_proj"], mesh), cache
 
 
-def _append_and_attend(q, k, v, positions, valid, lengths, cache: LayerCache, **settings):
-    """Write the chunk's keys and values, and attend over all that the rows hold."""
-    cache = cache.append(k, v, positions, valid, *_writer(settings, cache))
-    if settings["implementation"] == "dense":
-        settings = {name: x for name, x in settings.items() if name not in ("implementation", "interpret")}
-        out = reference_attention(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2],
-                                  **cache.scales, **settings)  # fmt: skip
-        return out, cache
+def _append_and_attend(q, k, v, rows: TokenRows | PackedRows, cache: LayerCache, kernels: Kernels, **settings):
+    """Write the call's keys and values, and attend over all that its rows hold."""
+    name, interpret = implementation(kernels, cache.layout)
+    cache = cache.append(k, v, rows, *_writer(name, interpret, cache))
+    settings |= {"layout": cache.layout, "kv_heads": k.shape[2]} | cache.scales
+    if name != "dense":
+        settings |= {"implementation": name, "interpret": interpret}
+    return _attend(rows, q, cache, name == "dense", settings), cache
+
+
+@singledispatch
+def _attend(rows, q, cache: LayerCache, dense: bool, settings: dict) -> Float[Array, "B T N H"]:
+    """Attend over what `rows` hold in the cache; `dense`: by the definition, with all scores in memory."""
+    raise TypeError(f"rows are {type(rows).__name__}: they must be TokenRows or PackedRows")
+
+
+@_attend.register
+def _(rows: TokenRows, q, cache, dense, settings):
     op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
-    out = op(q, cache.k, cache.v, starts=positions[:, 0], lengths=lengths, kv_heads=k.shape[2], **cache.scales,
-             **settings)  # fmt: skip
-    return out, cache
+    op = reference_attention if dense else op
+    return op(q, cache.k, cache.v, starts=rows.positions[:, 0], lengths=rows.held_lengths, **settings)
 
 
-def _attend_pages(q, k, v, positions, valid, rows: PackedRows, cache: LayerCache, **settings):
-    """The same for packed tokens over pages."""
-    slots = rows.slots(q.shape[1], cache.slots)
-    cache = cache.write(k[0], v[0], slots, *_writer(settings, cache))
+@_attend.register
+def _(rows: PackedRows, q, cache, dense, settings):
+    if dense:
+        raise NotImplementedError("kernels='dense' has no attention over pages: use kernels='xla'")
     out = paged_attention(
-        q[0], cache.k, cache.v, block_tables=rows.block_tables, lengths=rows.lengths, query_starts=rows.query_starts,
-        kv_heads=k.shape[2], decode_rows=rows.decode_rows, max_queries=rows.max_queries, **cache.scales, **settings,
+        q[0], cache.k, cache.v, block_tables=rows.block_tables, lengths=rows.held_lengths,
+        query_starts=rows.query_starts, decode_rows=rows.decode_rows, max_queries=rows.max_queries, **settings,
     )  # fmt: skip
-    return out[None], cache
+    return out[None]
 
 
-def _writer(settings: dict, cache: LayerCache) -> tuple[str, bool]:
+def _writer(name: str, interpret: bool, cache: LayerCache) -> tuple[str, bool]:
     """Implementation of the append beside that of the attention, and whether it is interpreted.
 
     The library chooses, but for the TPU's kernels on a CPU: the write of int8 runs interpreted with them.
     """
-    if settings["interpret"] and cache.layout == "folded" and cache.k_scale is not None:
+    if interpret and cache.layout == "folded" and cache.k_scale is not None:
         return "tpu", True
-    return ("xla" if settings["implementation"] in ("xla", "dense") else "auto"), False
+    return ("xla" if name in ("xla", "dense") else "auto"), False
 
 
 def _sharded(run: Callable, mesh: Mesh, cache: LayerCache) -> Callable:
@@ -163,9 +169,9 @@ def _sharded(run: Callable, mesh: Mesh, cache: LayerCache) -> Callable:
     Nothing is communicated. Where query heads do not divide over the mesh, all heads are on every device.
     """
     specs = cache.specs()
-    rows, heads = mesh_axis(cache.rows, specs.k.shape[0], mesh), mesh_axis("kv_heads", cache.kv_heads, mesh)
+    rows, heads = mesh_axis(cache.row_axis, specs.k.shape[0], mesh), mesh_axis("kv_heads", cache.kv_heads, mesh)
     each, row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
     stored = jax.tree.map(lambda spec: spec.partition(mesh), specs, is_leaf=is_spec)
     return jax.shard_map(
-        run, mesh=mesh, in_specs=(each, each, each, row, row, row, stored), out_specs=(each, stored), check_vma=False
+        run, mesh=mesh, in_specs=(each, each, each, row, stored), out_specs=(each, stored), check_vma=False
     )

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantArray
@@ -19,6 +18,7 @@ from pallas_kernels.layouts import LANES
 from pallas_kernels.masking import precision_of, soft_cap
 from pdx import quant
 from pdx.config import ModelConfig
+from pdx.meshes import ANY_DEVICES, Devices, on_one_device
 from pdx.sharding import ArraySpec
 
 Weight = Float[Array, "o i"] | QuantArray
@@ -42,13 +42,14 @@ def watching(see: Callable[[Weight, Array], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def product(x: Float[Array, "*b i"], weight: Weight, dtype=None, spec: ArraySpec | None = None) -> Float[Array, "*b o"]:
-    """x @ weight.T in `dtype` (None: what the operands give). `spec` declares the weight: on a mesh quantized products
-    need it."""
+def product(
+    x: Float[Array, "*b i"], weight: Weight, dtype=None, spec: ArraySpec | None = None, mesh: Devices = ANY_DEVICES
+) -> Float[Array, "*b o"]:
+    """x @ weight.T in `dtype` (None: what the operands give), on the devices of `mesh`; `spec` declares the weight."""
     if (see := _watcher.get()) is not None:
         see(weight, x)
     if isinstance(weight, QuantArray):
-        return quant.matmul(x, weight, dtype, spec)
+        return quant.matmul(x, weight, dtype, spec, mesh)
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": dtype}
     if not weight_first(x):
         return jnp.einsum("...i,oi->...o", x, weight, **settings)
@@ -66,10 +67,11 @@ def weight_first(x: Float[Array, "*b i"]) -> bool:
 
 
 def linear(
-    x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None, spec: ArraySpec | None = None
+    x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None, spec: ArraySpec | None = None,
+    mesh: Devices = ANY_DEVICES,
 ) -> Float[Array, "*b o"]:
-    """x @ weight.T + bias, accumulated in f32, in the dtype of x. `spec`: as of `product`."""
-    y = product(x, weight, None, spec)
+    """x @ weight.T + bias, accumulated in f32, in the dtype of x. `spec` and `mesh` as in `product`."""
+    y = product(x, weight, None, spec, mesh)
     return y if bias is None else y + bias
 
 
@@ -79,13 +81,13 @@ FEW_TOKENS = 256
 
 
 def embed(
-    table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Mesh | None = None
+    table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Devices = ANY_DEVICES
 ) -> Float[Array, "B T D"]:
     """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
-    alone, narrow = mesh is None or mesh.size == 1, table.shape[1] % LANES > 0
+    narrow = table.shape[1] % LANES > 0
     if isinstance(table, QuantArray):
-        x = quant.lookup(table, tokens, vocabulary(table))
-    elif alone and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
+        x = quant.lookup(table, tokens, vocabulary(table), mesh)
+    elif on_one_device(mesh) and narrow and tokens.size <= FEW_TOKENS and platform_of() == "tpu":
         x = _embed_columns(table, tokens)
     else:
         x = jnp.take(table, tokens, axis=0, mode="clip")
@@ -100,9 +102,11 @@ def _embed_columns(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Flo
     return jnp.concatenate(found, axis=1).T.reshape(*tokens.shape, table.shape[1])
 
 
-def unembed(x: Float[Array, "*b D"], table: Weight, cap: float | None) -> Float[Array, "*b V"]:
+def unembed(
+    x: Float[Array, "*b D"], table: Weight, cap: float | None, mesh: Devices = ANY_DEVICES
+) -> Float[Array, "*b V"]:
     """Vocabulary logits in f32."""
-    return soft_cap(product(x, table, jnp.float32, vocabulary(table)), cap)
+    return soft_cap(product(x, table, jnp.float32, vocabulary(table), mesh), cap)
 
 
 def vocabulary(table: Weight) -> ArraySpec:

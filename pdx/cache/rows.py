@@ -1,0 +1,101 @@
+"""Whose the tokens of one call are: all that the cache, attention and the head need to know of them.
+
+`DenseCache.rows` makes `TokenRows` of how many tokens are new, `PackedRows.packed` is made of block tables.
+`forward` and the layers take either and do not ask which.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+
+@struct.dataclass
+class TokenRows:
+    """T tokens of each of B rows, behind what the row holds.
+
+    Attributes:
+      new_lengths: tokens that this call appends to each row; 0: the row takes no part.
+      held_lengths: tokens that each row holds, this call's included; 0 for a row that takes no part.
+      positions: where each token stands in its row.
+      real: False for padding, and for what is past the end of the cache: it is neither written nor seen.
+    """
+
+    new_lengths: Int[Array, " B"]
+    held_lengths: Int[Array, " B"]
+    positions: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+
+    @classmethod
+    def behind(cls, before: Int[Array, " B"], new_lengths: Int[Array, " B"], tokens: int) -> TokenRows:
+        """Rows that held `before` tokens and are given `tokens` each, of which the first `new_lengths` are real."""
+        offsets = jnp.arange(tokens, dtype=jnp.int32)[None]
+        held = jnp.where(new_lengths > 0, before + new_lengths, 0)
+        return cls(new_lengths, held, before[:, None] + offsets, offsets < new_lengths[:, None])
+
+    @property
+    def wanted(self) -> Int[Array, "B 1"]:
+        """The last token of each row, whose logits a step returns."""
+        return self.new_lengths[:, None] - 1
+
+    def slots(self, size: int) -> Int[Array, " B*T"]:
+        """Where each token is written, counted through rows of `size` slots; -1: nowhere."""
+        rows = jnp.arange(self.positions.shape[0])[:, None]
+        return jnp.where(self.real, rows * size + self.positions % size, -1).reshape(-1)
+
+
+@struct.dataclass
+class PackedRows:
+    """The tokens of R requests in one row [1, T], each in the pages that the request's block table names.
+
+    Attributes:
+      block_tables: position t lies in page block_tables[g, r, t // p] of page group g. [R, M]: of one group.
+      held_lengths: tokens that each request holds, this call's included; 0: it takes no part.
+      query_starts: request r owns the tokens from query_starts[r] to query_starts[r+1] - 1; the last one stands at
+        position held_lengths[r] - 1. What follows the last request is padding.
+      positions: where each token stands in its request.
+      owner: the request of each token.
+      real: False for padding.
+      decode_rows: the first requests, so many, own one token at most; max_queries: the most any owns. Static.
+    """
+
+    block_tables: Int[Array, "Gr R M"] | Int[Array, "R M"]
+    held_lengths: Int[Array, " R"]
+    query_starts: Int[Array, " R1"]
+    positions: Int[Array, "1 T"]
+    owner: Int[Array, "1 T"]
+    real: Bool[Array, "1 T"]
+    decode_rows: int = struct.field(pytree_node=False, default=0)
+    max_queries: int | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def packed(
+        cls, tokens: int, block_tables: Int[Array, "Gr R M"], held_lengths: Int[Array, " R"],
+        query_starts: Int[Array, " R1"], decode_rows: int = 0, max_queries: int | None = None,
+    ) -> PackedRows:  # fmt: skip
+        """Of `tokens` packed tokens."""
+        at, rows = jnp.arange(tokens, dtype=jnp.int32), held_lengths.shape[0]
+        row = jnp.searchsorted(query_starts, at, side="right", method="compare_all") - 1
+        owner = jnp.clip(row, 0, rows - 1)
+        held = held_lengths[owner]
+        positions = held - query_starts[owner + 1] + at
+        real = (row < rows) & (held > 0) & (positions >= 0)
+        return cls(block_tables, held_lengths, query_starts, positions[None], owner[None], real[None], decode_rows,
+                   max_queries)  # fmt: skip
+
+    @property
+    def wanted(self) -> Int[Array, "1 R"]:
+        """The last token of each request, whose logits a step returns."""
+        return self.query_starts[None, 1:] - 1
+
+    def of_group(self, index: int) -> PackedRows:
+        """As one page group sees them."""
+        return self.replace(block_tables=self.block_tables[index])
+
+    def slots(self, size: int) -> Int[Array, " T"]:
+        """Where each token is written, counted through pages of `size` tokens; -1: nowhere."""
+        owner, positions, real = self.owner[0], self.positions[0], self.real[0]
+        width = self.block_tables.shape[1]
+        page = self.block_tables[owner, jnp.clip(positions // size, 0, width - 1)]
+        return jnp.where(real & (positions < width * size), page * size + positions % size, -1)
