@@ -23,11 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantArray
 from pallas_kernels.quant_array import dequantize, quantize_rows
+from pdx.cache.rows import TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
 from pdx.layers.linear import watching
 from pdx.layers.norm import rms_norm
 from pdx.layers.rope import rotation
+from pdx.meshes import ANY_DEVICES
 from pdx.model import Params, forward, layer
 from pdx.quant import Kind, Policy, check_policy, rounded
 from pdx.rounding import HIGHEST, gptq, searched
@@ -89,7 +91,8 @@ def calibrate(
     params, kinds = check_policy(params, policy)
     if method == "rtn":
         return rounded(params, kinds)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), (ROWS, tokens.shape[1]))
+    everything = jnp.full(ROWS, tokens.shape[1], jnp.int32)
+    rows = TokenRows.behind(jnp.zeros_like(everything), everything, tokens.shape[1])
     padded = np.zeros((-len(tokens) % ROWS, tokens.shape[1]), tokens.dtype)
     batches = np.split(np.concatenate([tokens, padded]), -(-len(tokens) // ROWS))
     real = len(tokens) * tokens.shape[1]  # lines of all batches; the padded ones come last
@@ -97,7 +100,7 @@ def calibrate(
     streams = [start(params, ids) for ids in batches]
     layers = []
     for i, p in enumerate(params["layers"]):
-        run = partial(_through, cfg=cfg, window=cfg.windows[i], rope=cfg.layer_rope(i), positions=positions)
+        run = partial(_through, cfg=cfg, window=cfg.windows[i], rope=cfg.layer_rope(i), rows=rows)
         p, own = dict(p), {name: kinds.get(f"layers.{i}.{name}") for name in p}
         for names, source in STAGES:
             wanted = [name for name in names if own[name] is not None]
@@ -116,7 +119,7 @@ def calibrate(
 
 
 @partial(jax.jit, static_argnames=("cfg", "window", "rope", "watch"))
-def _through(p, x, *, cfg: ModelConfig, window: int | None, rope, positions, watch: str | None):
+def _through(p, x, *, cfg: ModelConfig, window: int | None, rope, rows: TokenRows, watch: str | None):
     """A layer's output, and what the product called `watch` is given, as lines."""
     seen = []
 
@@ -124,11 +127,9 @@ def _through(p, x, *, cfg: ModelConfig, window: int | None, rope, positions, wat
         if watch is not None and weight is p[watch]:
             seen.append(given.reshape(-1, given.shape[-1]))
 
-    everything = jnp.ones(positions.shape, bool)
-    lengths = jnp.full(positions.shape[0], positions.shape[1], jnp.int32)
     with watching(see):
-        y, _ = layer.__wrapped__(p, x, None, rotation(rope, cfg.head_dim, positions), positions, everything, lengths,
-                                 cfg=cfg, window=window, mesh=None, kernels="xla")  # fmt: skip
+        y, _ = layer.__wrapped__(p, x, None, rows, rotation(rope, cfg.head_dim, rows.positions), cfg=cfg,
+                                 window=window, mesh=ANY_DEVICES, kernels="xla")  # fmt: skip
     return y, seen[0] if seen else None
 
 
