@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "pdx-test-xla-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # in no error's text, and a tenth of all tracing
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait busily: two workers take twice as long with two each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _add_xla_flag(name: str, value: str) -> None:
