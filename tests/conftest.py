@@ -27,14 +27,19 @@ def _add_xla_flag(name: str, value: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thinner", type=int, default=1, help="keep this many times fewer cases of a `thin` test fast")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Of a parametrized test marked `thin(n)` every n-th set of parameters stays fast, the others become slow."""
+    thinner = config.getoption("thinner")
     seen = Counter()
     for item in items:
         thin, test = item.get_closest_marker("thin"), item.nodeid.partition("[")[0]
         if thin is not None and "[" in item.nodeid:
-            if seen[test] % thin.args[0]:
+            if seen[test] % (thin.args[0] * thinner):
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
 
