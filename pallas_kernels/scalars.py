@@ -96,9 +96,7 @@ class Interpreter:
         if id(jaxpr) not in self._matter:
             needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
             for eqn in reversed(jaxpr.eqns):
-                busy = eqn.primitive.name in LISTENED or any(map(self.busy, inside(eqn)))
-                wanted = any(v in needed and self._follows(v.aval) for v in eqn.outvars)
-                if busy or wanted:
+                if self._heard(eqn) or any(v in needed and self._follows(v.aval) for v in eqn.outvars):
                     found.append(eqn)
                     needed.update(v for v in eqn.invars if not isinstance(v, Literal))
             self._matter[id(jaxpr)] = found[::-1]
@@ -193,10 +191,12 @@ class Interpreter:
         """Whether anything inside is listened to."""
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         if id(jaxpr) not in self._busy:
-            self._busy[id(jaxpr)] = any(
-                e.primitive.name in LISTENED or any(self.busy(j) for j in inside(e)) for e in jaxpr.eqns
-            )
+            self._busy[id(jaxpr)] = any(map(self._heard, jaxpr.eqns))
         return self._busy[id(jaxpr)]
+
+    def _heard(self, eqn) -> bool:
+        """Whether an equation, or anything inside it, is listened to."""
+        return eqn.primitive.name in LISTENED or any(map(self.busy, inside(eqn)))
 
 
 def inside(eqn) -> list[Jaxpr]:

@@ -136,9 +136,11 @@ def forward(
         raise ValueError(f"hidden_layers {hidden_layers}: a model of {cfg.num_layers} layers has 0 to {cfg.num_layers}")
     if t < 1:
         raise ValueError(f"tokens {tokens.shape} are empty: a call takes at least one token a row")
-    if rows is None and cache is not None:
+    if rows is not None:
+        _check_rows(rows, lengths, tokens.shape, cache)
+    elif cache is not None:
         rows = cache.rows(lengths, b, t)
-    elif rows is None:
+    else:
         rows = TokenRows.behind(jnp.zeros(b, jnp.int32), as_new_lengths(lengths, b, t), t)
     layer_rows = [rows] * cfg.num_layers if cache is None else cache.layer_rows(rows)
     rotations = {r: rotation(r, cfg.head_dim, rows.positions) for r in map(cfg.layer_rope, range(cfg.num_layers))}
@@ -163,6 +165,16 @@ def forward(
         final_hidden=x,
         hidden=hidden,
     )
+
+
+def _check_rows(rows: TokenRows | PackedRows, lengths, shape: tuple[int, ...], cache) -> None:
+    """Raise ValueError unless `rows` are of the kind that the cache takes, and say whose these tokens are."""
+    wanted = PackedRows if isinstance(cache, PagedCache) else TokenRows
+    if not isinstance(rows, wanted) or rows.positions.shape != shape:
+        where = f" for tokens {rows.positions.shape}" if isinstance(rows, TokenRows | PackedRows) else ""
+        raise ValueError(f"rows must be {wanted.__name__} for tokens {shape}, got {type(rows).__name__}{where}")
+    if lengths is not None:
+        raise ValueError("lengths and rows both say which tokens are real: give one of them")
 
 
 # Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler

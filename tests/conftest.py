@@ -16,7 +16,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "pdx-test-xla-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # in no error's text, and a tenth of all tracing
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nothing reads them, and they slow tracing
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait busily: two workers take twice as long with two each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -53,7 +53,7 @@ def pytest_configure(config):
         _add_xla_flag("xla_llvm_disable_expensive_passes", "true")
         # The programs are small, and the workers of xdist fill the cores.
         _add_xla_flag("xla_cpu_parallel_codegen_split_count", "1")
-        # Twice as fast to compile; later releases have no such flag, and are as fast without it.
+        # Twice as fast to compile; later releases have no such flag.
         if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
             _add_xla_flag("xla_cpu_use_fusion_emitters", "false")
 

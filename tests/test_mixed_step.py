@@ -9,6 +9,7 @@ import pytest
 
 from pdx import steps
 from pdx.cache.paged import copy_pages, init_paged_cache, page_groups, paged_cache_specs
+from pdx.cache.rows import PackedRows
 from pdx.model import forward
 from pdx.sharding import is_spec, make_mesh, place
 from tests.models import ALL, GEMMA, LLAMA, NINE, bits, close, leaves_equal, params, snapshot, tokens, whole
@@ -237,3 +238,10 @@ def test_what_does_not_fit_is_refused():
                          lengths=np.zeros(2), query_starts=np.zeros(2))  # fmt: skip
     with pytest.raises(ValueError, match="PackedRows"):
         forward(params(LLAMA), LLAMA, tokens(LLAMA, 1, 4), cache)
+    packed = PackedRows.packed(4, jnp.zeros((1, 1, 2), int), jnp.array([4]), jnp.array([0, 4]))
+    with pytest.raises(ValueError, match=r"PackedRows for tokens \(2, 4\)"):
+        forward(params(LLAMA), LLAMA, tokens(LLAMA, 2, 4), cache, rows=packed)
+    with pytest.raises(ValueError, match="must be TokenRows"):
+        forward(params(LLAMA), LLAMA, tokens(LLAMA, 1, 4), rows=packed)
+    with pytest.raises(ValueError, match="give one of them"):
+        forward(params(LLAMA), LLAMA, tokens(LLAMA, 1, 4), cache, lengths=np.array([4]), rows=packed)
