@@ -169,7 +169,7 @@ def forward(
 
 def _check_rows(rows: TokenRows | PackedRows, lengths, shape: tuple[int, ...], cache) -> None:
     """Raise ValueError unless `rows` are of the kind that the cache takes, and say whose these tokens are."""
-    wanted = PackedRows if isinstance(cache, PagedCache) else TokenRows
+    wanted = TokenRows if cache is None else cache.ROWS
     if not isinstance(rows, wanted) or rows.positions.shape != shape:
         where = f" for tokens {rows.positions.shape}" if isinstance(rows, TokenRows | PackedRows) else ""
         raise ValueError(f"rows must be {wanted.__name__} for tokens {shape}, got {type(rows).__name__}{where}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,8 @@ class DenseCache:
     chunk: int = struct.field(pytree_node=False)
     windows: tuple[int | None, ...] = struct.field(pytree_node=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+
+    ROWS: ClassVar = TokenRows  # what says whose the tokens of a call are
 
     @property
     def batch(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,8 @@ class PagedCache:
     groups: tuple[int | None, ...] = struct.field(pytree_node=False)
     group_of_layer: tuple[int, ...] = struct.field(pytree_node=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+
+    ROWS: ClassVar = PackedRows  # what says whose the tokens of a call are
 
     @property
     def page_size(self) -> int:
