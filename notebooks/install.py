@@ -22,7 +22,8 @@ warnings.filterwarnings("ignore", "To exit: use")  # which IPython would add whe
 # Which runtime? Devices say it, then the environment; an installed libtpu counts in Colab alone.
 env, colab = os.environ, "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ
 nvidia = glob("/dev/nvidia[0-9]*") or (
-    shutil.which("nvidia-smi") and b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout)
+    shutil.which("nvidia-smi") and b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout
+)
 google = any(Path(path).read_text().strip() == "0x1ae0" for path in glob("/sys/bus/pci/devices/*/vendor"))
 tpu_named = env.get("COLAB_TPU_1VM") or env.get("COLAB_TPU_ADDR") or env.get("TPU_ACCELERATOR_TYPE")
 parts = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "numpy")
@@ -105,5 +106,6 @@ if runtime != "cpu" and backend != runtime:
     raise SystemExit(
         f"This is a {runtime.upper()} runtime, but JAX runs on {backend}{why}. {asked}Close what else holds the "
         f"{runtime.upper()}, restart the runtime (Colab: Runtime > Restart session), run this cell first. If it stays "
-        "so: Runtime > Disconnect and delete runtime. `!pdx doctor` says more.")
+        "so: Runtime > Disconnect and delete runtime. `!pdx doctor` says more."
+    )
 print(f"{backend}:", ", ".join(f"{name} {version}" for name, version in after.items() if version))

@@ -9,5 +9,13 @@ from pallas_kernels.quant_array import QuantArray
 from pallas_kernels.quantize_kv import quantize_kv
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 
-__all__ = ["QuantArray", "decode_attention", "flash_attention", "paged_attention", "quantize_kv", "quantized_matmul",
-           "reference_attention", "write_pages"]  # fmt: skip
+__all__ = [
+    "QuantArray",
+    "decode_attention",
+    "flash_attention",
+    "paged_attention",
+    "quantize_kv",
+    "quantized_matmul",
+    "reference_attention",
+    "write_pages",
+]

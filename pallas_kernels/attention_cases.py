@@ -130,10 +130,12 @@ class Drawn:
             return jnp.asarray(padded.transpose(0, 2, 1))
 
         arrays = {
-            "q": jnp.asarray(self.q, case.dtype), "k": cache(self.keys), "v": cache(self.values),
+            "q": jnp.asarray(self.q, case.dtype),
+            "k": cache(self.keys),
+            "v": cache(self.values),
             "starts": jnp.asarray(case.held, jnp.int32),
             "lengths": None if case.full else jnp.asarray(case.lengths),
-        }  # fmt: skip
+        }
         if case.sinks:
             arrays["sinks"] = jnp.asarray(self.sinks)
         if case.tree:

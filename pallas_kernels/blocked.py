@@ -78,15 +78,21 @@ def blocked_attention(
             if integer:  # widened block by block: the cache itself is never dequantized
                 keys, values = keys.astype(q.dtype), values.astype(q.dtype)
             logits = jnp.einsum(
-                f"bkmh,{axes}->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32)
+                f"bkmh,{axes}->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32
+            )
             if integer:
                 logits *= scales(k_scale, slot)[:, :, None]
             key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
             # In a ring, a slot of this block may hold a newer position of a longer row.
             held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
             mask = visible(
-                positions, jnp.where(held, key_positions, -1), causal=causal, window=window, tree=branches,
-                starts=starts)  # fmt: skip
+                positions,
+                jnp.where(held, key_positions, -1),
+                causal=causal,
+                window=window,
+                tree=branches,
+                starts=starts,
+            )
             # What a slot's last request left there has weight zero, but zero times NaN is NaN.
             values = jnp.where(held[:, None, :, None] if axes == "bksh" else held[:, :, None, None], values, 0)
             logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, softcap)
@@ -98,8 +104,12 @@ def blocked_attention(
             if integer:
                 weights *= jnp.where(held[:, None], scales(v_scale, slot), 0)[:, :, None]
             acc = acc * fade[..., None] + jnp.einsum(
-                f"bkms,{axes}->bkmh", weights.astype(values.dtype), values, precision=precision,
-                preferred_element_type=jnp.float32)  # fmt: skip
+                f"bkms,{axes}->bkmh",
+                weights.astype(values.dtype),
+                values,
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
             return new_top, total, acc
 
         m = group * bq

@@ -88,9 +88,25 @@ def check_softcap(op: str, softcap: Any) -> None:
 
 
 def describe(
-    op: str, q, k, v, *, starts, lengths, causal: bool, window: int | None, softcap: float | None, sinks, k_scale,
-    v_scale, tree, layout: Layout, kv_heads: int | None, value_dim: int | None, return_lse: bool,
-) -> Call:  # fmt: skip
+    op: str,
+    q,
+    k,
+    v,
+    *,
+    starts,
+    lengths,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks,
+    k_scale,
+    v_scale,
+    tree,
+    layout: Layout,
+    kv_heads: int | None,
+    value_dim: int | None,
+    return_lse: bool,
+) -> Call:
     """The `Call` that these arguments make. Raises ValueError naming the argument and what it should be."""
 
     def expect(name: str, x: Any, shape: tuple[int, ...], axes: str):
@@ -98,15 +114,15 @@ def describe(
             raise ValueError(f"{op}: {name} must be {axes} = {shape}, got {x.shape}")
 
     held = {"starts": starts} if lengths is None else {"starts": starts, "lengths": lengths}
-    check_arrays(op, q, {"k": k, "v": v}, held,
-                 {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale, "tree": tree})  # fmt: skip
+    check_arrays(op, q, {"k": k, "v": v}, held, {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale, "tree": tree})
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     rank = 3 if layout == "folded" else 4
     axes = {"heads_first": "[B, K, S, H]", "heads_last": "[B, S, K, H]", "folded": "[B, S, C]"}[layout]
     if q.ndim != 4 or k.ndim != rank or v.ndim != rank:
-        raise ValueError(f"{op}: q must be [B, T, N, H] and k, v {axes} ({layout}), "
-                         f"got {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(
+            f"{op}: q must be [B, T, N, H] and k, v {axes} ({layout}), got {q.shape}, {k.shape}, {v.shape}"
+        )
     b, t, n, h = q.shape
     slots = k.shape[slot_axis(layout)]
     if layout != "folded":
@@ -142,6 +158,22 @@ def describe(
         raise ValueError(f"{op}: a tree says what a causal query sees of its own chunk; causal is False")
     check_softcap(op, softcap)
     return Call(
-        op, b, t, n, kv_heads, h, value_dim, slots, str(q.dtype), str(k.dtype), layout, causal, window, softcap,
-        sinks is not None, tree is not None, lengths is not None, return_lse,
-    )  # fmt: skip
+        op,
+        b,
+        t,
+        n,
+        kv_heads,
+        h,
+        value_dim,
+        slots,
+        str(q.dtype),
+        str(k.dtype),
+        layout,
+        causal,
+        window,
+        softcap,
+        sinks is not None,
+        tree is not None,
+        lengths is not None,
+        return_lse,
+    )

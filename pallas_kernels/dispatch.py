@@ -119,9 +119,14 @@ def choose(
 
 
 def select(
-    op: str, implementation: Implementation, modules: Mapping[str, ModuleType], call: Call, interpret, *,
+    op: str,
+    implementation: Implementation,
+    modules: Mapping[str, ModuleType],
+    call: Call,
+    interpret,
+    *,
     helper: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """The name of the implementation that a call runs: what `choose` says, held against the device traced for.
 
     Raises:
@@ -133,8 +138,10 @@ def select(
         return name
     reason = without_pallas() if name == here else f"it is a kernel for {name}, and this is traced for {here}"
     if reason:
-        raise NotImplementedError(f"{op}: the {name} implementation ({choice.reason}) cannot run here: {reason}; "
-                                  f"interpret=True runs it on a CPU for checking; {USE_XLA}")
+        raise NotImplementedError(
+            f"{op}: the {name} implementation ({choice.reason}) cannot run here: {reason}; "
+            f"interpret=True runs it on a CPU for checking; {USE_XLA}"
+        )
     return name
 
 

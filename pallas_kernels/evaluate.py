@@ -16,14 +16,33 @@ def _divide(a, b):
 
 
 _NUMPY = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "max": np.maximum, "min": np.minimum,
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": np.invert, "neg": operator.neg,
-    "sign": np.sign, "abs": np.abs, "div": _divide, "rem": np.fmod,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "max": np.maximum,
+    "min": np.minimum,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": np.invert,
+    "neg": operator.neg,
+    "sign": np.sign,
+    "abs": np.abs,
+    "div": _divide,
+    "rem": np.fmod,
     "select_n": lambda which, *cases: np.where(which, cases[1], cases[0]) if len(cases) == 2 else cases[int(which)],
-    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high), "shift_left": np.left_shift,
-    "shift_right_arithmetic": np.right_shift, "multiple_of": lambda x: x, "stop_gradient": lambda x: x,
-}  # fmt: skip
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "shift_left": np.left_shift,
+    "shift_right_arithmetic": np.right_shift,
+    "multiple_of": lambda x: x,
+    "stop_gradient": lambda x: x,
+}
 
 
 def evaluator(eqn) -> Callable[[list], list]:

@@ -16,8 +16,15 @@ from math import prod
 # Opcodes that only move data. What a fusion does is what its root does.
 MOVES = ("copy", "copy-start", "pad", "transpose", "reshape", "concatenate", "slice", "dynamic-slice", "gather")
 _THROUGH = ("bitcast", "convert", "copy-done", "tuple", "get-tuple-element", "optimization-barrier")
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all",
-                "collective-broadcast")  # fmt: skip
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "c64": 64, "c128": 128}
 
 _SHAPE = re.compile(r"\b(pred|bf16|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -144,8 +151,10 @@ class Module:
 def _instruction(found: re.Match, computation: str) -> Instruction:
     root, name, result, opcode, rest = found.groups()
     inside = rest[: _closing(rest)]
-    shapes = tuple(Shape(d, tuple(int(n) for n in dims.split(",") if n), layout or "")
-                   for d, dims, layout in _SHAPE.findall(result))  # fmt: skip
+    shapes = tuple(
+        Shape(d, tuple(int(n) for n in dims.split(",") if n), layout or "")
+        for d, dims, layout in _SHAPE.findall(result)
+    )
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(name, opcode, shapes, operands, rest[len(inside) :], computation, bool(root))
 

@@ -34,5 +34,8 @@ def jax_flash(problem: Problem, tiles: tuple[int, int, int]) -> tuple[Callable, 
     def shape(tokens: int, size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((call.batch, call.heads, tokens, size), call.dtype)
 
-    return run, [shape(call.queries, call.head_dim), shape(call.slots, call.head_dim),
-                 shape(call.slots, call.value_dim)]  # fmt: skip
+    return run, [
+        shape(call.queries, call.head_dim),
+        shape(call.slots, call.head_dim),
+        shape(call.slots, call.value_dim),
+    ]

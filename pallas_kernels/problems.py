@@ -123,18 +123,40 @@ def _dense(op: str) -> Callable:
 
         def run(values, config, interpret=False):
             rest = {"lengths": None} | {k: v for k, v in values.items() if k not in "qkv"}
-            return function(values["q"], values["k"], values["v"], **rest, **settings, config=config,
-                            implementation=implementation, interpret=interpret)  # fmt: skip
+            return function(
+                values["q"],
+                values["k"],
+                values["v"],
+                **rest,
+                **settings,
+                config=config,
+                implementation=implementation,
+                interpret=interpret,
+            )
 
         rows = len(case.held)
         scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
-        full = {"starts": np.full(rows, max(case.slots - case.queries, 0), np.int32),
-                "lengths": np.full(rows, case.slots, np.int32)}  # fmt: skip
+        full = {
+            "starts": np.full(rows, max(case.slots - case.queries, 0), np.int32),
+            "lengths": np.full(rows, case.slots, np.int32),
+        }
         tokens, queries, pairs = _dense_needs(case)
         cache = tuple(n for n in ("k", "v", "k_scale", "v_scale") if n in arrays)
-        return Problem(op, case.name, case.smoke, implementation, arrays, scalars, full, call, run,
-                       *_needs(call, tokens, queries, pairs), cache, bytes_stored=_stored(call, tokens, queries),
-                       case=case)  # fmt: skip
+        return Problem(
+            op,
+            case.name,
+            case.smoke,
+            implementation,
+            arrays,
+            scalars,
+            full,
+            call,
+            run,
+            *_needs(call, tokens, queries, pairs),
+            cache,
+            bytes_stored=_stored(call, tokens, queries),
+            case=case,
+        )
 
     return make
 
@@ -168,18 +190,25 @@ def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Prob
         "q": ((case.packed, case.kv_heads * case.group, case.head_dim), dtype),
         "k_pages": (cache_shape(layout, pages, case.page, case.kv_heads, case.head_dim), kv),
         "v_pages": (cache_shape(layout, pages, case.page, case.kv_heads, case.value_size), kv),
-        "block_tables": ((rows, width), jnp.int32), "lengths": ((rows,), jnp.int32),
+        "block_tables": ((rows, width), jnp.int32),
+        "lengths": ((rows,), jnp.int32),
         "query_starts": ((rows + 1,), jnp.int32),
-    }  # fmt: skip
+    }
     if case.sinks:
         shapes["sinks"] = ((case.kv_heads * case.group,), jnp.float32)
     if case.stored == "int8":
         scale = ((pages, round_up(case.kv_heads, SUBLANES), case.page), jnp.float32)
         shapes |= {"k_scale": scale, "v_scale": scale}
     arrays = {name: jax.ShapeDtypeStruct(*x) for name, x in shapes.items()}
-    settings = {"window": case.window, "softcap": case.softcap, "layout": layout, "kv_heads": case.kv_heads,
-                "value_dim": case.value_size, "decode_rows": case.decode_rows,
-                "max_queries": case.max_queries}  # fmt: skip
+    settings = {
+        "window": case.window,
+        "softcap": case.softcap,
+        "layout": layout,
+        "kv_heads": case.kv_heads,
+        "value_dim": case.value_size,
+        "decode_rows": case.decode_rows,
+        "max_queries": case.max_queries,
+    }
     absent = dict.fromkeys(("sinks", "k_scale", "v_scale"))
     named = {k: v for k, v in (absent | arrays).items() if k not in ("q", "k_pages", "v_pages")}
     call = make_call(*(arrays[n] for n in ("q", "k_pages", "v_pages")), **named, **settings, return_lse=False)
@@ -187,8 +216,17 @@ def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Prob
     def run(values, config, interpret=False):
         q, k, v, *rest = values.values()
         named = dict(zip(list(values)[3:], rest, strict=True))
-        return paged_attention(q, k, v, **named, **settings, scale=case.logit_scale, config=config,
-                               implementation=implementation, interpret=interpret)  # fmt: skip
+        return paged_attention(
+            q,
+            k,
+            v,
+            **named,
+            **settings,
+            scale=case.logit_scale,
+            config=config,
+            implementation=implementation,
+            interpret=interpret,
+        )
 
     # Every row's own pages, so that what is timed is read from memory; what lies behind them names pages of others.
     tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
@@ -208,9 +246,21 @@ def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Prob
             low = np.maximum(0, positions - case.window + 1) if case.window else np.zeros(n, int)
             tokens, pairs = tokens + length - int(low.min()), pairs + int((positions - low + 1).sum())
     cache = tuple(n for n in ("k_pages", "v_pages", "k_scale", "v_scale") if n in arrays)
-    return Problem("paged_attention", case.name, getattr(case, "smoke", False), implementation, arrays, scalars, full,
-                   call, run, *_needs(call, tokens, sum(case.queries), pairs), cache,
-                   bytes_stored=_stored(call, tokens, call.tokens), case=case)  # fmt: skip
+    return Problem(
+        "paged_attention",
+        case.name,
+        getattr(case, "smoke", False),
+        implementation,
+        arrays,
+        scalars,
+        full,
+        call,
+        run,
+        *_needs(call, tokens, sum(case.queries), pairs),
+        cache,
+        bytes_stored=_stored(call, tokens, call.tokens),
+        case=case,
+    )
 
 
 def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
@@ -239,8 +289,11 @@ def _matmul(case: Any, implementation: str, layout: Layout | None = None) -> Pro
 
     groups = case.columns // (case.group or case.columns)
     scale = jax.ShapeDtypeStruct((groups, case.out), jnp.float32)
-    arrays = {"x": jax.ShapeDtypeStruct((case.rows, case.columns), case.dtype),
-              "values": jax.ShapeDtypeStruct((case.out, case.columns), DTYPES[case.bits]), "scales": scale}  # fmt: skip
+    arrays = {
+        "x": jax.ShapeDtypeStruct((case.rows, case.columns), case.dtype),
+        "values": jax.ShapeDtypeStruct((case.out, case.columns), DTYPES[case.bits]),
+        "scales": scale,
+    }
     if not case.symmetric:
         arrays["offsets"] = scale
 
@@ -248,13 +301,27 @@ def _matmul(case: Any, implementation: str, layout: Layout | None = None) -> Pro
         return QuantArray(values["values"], values["scales"], values.get("offsets"), case.activations, case.dtype)
 
     def run(values, config, interpret=False):
-        return quantized_matmul(values["x"], weight(values), config=config, implementation=implementation,
-                                interpret=interpret)  # fmt: skip
+        return quantized_matmul(
+            values["x"], weight(values), config=config, implementation=implementation, interpret=interpret
+        )
 
     call = make_call(arrays["x"], weight(arrays))
     io = case.rows * (case.columns + case.out) * jnp.dtype(case.dtype).itemsize
-    return Problem("quantized_matmul", case.name, case.smoke, implementation, arrays, {}, {}, call, run,
-                   call.weight_bytes + io, 2 * case.rows * case.columns * case.out, ("values",), case=case)  # fmt: skip
+    return Problem(
+        "quantized_matmul",
+        case.name,
+        case.smoke,
+        implementation,
+        arrays,
+        {},
+        {},
+        call,
+        run,
+        call.weight_bytes + io,
+        2 * case.rows * case.columns * case.out,
+        ("values",),
+        case=case,
+    )
 
 
 # (case, implementation[, layout of its cache instead of the implementation's own]) -> Problem

@@ -106,11 +106,18 @@ def _assemble(path: Path, text: str, dynamic: Mapping[str, int]) -> list[Kernel]
         def number(pattern, said=said):
             return sum(int(n) for n in re.findall(pattern, said))
 
-        kernels.append(Kernel(
-            name, arch, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill (?:stores|loads)"),
-            number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes smem") + dynamic.get(name, 0),
-            mma.get(name, {}), None if sass is None else sass.get(name, {}),
-        ))  # fmt: skip
+        kernels.append(
+            Kernel(
+                name,
+                arch,
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes spill (?:stores|loads)"),
+                number(r"(\d+) bytes stack frame"),
+                number(r"(\d+) bytes smem") + dynamic.get(name, 0),
+                mma.get(name, {}),
+                None if sass is None else sass.get(name, {}),
+            )
+        )
     return kernels
 
 

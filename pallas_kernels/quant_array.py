@@ -94,8 +94,9 @@ def check(w: QuantArray) -> QuantArray:
     if jnp.dtype(w.values.dtype) not in map(jnp.dtype, DTYPES.values()):
         raise ValueError(f"a QuantArray holds int8 or int4, not {w.values.dtype}")
     if w.values.ndim != 2 or w.scales.ndim != 2 or w.scales.shape[1] != w.values.shape[0]:
-        raise ValueError(f"a QuantArray has values [out, in] and scales [in/g, out], got {w.values.shape} and "
-                         f"{w.scales.shape}")
+        raise ValueError(
+            f"a QuantArray has values [out, in] and scales [in/g, out], got {w.values.shape} and {w.scales.shape}"
+        )
     if w.values.shape[1] % w.scales.shape[0]:
         raise ValueError(f"{w.scales.shape[0]} groups do not divide the {w.values.shape[1]} columns")
     if w.offsets is not None and w.offsets.shape != w.scales.shape:
@@ -113,15 +114,20 @@ def group_of(columns: int, group: int | None) -> int:
         return columns
     if group < 1 or columns % group:
         fits = [g for g in GROUPS if columns % g == 0]
-        raise ValueError(f"groups of {group} do not divide rows of {columns}; "
-                         f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would, and so would a whole row")
+        raise ValueError(
+            f"groups of {group} do not divide rows of {columns}; "
+            f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would, and so would a whole row"
+        )
     return group
 
 
 def quantize(
-    w: Float[Array, "out in"], bits: int = 8, group: int | None = None, symmetric: bool = True,
+    w: Float[Array, "out in"],
+    bits: int = 8,
+    group: int | None = None,
+    symmetric: bool = True,
     activations: Activations = "float",
-) -> QuantArray:  # fmt: skip
+) -> QuantArray:
     """Round a matrix to the nearest values of its groups, half to even.
 
     Symmetric: the largest magnitude of a group is 127 (int8) or 7 (int4) steps. Affine (int4): 16 levels from the
@@ -180,9 +186,12 @@ def take_rows(w: QuantArray, rows: Int[Array, ...], dtype=None) -> Float[Array, 
 
 
 def from_blocks(
-    values: Int[np.ndarray, "out in"], scales: Float[np.ndarray, "out groups"],
-    offsets: Float[np.ndarray, "out groups"] | None = None, bits: int = 8, dtype: str = "float32",
-) -> QuantArray:  # fmt: skip
+    values: Int[np.ndarray, "out in"],
+    scales: Float[np.ndarray, "out groups"],
+    offsets: Float[np.ndarray, "out groups"] | None = None,
+    bits: int = 8,
+    dtype: str = "float32",
+) -> QuantArray:
     """A QuantArray of blocks as files hold them, on the host: a scale (and an offset) a row and group.
 
     Raises:

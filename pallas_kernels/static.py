@@ -84,8 +84,13 @@ def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
     }
 
 
-def cycles(problem: Problem, target: Target, config: str | None = None, timeout: float = 300,
-           peer: tuple[int, ...] | None = None) -> int | None:  # fmt: skip
+def cycles(
+    problem: Problem,
+    target: Target,
+    config: str | None = None,
+    timeout: float = 300,
+    peer: tuple[int, ...] | None = None,
+) -> int | None:
     """The compiler's static cycles of a problem's kernels, from a process of its own: asking can end it.
 
     Args:
@@ -97,12 +102,23 @@ def cycles(problem: Problem, target: Target, config: str | None = None, timeout:
     if target.chip.platform != "tpu":
         return None
     with tempfile.TemporaryDirectory() as profile:
-        command = [sys.executable, "-m", "pallas_kernels.static", problem.op, "--target", target.name, "--exact",
-                   problem.name, "--child", ",".join(map(str, peer)) if peer else "cycles"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pallas_kernels.static",
+            problem.op,
+            "--target",
+            target.name,
+            "--exact",
+            problem.name,
+            "--child",
+            ",".join(map(str, peer)) if peer else "cycles",
+        ]
         command += ["--config", config] if config else []
         try:
-            done = subprocess.run(command, env=_environment(profile), capture_output=True, text=True, timeout=timeout,
-                                  check=False)  # fmt: skip
+            done = subprocess.run(
+                command, env=_environment(profile), capture_output=True, text=True, timeout=timeout, check=False
+            )
         except subprocess.TimeoutExpired:
             return None
     rows = list(_rows(done.stdout))
@@ -123,8 +139,16 @@ def row(problem: Problem, target: str, config: Any = None) -> dict[str, Any]:
     return rows[0] if rows else {"error": "no figures came back"}
 
 
-def table(op: str, target: str, case: str | None = None, small: bool = False, config: str | None = None,
-          exact: bool = False, peer: bool = False, timeout: float = 3000) -> list[dict[str, Any]]:  # fmt: skip
+def table(
+    op: str,
+    target: str,
+    case: str | None = None,
+    small: bool = False,
+    config: str | None = None,
+    exact: bool = False,
+    peer: bool = False,
+    timeout: float = 3000,
+) -> list[dict[str, Any]]:
     """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
 
     Raises:
@@ -255,13 +279,17 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['case'][:44]:44} {row['error'].splitlines()[0][:120]}"
     over = ratios(row)
-    text = (f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['stored']:7.3f} "
-            f"{over['declared']:8.3f} {row['flops'] / 1e9:9.2f} {over['flops']:6.2f} "
-            f"{row['roofline_seconds'] * 1e6:9.1f} {'compute' if row['compute_bound'] else 'memory':8}")  # fmt: skip
+    text = (
+        f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['stored']:7.3f} "
+        f"{over['declared']:8.3f} {row['flops'] / 1e9:9.2f} {over['flops']:6.2f} "
+        f"{row['roofline_seconds'] * 1e6:9.1f} {'compute' if row['compute_bound'] else 'memory':8}"
+    )
     if row["kernels"]:
         most = max(row["kernels"], key=lambda k: k["registers"])
-        return text + (f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
-                       f"{sum(k['spill_bytes'] for k in row['kernels'])} B spilled")  # fmt: skip
+        return text + (
+            f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
+            f"{sum(k['spill_bytes'] for k in row['kernels'])} B spilled"
+        )
     text += f" {row['vmem_bytes'] / 2**20:6.2f} MiB"
     if "mxu" in over:
         text += f" {row['cycles']:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}"
@@ -280,14 +308,20 @@ def summary(op: str, target: str) -> str:
     cells = [f"{max(x[k] for x in over):.3f}, {statistics.median(x[k] for x in over):.3f}" for k in ("moved", "stored")]
     declared = max((x["declared"] for x in over), key=lambda x: abs(x - 1))
     times = sorted(r["roofline_seconds"] * 1e6 for r in rows)
-    return (f"| {op} | {target} | {len(rows)} | {' | '.join(cells)} | {declared:.3f} | "
-            f"{times[-1]:.1f}, {statistics.median(times):.1f} |")  # fmt: skip
+    return (
+        f"| {op} | {target} | {len(rows)} | {' | '.join(cells)} | {declared:.3f} | "
+        f"{times[-1]:.1f}, {statistics.median(times):.1f} |"
+    )
 
 
-SUMMARY = ("| op | target | cases | moved / needed: worst, median | moved / stored: worst, median | declared / count | "
-           "roofline us: longest, median |\n|---|---|---|---|---|---|---|")  # fmt: skip
-HEADER = (f"{'case':44} {'MB moved':>9} {'/needed':>7} {'/stored':>7} {'decl/cnt':>8} {'GFLOP':>9} {'/need':>6} "
-          f"{'roofline':>9} {'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}")  # fmt: skip
+SUMMARY = (
+    "| op | target | cases | moved / needed: worst, median | moved / stored: worst, median | declared / count | "
+    "roofline us: longest, median |\n|---|---|---|---|---|---|---|"
+)
+HEADER = (
+    f"{'case':44} {'MB moved':>9} {'/needed':>7} {'/stored':>7} {'decl/cnt':>8} {'GFLOP':>9} {'/need':>6} "
+    f"{'roofline':>9} {'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -301,8 +335,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--exact", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or tiles of the peer
     parser.add_argument("--peer", action="store_true", help="JAX's own prefill kernel beside cases without a mask")
-    parser.add_argument("--summary", action="store_true",
-                        help="a line of bytes and roofline a target, all of them without --target; needs no compiler")
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="a line of bytes and roofline a target, all of them without --target; needs no compiler",
+    )
     args = parser.parse_args(argv)
     if args.target is None and not args.summary:
         parser.error("--target is needed without --summary")
@@ -333,8 +370,10 @@ def _table(args: argparse.Namespace) -> None:
         print(f"{args.op} on {args.target}: static figures, nothing here was measured; roofline in us\n{HEADER}")
         print("\n".join(line(row) for row in rows))
     if all("error" in row for row in rows):
-        raise RuntimeError(f"no case of {args.op} has figures for {args.target}: "
-                           f"{rows[0]['error'].splitlines()[0] if rows else 'none came back'}")  # fmt: skip
+        raise RuntimeError(
+            f"no case of {args.op} has figures for {args.target}: "
+            f"{rows[0]['error'].splitlines()[0] if rows else 'none came back'}"
+        )
 
 
 if __name__ == "__main__":

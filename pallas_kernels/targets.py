@@ -125,8 +125,9 @@ def _topology(known: Chip, shape: str) -> str:
     fits = {1, 2, 4, 8, 16} if flat else {1, 2, *range(4, 257, 4)}
     if len(sizes) != len(one.split("x")) or not fits.issuperset(sizes):
         has = "two axes of 1, 2, 4, 8 or 16 chips" if flat else "three axes of 1, 2 or a multiple of 4 chips"
-        raise ValueError(f"{known.name} has no slice {shape}: slices are {has}, "
-                         f"such as {known.name}:{'2x4' if flat else '2x2x2'}")
+        raise ValueError(
+            f"{known.name} has no slice {shape}: slices are {has}, such as {known.name}:{'2x4' if flat else '2x2x2'}"
+        )
     return shape or one
 
 
@@ -174,9 +175,7 @@ class Target:
                 f"the variables of pallas_kernels.targets.environment()"
             )
         name = f"{'tpu7x' if self.chip.name == '7x' else self.chip.name}:{self.topology}"
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **compat.topology_arguments("tpu")
-        )
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **compat.topology_arguments("tpu"))
         return list(described.devices)
 
     def mesh(self, axes: Mapping[str, int]) -> Mesh:
@@ -221,8 +220,9 @@ class Target:
         """
         first = self.devices()[0]
         if not hasattr(fn, "lower"):
-            fn = jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums,
-                         static_argnames=static_argnames)  # fmt: skip
+            fn = jax.jit(
+                fn, donate_argnums=donate_argnums, static_argnums=static_argnums, static_argnames=static_argnames
+            )
         numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
         names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
         args = tuple(a if i in numbers else _abstract(a, first) for i, a in enumerate(args))
@@ -236,9 +236,15 @@ class Target:
             kernels = ptx.read(Path(dump)) if gpu else ()
         text = executable.as_text()
         return Compiled(
-            self.name, seconds, text, _memory(executable), compat.cost_dict(executable.cost_analysis()),
-            hlo.vmem_bytes(text), kernels, executable,
-        )  # fmt: skip
+            self.name,
+            seconds,
+            text,
+            _memory(executable),
+            compat.cost_dict(executable.cost_analysis()),
+            hlo.vmem_bytes(text),
+            kernels,
+            executable,
+        )
 
 
 def _abstract(tree: Any, device: Any) -> Any:

@@ -68,8 +68,9 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(f"the tuned table {path} must have an object of entries under {op}: {remedy}")
         for key, entry in entries.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
-                raise ValueError(f'the tuned table {path} has an entry without a "config" object, '
-                                 f"{op}, {key!r}: {remedy}")
+                raise ValueError(
+                    f'the tuned table {path} has an entry without a "config" object, {op}, {key!r}: {remedy}'
+                )
     return table
 
 

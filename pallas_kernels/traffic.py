@@ -112,8 +112,10 @@ def multiplied(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -
 
 def _run(fn: Callable, args: tuple, kwargs: dict, listen: Callable) -> None:
     leaves, tree = tree_util.tree_flatten((args, kwargs))
-    shapes = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
-              for x in leaves]  # fmt: skip
+    shapes = [
+        x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
+        for x in leaves
+    ]
 
     def flat(*values):
         a, k = tree_util.tree_unflatten(tree, values)
@@ -152,13 +154,17 @@ def _pallas_call(eqn, operands: list, platform: str) -> Call:
     grid = tuple(int(n.value) if isinstance(n, Known) else n for n in sizes)
     call = Call(str(name), grid, platform, p["cost_estimate"], dynamic=bounds > 0 or _has_while(p["jaxpr"]))
     lifted = mapping.num_index_operands
-    scalars = [_operand(x, v.aval, "smem", f"scalar{i}")
-               for i, (x, v) in enumerate(zip(operands[:lifted], eqn.invars[bounds:], strict=False))]  # fmt: skip
+    scalars = [
+        _operand(x, v.aval, "smem", f"scalar{i}")
+        for i, (x, v) in enumerate(zip(operands[:lifted], eqn.invars[bounds:], strict=False))
+    ]
     for ref in scalars:
         call.operands["scalars"] += prod(ref.shape) * np.dtype(ref.dtype).itemsize
     inputs = operands[lifted:]
-    blocks = [Block(m, i, inputs[i] if i < mapping.num_inputs else None, i < mapping.num_inputs)
-              for i, m in enumerate(mapping.block_mappings)]  # fmt: skip
+    blocks = [
+        Block(m, i, inputs[i] if i < mapping.num_inputs else None, i < mapping.num_inputs)
+        for i, m in enumerate(mapping.block_mappings)
+    ]
     temporary = [scratch(v.aval) for v in p["jaxpr"].invars[lifted + len(blocks) :]]
     sequential = any(r.space == "smem" for r in temporary)
     run = Runs(call, p["jaxpr"], grid, independent=not sequential)
@@ -320,8 +326,11 @@ class Runs:
 
 
 def _bits(dtype) -> int:
-    return jax.numpy.finfo(dtype).bits if jax.dtypes.issubdtype(dtype, np.floating) else (
-        8 if dtype == np.bool_ else jax.numpy.iinfo(dtype).bits)  # fmt: skip
+    return (
+        jax.numpy.finfo(dtype).bits
+        if jax.dtypes.issubdtype(dtype, np.floating)
+        else (8 if dtype == np.bool_ else jax.numpy.iinfo(dtype).bits)
+    )
 
 
 def _shape(ref) -> tuple[tuple[int, ...], Any]:

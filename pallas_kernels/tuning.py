@@ -166,9 +166,12 @@ def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Pa
     before = entries.get(bucket(call))
     if not (rung == "static" and before and before.get("rung") == "measured"):
         entries[bucket(call)] = {
-            "config": asdict(best.config), "rung": rung, "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(), "figures": best.figures | {"score_seconds": best.score},
-        }  # fmt: skip
+            "config": asdict(best.config),
+            "rung": rung,
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+            "figures": best.figures | {"score_seconds": best.score},
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     tiles.forget()
@@ -192,9 +195,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(
-    op: str, target: str | None = None, case: str | None = None, keep: bool = False, folder: Path | None = None,
+    op: str,
+    target: str | None = None,
+    case: str | None = None,
+    keep: bool = False,
+    folder: Path | None = None,
     say: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Tune an op's cases, `say` what was found, best first, and return it.
 
     Args:
@@ -216,8 +223,10 @@ def run(
     found = problems.problems(op, chip.platform, case, large_only=case is None)
     chosen = [p for p in found if not p.unsupported]
     if not chosen:
-        raise ValueError(f"no case of {op} for {chip.name} has {case!r} in its name; "
-                         f"there are {', '.join(repr(c.name) for c in there)}")
+        raise ValueError(
+            f"no case of {op} for {chip.name} has {case!r} in its name; "
+            f"there are {', '.join(repr(c.name) for c in there)}"
+        )
     if chip != here and (why := targets.missing(target)):
         raise targets.CompilerMissing(why)
     failed, results = [], []
@@ -225,8 +234,14 @@ def run(
         rung, judged = tune(problem, target)
         told = "measured here" if rung == "measured" else "ranked by static figures: nothing was measured"
         say(f"{op}, {problem.name}, {chip.name}: {told}")
-        results.append({"case": problem.name, "chip": chip.name, "rung": rung, "candidates": [
-            {"config": asdict(c.config), "score_s": c.score, "error": c.error} for c in judged]})  # fmt: skip
+        results.append(
+            {
+                "case": problem.name,
+                "chip": chip.name,
+                "rung": rung,
+                "candidates": [{"config": asdict(c.config), "score_s": c.score, "error": c.error} for c in judged],
+            }
+        )
         for c in judged:
             told = f"{c.score * 1e6:10.1f} us" if c.score is not None else c.error[:80]
             say(f"  {told}  {c.config}")

@@ -52,24 +52,37 @@ def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
     if (found := seen(query_starts)) is not None:
         (starts,) = found
         if starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] > call.tokens:
-            raise ValueError(f"{op}: query_starts must begin with 0, never fall and end at T = {call.tokens} or "
-                             f"before, got {_some(starts)}")  # fmt: skip
+            raise ValueError(
+                f"{op}: query_starts must begin with 0, never fall and end at T = {call.tokens} or "
+                f"before, got {_some(starts)}"
+            )
         most = np.full(call.rows, call.max_queries)
         most[: call.decode_rows] = 1
-        _refuse(np.diff(starts) > most,
-                lambda r: f"{op}: row {r} owns {np.diff(starts)[r]} queries, and decode_rows or max_queries promise "
-                          f"at most {most[r]}")  # fmt: skip
+        _refuse(
+            np.diff(starts) > most,
+            lambda r: (
+                f"{op}: row {r} owns {np.diff(starts)[r]} queries, and decode_rows or max_queries promise "
+                f"at most {most[r]}"
+            ),
+        )
     if (found := seen(lengths)) is not None:
         (held,) = found
         _refuse(held < 0, lambda r: f"{op}: row {r} has length {held[r]}: give 0 for a row that takes no part")
-        _refuse(held > call.capacity,
-                lambda r: f"{op}: row {r} holds {held[r]} tokens, and its block table names {call.width} pages of "
-                          f"{call.page}: give it more")  # fmt: skip
+        _refuse(
+            held > call.capacity,
+            lambda r: (
+                f"{op}: row {r} holds {held[r]} tokens, and its block table names {call.width} pages of "
+                f"{call.page}: give it more"
+            ),
+        )
     if (found := seen(lengths, query_starts)) is not None:
         held, asked = found[0], np.diff(found[1])
-        _refuse((held > 0) & (asked > held),
-                lambda r: f"{op}: row {r} has {asked[r]} queries and only {held[r]} tokens: lengths count this step's "
-                          "tokens too")  # fmt: skip
+        _refuse(
+            (held > 0) & (asked > held),
+            lambda r: (
+                f"{op}: row {r} has {asked[r]} queries and only {held[r]} tokens: lengths count this step's tokens too"
+            ),
+        )
     if (found := seen(block_tables, lengths, query_starts)) is not None:
         tables, held, asked = found[0], found[1], np.diff(found[2])
         place = np.arange(call.width)
@@ -77,8 +90,13 @@ def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
         read = (asked > 0) & (held > 0)
         read = read[:, None] & (place >= (first // call.page)[:, None]) & (place <= ((held - 1) // call.page)[:, None])
         outside = read & ((tables < 0) | (tables >= call.pages))
-        _refuse(outside.any(1), lambda r: f"{op}: row {r} reads page {tables[r, outside[r].argmax()]} by its block "
-                                          f"table, and the pool has {call.pages}")  # fmt: skip
+        _refuse(
+            outside.any(1),
+            lambda r: (
+                f"{op}: row {r} reads page {tables[r, outside[r].argmax()]} by its block "
+                f"table, and the pool has {call.pages}"
+            ),
+        )
 
 
 def check_slots(end: int, slots) -> None:
@@ -88,8 +106,9 @@ def check_slots(end: int, slots) -> None:
     kept = found[0][(found[0] >= 0) & (found[0] < end)]
     slot, count = np.unique(kept, return_counts=True)
     if (twice := slot[count > 1]).size:
-        raise ValueError(f"write_pages: slots must be distinct, and two tokens are for slot {twice[0]}: "
-                         "give -1 to drop one")  # fmt: skip
+        raise ValueError(
+            f"write_pages: slots must be distinct, and two tokens are for slot {twice[0]}: give -1 to drop one"
+        )
 
 
 def _some(x: np.ndarray) -> str:

@@ -60,9 +60,17 @@ def compile_step(
       jax.errors.JaxRuntimeError: what the compiler refuses: too little memory, for one.
     """
     function, arguments = step_arguments(
-        step, cfg, target, batch=batch, capacity=capacity, tokens=tokens, dtype=dtype, kv_dtype=kv_dtype,
-        quantize=quantize, mesh=mesh,
-    )  # fmt: skip
+        step,
+        cfg,
+        target,
+        batch=batch,
+        capacity=capacity,
+        tokens=tokens,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        quantize=quantize,
+        mesh=mesh,
+    )
     name = Target.get(target).chip.platform if kernels == "pallas" else kernels
     return Target.get(target).compile(
         function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels", "decode_rows", "max_queries")
@@ -70,9 +78,18 @@ def compile_step(
 
 
 def step_arguments(
-    step: Step, cfg: ModelConfig, target: str, *, batch: int, capacity: int, tokens: int, dtype, kv_dtype=None,
-    quantize: str | Policy | None = None, mesh: Mapping[str, int] | str | None = None,
-) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    step: Step,
+    cfg: ModelConfig,
+    target: str,
+    *,
+    batch: int,
+    capacity: int,
+    tokens: int,
+    dtype,
+    kv_dtype=None,
+    quantize: str | Policy | None = None,
+    mesh: Mapping[str, int] | str | None = None,
+) -> tuple[Any, dict[str, Any]]:
     """The jitted step and its arguments: arrays as shapes, placed on `target`'s chips, and static hints."""
     if step not in get_args(Step):
         raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
@@ -109,7 +126,11 @@ def _packed(cfg: ModelConfig, decode_rows: int, capacity: int, tokens: int, wher
         return ArraySpec(shape, (None,) * len(shape), jnp.int32)
 
     return {
-        "tokens": ints(tokens), "cache": cache, "block_tables": ints(len(cache.groups), count, width),
-        "lengths": ints(count), "query_starts": ints(count + 1), "decode_rows": decode_rows,
+        "tokens": ints(tokens),
+        "cache": cache,
+        "block_tables": ints(len(cache.groups), count, width),
+        "lengths": ints(count),
+        "query_starts": ints(count + 1),
+        "decode_rows": decode_rows,
         "max_queries": max(1, tokens - decode_rows),
-    }  # fmt: skip
+    }

@@ -18,8 +18,15 @@ from pdx.tokenizer.messages import check_messages
 
 SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
 # What a chat template is given by pdx itself.
-_OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
-              "sanitize_control_tokens")
+_OWN_NAMES = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "sanitize_control_tokens",
+)
 # Values that a row must not lose: refused where the template does not read them.
 _ASKED_FOR = ("documents", "reasoning_effort")
 
@@ -68,7 +75,7 @@ def read(path: Path, defaults: SamplingOptions) -> list[Request]:
             raise RequestError(f"{where} holds half a surrogate pair, which is no character")
         requests.append(parse(where, number, row, defaults))
     if not requests:
-        raise RequestError(f"{path} holds no requests: one JSON object a line, such as " '{"prompt": "Hello"}')
+        raise RequestError(f'{path} holds no requests: one JSON object a line, such as {{"prompt": "Hello"}}')
     return requests
 
 
@@ -121,9 +128,13 @@ def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Reque
 
 
 def build(
-    number: int, row: Any, prompt: Any, settings: Mapping[str, Any], template: Mapping[str, Any],
+    number: int,
+    row: Any,
+    prompt: Any,
+    settings: Mapping[str, Any],
+    template: Mapping[str, Any],
     defaults: SamplingOptions,
-) -> Request:  # fmt: skip
+) -> Request:
     """A request of a prompt that is checked. Raises RequestError for a setting out of its range."""
     return Request(number, row, prompt, dataclasses.replace(defaults, **settings), settings, template)
 
@@ -202,7 +213,8 @@ def run(
                 if piece.completion is None:
                     continue
                 waiting[piece.index] = requests[piece.index].row | completion_fields(
-                    piece.completion, kernels, model.mesh)
+                    piece.completion, kernels, model.mesh
+                )
                 tokens += piece.completion.completion_tokens
                 while written in waiting:
                     file.write(strict_json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")

@@ -48,10 +48,12 @@ def read(path: Path, defaults: SamplingOptions, asked: Mapping[str, Any] | None 
         requests.append(dataclasses.replace(request, settings={**(asked or {}), **request.settings}))
         name = row.get("custom_id") if openai_rows.is_openai(row) else None
         if isinstance(name, str) and seen.setdefault(name, number) != number:
-            raise RequestError(f"{where}: custom_id {name!r} stands in line {seen[name]} too: give each row one of its "
-                               "own, or nobody can tell the two answers apart")  # fmt: skip
+            raise RequestError(
+                f"{where}: custom_id {name!r} stands in line {seen[name]} too: give each row one of its "
+                "own, or nobody can tell the two answers apart"
+            )
     if not requests:
-        raise RequestError(f"{path} holds no requests: one JSON object a line, such as " '{"prompt": "Hello"}')
+        raise RequestError(f'{path} holds no requests: one JSON object a line, such as {{"prompt": "Hello"}}')
     return requests
 
 
@@ -129,9 +131,12 @@ class Tally:
 
 
 def run(
-    engine, requests: list[Request], journal: Journal | InOrder, *,
+    engine,
+    requests: list[Request],
+    journal: Journal | InOrder,
+    *,
     progress: Callable[[Tally], None] = lambda tally: None,
-) -> Tally:  # fmt: skip
+) -> Tally:
     """Answer what the journal does not hold, and write the output. A row that cannot be served gets an `error`.
 
     Raises EngineError where the engine itself is gone: the journal stays, for another run.

@@ -55,9 +55,14 @@ def check_method(method: str) -> None:
 
 
 def quantize_model(
-    model: Model, policy: str | Policy, text: str, method: Method = "gptq", *, sequences: int = 16,
+    model: Model,
+    policy: str | Policy,
+    text: str,
+    method: Method = "gptq",
+    *,
+    sequences: int = 16,
     progress: Callable[[int, int], None] | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """A model quantized with the help of a calibration text: `sequences` pieces of 512 tokens of it.
 
     Raises:
@@ -77,9 +82,13 @@ def quantize_model(
 
 
 def calibrate(
-    params: Params, cfg: ModelConfig, policy: str | Policy, tokens: Int[np.ndarray, "n T"], method: Method,
+    params: Params,
+    cfg: ModelConfig,
+    policy: str | Policy,
+    tokens: Int[np.ndarray, "n T"],
+    method: Method,
     progress: Callable[[int, int], None] | None = None,
-) -> Params:  # fmt: skip
+) -> Params:
     """Quantize parameters as `policy` says with the help of `tokens`, sequences of a calibration text.
 
     Embedding and head are rounded to the nearest, since they make most of a small model's bytes and little of its
@@ -128,13 +137,23 @@ def _through(p, x, *, cfg: ModelConfig, window: int | None, rope, rows: TokenRow
             seen.append(given.reshape(-1, given.shape[-1]))
 
     with watching(see):
-        y, _ = layer.__wrapped__(p, x, None, rows, rotation(rope, cfg.head_dim, rows.positions), cfg=cfg,
-                                 window=window, mesh=ANY_DEVICES, kernels="xla")  # fmt: skip
+        y, _ = layer.__wrapped__(
+            p,
+            x,
+            None,
+            rows,
+            rotation(rope, cfg.head_dim, rows.positions),
+            cfg=cfg,
+            window=window,
+            mesh=ANY_DEVICES,
+            kernels="xla",
+        )
     return y, seen[0] if seen else None
 
 
-def _quantize_stage(p: dict, names: Sequence[str], source: str, own: dict, x: Float[Array, "n in"], method: Method,
-                    cfg: ModelConfig) -> None:  # fmt: skip
+def _quantize_stage(
+    p: dict, names: Sequence[str], source: str, own: dict, x: Float[Array, "n in"], method: Method, cfg: ModelConfig
+) -> None:
     """Quantize the products of a stage in place; with `awq` scale them, and what their input comes from."""
     if method == "awq":
         # A key head's values go to all of its query heads: these columns share their scales.
@@ -149,8 +168,9 @@ def _quantize_stage(p: dict, names: Sequence[str], source: str, own: dict, x: Fl
         if own[name] is None:
             continue
         w, dtype = p[name], str(p[name].dtype)
-        p[name] = gptq(w, moments, own[name], dtype) if method == "gptq" else searched(w, jnp.diag(moments), own[name],
-                                                                                      dtype)  # fmt: skip
+        p[name] = (
+            gptq(w, moments, own[name], dtype) if method == "gptq" else searched(w, jnp.diag(moments), own[name], dtype)
+        )
 
 
 @jax.jit
@@ -189,8 +209,9 @@ def _best_scale(x: Float[Array, "n in"], weights: list[tuple[Array, Kind | None]
     size = jnp.maximum(size.astype(jnp.float32), 1e-6)
     heaviest = jnp.stack([jnp.abs(w).max(0) for w, _ in weights]).max(0).astype(jnp.float32)
     if shared is not None:
-        size, heaviest = (jnp.broadcast_to(v.reshape(shared).max(1, keepdims=True), shared).reshape(-1)
-                          for v in (size, heaviest))  # fmt: skip
+        size, heaviest = (
+            jnp.broadcast_to(v.reshape(shared).max(1, keepdims=True), shared).reshape(-1) for v in (size, heaviest)
+        )
     # A thousand lines tell the exponent.
     some = x[:: max(1, len(x) // 1024)].astype(jnp.float32)
     squares = jnp.square(x.astype(jnp.float32)).mean(0)
@@ -201,8 +222,11 @@ def _best_scale(x: Float[Array, "n in"], weights: list[tuple[Array, Kind | None]
         if peaks:
             scale = scale / jnp.maximum(heaviest, 1e-6) ** (1 - exponent)
         scale = scale / jnp.sqrt(scale.max() * scale.min())
-        error = sum(float(_error(some, y, squares, w, scale, kind)) for y, (w, kind) in zip(exact, weights, strict=True)
-                    if kind is not None)  # fmt: skip
+        error = sum(
+            float(_error(some, y, squares, w, scale, kind))
+            for y, (w, kind) in zip(exact, weights, strict=True)
+            if kind is not None
+        )
         if best is None or error < best:
             best, found = error, scale
     return found
@@ -229,6 +253,8 @@ def _scaled_head(params: Params, kinds: dict, kind: Kind, stream: Array, real: i
     head = params.get("lm_head", params["embed"])
     x = rms_norm(stream.reshape(-1, stream.shape[-1])[:real], params["final_norm"], cfg.norm_eps)
     scale = _best_scale(x, [(head[:: max(1, len(head) // 8192)], kind)], None)
-    scaled = {"lm_head": (head.astype(jnp.float32) * scale).astype(head.dtype),
-              "final_norm": params["final_norm"] / scale}  # fmt: skip
+    scaled = {
+        "lm_head": (head.astype(jnp.float32) * scale).astype(head.dtype),
+        "final_norm": params["final_norm"] / scale,
+    }
     return params | scaled, kinds | {"lm_head": kind}

@@ -50,8 +50,10 @@ class Chat:
         ids = self.engine.model.tokenizer.encode_chat(asked)
         room = self.engine.config.max_context - len(ids)
         if room < 1:
-            raise ContextLengthError(f"the conversation has {len(ids)} tokens, the context "
-                                     f"{self.engine.config.max_context}: /reset forgets it")  # fmt: skip
+            raise ContextLengthError(
+                f"the conversation has {len(ids)} tokens, the context "
+                f"{self.engine.config.max_context}: /reset forgets it"
+            )
         options = dataclasses.replace(self.options, max_tokens=min(self.options.max_tokens, room))
         stream = self.engine.submit(ids, options)
         try:
@@ -68,8 +70,10 @@ def turn_summary(done: Completion) -> str:
     """What a turn took, the phases apart, and how much of its prompt lay in the cache."""
     timing, new = done.timing, done.prompt_tokens - done.timing.hit_tokens
     decode = f", TPOT {timing.tpot_s * 1e3:.1f} ms" if timing.tpot_s is not None else ""
-    return (f"[prefilled {new} new of {done.prompt_tokens} tokens, TTFT {timing.ttft_s * 1e3:.0f} ms; "
-            f"{done.completion_tokens} tokens{decode}; {done.finish_reason}]")  # fmt: skip
+    return (
+        f"[prefilled {new} new of {done.prompt_tokens} tokens, TTFT {timing.ttft_s * 1e3:.0f} ms; "
+        f"{done.completion_tokens} tokens{decode}; {done.finish_reason}]"
+    )
 
 
 def converse(

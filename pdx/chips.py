@@ -112,8 +112,10 @@ def _check(fields: Mapping[str, Any]) -> None:
 def _rates(table: Mapping[str, Any]) -> Rates:
     table = dict(table)
     rest, made = table.pop("rest", None), table.pop("made", "")
-    groups = {name: {key: _surface(value) for key, value in table.pop(name, {}).items()}
-              for name in ("products", "prefill_attention", "decode_attention")}  # fmt: skip
+    groups = {
+        name: {key: _surface(value) for key, value in table.pop(name, {}).items()}
+        for name in ("products", "prefill_attention", "decode_attention")
+    }
     if table:
         raise ValueError(f"[rates] has no {sorted(table)[0]!r}")
     return Rates(**groups, rest=rest and _surface(rest), made=str(made))
@@ -142,16 +144,25 @@ def save(what: Chip, file: Path | None = None) -> Path:
 
 def to_toml(what: Chip) -> str:
     """The file that `read` reads."""
-    lines = [f"{f.name} = {_value(x)}" for f in dataclasses.fields(Chip)
-             if (x := getattr(what, f.name)) is not None and x != f.default]  # fmt: skip
+    lines = [
+        f"{f.name} = {_value(x)}"
+        for f in dataclasses.fields(Chip)
+        if (x := getattr(what, f.name)) is not None and x != f.default
+    ]
     if isinstance(what, MeasuredChip):
         rates = what.rates
         lines += ["", "[rates]", f"made = {_value(rates.made)}"]
-        tables = {f"{group}.{key}": surface for group in ("products", "prefill_attention", "decode_attention")
-                  for key, surface in getattr(rates, group).items()}  # fmt: skip
+        tables = {
+            f"{group}.{key}": surface
+            for group in ("products", "prefill_attention", "decode_attention")
+            for key, surface in getattr(rates, group).items()
+        }
         for name, surface in (tables | ({"rest": rates.rest} if rates.rest else {})).items():
-            lines += ["", f"[rates.{name}]", *(f"{f.name} = {_value(getattr(surface, f.name))}"
-                                               for f in dataclasses.fields(Surface))]  # fmt: skip
+            lines += [
+                "",
+                f"[rates.{name}]",
+                *(f"{f.name} = {_value(getattr(surface, f.name))}" for f in dataclasses.fields(Surface)),
+            ]
     return "\n".join([*lines, ""])
 
 

@@ -138,5 +138,8 @@ def not_finite(position: int, index: int | None = None) -> NotFiniteError:
 
     `index`: which prompt it is, where there are several.
     """
-    return NotFiniteError(f"the logits behind token {position} of the request are NaN or infinite: the model overflows "
-                          "for this input (try another dtype)", index)  # fmt: skip
+    return NotFiniteError(
+        f"the logits behind token {position} of the request are NaN or infinite: the model overflows "
+        "for this input (try another dtype)",
+        index,
+    )

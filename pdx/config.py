@@ -65,8 +65,16 @@ class ModelConfig:
     post_norms: bool = False  # a norm behind attention and behind the MLP, before the residual sum
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff",
-                     "max_context"):
+        for name in (
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "d_ff",
+            "max_context",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name} must be at least 1, got {getattr(self, name)}")
         for name, most in (("num_layers", MOST_LAYERS), ("head_dim", MOST_HEAD_DIM)):
@@ -88,8 +96,10 @@ class ModelConfig:
             raise ValueError(f"activation {self.activation!r} is not one of 'silu', 'gelu_tanh'")
         for rope in (self.rope, self.rope_window):
             if rope and rope.divisors is not None and len(rope.divisors) != self.head_dim // 2:
-                raise ValueError(f"RopeConfig.divisors has {len(rope.divisors)} entries, "
-                                 f"head_dim {self.head_dim} needs {self.head_dim // 2}")
+                raise ValueError(
+                    f"RopeConfig.divisors has {len(rope.divisors)} entries, "
+                    f"head_dim {self.head_dim} needs {self.head_dim // 2}"
+                )
 
     @property
     def group_size(self) -> int:

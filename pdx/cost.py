@@ -104,7 +104,8 @@ class Setup:
         """In all, and those that one token meets (a lookup meets none); a tied head counts once."""
         every = sum(m.size for m in self.matrices if not (m.name == "lm_head" and self.cfg.tie_embeddings))
         return every + sum(vectors(self.cfg, self.experts, self.latent)), sum(
-            m.active for m in self.matrices if m.part != "embedding")  # fmt: skip
+            m.active for m in self.matrices if m.part != "embedding"
+        )
 
     @property
     def kv_token_bytes(self) -> int:
@@ -158,15 +159,17 @@ class Setup:
     @cached_property
     def _products(self) -> Counter[tuple[str, str, int]]:
         """How many matrices there are of each part, way of storing as `pdx.rates` calls it, and size."""
-        return Counter((m.part, _stored(kind, self.dtype), m.size)
-                       for m, kind in self.matrices.items() if m.part != "embedding")  # fmt: skip
+        return Counter(
+            (m.part, _stored(kind, self.dtype), m.size) for m, kind in self.matrices.items() if m.part != "embedding"
+        )
 
     def streamed(self, tokens: float) -> int:
         """Bytes of weights that a step of so many tokens reads beside its lookups; of the experts, those expected to
         be picked."""
         share = self.experts.read(tokens) if self.experts else 1
         return self.weights["norms and biases"] + sum(
-            round(part.bytes * share) if name == "experts" else part.bytes for name, part in self._parts.items())
+            round(part.bytes * share) if name == "experts" else part.bytes for name, part in self._parts.items()
+        )
 
     @property
     def _attended(self) -> str:
@@ -185,19 +188,24 @@ class Setup:
         cfg = self.cfg
         tokens, kept = sum(new for new, _ in rows), len(rows) if kept is None else kept
         lines = {name: kept if name == "head" else tokens for name in self._parts}
-        flops = {name: {dtype: n * lines[name] for dtype, n in part.flops.items()}
-                 for name, part in self._parts.items()}  # fmt: skip
+        flops = {
+            name: {dtype: n * lines[name] for dtype, n in part.flops.items()} for name, part in self._parts.items()
+        }
         moved = sum(part.numbers * lines[name] for name, part in self._parts.items())
         attention = tuple(self._attention(rows))
         flops["attention"] = {self._attended: sum(a.flops for a in attention)}
         lookups = Matrix("embed", "embedding", tokens, cfg.d_model).bytes(self.policy.kind("embed"), self.dtype)
-        nbytes = {"weights": self.streamed(tokens) + lookups, "kv read": sum(a.bytes for a in attention),
-                  "kv written": tokens * cfg.num_layers * self.kv_token_bytes,
-                  "activations": moved * jnp.dtype(self.dtype).itemsize}  # fmt: skip
+        nbytes = {
+            "weights": self.streamed(tokens) + lookups,
+            "kv read": sum(a.bytes for a in attention),
+            "kv written": tokens * cfg.num_layers * self.kv_token_bytes,
+            "activations": moved * jnp.dtype(self.dtype).itemsize,
+        }
         if not self.flash:
             nbytes["scores"] = SCORE_BYTES * flops["attention"][self._attended] // (4 * cfg.head_dim)
-        products = tuple(Products(stored, lines[part], size, count)
-                         for (part, stored, size), count in self._products.items())  # fmt: skip
+        products = tuple(
+            Products(stored, lines[part], size, count) for (part, stored, size), count in self._products.items()
+        )
         width = sum(part.numbers for name, part in self._parts.items() if name != "head") // cfg.num_layers
         return Cost(phase, len(rows), flops, nbytes, Work(products, attention, cfg.num_layers, tokens, width))
 
@@ -252,8 +260,10 @@ class Cost:
             compute["attention" if part == "attention" else "products"] += seconds / chips
         cached = sum(self.bytes_by_part.get(part, 0) for part in ("kv read", "kv written", "scores"))
         rate = chip.hbm_gbps * 1e9 * chips
-        return {"products": (compute["products"], (self.bytes - cached) / rate),
-                "attention": (compute["attention"], cached / rate)}  # fmt: skip
+        return {
+            "products": (compute["products"], (self.bytes - cached) / rate),
+            "attention": (compute["attention"], cached / rate),
+        }
 
     def floor(self, chip: Chip, chips: int = 1) -> float:
         """At least: each part is as fast as the slower of its arithmetic and its traffic."""

@@ -74,8 +74,14 @@ def _unmet() -> list[str]:
 def _ask_device(timeout_s: float) -> tuple[dict[str, Any], list[str]]:
     """The sections that `pdx.bench.self_test` came to say, and why it did not say all of them."""
     try:
-        done = subprocess.run([sys.executable, "-m", "pdx.bench.self_test"], capture_output=True, text=True,
-                              timeout=timeout_s, env=_environment(), check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "pdx.bench.self_test"],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=_environment(),
+            check=False,
+        )
         out, code, error = done.stdout, done.returncode, done.stderr
     except subprocess.TimeoutExpired as late:
         out, code, error = (late.stdout or b"").decode(errors="replace"), None, ""
@@ -111,8 +117,10 @@ def _of_device(found: dict[str, Any]) -> list[str]:
     if test and test["passed"] is False:
         said.append(f"self-test: {test['reason']}")
     if devices and devices["backend"] == "cpu" and not os.environ.get("JAX_PLATFORMS") and (part := _accelerator()):
-        said.append(f"this machine has a {part.upper()}, and jax runs on the CPU: is {LIBRARY[part]} installed, and no "
-                    f"other process on the device?")
+        said.append(
+            f"this machine has a {part.upper()}, and jax runs on the CPU: is {LIBRARY[part]} installed, and no "
+            f"other process on the device?"
+        )
     return said
 
 
@@ -146,8 +154,9 @@ def _host_memory() -> dict[str, int | None]:
 def _caches() -> list[dict[str, Any]]:
     """The folders that pdx fills, with what lies in them; `folder` None: switched off."""
     folders = {"models": models_home(), "compiled programs": cache_folder(), "chips": home() / "chips"}
-    return [{"what": what, "folder": folder and str(folder), "bytes": _size(folder)}
-            for what, folder in folders.items()]  # fmt: skip
+    return [
+        {"what": what, "folder": folder and str(folder), "bytes": _size(folder)} for what, folder in folders.items()
+    ]
 
 
 def _size(folder: Path | None) -> int:
@@ -165,9 +174,11 @@ def _size(folder: Path | None) -> int:
 
 def text(found: dict[str, Any]) -> str:
     """What `examine` found, for people: one fact a line, problems last."""
-    rows = [("pdx", f"{found['pdx']['version']} in {found['pdx']['folder']}"),
-            ("Python", f"{found['python']['version']} ({found['python']['executable']})"),
-            ("versions", "fit" if found["versions"]["fit"] else "do not fit")]  # fmt: skip
+    rows = [
+        ("pdx", f"{found['pdx']['version']} in {found['pdx']['folder']}"),
+        ("Python", f"{found['python']['version']} ({found['python']['executable']})"),
+        ("versions", "fit" if found["versions"]["fit"] else "do not fit"),
+    ]
     packages = found["versions"]["jax_and_parts"] | found["versions"]["others"]
     rows += [("", f"{name} {version}") for name, version in packages.items() if version]
     rows += _device_rows(found)
@@ -176,8 +187,14 @@ def text(found: dict[str, Any]) -> str:
         total, free = (memory[key] / 2**30 for key in ("total_bytes", "available_bytes"))
         rows.append(("memory", f"{total:.1f} GiB, {free:.1f} free"))
     for cache in found["caches"]:
-        rows.append(("cache", f"{cache['what']}: {cache['bytes'] / 1e6:.1f} MB in {cache['folder']}"
-                     if cache["folder"] else f"{cache['what']}: off"))  # fmt: skip
+        rows.append(
+            (
+                "cache",
+                f"{cache['what']}: {cache['bytes'] / 1e6:.1f} MB in {cache['folder']}"
+                if cache["folder"]
+                else f"{cache['what']}: off",
+            )
+        )
     rows += [("problem", problem) for problem in found["problems"]] or [("result", "no problem found")]
     if found["remedy"]:
         rows.append(("remedy", found["remedy"]))
@@ -189,17 +206,27 @@ def _device_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if devices := found["devices"]:
         for device in devices["local"]:
             memory = device["memory_bytes"]
-            rows.append(("device", f"{devices['backend']} {device['id']}: {device['kind']}"
-                         + (f", {memory / 2**30:.1f} GiB" if memory else "")))  # fmt: skip
+            rows.append(
+                (
+                    "device",
+                    f"{devices['backend']} {device['id']}: {device['kind']}"
+                    + (f", {memory / 2**30:.1f} GiB" if memory else ""),
+                )
+            )
     rows += [("kernel", f"{x['op']}: {x['implementation']} ({x['reason']})") for x in found["kernels"] or ()]
     if (test := found["self_test"]) is None:
         return rows
     for name in ("xla", "pallas"):
         if name in test:
             path = test[name]
-            rows.append(("self-test", f"{name}: prefill {path['prefill_s'] * 1e3:.1f} ms, decode step "
-                         f"{path['decode_step_s'] * 1e3:.1f} ms, first run {path['with_compilation_s']:.1f} s"
-                         f"{' (interpreted)' if path['interpreted'] else ''}"))  # fmt: skip
+            rows.append(
+                (
+                    "self-test",
+                    f"{name}: prefill {path['prefill_s'] * 1e3:.1f} ms, decode step "
+                    f"{path['decode_step_s'] * 1e3:.1f} ms, first run {path['with_compilation_s']:.1f} s"
+                    f"{' (interpreted)' if path['interpreted'] else ''}",
+                )
+            )
     verdict = {True: "passed", False: "FAILED", None: "not compared"}[test["passed"]]
     if (difference := test["relative_difference"]) is not None:
         verdict += f", logits differ by {difference:.1e} of the largest (allowed {test['relative_tolerance']:.0e})"

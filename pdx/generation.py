@@ -66,10 +66,16 @@ def ends_of(model: Model, options: SamplingOptions) -> frozenset[int]:
 
 @on_own_mesh
 def stream(
-    model: Model, prompts: Prompt | Sequence[Prompt],
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
     options: SamplingOptions | Sequence[SamplingOptions] | None = None,
-    *, batch_size: int = DEFAULT_ROWS, kernels: str = "auto", kv_dtype=None, capacity: int | None = None, **settings,
-) -> Iterator[Piece]:  # fmt: skip
+    *,
+    batch_size: int = DEFAULT_ROWS,
+    kernels: str = "auto",
+    kv_dtype=None,
+    capacity: int | None = None,
+    **settings,
+) -> Iterator[Piece]:
     """Generate for one prompt or several; yields pieces of text as they come. Arguments and errors as `generate`.
 
     Streams may be interleaved, nested, and run in several threads. Each takes a cache of its own when it begins, an
@@ -91,9 +97,13 @@ def stream(
     if capacity < longest:
         raise ContextLengthError(f"a request needs {longest} tokens of capacity, {capacity} were asked for")
     run = generator(
-        model, rows=min(batch_size, len(rows)), tokens=capacity, kernels=kernels, kv_dtype=kv_dtype,
+        model,
+        rows=min(batch_size, len(rows)),
+        tokens=capacity,
+        kernels=kernels,
+        kv_dtype=kv_dtype,
         num_logprobs=max(r.options.logprobs or 0 for r in rows),
-    )  # fmt: skip
+    )
     for at in range(0, len(rows), run.rows):
         for row in run.run(rows[at : at + run.rows]):
             done = row.completion(row.compile_s) if row.finish_reason else None
@@ -101,10 +111,11 @@ def stream(
 
 
 def generate(
-    model: Model, prompts: Prompt | Sequence[Prompt],
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
     options: SamplingOptions | Sequence[SamplingOptions] | None = None,
     **settings,
-) -> list[Completion]:  # fmt: skip
+) -> list[Completion]:
     """Complete one prompt or several. Any number of threads may call it.
 
     A model keeps the programs of the last 16 shapes (rows, capacity, log-probabilities), and idle caches of up to

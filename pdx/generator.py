@@ -57,10 +57,18 @@ class Generator:
     """
 
     def __init__(
-        self, model: Model, *, rows: int = DEFAULT_ROWS, capacity: int, kernels: str = "auto", kv_dtype=None,
-        chunk: int = DEFAULT_CHUNK, decode_tokens: int = DECODE_TOKENS, num_logprobs: int = 0,
+        self,
+        model: Model,
+        *,
+        rows: int = DEFAULT_ROWS,
+        capacity: int,
+        kernels: str = "auto",
+        kv_dtype=None,
+        chunk: int = DEFAULT_CHUNK,
+        decode_tokens: int = DECODE_TOKENS,
+        num_logprobs: int = 0,
         caches: IdleCaches | None = None,
-    ):  # fmt: skip
+    ):
         explain(kernels)  # raises before anything is made
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
         self.kernels, self.num_logprobs, self.decode_tokens = kernels, num_logprobs, decode_tokens
@@ -102,9 +110,15 @@ class Generator:
         sampling = place_rows(sampling, self.mesh)
         logits, cache = self._prefill(prompts, cache, clock)
         first, sampling = self._call(
-            clock, "first", _draw, logits=logits, sampling=sampling, positions=cache.lengths,
-            active=self._mask(requests), static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
-        )  # fmt: skip
+            clock,
+            "first",
+            _draw,
+            logits=logits,
+            sampling=sampling,
+            positions=cache.lengths,
+            active=self._mask(requests),
+            static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
+        )
         got, n = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), 1
         while True:
             held.cache = cache
@@ -117,11 +131,22 @@ class Generator:
             tokens = np.zeros(self.rows, np.int32)
             tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
             out = self._call(
-                clock, "decode", steps.PROGRAMS["decode_many"], params=self.params, tokens=tokens, cache=cache,
-                sampling=sampling, active=self._mask(requests), steps=np.int32(n),
-                static={"cfg": self.config, "n": self.decode_tokens, "num_logprobs": self.num_logprobs,
-                        "kernels": self.kernels},
-            )  # fmt: skip
+                clock,
+                "decode",
+                steps.PROGRAMS["decode_many"],
+                params=self.params,
+                tokens=tokens,
+                cache=cache,
+                sampling=sampling,
+                active=self._mask(requests),
+                steps=np.int32(n),
+                static={
+                    "cfg": self.config,
+                    "n": self.decode_tokens,
+                    "num_logprobs": self.num_logprobs,
+                    "kernels": self.kernels,
+                },
+            )
             cache, sampling = out.cache, out.sampling
             got = jax.device_get(SampleOutput(out.tokens, out.logprobs, out.top_ids, out.top_logprobs))
         held.cache = cache
@@ -140,9 +165,15 @@ class Generator:
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
             new, cache = self._call(
-                clock, ("prefill", width), steps.PROGRAMS["prefill"], params=self.params, tokens=tokens,
-                lengths=lengths, cache=cache, static={"cfg": self.config, "kernels": self.kernels},
-            )  # fmt: skip
+                clock,
+                ("prefill", width),
+                steps.PROGRAMS["prefill"],
+                params=self.params,
+                tokens=tokens,
+                lengths=lengths,
+                cache=cache,
+                static={"cfg": self.config, "kernels": self.kernels},
+            )
             # A row whose prompt ended in an earlier chunk keeps the logits it had there.
             if logits is not None:
                 new = self._call(clock, "keep", _keep, old=logits, new=new, took_part=lengths > 0)
@@ -252,7 +283,8 @@ def generator(model: Model, *, rows: int, tokens: int, kv_dtype=None, **settings
         kept = _KEPT.setdefault(model, _Kept())
         if key not in kept.generators:
             kept.generators[key] = Generator(
-                model, rows=rows, capacity=capacity, kv_dtype=kv_dtype, caches=kept.caches, **settings)
+                model, rows=rows, capacity=capacity, kv_dtype=kv_dtype, caches=kept.caches, **settings
+            )
         kept.generators.move_to_end(key)
         while len(kept.generators) > MOST_GENERATORS:
             kept.generators.popitem(last=False)

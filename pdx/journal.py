@@ -56,8 +56,10 @@ class Journal:
                 self._file.truncate(self._size)
                 raise OSError("there is no space left on the device")
         except OSError as error:
-            raise EngineError(f"{self.path} cannot be written: {outputs.reason(error)}; what is finished is kept: the "
-                              "same command goes on from there") from error  # fmt: skip
+            raise EngineError(
+                f"{self.path} cannot be written: {outputs.reason(error)}; what is finished is kept: the "
+                "same command goes on from there"
+            ) from error
         self._size += len(data)
         self.done[line] = text
 
@@ -120,8 +122,10 @@ def check_job(path: Path, found: bytes, job: Any) -> bool:
     else:
         differ = [] if there == job else ["the whole description"]
     if differ:
-        raise RequestError(f"{path} is of another job, which differs in {', '.join(differ)}: finish that one, or "
-                           "remove the file to begin anew")
+        raise RequestError(
+            f"{path} is of another job, which differs in {', '.join(differ)}: finish that one, or "
+            "remove the file to begin anew"
+        )
     return True
 
 

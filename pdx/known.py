@@ -30,9 +30,12 @@ class Shape:
         return self.experts is None and self.latent is None
 
     def setup(
-        self, dtype: str = "bfloat16", quantize: str | Policy | None = None, kv_dtype: str | None = None,
+        self,
+        dtype: str = "bfloat16",
+        quantize: str | Policy | None = None,
+        kv_dtype: str | None = None,
         layout: Layout | None = None,
-    ) -> Setup:  # fmt: skip
+    ) -> Setup:
         """The model as it is stored and run, for the cost model."""
         return Setup(self.config, dtype, quantize, kv_dtype, layout, self.experts, self.latent)
 
@@ -47,8 +50,10 @@ def config(model: str | Path) -> ModelConfig:
     planned with."""
     found = shape(model)
     if not found.runs:
-        raise UnsupportedModelError(f"{model} has layers that pdx plans with and cannot run yet "
-                                    f"({'experts' if found.experts else 'latent attention'})")
+        raise UnsupportedModelError(
+            f"{model} has layers that pdx plans with and cannot run yet "
+            f"({'experts' if found.experts else 'latent attention'})"
+        )
     return found.config
 
 
@@ -86,7 +91,8 @@ def read(file: Path) -> Shape:
             full = [every is not None and (i + 1) % every == 0 for i in range(fields["num_layers"])]
             fields["windows"] = tuple(None if whole else window for whole in full)
         experts, latent = fields.pop("experts", None), fields.pop("latent", None)
-        return Shape(ModelConfig(**fields), Experts(**experts) if experts else None,
-                     Latent(**latent) if latent else None)  # fmt: skip
+        return Shape(
+            ModelConfig(**fields), Experts(**experts) if experts else None, Latent(**latent) if latent else None
+        )
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{file}: not the shape of a model ({error})") from None

@@ -54,9 +54,11 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[ja
     devices = list(devices if devices is not None else jax.devices())
     count = math.prod(shape)
     if count > len(devices):
-        raise RequestError(f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} needs {count} devices, "
-                         f"there are {len(devices)} ({devices[0].platform}); for virtual CPU devices set "
-                         f"XLA_FLAGS=--xla_force_host_platform_device_count={count}")
+        raise RequestError(
+            f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} needs {count} devices, "
+            f"there are {len(devices)} ({devices[0].platform}); for virtual CPU devices set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
     return Mesh(np.array(devices[:count]).reshape(shape), MESH_AXES)
 
 
@@ -89,9 +91,11 @@ def as_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     if not isinstance(mesh, Mesh):
         raise RequestError(f"mesh {mesh!r} of type {type(mesh).__name__} is no mesh: {MESH_HELP}")
     if other := [name for name, size in mesh.shape.items() if size > 1 and name not in MESH_AXES]:
-        raise RequestError(f"the mesh {dict(mesh.shape)} has the axis {other[0]!r}, which pdx does not know: "
-                         "name its axes data (for requests) and model (for heads and matrices), such as "
-                         "jax.make_mesh((2, 4), ('data', 'model'))")
+        raise RequestError(
+            f"the mesh {dict(mesh.shape)} has the axis {other[0]!r}, which pdx does not know: "
+            "name its axes data (for requests) and model (for heads and matrices), such as "
+            "jax.make_mesh((2, 4), ('data', 'model'))"
+        )
     if len(set(mesh.devices.flat)) < max(mesh.devices.size, 1):
         wrong = "names a device twice" if mesh.devices.size else "is empty"
         raise RequestError(f"the mesh {dict(mesh.shape)} {wrong}: give each of its places a device of its own")
@@ -154,6 +158,8 @@ def check_mesh(parameter: Any, mesh: Mesh | None) -> None:
     if not isinstance(sharding, NamedSharding) or sharding.mesh == mesh or sharding.mesh.size == 1:
         return
     theirs, ours = dict(sharding.mesh.shape), "one device" if mesh is None else dict(mesh.shape)
-    raise RequestError(f"the parameters lie on a mesh of {theirs}, the cache on {ours}"
-                       f"{' in another order' if theirs == ours else ''}: give both the same mesh, such as "
-                       "init_cache(..., mesh=model.mesh)")  # fmt: skip
+    raise RequestError(
+        f"the parameters lie on a mesh of {theirs}, the cache on {ours}"
+        f"{' in another order' if theirs == ours else ''}: give both the same mesh, such as "
+        "init_cache(..., mesh=model.mesh)"
+    )

@@ -152,9 +152,16 @@ def forward(
     layers = []
     for i, p in enumerate(params["layers"]):
         x, layer_cache = layer(
-            p, x, cache.layers[i] if cache is not None else None, layer_rows[i], rotations[cfg.layer_rope(i)],
-            cfg=cfg, window=cfg.windows[i], mesh=mesh, kernels=kernels,
-        )  # fmt: skip
+            p,
+            x,
+            cache.layers[i] if cache is not None else None,
+            layer_rows[i],
+            rotations[cfg.layer_rope(i)],
+            cfg=cfg,
+            window=cfg.windows[i],
+            mesh=mesh,
+            kernels=kernels,
+        )
         layers.append(layer_cache)
         if i + 1 in hidden_layers:
             hidden[i + 1] = x
@@ -181,14 +188,29 @@ def _check_rows(rows: TokenRows | PackedRows, lengths, shape: tuple[int, ...], c
 # inlines the calls.
 @partial(jax.jit, static_argnames=("cfg", "window", "mesh", "kernels"))
 def layer(
-    p, x: Float[Array, "B T D"], cache: LayerCache | None, rows: TokenRows | PackedRows, rotation, *, cfg: ModelConfig,
-    window: int | None, mesh: Devices, kernels: Kernels,
-):  # fmt: skip
+    p,
+    x: Float[Array, "B T D"],
+    cache: LayerCache | None,
+    rows: TokenRows | PackedRows,
+    rotation,
+    *,
+    cfg: ModelConfig,
+    window: int | None,
+    mesh: Devices,
+    kernels: Kernels,
+):
     """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
     y, cache = attention(
-        p, cfg, rms_norm(x, p["attn_norm"], cfg.norm_eps), cache, rows, window=window, rotation=rotation, mesh=mesh,
+        p,
+        cfg,
+        rms_norm(x, p["attn_norm"], cfg.norm_eps),
+        cache,
+        rows,
+        window=window,
+        rotation=rotation,
+        mesh=mesh,
         kernels=kernels,
-    )  # fmt: skip
+    )
     x = x + (rms_norm(y, p["attn_post_norm"], cfg.norm_eps) if cfg.post_norms else y)
     y = mlp(p, cfg, rms_norm(x, p["mlp_norm"], cfg.norm_eps), mesh)
     return x + (rms_norm(y, p["mlp_post_norm"], cfg.norm_eps) if cfg.post_norms else y), cache

@@ -19,21 +19,36 @@ def answered(request: Request, done: Completion, fields: Mapping[str, Any], toke
     body = request.row["body"]
     logprobs = done.logprobs
     if request.is_chat:
-        said = {"message": {"role": "assistant", "content": done.text, "refusal": None},
-                "logprobs": None if logprobs is None else _of_chat(logprobs, tokenizer)}  # fmt: skip
+        said = {
+            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "logprobs": None if logprobs is None else _of_chat(logprobs, tokenizer),
+        }
     else:
-        said = {"text": done.text,
-                "logprobs": None if logprobs is None else _of_completion(logprobs, done.text, tokenizer)}  # fmt: skip
+        said = {
+            "text": done.text,
+            "logprobs": None if logprobs is None else _of_completion(logprobs, done.text, tokenizer),
+        }
     kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
-    return _row(request) | {"error": None, "response": {
-        "status_code": 200, "request_id": f"req_{request.line}", "body": {
-            "id": f"{prefix}-{request.line}", "object": kind, "created": int(time.time()),
-            "model": body.get("model") or model,
-            "choices": [said | {"index": 0, "finish_reason": done.finish_reason}],
-            "usage": {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-                      "total_tokens": done.prompt_tokens + done.completion_tokens},
-            "pdx": {k: v for k, v in fields.items() if k not in ("text", "prompt_tokens", "completion_tokens")},
-        }}}  # fmt: skip
+    return _row(request) | {
+        "error": None,
+        "response": {
+            "status_code": 200,
+            "request_id": f"req_{request.line}",
+            "body": {
+                "id": f"{prefix}-{request.line}",
+                "object": kind,
+                "created": int(time.time()),
+                "model": body.get("model") or model,
+                "choices": [said | {"index": 0, "finish_reason": done.finish_reason}],
+                "usage": {
+                    "prompt_tokens": done.prompt_tokens,
+                    "completion_tokens": done.completion_tokens,
+                    "total_tokens": done.prompt_tokens + done.completion_tokens,
+                },
+                "pdx": {k: v for k, v in fields.items() if k not in ("text", "prompt_tokens", "completion_tokens")},
+            },
+        },
+    }
 
 
 def failed(request: Request, error: Exception) -> dict[str, Any]:
@@ -51,8 +66,11 @@ def _of_chat(logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, A
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         # `token` cannot show part of a character, `bytes` can.
-        return {"token": tokenizer.token_text(token_id), "logprob": max(logprob, LEAST),
-                "bytes": list(tokenizer.token_bytes(token_id))}  # fmt: skip
+        return {
+            "token": tokenizer.token_text(token_id),
+            "logprob": max(logprob, LEAST),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
 
     content = [entry(t.token_id, t.logprob) | {"top_logprobs": [entry(*pair) for pair in t.top]} for t in logprobs]
     return {"content": content, "refusal": None}
@@ -70,9 +88,12 @@ def _of_completion(logprobs: list[TokenLogprobs], text: str, tokenizer: Tokenize
             name = _name(token_id, tokenizer)
             named[f"token_id:{token_id}" if name in named else name] = max(logprob, LEAST)
         best.append(named)
-    return {"tokens": [_name(t.token_id, tokenizer) for t in logprobs],
-            "token_logprobs": [max(t.logprob, LEAST) for t in logprobs],
-            "top_logprobs": best, "text_offset": offsets}  # fmt: skip
+    return {
+        "tokens": [_name(t.token_id, tokenizer) for t in logprobs],
+        "token_logprobs": [max(t.logprob, LEAST) for t in logprobs],
+        "top_logprobs": best,
+        "text_offset": offsets,
+    }
 
 
 def _name(token_id: int, tokenizer: Tokenizer) -> str:

@@ -73,8 +73,9 @@ def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -
 def check_bias(model: Model, options: SamplingOptions) -> None:
     """Raises RequestError for a logit_bias of a token that the model does not have, or one that bans every token."""
     if bad := [i for i in options.logit_bias or () if i >= model.config.vocab_size]:
-        raise RequestError(f"logit_bias names token {bad[0]}, but the model's tokens are 0 to "
-                           f"{model.config.vocab_size - 1}")
+        raise RequestError(
+            f"logit_bias names token {bad[0]}, but the model's tokens are 0 to {model.config.vocab_size - 1}"
+        )
     if sum(v == -math.inf for v in (options.logit_bias or {}).values()) == model.config.vocab_size:
         raise RequestError("logit_bias bans every token of the model: leave at least one")
 

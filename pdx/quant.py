@@ -115,11 +115,14 @@ class Policy:
     def _from_toml(cls, path: Path) -> Policy:
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8"))
-            return cls._of(str(found.pop("default", "none")), [(k, str(v)) for k, v in found.pop("layers", {}).items()],
-                           found)  # fmt: skip
+            return cls._of(
+                str(found.pop("default", "none")), [(k, str(v)) for k, v in found.pop("layers", {}).items()], found
+            )
         except (OSError, tomllib.TOMLDecodeError, AttributeError) as error:
-            raise RequestError(f"{path}: not a quantization policy ({error}): expected default = \"int8\" and a table "
-                               "[layers] of exceptions") from None
+            raise RequestError(
+                f'{path}: not a quantization policy ({error}): expected default = "int8" and a table '
+                "[layers] of exceptions"
+            ) from None
 
     @classmethod
     def _of(cls, default: str, exceptions: list[tuple[str, str]], unknown=()) -> Policy:
@@ -161,8 +164,10 @@ class Policy:
         for pattern, kind in self.rules:
             fits = (*matrices, "embed", "lm_head", *(names if kind is None else ()))
             if not any(fnmatchcase(n, pattern) for n in fits):
-                raise RequestError(f"the quantization policy's {pattern!r} names no layer; there are {matrices[0]}, "
-                                   f"{matrices[1]}, ..., {matrices[-1]}")
+                raise RequestError(
+                    f"the quantization policy's {pattern!r} names no layer; there are {matrices[0]}, "
+                    f"{matrices[1]}, ..., {matrices[-1]}"
+                )
 
 
 def name_of(path: tuple) -> str:
@@ -206,8 +211,10 @@ def _declared(name: str, spec: ArraySpec, policy: Policy) -> ArraySpec | QuantAr
     group = kind.group_for(columns)
     if group is not None and columns % group:
         fits = [g for g in GROUPS if columns % g == 0]
-        raise RequestError(f"{name}: groups of {group} do not divide rows of {columns}; "
-                           f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would")
+        raise RequestError(
+            f"{name}: groups of {group} do not divide rows of {columns}; "
+            f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would"
+        )
     values, scales = _part_specs(spec, columns // (group or columns), kind.bits)
     return QuantArray(values, scales, None if kind.symmetric else scales, kind.activations, str(jnp.dtype(spec.dtype)))
 
@@ -217,8 +224,12 @@ def _part_specs(spec: ArraySpec, groups: int, bits: int) -> tuple[ArraySpec, Arr
     with their scales."""
     rows, columns = spec.units or spec.shape
     pieces = math.gcd(columns, groups) if groups > 1 else columns
-    scales = ArraySpec((groups, spec.shape[0]), (spec.axes[1] if groups > 1 else None, spec.axes[0]), jnp.float32,
-                       units=(min(pieces, groups), rows))  # fmt: skip
+    scales = ArraySpec(
+        (groups, spec.shape[0]),
+        (spec.axes[1] if groups > 1 else None, spec.axes[0]),
+        jnp.float32,
+        units=(min(pieces, groups), rows),
+    )
     return replace(spec, dtype=DTYPES[bits], units=(rows, pieces)), scales
 
 

@@ -56,8 +56,11 @@ def completion_fields(
         fields |= {"queue_s": timing.queue_s, "hit_tokens": timing.hit_tokens, "preemptions": timing.preemptions}
     if completion.logprobs is not None:
         fields["logprobs"] = [
-            {"token_id": t.token_id, "logprob": json_logprob(t.logprob),
-             "top": [[token, json_logprob(value)] for token, value in t.top]}
+            {
+                "token_id": t.token_id,
+                "logprob": json_logprob(t.logprob),
+                "top": [[token, json_logprob(value)] for token, value in t.top],
+            }
             for t in completion.logprobs
         ]
     return fields
@@ -70,12 +73,14 @@ def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> s
     if timing.tpot_s is not None:
         decode = f"TPOT {timing.tpot_s * 1e3:.1f} ms = {1 / timing.tpot_s:.1f} tok/s"
     paths = kernel_paths(kernels)
-    return "\n".join([
-        f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
-        f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
-        f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
-        f"device   {device_name(mesh=mesh)}; {paths['prefill']}; {paths['decode']}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
+            f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
+            f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
+            f"device   {device_name(mesh=mesh)}; {paths['prefill']}; {paths['decode']}",
+        ]
+    )
 
 
 def print_models(rows: list[dict[str, Any]]) -> None:

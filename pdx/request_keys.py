@@ -12,14 +12,20 @@ from pdx.errors import RequestError
 ALIKE = 0.86
 # What other programs call the settings of pdx.
 _ELSEWHERE = {
-    "max_tokens": ("max_new_tokens", "max_completion_tokens", "max_output_tokens", "max_length", "num_predict",
-                   "n_predict"),
+    "max_tokens": (
+        "max_new_tokens",
+        "max_completion_tokens",
+        "max_output_tokens",
+        "max_length",
+        "num_predict",
+        "n_predict",
+    ),
     "temperature": ("temp", "do_sample"),
     "repetition_penalty": ("repeat_penalty", "rep_penalty"),
     "stop": ("stop_sequences", "stop_strings", "stop_words"),
     "stop_token_ids": ("eos_token_id",),
     "logprobs": ("top_logprobs", "n_probs"),
-}  # fmt: skip
+}
 # Fields of OpenAI's rows that ask for something, which a plain row would lose in silence.
 _NOT_HERE = ("n", "best_of", "tools", "response_format", "min_tokens", "reasoning_effort")
 

@@ -183,7 +183,8 @@ def sample(
         top, token = best(x)
         drawn = _is_drawn(state, top)
         return top, lax.cond(
-            jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token)
+            jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token
+        )
 
     if allowed is None:
         plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
@@ -286,8 +287,11 @@ def _logprobs(logits, tokens, asked: Bool[Array, " B"], n: int):
         norm = jax.nn.logsumexp(logits, axis=1)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - norm
         values, ids = (a[:, :n] for a in candidates(pad(logits), max(n, 1)))
-        return (jnp.where(asked, chosen, jnp.inf), jnp.where(asked[:, None], ids, -1),
-                jnp.where(asked[:, None], values - norm[:, None], jnp.inf))
+        return (
+            jnp.where(asked, chosen, jnp.inf),
+            jnp.where(asked[:, None], ids, -1),
+            jnp.where(asked[:, None], values - norm[:, None], jnp.inf),
+        )
 
     def nothing():
         return jnp.full(rows, jnp.inf), jnp.full((rows, n), -1, jnp.int32), jnp.full((rows, n), jnp.inf)

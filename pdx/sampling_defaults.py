@@ -16,18 +16,43 @@ from pdx.errors import RequestError
 from pdx.sampling_options import SamplingOptions
 
 # Of a GGUF file: llama.cpp's name -> the field of SamplingOptions.
-_GGUF = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-         "penalty_repeat": "repetition_penalty"}  # fmt: skip
+_GGUF = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 _DRAWN = ("temperature", "top_k", "top_p", "min_p")  # of no effect while the best token is taken
 # What would change an answer and pdx does not have, with the value that switches it off.
 _OTHERS: dict[str, Any] = {
-    "suppress_tokens": [], "begin_suppress_tokens": [], "no_repeat_ngram_size": 0, "bad_words_ids": [],
-    "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0,
-    "dola_layers": None, "typical_p": 1, "top_h": None, "epsilon_cutoff": 0, "eta_cutoff": 0, "min_length": 0,
-    "min_new_tokens": 0, "exponential_decay_length_penalty": None, "sequence_bias": None, "guidance_scale": 1,
-    "watermarking_config": None, "constraints": None, "force_words_ids": None, "token_healing": False,
-}  # fmt: skip
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": [],
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "typical_p": 1,
+    "top_h": None,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "token_healing": False,
+}
 _GGUF_OTHERS: dict[str, Any] = {"xtc_probability": 0, "mirostat": 0, "sequence": ""}
 
 
@@ -56,8 +81,10 @@ def from_gguf(metadata: Mapping[str, Any]) -> Recommended:
     said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     found = {name: said.get(key) for key, name in _GGUF.items()}
     # The file holds 32-bit floats: 0.95 comes as 0.949999988.
-    found = {name: value if isinstance(value, Integral | str | None) else float(f"{value:.6g}")
-             for name, value in found.items()}  # fmt: skip
+    found = {
+        name: value if isinstance(value, Integral | str | None) else float(f"{value:.6g}")
+        for name, value in found.items()
+    }
     if said.get("penalty_last_n") == 0:  # llama.cpp penalizes the last n tokens, pdx all of them
         found["repetition_penalty"] = None
     if found["temperature"] is None and any(found[name] is not None for name in _DRAWN):
@@ -89,10 +116,14 @@ def _recommended(found: Mapping[str, Any], unsupported: list[str], source: str) 
     notes = []
     if settings:
         said = ", ".join(f"{name} {value}" for name, value in settings.items())
-        notes.append(f"{source} recommends {said}: pdx chat and chats in pdx batch do so unless told otherwise, "
-                     "everything else is greedy unless asked")  # fmt: skip
+        notes.append(
+            f"{source} recommends {said}: pdx chat and chats in pdx batch do so unless told otherwise, "
+            "everything else is greedy unless asked"
+        )
     if unsupported:
-        notes.append(f"{source} sets {', '.join(unsupported)}, which pdx does not have: answers may differ from those "
-                     "of other programs")  # fmt: skip
+        notes.append(
+            f"{source} sets {', '.join(unsupported)}, which pdx does not have: answers may differ from those "
+            "of other programs"
+        )
     notes += [f"{source} is not followed: {problem}" for problem in wrong]
     return Recommended(settings, tuple(notes))

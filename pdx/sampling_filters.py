@@ -77,6 +77,7 @@ def candidates(
     The best C tokens lie in the C groups of the largest maxima. That holds for ties too: groups of equal
     maxima come lower ids first, and each of them holds at least one of the tied tokens.
     """
+
     def eligible(values):
         if below is not None:
             values = jnp.where(values < below.reshape(-1, *[1] * (values.ndim - 1)), values, -jnp.inf)
@@ -146,6 +147,7 @@ class _Bracket:
 
 def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, first, halve) -> Boundary:
     """The boundary of `rows` where it is not below `low` and not among the best candidates, `first`."""
+
     def weight_from(key):
         return jnp.sum(jnp.where(x >= _value(key)[:, None], weigh(x), 0.0), axis=1)
 
@@ -160,8 +162,10 @@ def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, first, halve)
         up, down = is_open(b) & (weight >= target), is_open(b) & ~(weight >= target)
         return _Bracket(
             b.step + 1,
-            jnp.where(up, key, b.low), jnp.where(down, key, b.high),
-            jnp.where(up, weight, b.weight_low), jnp.where(down, weight, b.weight_high),
+            jnp.where(up, key, b.low),
+            jnp.where(down, key, b.high),
+            jnp.where(up, weight, b.weight_low),
+            jnp.where(down, weight, b.weight_high),
         )
 
     last = first[:, -1:]

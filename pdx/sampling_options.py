@@ -63,12 +63,20 @@ class SamplingOptions:
         self._set("max_tokens", integer("max_tokens", self.max_tokens, 1))
         self._set("temperature", number("temperature", self.temperature, 0, math.inf, "; 0 is greedy"))
         self._set("top_k", integer("top_k", self.top_k, 0, hint="; 0 switches it off"))
-        top_p = number("top_p", self.top_p, 0, 1, "; 1 switches it off, and for the best token only use temperature 0",
-                        open_below=True)
+        top_p = number(
+            "top_p",
+            self.top_p,
+            0,
+            1,
+            "; 1 switches it off, and for the best token only use temperature 0",
+            open_below=True,
+        )
         self._set("top_p", top_p)
         self._set("min_p", number("min_p", self.min_p, 0, 1, "; 0 switches it off"))
-        self._set("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0, math.inf,
-                                                "; 1 switches it off", open_below=True))
+        self._set(
+            "repetition_penalty",
+            number("repetition_penalty", self.repetition_penalty, 0, math.inf, "; 1 switches it off", open_below=True),
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             self._set(name, number(name, getattr(self, name), -2, 2, "; 0 switches it off"))
         if self.logit_bias is not None:
@@ -106,8 +114,10 @@ def _bias(bias) -> dict[int, float]:
     for token, value in bias.items():
         token = int(token) if isinstance(token, str) and token.isdecimal() else token
         token, value = integer("a token id of logit_bias", token, 0), plain(value)
-        if isinstance(value, bool) or not isinstance(value, Real) or not (
-            value == -math.inf or abs(value) <= sys.float_info.max
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, Real)
+            or not (value == -math.inf or abs(value) <= sys.float_info.max)
         ):
             raise RequestError(f"logit_bias of token {token} is {value!r}: it must be finite, or -inf for a ban")
         clean[token] = float(value)

@@ -18,8 +18,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdx.meshes import as_mesh, make_mesh, on_own_mesh, parse_mesh
 
-__all__ = ("LOGICAL_TO_MESH", "ArraySpec", "constrain", "constrain_rows", "is_spec", "make_mesh", "mesh_axis",
-           "parse_mesh", "place", "place_rows", "replicated", "row_spec")  # fmt: skip
+__all__ = (
+    "LOGICAL_TO_MESH",
+    "ArraySpec",
+    "constrain",
+    "constrain_rows",
+    "is_spec",
+    "make_mesh",
+    "mesh_axis",
+    "parse_mesh",
+    "place",
+    "place_rows",
+    "replicated",
+    "row_spec",
+)
 
 # Logical axis -> mesh axis. An axis that is not listed, or None, is on every device.
 LOGICAL_TO_MESH: dict[str, str] = {

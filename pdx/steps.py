@@ -212,8 +212,10 @@ def mixed_step(
     block_tables = whole_numbers("block_tables", block_tables, (groups, rows, None), "[Gr, R, M]")
     query_starts = whole_numbers("query_starts", query_starts, (rows + 1,), "[R+1]")
     tokens, *packed = (jnp.asarray(x, jnp.int32) for x in (tokens, block_tables, lengths, query_starts))
-    hints = (integer("decode_rows", decode_rows, 0),
-             max_queries if max_queries is None else integer("max_queries", max_queries, 1))  # fmt: skip
+    hints = (
+        integer("decode_rows", decode_rows, 0),
+        max_queries if max_queries is None else integer("max_queries", max_queries, 1),
+    )
     return _mixed_step(params, cfg, tokens, cache, *packed, *hints, kernels)
 
 
@@ -260,9 +262,7 @@ def _mixed_step(params, cfg, tokens, cache, block_tables, lengths, query_starts,
     return mixed(params, cfg, tokens, rows, cache, kernels)
 
 
-@partial(
-    jax.jit, static_argnames=("cfg", "n", "num_logprobs", "kernels"), donate_argnames=("cache", "sampling")
-)
+@partial(jax.jit, static_argnames=("cfg", "n", "num_logprobs", "kernels"), donate_argnames=("cache", "sampling"))
 def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_logprobs, kernels):
     b = tokens.shape[0]
     empty = SampleOutput(
@@ -289,5 +289,10 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
 
 
 # The jitted programs behind the steps, for `.lower(...)`: they take every argument by name and check nothing.
-PROGRAMS = {"prefill": _prefill, "decode_step": _decode_step, "decode_many": _decode_many, "verify": _verify,
-            "mixed_step": _mixed_step}  # fmt: skip
+PROGRAMS = {
+    "prefill": _prefill,
+    "decode_step": _decode_step,
+    "decode_many": _decode_many,
+    "verify": _verify,
+    "mixed_step": _mixed_step,
+}

@@ -42,18 +42,14 @@ def chunked_prefill(setup: Setup, chip: Chip, prompt: int, chunk: int, chips: in
     return sum(setup.prefill(1, min(chunk, prompt - at), at).seconds(chip, chips) for at in starts)
 
 
-def longest_step(
-    setup: Setup, chip: Chip, batch: int, context: int, prompt: int, chunk: int, chips: int = 1
-) -> float:  # fmt: skip
+def longest_step(setup: Setup, chip: Chip, batch: int, context: int, prompt: int, chunk: int, chips: int = 1) -> float:
     """The longest that `batch` decoding rows of `context` tokens wait for their next one while a prompt goes by in
     chunks, one a step: what chunks protect is the difference to `chunk` = `prompt`."""
     decoding, starts = [(1, context - 1)] * batch, range(0, prompt, chunk)
     return max(setup.mixed([*decoding, (min(chunk, prompt - at), at)]).seconds(chip, chips) for at in starts)
 
 
-def largest_chunk(
-    setup: Setup, chip: Chip, decode_batch: int, context: int, tpot: float, chips: int = 1
-) -> int:  # fmt: skip
+def largest_chunk(setup: Setup, chip: Chip, decode_batch: int, context: int, tpot: float, chips: int = 1) -> int:
     """The most prompt tokens that a step may take beside `decode_batch` decoding rows so that it ends within `tpot`
     seconds, all rows `context` tokens long, the prompt too; 0 if there is no room for one token."""
     decoding = [(1, context - 1)] * decode_batch

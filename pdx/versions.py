@@ -26,8 +26,14 @@ IGNORE = "PDX_IGNORE_VERSIONS"
 OFF = ("", "0", "off", "no", "false")
 # Libraries of devices. `jax[...]` names those that belong to it; the others are left over from earlier installations.
 _PLUGINS = tuple(f"jax-{toolkit}-plugin" for toolkit in ("cuda11", "cuda12", "cuda13", "rocm60", "rocm7", "oneapi"))
-PARTS = ("jax", "jaxlib", "libtpu", "libtpu-nightly", *_PLUGINS,
-         *(name.replace("-plugin", "-pjrt") for name in _PLUGINS))  # fmt: skip
+PARTS = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "libtpu-nightly",
+    *_PLUGINS,
+    *(name.replace("-plugin", "-pjrt") for name in _PLUGINS),
+)
 _checked = False
 
 
@@ -161,8 +167,9 @@ def _of_devices(here: dict[str, str]) -> Iterator[Misfit]:
         elif not _fits(version, needs[name]):
             yield Misfit(f"{name} {version} does not belong to jax {jax}, which needs {name}{needs[name]}")
         elif jaxlib and not _fits(jaxlib, needs.get("jaxlib", "")):
-            yield Misfit(f"jaxlib {jaxlib} does not belong to {name} {version}: with it jax {jax} needs "
-                         f"jaxlib{needs['jaxlib']}")
+            yield Misfit(
+                f"jaxlib {jaxlib} does not belong to {name} {version}: with it jax {jax} needs jaxlib{needs['jaxlib']}"
+            )
         if extra and name in _PLUGINS and _pjrt(name) not in here:
             yield Misfit(f"{_pjrt(name)} is not installed, and {name} needs it")
 

@@ -9,8 +9,12 @@ from pdx.bench.compare.device_time import Loop
 
 CPU = Chip("cpu", "cpu", ("cpu",), None, 0.2, 20.0, 1.0, 2, 0.0, 0.1)
 SMALL = "one KV head of 256"
-NAMES = {"flash_attention": "whole prompts, ragged", "decode_attention": "one query head a KV head",
-         "paged_attention": SMALL, "quantized_matmul": "W4A16, affine"}  # fmt: skip
+NAMES = {
+    "flash_attention": "whole prompts, ragged",
+    "decode_attention": "one query head a KV head",
+    "paged_attention": SMALL,
+    "quantized_matmul": "W4A16, affine",
+}
 
 
 def case_of(op, name=None):
@@ -28,6 +32,7 @@ really_run = Loop.run
 
 def tell_the_time(monkeypatch) -> None:
     """Loops run, and are said to take 1 ms and 10 us a turn: tests that need times do not depend on the machine."""
+
     def timed(self, turns):
         really_run(self, turns)
         return 1e-3 + 1e-5 * turns

@@ -29,7 +29,7 @@ CONTROLS += ["\u2028", "\u202e", "\u00ad", "\ufffd", "\ufffe", "\U0010ffff"]
 CODE = [
     "def f(x: int) -> str:\n    return f'{x:>10}'  # no",
     "for(int i=0;i<10;++i){a[i]*=2;}",
-    "<div class=\"a\"><b>x</b></div>\n\t<br/>",
+    '<div class="a"><b>x</b></div>\n\t<br/>',
     "SELECT * FROM t WHERE a='b' AND c<>3;",
     "https://example.org/a?b=c&d=%20#e",
     "x = {'k': [1, 2.5e-3, None]}\n\n\n",

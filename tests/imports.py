@@ -11,16 +11,60 @@ PACKAGES = ("pdx", "pallas_kernels")
 
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
-    ("config", "configs", "shapes", "errors", "arguments", "meshes", "sharding", "compilation", "metrics",
-     "sampling_options", "quant", "cost", "texts", "tables", "strict_json", "outputs", "rounding", "versions",
-     "matrices", "tradeoffs", "chips", "rates", "request_keys", "sampling_defaults"),
+    (
+        "config",
+        "configs",
+        "shapes",
+        "errors",
+        "arguments",
+        "meshes",
+        "sharding",
+        "compilation",
+        "metrics",
+        "sampling_options",
+        "quant",
+        "cost",
+        "texts",
+        "tables",
+        "strict_json",
+        "outputs",
+        "rounding",
+        "versions",
+        "matrices",
+        "tradeoffs",
+        "chips",
+        "rates",
+        "request_keys",
+        "sampling_defaults",
+    ),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling", "sampling_filters", "known"),
-    ("steps", "step_arguments", "programs", "completion", "prompts", "generator", "generation", "speculative", "aot",
-     "calibration"),
+    (
+        "steps",
+        "step_arguments",
+        "programs",
+        "completion",
+        "prompts",
+        "generator",
+        "generation",
+        "speculative",
+        "aot",
+        "calibration",
+    ),
     ("engine.",),
-    ("bench.", "train.", "report_text", "batch_file", "batch_job", "openai_rows", "openai_answers", "journal", "chat",
-     "plan.", "doctor"),
+    (
+        "bench.",
+        "train.",
+        "report_text",
+        "batch_file",
+        "batch_job",
+        "openai_rows",
+        "openai_answers",
+        "journal",
+        "chat",
+        "plan.",
+        "doctor",
+    ),
     ("cli.", "serve.", "__main__"),
 )
 # What a kernel library for others to use may stand on.
@@ -83,11 +127,15 @@ def violations(modules: Mapping[str, str]) -> list[str]:
     """What breaks the import rule. `modules`: dotted name -> source; a package is its name and `.__init__`."""
     sources = {name.removesuffix(".__init__"): text for name, text in modules.items()}
     found = [
-        i for name, text in modules.items()
+        i
+        for name, text in modules.items()
         for i in imports(name.removesuffix(".__init__"), text, name.endswith(".__init__"))
-    ]  # fmt: skip
-    said = [f"{name} is in no layer: enter it into the table" for name in sources
-            if name.startswith("pdx.") and layer(name) is None]
+    ]
+    said = [
+        f"{name} is in no layer: enter it into the table"
+        for name in sources
+        if name.startswith("pdx.") and layer(name) is None
+    ]
     for i in found:
         said += _broken(i, target(i, sources))
     return said + _cycles(found, sources)
@@ -114,7 +162,7 @@ def _cycles(found: list[Import], sources: Mapping[str, str]) -> list[str]:
 
     def walk(name: str, path: tuple[str, ...]) -> None:
         if state.get(name) is False:
-            said.append("a cycle: " + " -> ".join([*path[path.index(name):], name]))
+            said.append("a cycle: " + " -> ".join([*path[path.index(name) :], name]))
         if name in state:
             return
         state[name] = False

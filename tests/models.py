@@ -15,26 +15,68 @@ from pdx.model import forward, init_params
 TOLERANCE = 2e-4
 
 LLAMA = ModelConfig(
-    family="llama", vocab_size=96, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
+    family="llama",
+    vocab_size=96,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=48,
     max_context=512,
-)  # fmt: skip
+)
 # Rings of 128 slots in a cache of chunks up to 121 tokens.
 GEMMA = ModelConfig(
-    family="gemma3", vocab_size=96, d_model=32, num_layers=3, num_heads=4, num_kv_heads=1, head_dim=16, d_ff=48,
-    max_context=512, windows=(8, None, 8), rope=RopeConfig(theta=1e6), rope_window=RopeConfig(theta=1e4),
-    norm_eps=1e-6, activation="gelu_tanh", attn_scale=0.3, attn_softcap=2.0, logit_softcap=5.0, embed_scale=32**0.5,
-    qk_norm=True, post_norms=True,
-)  # fmt: skip
+    family="gemma3",
+    vocab_size=96,
+    d_model=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=16,
+    d_ff=48,
+    max_context=512,
+    windows=(8, None, 8),
+    rope=RopeConfig(theta=1e6),
+    rope_window=RopeConfig(theta=1e4),
+    norm_eps=1e-6,
+    activation="gelu_tanh",
+    attn_scale=0.3,
+    attn_softcap=2.0,
+    logit_softcap=5.0,
+    embed_scale=32**0.5,
+    qk_norm=True,
+    post_norms=True,
+)
 QWEN = ModelConfig(
-    family="qwen2", vocab_size=96, d_model=32, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, d_ff=48,
-    max_context=512, rope=RopeConfig(theta=1e5, divisors=(1.0, 1.0, 2.0, 4.0), attention_factor=1.1),
-    tie_embeddings=False, qkv_bias=True, o_bias=True, mlp_bias=True,
-)  # fmt: skip
+    family="qwen2",
+    vocab_size=96,
+    d_model=32,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=48,
+    max_context=512,
+    rope=RopeConfig(theta=1e5, divisors=(1.0, 1.0, 2.0, 4.0), attention_factor=1.1),
+    tie_embeddings=False,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+)
 # Heads that do not divide over most meshes.
 NINE = ModelConfig(
-    family="llama", vocab_size=96, d_model=36, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=4, d_ff=48,
-    max_context=512, qkv_bias=True,
-)  # fmt: skip
+    family="llama",
+    vocab_size=96,
+    d_model=36,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=4,
+    d_ff=48,
+    max_context=512,
+    qkv_bias=True,
+)
 ALL = {"llama": LLAMA, "gemma3": GEMMA, "qwen2": QWEN}
 
 

@@ -32,8 +32,15 @@ class Desk:
             packed[starts[row] : starts[row + 1]] = ids
         self.held = self.held + counts
         logits, self.cache = steps.mixed_step(
-            params(self.cfg), self.cfg, packed, self.cache, block_tables=self.tables,
-            lengths=np.where(counts > 0, self.held, 0), query_starts=starts, decode_rows=decode_rows,
-            max_queries=max_queries, **self.settings,
-        )  # fmt: skip
+            params(self.cfg),
+            self.cfg,
+            packed,
+            self.cache,
+            block_tables=self.tables,
+            lengths=np.where(counts > 0, self.held, 0),
+            query_starts=starts,
+            decode_rows=decode_rows,
+            max_queries=max_queries,
+            **self.settings,
+        )
         return np.asarray(logits)

@@ -48,23 +48,37 @@ def probabilities(logits: np.ndarray, options: SamplingOptions, prompt=(), outpu
 
 PENALTIES = {"repetition_penalty": 1.5, "presence_penalty": 0.4, "frequency_penalty": 0.3}
 SETTINGS = [
-    {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 2.5},
-    {"temperature": 1.0, "top_k": 1}, {"temperature": 1.2, "top_k": 5},
-    {"temperature": 1.0, "top_p": 0.6}, {"temperature": 1.0, "top_p": 0.95}, {"temperature": 1.0, "top_p": 1e-4},
-    {"temperature": 1.0, "min_p": 0.15}, {"temperature": 1.0, **PENALTIES},
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.2, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 1.0, "top_p": 0.95},
+    {"temperature": 1.0, "top_p": 1e-4},
+    {"temperature": 1.0, "min_p": 0.15},
+    {"temperature": 1.0, **PENALTIES},
     {"temperature": 1.0, "logit_bias": {0: 2.0, 3: -float("inf"), 11: 1.5}},
     {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
     {"temperature": 0.8, "top_k": 8, "top_p": 0.85, "min_p": 0.02, "logit_bias": {1: 1.0}, **PENALTIES},
-]  # fmt: skip
+]
 
 
 def mixed_batch(rows=8, vocab=9000):
     """Rows of every kind, some of which need the search and some of which do not."""
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(rows, vocab)) * np.linspace(0.5, 4, rows)[:, None]
-    kinds = [{"temperature": 1.0, "top_p": 0.9}, {}, {"temperature": 0.7, "top_k": 40}, {"temperature": 1.0},
-             {"temperature": 1.3, "top_k": 500, "top_p": 0.8}, {"temperature": 1.0, "min_p": 0.1},
-             {"repetition_penalty": 1.3, "logit_bias": {5: 3.0}}, {"temperature": 0.9, "top_p": 0.99, **PENALTIES}]
+    kinds = [
+        {"temperature": 1.0, "top_p": 0.9},
+        {},
+        {"temperature": 0.7, "top_k": 40},
+        {"temperature": 1.0},
+        {"temperature": 1.3, "top_k": 500, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"repetition_penalty": 1.3, "logit_bias": {5: 3.0}},
+        {"temperature": 0.9, "top_p": 0.99, **PENALTIES},
+    ]
     options = [SamplingOptions(seed=100 + i, logprobs=3, **kinds[i % len(kinds)]) for i in range(rows)]
     prompts = [list(rng.integers(0, vocab, 50)) for _ in range(rows)]
     return jnp.asarray(logits, jnp.float32), options, prompts

@@ -35,11 +35,19 @@ WRONG = {
     "attention's module": ({"pdx.model": "import pallas_kernels.decode_attention.api"}, "only pdx.layers. calls"),
     "matmul elsewhere": ({"pdx.layers.mlp": "from pallas_kernels import quantized_matmul"}, "only pdx.quant calls"),
     "no layer": ({"pdx.helpers": ""}, "pdx.helpers is in no layer"),
-    "a cycle": ({"pdx.shapes": "import pdx.errors", "pdx.errors": "def f():\n    from . import shapes"},
-                "a cycle: pdx.errors -> pdx.shapes -> pdx.errors"),
-    "a longer cycle": ({"pallas_kernels.a": "from pallas_kernels import b", "pallas_kernels.b": "from . import c",
-                        "pallas_kernels.c": "from .a import x"}, "a -> .*b -> .*c -> .*a"),
-}  # fmt: skip
+    "a cycle": (
+        {"pdx.shapes": "import pdx.errors", "pdx.errors": "def f():\n    from . import shapes"},
+        "a cycle: pdx.errors -> pdx.shapes -> pdx.errors",
+    ),
+    "a longer cycle": (
+        {
+            "pallas_kernels.a": "from pallas_kernels import b",
+            "pallas_kernels.b": "from . import c",
+            "pallas_kernels.c": "from .a import x",
+        },
+        "a -> .*b -> .*c -> .*a",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -70,17 +78,27 @@ def test_the_import_rule_lets_the_rest_be():
 
 
 def test_every_way_to_import_is_read():
-    source = "import a.b\nfrom c import d as e\nfrom . import f\nfrom ..g import h\n" \
-             "def i():\n    if 1:\n        from j import k\n__import__('l.m')\nimport_module('n')"  # fmt: skip
+    source = (
+        "import a.b\nfrom c import d as e\nfrom . import f\nfrom ..g import h\n"
+        "def i():\n    if 1:\n        from j import k\n__import__('l.m')\nimport_module('n')"
+    )
     read = {(i.module, i.name) for i in imports("x.y.z", source)}
     assert read == {("a.b", ""), ("c", "d"), ("x.y", "f"), ("x.g", "h"), ("j", "k"), ("l.m", ""), ("n", "")}
     assert {(i.module, i.name) for i in imports("x.y", "from . import f\nfrom ..g import h", is_package=True)} == {
-        ("x.y", "f"), ("x.g", "h")}  # fmt: skip
+        ("x.y", "f"),
+        ("x.g", "h"),
+    }
 
 
 def test_layers():
     assert [layer(m) for m in ("pdx", "pdx.config", "pdx.cache", "pdx.cache.dense", "pdx.model", "pdx.steps")] == [
-        0, 1, 2, 2, 3, 4]  # fmt: skip
+        0,
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
     assert layer("pdx.cli") == len(LAYERS)
     assert layer("pdx.configuration") is None
 
@@ -125,8 +143,11 @@ def too_long(root: Path) -> list[str]:
     """Files that are not read in one sitting: above 330 lines, or 400 for a kernel or for tests."""
     paths = [(folder, path) for folder in (*PACKAGES, "tests") for path in (root / folder).rglob("*.py")]
     lines = [(folder, path, len(path.read_text(encoding="utf-8").splitlines())) for folder, path in paths]
-    return [f"{path.name} has {n} lines: split it by what changes together"
-            for folder, path, n in lines if n > (330 if folder == "pdx" else 400)]
+    return [
+        f"{path.name} has {n} lines: split it by what changes together"
+        for folder, path, n in lines
+        if n > (330 if folder == "pdx" else 400)
+    ]
 
 
 def test_a_file_is_read_in_one_sitting():
@@ -145,12 +166,16 @@ def test_a_long_file_is_found(tmp_path):
 
 # A path of somebody's machine, and what a reader of the published project cannot know.
 FORBIDDEN = re.compile(
-    r"/(?:work|root|home|Users|mnt)/\w|\blocalhost:\d|\b(?:TODO|FIXME|XXX)\b|pypi\.org|pythonhosted|\bissue #?\d")
+    r"/(?:work|root|home|Users|mnt)/\w|\blocalhost:\d|\b(?:TODO|FIXME|XXX)\b|pypi\.org|pythonhosted|\bissue #?\d"
+)
 
 
 def forbidden(path: Path) -> list[str]:
-    return [f"{path.relative_to(ROOT)}:{n}: {line.strip()}"
-            for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if FORBIDDEN.search(line)]
+    return [
+        f"{path.relative_to(ROOT)}:{n}: {line.strip()}"
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if FORBIDDEN.search(line)
+    ]
 
 
 def test_no_file_knows_this_machine():

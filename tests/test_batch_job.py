@@ -39,8 +39,10 @@ def run(*arguments):
 
 
 def rows(count):
-    return [{"prompt": f"Row {i} says " + "la " * (i % 5), "id": i, "ignore_eos": True, "max_tokens": 1 + i % 6}
-            for i in range(count)]  # fmt: skip
+    return [
+        {"prompt": f"Row {i} says " + "la " * (i % 5), "id": i, "ignore_eos": True, "max_tokens": 1 + i % 6}
+        for i in range(count)
+    ]
 
 
 def test_answers_are_those_of_generate_in_the_order_of_the_input(directory, tmp_path):
@@ -58,12 +60,24 @@ def test_answers_are_those_of_generate_in_the_order_of_the_input(directory, tmp_
 
 
 def test_openai_rows_are_answered_as_openai_answers_them(directory, tmp_path):
-    source = write(tmp_path / "in.jsonl", [
-        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
-         "body": {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 4,
-                  "logprobs": True, "top_logprobs": 0}},
-        {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Hello", "max_tokens": 3, "seed": 1}},
-    ])  # fmt: skip
+    source = write(
+        tmp_path / "in.jsonl",
+        [
+            {
+                "custom_id": "a",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": {
+                    "model": "m",
+                    "messages": [{"role": "user", "content": "Hi"}],
+                    "max_completion_tokens": 4,
+                    "logprobs": True,
+                    "top_logprobs": 0,
+                },
+            },
+            {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Hello", "max_tokens": 3, "seed": 1}},
+        ],
+    )
     target = tmp_path / "out.jsonl"
     done = run(source, target, "-m", directory, *ENGINE)
     assert done.exit_code == 0, done.output

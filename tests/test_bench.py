@@ -68,8 +68,9 @@ def read_one_megabyte():
 
 @pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own(directory):
-    done = CliRunner().invoke(app, ["bench", "memory", "--model", str(directory), "--quantize", "none", "--quantize",
-                                    "int8", "--json"])  # fmt: skip
+    done = CliRunner().invoke(
+        app, ["bench", "memory", "--model", str(directory), "--quantize", "none", "--quantize", "int8", "--json"]
+    )
     assert done.exit_code == 0, done.output
     plain, small = json.loads(done.stdout)["results"]
     assert (plain["weights"], small["weights"]) == ("none", "int8")

@@ -144,8 +144,10 @@ def test_only_valid_tokens_are_written(kind):
 
 def test_append_rounds_to_the_dtype_of_the_cache():
     out = LayerCache(*[jnp.zeros((1, 1, 128, 2), jnp.bfloat16)] * 2).append(
-        jnp.full((1, 1, 1, 2), 1.001), jnp.full((1, 1, 1, 2), 3.0),
-        TokenRows.behind(jnp.zeros(1, int), jnp.ones(1, int), 1))  # fmt: skip
+        jnp.full((1, 1, 1, 2), 1.001),
+        jnp.full((1, 1, 1, 2), 3.0),
+        TokenRows.behind(jnp.zeros(1, int), jnp.ones(1, int), 1),
+    )
     assert out.k.dtype == jnp.bfloat16
     assert float(out.k[0, 0, 0, 0]) == 1.0
     assert float(out.v[0, 0, 0, 0]) == 3.0
@@ -166,8 +168,9 @@ def test_what_init_cache_makes():
 def test_the_declared_cache_is_the_one_that_is_made():
     specs, cache = cache_specs(GEMMA, 3, 300, chunk=200), init_cache(GEMMA, 3, 300, chunk=200)
     assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(cache)
-    jax.tree.map(lambda s, x: np.testing.assert_equal((s.shape, s.dtype), (x.shape, x.dtype)), specs, cache,
-                 is_leaf=is_spec)
+    jax.tree.map(
+        lambda s, x: np.testing.assert_equal((s.shape, s.dtype), (x.shape, x.dtype)), specs, cache, is_leaf=is_spec
+    )
 
 
 @pytest.mark.parametrize(("batch", "capacity", "chunk"), [(0, 128, 1), (1, 0, 1), (1, 128, 0)])

@@ -25,8 +25,9 @@ def run(cfg, dtype=jnp.int8, layout=None, kernels="auto", mesh=None, n=6):
     cache = init_cache(cfg, B, CAPACITY, chunk=CHUNK, dtype=dtype, layout=layout, mesh=mesh)
     weights, found = params(cfg), []
     for i, counts in enumerate(([CHUNK, 9, 0, 17], [20, 0, 3, 24])):
-        logits, cache = steps.prefill(weights, cfg, tokens(cfg, B, CHUNK, seed=i), np.array(counts, np.int32), cache,
-                                      kernels=kernels)  # fmt: skip
+        logits, cache = steps.prefill(
+            weights, cfg, tokens(cfg, B, CHUNK, seed=i), np.array(counts, np.int32), cache, kernels=kernels
+        )
         found.append(logits)
     for ids in tokens(cfg, n, B, seed=9):
         logits, cache = steps.decode_step(weights, cfg, ids, np.ones(B, bool), cache, kernels=kernels)
@@ -88,8 +89,10 @@ def test_the_scales_matter(damage):
     ids, active = tokens(LLAMA, B, seed=11), np.ones(B, bool)
     copies = [jax.tree.map(jnp.copy, cache) for _ in range(2)]
     layers = tuple(x.replace(**{damage: x.scales[damage] * 2}) for x in copies[1].layers)
-    right, wrong = (steps.decode_step(params(LLAMA), LLAMA, ids, active, c)[0]
-                    for c in (copies[0], copies[1].replace(layers=layers)))  # fmt: skip
+    right, wrong = (
+        steps.decode_step(params(LLAMA), LLAMA, ids, active, c)[0]
+        for c in (copies[0], copies[1].replace(layers=layers))
+    )
     assert np.abs(np.asarray(right - wrong)).max() > NEAR
 
 
@@ -106,6 +109,7 @@ def test_the_declared_cache_is_the_one_that_is_made():
     for layout in LAYOUTS:
         specs = cache_specs(NINE, 3, 300, dtype=jnp.int8, layout=layout)
         cache = init_cache(NINE, 3, 300, dtype=jnp.int8, layout=layout)
-        jax.tree.map(lambda s, x: np.testing.assert_equal((s.shape, s.dtype), (x.shape, x.dtype)), specs, cache,
-                     is_leaf=is_spec)
+        jax.tree.map(
+            lambda s, x: np.testing.assert_equal((s.shape, s.dtype), (x.shape, x.dtype)), specs, cache, is_leaf=is_spec
+        )
         assert jax.tree.structure(cache.specs(), is_leaf=is_spec) == jax.tree.structure(cache)

@@ -46,23 +46,29 @@ def test_a_chip_is_described_in_a_file(tmp_path):
     assert not isinstance(found, MeasuredChip)
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    (DESCRIBED.replace("hbm_gbps = 500\n", ""), "hbm_gbps missing; every chip needs platform"),
-    (DESCRIBED + "speed = 3", "no field 'speed'; the fields are bf16_tflops"),
-    (DESCRIBED.replace('"gpu"', '"npu"'), "platform 'npu' is not one of cpu, gpu, tpu"),
-    (DESCRIBED.replace("500", "-1"), "hbm_gbps must be a positive number, not -1"),
-    (DESCRIBED.replace("500", "nan"), "hbm_gbps must be a positive number"),
-    (DESCRIBED.replace("500", "'fast'"), "hbm_gbps must be a positive number, not 'fast'"),
-    (DESCRIBED + "cores = 1.5", "cores must be a whole number"),
-    (DESCRIBED + "kinds = 'x'", "kinds must be a list of texts"),
-    (DESCRIBED + "[rates]\nrest = 3", "not a chip"),
-    (DESCRIBED + "[rates]\nspeed = 3", "has no 'speed'"),
-    (DESCRIBED + "[rates.rest]\nfirst = [1]\nsecond = [1, 2]\nvalues = [[1.0]]", "1 rows of rates for 1 x 2 points"),
-    (DESCRIBED + "[rates.rest]\nfirst = [1]\nsecond = [2, 1]\nvalues = [[1.0, 1.0]]", "must ascend"),
-    (DESCRIBED + "[rates.rest]\nfirst = [1]\nsecond = [2]\nvalues = [[0.0]]", "must be positive"),
-    (DESCRIBED + "[rates.rest]\nfirst = [1]\nvalues = [[1.0]]", "'second' is missing or unknown"),
-    ("platform = ", "not a chip"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (DESCRIBED.replace("hbm_gbps = 500\n", ""), "hbm_gbps missing; every chip needs platform"),
+        (DESCRIBED + "speed = 3", "no field 'speed'; the fields are bf16_tflops"),
+        (DESCRIBED.replace('"gpu"', '"npu"'), "platform 'npu' is not one of cpu, gpu, tpu"),
+        (DESCRIBED.replace("500", "-1"), "hbm_gbps must be a positive number, not -1"),
+        (DESCRIBED.replace("500", "nan"), "hbm_gbps must be a positive number"),
+        (DESCRIBED.replace("500", "'fast'"), "hbm_gbps must be a positive number, not 'fast'"),
+        (DESCRIBED + "cores = 1.5", "cores must be a whole number"),
+        (DESCRIBED + "kinds = 'x'", "kinds must be a list of texts"),
+        (DESCRIBED + "[rates]\nrest = 3", "not a chip"),
+        (DESCRIBED + "[rates]\nspeed = 3", "has no 'speed'"),
+        (
+            DESCRIBED + "[rates.rest]\nfirst = [1]\nsecond = [1, 2]\nvalues = [[1.0]]",
+            "1 rows of rates for 1 x 2 points",
+        ),
+        (DESCRIBED + "[rates.rest]\nfirst = [1]\nsecond = [2, 1]\nvalues = [[1.0, 1.0]]", "must ascend"),
+        (DESCRIBED + "[rates.rest]\nfirst = [1]\nsecond = [2]\nvalues = [[0.0]]", "must be positive"),
+        (DESCRIBED + "[rates.rest]\nfirst = [1]\nvalues = [[1.0]]", "'second' is missing or unknown"),
+        ("platform = ", "not a chip"),
+    ],
+)
 def test_a_wrong_description_is_refused(tmp_path, text, says):
     with pytest.raises(RequestError, match=says) as raised:
         chips.chip(described(tmp_path, text))
@@ -75,8 +81,12 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_what_is_saved_is_read_again(home):
-    first = measured(products={"float32": Surface((1, 8), (10, 100), ((1.0, 2.0), (3.0, 4.5e9)))},
-                     decode_attention={"int8": FLAT}, rest=FLAT, made='a "device"')  # fmt: skip
+    first = measured(
+        products={"float32": Surface((1, 8), (10, 100), ((1.0, 2.0), (3.0, 4.5e9)))},
+        decode_attention={"int8": FLAT},
+        rest=FLAT,
+        made='a "device"',
+    )
     assert chips.save(first) == home / "chips" / "mine.toml"
     again = chips.chip("mine")
     assert again == first
@@ -105,8 +115,9 @@ def test_plan_takes_them(home, tmp_path):
         found = json.loads(done.stdout)
         assert found["chip"] == ("own" if name.endswith("toml") else "laptop")
     assert found["chips"] == 2
-    assert "estimates, at measured rates" in " ".join(CliRunner().invoke(
-        app, ["plan", "smollm2-135m", "--chip", "laptop"]).stdout.split())  # fmt: skip
+    assert "estimates, at measured rates" in " ".join(
+        CliRunner().invoke(app, ["plan", "smollm2-135m", "--chip", "laptop"]).stdout.split()
+    )
     wrong = CliRunner().invoke(app, ["plan", "smollm2-135m", "--chip", str(tmp_path / "no.toml")])
     assert isinstance(wrong.exception, RequestError)
 

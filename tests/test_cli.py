@@ -213,8 +213,11 @@ def test_unknown_choices_are_errors_that_name_the_known_ones(directory, argument
 
 
 def test_tune_needs_a_chip_or_a_target_and_an_op():
-    for arguments, says in ((("decode_attention",), "--target"), (("nothing", "--target", "v5e"), "nothing"),
-                            (("decode_attention", "--target", "v99"), "v99")):  # fmt: skip
+    for arguments, says in (
+        (("decode_attention",), "--target"),
+        (("nothing", "--target", "v5e"), "nothing"),
+        (("decode_attention", "--target", "v99"), "v99"),
+    ):
         result = run("tune", *arguments)
         assert isinstance(result.exception, PdxError)
         assert says in str(result.exception)
@@ -259,8 +262,13 @@ def test_saving_and_batches_say_what_they_did_as_json(directory, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "one", "max_tokens": 2, "ignore_eos": true}\n')
     done = run("batch", source, tmp_path / "out.jsonl", "-m", directory, "--slots", 1, "--json")
-    assert json.loads(done.stdout) == {"output": str(tmp_path / "out.jsonl"), "rows": 1, "resumed_rows": 0,
-                                       "failed_rows": 0, "completion_tokens": 2}  # fmt: skip
+    assert json.loads(done.stdout) == {
+        "output": str(tmp_path / "out.jsonl"),
+        "rows": 1,
+        "resumed_rows": 0,
+        "failed_rows": 0,
+        "completion_tokens": 2,
+    }
 
 
 def test_a_conversation_is_one_object(directory):

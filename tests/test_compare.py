@@ -54,8 +54,11 @@ def inside_loops(text):
     reached, new = set(), bodies
     while new:
         reached |= new
-        called = (re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", i.rest)
-                  for name in new for i in module.computations[name].values())
+        called = (
+            re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", i.rest)
+            for name in new
+            for i in module.computations[name].values()
+        )
         new = {name for names in called for name in names} - reached
     return [i for name in reached for i in module.computations[name].values()], module
 
@@ -178,11 +181,14 @@ def test_a_wrong_implementation_is_found_and_wins_nothing(value, error):
 
 
 FEATURES = (
-    ("flash_attention", "int8, three KV heads, ring, soft cap, sinks"), ("flash_attention", "token tree"),
-    ("flash_attention", "every slot held, no mask"), ("flash_attention", "ring that wrapped, rows far apart, chunks"),
-    ("decode_attention", "rows that take no part"), ("paged_attention", "int8, bf16 queries, window, sinks"),
+    ("flash_attention", "int8, three KV heads, ring, soft cap, sinks"),
+    ("flash_attention", "token tree"),
+    ("flash_attention", "every slot held, no mask"),
+    ("flash_attention", "ring that wrapped, rows far apart, chunks"),
+    ("decode_attention", "rows that take no part"),
+    ("paged_attention", "int8, bf16 queries, window, sinks"),
     ("quantized_matmul", "W8A8, rows"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(("op", "name"), FEATURES)
@@ -254,9 +260,10 @@ def test_times_are_median_and_quartiles():
 # What ran
 
 
-@pytest.mark.parametrize(("target", "says"), [
-    ("tpu_custom_call", "1 Pallas kernel"), ("__gpu$xla.gpu.triton", "1 Pallas kernel"), ("Sharding", "XLA"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [("tpu_custom_call", "1 Pallas kernel"), ("__gpu$xla.gpu.triton", "1 Pallas kernel"), ("Sharding", "XLA")],
+)
 def test_what_ran_is_read_from_the_program(target, says):
     text = f"""HloModule m
 
@@ -276,18 +283,27 @@ def test_a_contestant_that_fails_says_why_and_the_others_go_on():
     def refused(*_):
         raise NotImplementedError("no tiles of 7")
 
-    rows = measure.compete([replace(c, path="pallas", fn=refused), c], measure.start_row(problem, CPU, "cpu"),
-                           exact.answer(problem, arrays), 1)  # fmt: skip
+    rows = measure.compete(
+        [replace(c, path="pallas", fn=refused), c],
+        measure.start_row(problem, CPU, "cpu"),
+        exact.answer(problem, arrays),
+        1,
+    )
     by_path = {r.path: r for r in rows}
     assert (by_path["pallas"].rung, by_path["pallas"].note) == ("not run", "no tiles of 7")
     assert by_path["xla"].seconds > 0
 
 
-@pytest.mark.parametrize(("op", "name"), [
-    ("decode_attention", "one query head a KV head"), ("decode_attention", "rows that take no part"),
-    ("decode_attention", "window of one"), ("flash_attention", "chunk behind a context"),
-    ("flash_attention", "everything that is held, not only what came before"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("decode_attention", "one query head a KV head"),
+        ("decode_attention", "rows that take no part"),
+        ("decode_attention", "window of one"),
+        ("flash_attention", "chunk behind a context"),
+        ("flash_attention", "everything that is held, not only what came before"),
+    ],
+)
 def test_jax_nn_stands_beside_cases_that_it_can_express_and_is_right(op, name):
     case = case_of(op, name)
     problem = problems.OPS[op](case, "xla", "heads_last")
@@ -297,10 +313,16 @@ def test_jax_nn_stands_beside_cases_that_it_can_express_and_is_right(op, name):
     assert relative < 1e-4
 
 
-@pytest.mark.parametrize(("op", "name"), [
-    ("decode_attention", "int8"), ("decode_attention", "ring that wrapped, rows far apart"),
-    ("flash_attention", "token tree"), ("flash_attention", "soft cap"), ("flash_attention", "values of another size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("decode_attention", "int8"),
+        ("decode_attention", "ring that wrapped, rows far apart"),
+        ("flash_attention", "token tree"),
+        ("flash_attention", "soft cap"),
+        ("flash_attention", "values of another size"),
+    ],
+)
 def test_jax_nn_does_not_stand_beside_what_it_cannot_express(op, name):
     case = case_of(op, name)
     assert not contestants.expressible(case)
@@ -308,8 +330,16 @@ def test_jax_nn_does_not_stand_beside_what_it_cannot_express(op, name):
 
 
 def test_jax_nn_does_a_whole_prompt():
-    case = replace(case_of("flash_attention", "Llama 3 8B, f32"), new=(64,), queries=64, slots=64, kv_heads=2, group=2,
-                   head_dim=16, window=20)  # fmt: skip
+    case = replace(
+        case_of("flash_attention", "Llama 3 8B, f32"),
+        new=(64,),
+        queries=64,
+        slots=64,
+        kv_heads=2,
+        group=2,
+        head_dim=16,
+        window=20,
+    )
     problem = problems.OPS["flash_attention"](case, "xla", "heads_last")
     arrays = exact.draw(problem)
     (peer,) = [c for c in contestants.peers("flash_attention", case, arrays, "cpu") if c.path == "jax.nn"]

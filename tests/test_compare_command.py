@@ -89,13 +89,22 @@ def test_json_csv_and_the_picture(small, tmp_path):
     assert set(found) == {"device", "ceiling", "versions", "rows", "verdicts", "notes"}
     assert found["notes"][0].startswith("No accelerator here")
     assert [(r["path"], r["device"], r["rung"]) for r in found["rows"]] == [
-        ("xla", "cpu", "measured"), ("pallas tpu", "cpu", "interpreted"), ("pallas gpu", "cpu", "interpreted"),
-        ("jax.nn", "cpu", "measured"), ("pallas", "v5e", "counted")]  # fmt: skip
+        ("xla", "cpu", "measured"),
+        ("pallas tpu", "cpu", "interpreted"),
+        ("pallas gpu", "cpu", "interpreted"),
+        ("jax.nn", "cpu", "measured"),
+        ("pallas", "v5e", "counted"),
+    ]
     xla, _, _, peer, counted = found["rows"]
     assert set(xla) == set(COLUMNS)
     for row in (xla, peer):
-        assert min(row[k] for k in ("seconds", "gb_per_s", "tflop_per_s", "of_roofline", "compile_seconds",
-                                    "dispatch_seconds")) > 0  # fmt: skip
+        assert (
+            min(
+                row[k]
+                for k in ("seconds", "gb_per_s", "tflop_per_s", "of_roofline", "compile_seconds", "dispatch_seconds")
+            )
+            > 0
+        )
         assert row["low"] <= row["seconds"] <= row["high"]
     assert counted["moved_bytes"] >= counted["bytes"] > 0
     assert counted["done_flops"] >= counted["flops"] > 0
@@ -158,12 +167,18 @@ ENTRY %main (a: s8[64,32], b: f32[4,32]) -> f32[4,64] {
     assert xla_bytes(text.replace("fusion(%a, %b), kind=kOutput, calls=%f", "while(%a), condition=%c, body=%f")) is None
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["attention"], "no op 'attention' to compare; there are flash_attention, .*, steps"),
-    (["decode_attention", "--shapes", "nothing"], "no case has 'nothing' in its name; there are: Llama 3 8B, bf16;"),
-    (["decode_attention", "--targets", "v9"], "target 'v9': no chip 'v9'.*targets are v4, v5e"),
-    (["decode_attention", "--targets", "t4"], "t4 has no Pallas compiler"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["attention"], "no op 'attention' to compare; there are flash_attention, .*, steps"),
+        (
+            ["decode_attention", "--shapes", "nothing"],
+            "no case has 'nothing' in its name; there are: Llama 3 8B, bf16;",
+        ),
+        (["decode_attention", "--targets", "v9"], "target 'v9': no chip 'v9'.*targets are v4, v5e"),
+        (["decode_attention", "--targets", "t4"], "t4 has no Pallas compiler"),
+    ],
+)
 def test_what_does_not_exist_is_answered_with_what_does(arguments, says):
     with pytest.raises(RequestError, match=says):
         run("compare", *arguments)

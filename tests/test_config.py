@@ -20,8 +20,16 @@ def test_json_keeps_everything(cfg):
 
 def test_json_keeps_every_field_that_is_not_its_default():
     """Each field changed by itself: none is dropped on the way."""
-    other = {"family": "x", "activation": "gelu_tanh", "windows": (4, None), "attn_scale": 0.7, "attn_softcap": 3.0,
-             "logit_softcap": 3.0, "rope": RopeConfig(7.0, (1.0, 2.0, 3.0, 4.0), 1.5), "rope_window": RopeConfig(3.0)}
+    other = {
+        "family": "x",
+        "activation": "gelu_tanh",
+        "windows": (4, None),
+        "attn_scale": 0.7,
+        "attn_softcap": 3.0,
+        "logit_softcap": 3.0,
+        "rope": RopeConfig(7.0, (1.0, 2.0, 3.0, 4.0), 1.5),
+        "rope_window": RopeConfig(3.0),
+    }
     for field in dataclasses.fields(ModelConfig):
         value = getattr(LLAMA, field.name)
         if field.name in other:

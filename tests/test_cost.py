@@ -26,8 +26,17 @@ from tests import models
 CONFIGS = {"llama": models.LLAMA, "gemma": models.GEMMA}
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "w8a8,lm_head=none", "int8:g32,*.down_proj=int8",
-                                      "int4:g32:affine,*.down_proj=int8", "none,layers.-1.*=int8"])  # fmt: skip
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        None,
+        "int8",
+        "w8a8,lm_head=none",
+        "int8:g32,*.down_proj=int8",
+        "int4:g32:affine,*.down_proj=int8",
+        "none,layers.-1.*=int8",
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_those_declared(name, quantize):
     cfg = CONFIGS[name]
@@ -57,27 +66,59 @@ def test_pairs_are_counted(new, held, window):
 
 
 # The six families as far as a step's products tell them apart; windows end on the blocks of attention.
-TINY = pdx.ModelConfig(family="llama", vocab_size=256, d_model=128, num_layers=2, num_heads=4, num_kv_heads=2,
-                       head_dim=64, d_ff=256, max_context=4096)  # fmt: skip
+TINY = pdx.ModelConfig(
+    family="llama",
+    vocab_size=256,
+    d_model=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    d_ff=256,
+    max_context=4096,
+)
 FAMILIES = {
     "llama": TINY,
     "mistral": replace(TINY, family="mistral", windows=(128, 128), tie_embeddings=False),
     "qwen2": replace(TINY, family="qwen2", qkv_bias=True),
     "qwen3": replace(TINY, family="qwen3", qk_norm=True),
-    "gemma2": replace(TINY, family="gemma2", windows=(128, None), post_norms=True, attn_softcap=50.0,
-                      logit_softcap=30.0, embed_scale=128**0.5, activation="gelu_tanh"),
-    "gemma3": replace(TINY, family="gemma3", windows=(128, None), post_norms=True, qk_norm=True, num_kv_heads=1,
-                      activation="gelu_tanh"),
-}  # fmt: skip
+    "gemma2": replace(
+        TINY,
+        family="gemma2",
+        windows=(128, None),
+        post_norms=True,
+        attn_softcap=50.0,
+        logit_softcap=30.0,
+        embed_scale=128**0.5,
+        activation="gelu_tanh",
+    ),
+    "gemma3": replace(
+        TINY,
+        family="gemma3",
+        windows=(128, None),
+        post_norms=True,
+        qk_norm=True,
+        num_kv_heads=1,
+        activation="gelu_tanh",
+    ),
+}
 MIXED = "int4,lm_head=w8a8,layers.0.*=none,layers.-1.down_proj=int8:g32"
 STORED = [
-    ("llama", None, "float32", "float32"), ("llama", None, "bfloat16", "int8"), ("llama", "int8", "bfloat16", None),
-    ("llama", "int4:g32:affine", "bfloat16", None), ("mistral", "w8a8", "bfloat16", "int8"),
-    ("mistral", MIXED, "float32", "float32"), ("qwen2", "int8", "bfloat16", "int8"), ("qwen2", None, "bfloat16", None),
-    ("qwen3", "int4", "bfloat16", "float32"), ("qwen3", "w8a8", "float32", "int8"), ("gemma2", "int8", "float32", None),
-    ("gemma2", MIXED, "bfloat16", "int8"), ("gemma3", None, "bfloat16", "bfloat16"),
+    ("llama", None, "float32", "float32"),
+    ("llama", None, "bfloat16", "int8"),
+    ("llama", "int8", "bfloat16", None),
+    ("llama", "int4:g32:affine", "bfloat16", None),
+    ("mistral", "w8a8", "bfloat16", "int8"),
+    ("mistral", MIXED, "float32", "float32"),
+    ("qwen2", "int8", "bfloat16", "int8"),
+    ("qwen2", None, "bfloat16", None),
+    ("qwen3", "int4", "bfloat16", "float32"),
+    ("qwen3", "w8a8", "float32", "int8"),
+    ("gemma2", "int8", "float32", None),
+    ("gemma2", MIXED, "bfloat16", "int8"),
+    ("gemma3", None, "bfloat16", "bfloat16"),
     ("gemma3", "int4:affine", "float32", "int8"),
-]  # fmt: skip
+]
 
 
 def traced(step, setup, *, target="v5e", kernels="xla", rows=2, held=0, tokens=1, capacity=512):
@@ -85,12 +126,23 @@ def traced(step, setup, *, target="v5e", kernels="xla", rows=2, held=0, tokens=1
     platform = Target.get(target).chip.platform
     kernels = platform if kernels == "pallas" else kernels
     program, given = aot.step_arguments(
-        step, setup.cfg, target, batch=rows, capacity=capacity, tokens=max(tokens, 512), dtype=jnp.dtype(setup.dtype),
-        kv_dtype=setup.kv_dtype, quantize=setup.quantize)  # fmt: skip
+        step,
+        setup.cfg,
+        target,
+        batch=rows,
+        capacity=capacity,
+        tokens=max(tokens, 512),
+        dtype=jnp.dtype(setup.dtype),
+        kv_dtype=setup.kv_dtype,
+        quantize=setup.quantize,
+    )
     new = np.full(rows, tokens, np.int32)
     given["cache"] = given["cache"].replace(lengths=np.full(rows, held, np.int32))
-    given |= {"tokens": np.zeros(rows, np.int32), "active": new > 0} if step == "decode_step" else {
-        "tokens": np.zeros((rows, tokens), np.int32), "lengths": new}  # fmt: skip
+    given |= (
+        {"tokens": np.zeros(rows, np.int32), "active": new > 0}
+        if step == "decode_step"
+        else {"tokens": np.zeros((rows, tokens), np.int32), "lengths": new}
+    )
     with Target.get(target).tracing():
         return multiplied(lambda a: program(cfg=setup.cfg, kernels=kernels, **a), given, platform=platform)
 
@@ -128,9 +180,15 @@ def test_flops_are_those_of_a_traced_verification():
     assert model.flops_by_part["attention"] == pytest.approx(attention, rel=0.01)
 
 
-@pytest.mark.parametrize(("target", "heads", "dtype", "kv_dtype"), [
-    ("v5e", 16, "bfloat16", None), ("v5e", 16, "float32", "float32"), ("v6e", 16, "bfloat16", "int8"),
-    ("a100", 32, "bfloat16", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "heads", "dtype", "kv_dtype"),
+    [
+        ("v5e", 16, "bfloat16", None),
+        ("v5e", 16, "float32", "float32"),
+        ("v6e", 16, "bfloat16", "int8"),
+        ("a100", 32, "bfloat16", None),
+    ],
+)
 def test_flops_are_those_of_pallas_kernels_whose_tiles_are_full(target, heads, dtype, kv_dtype):
     """Eight (TPU) or sixteen query heads a KV head of 128, rows that are full: kernels pad what is less, and that is
     theirs, not the model's. An int8 write on a TPU shifts its rows by a product, which is left out too."""
@@ -157,8 +215,16 @@ def test_argument_bytes_are_weights_and_cache(family, quantize, dtype, kv_dtype,
     cfg = replace(FAMILIES[family], num_heads=3, num_kv_heads=3)
     setup = Setup(cfg, dtype, quantize, kv_dtype, layout)
     _, given = aot.step_arguments(
-        "decode_step", cfg, target, batch=3, capacity=1024, tokens=512, dtype=jnp.dtype(dtype),
-        kv_dtype=kv_dtype, quantize=quantize)  # fmt: skip
+        "decode_step",
+        cfg,
+        target,
+        batch=3,
+        capacity=1024,
+        tokens=512,
+        dtype=jnp.dtype(dtype),
+        kv_dtype=kv_dtype,
+        quantize=quantize,
+    )
     size = sum(map(nbytes, jax.tree.leaves(given)))
     assert size == pytest.approx(sum(setup.weights.values()) + setup.cache_bytes(3, 1024), rel=0.01)
 
@@ -175,9 +241,18 @@ def test_argument_bytes_of_a_compiled_step():
     assert size == pytest.approx(sum(setup.weights.values()) + setup.cache_bytes(2, 512), rel=0.01)
 
 
-LLAMA_8B = pdx.ModelConfig(family="llama", vocab_size=128256, d_model=4096, num_layers=32, num_heads=32,
-                           num_kv_heads=8, head_dim=128, d_ff=14336, max_context=8192,
-                           tie_embeddings=False)  # fmt: skip
+LLAMA_8B = pdx.ModelConfig(
+    family="llama",
+    vocab_size=128256,
+    d_model=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=14336,
+    max_context=8192,
+    tie_embeddings=False,
+)
 
 
 def test_published_rules_come_out():
@@ -203,8 +278,11 @@ def test_what_fits():
     small = Setup(LLAMA_8B, quantize="int8", kv_dtype="int8")
     most = cost.largest_batch(small, v5e, 2048)
     assert 32 <= most <= 64
-    assert cost.room(small, v5e) - small.cache_bytes(most, 2048) >= 0 > cost.room(small, v5e) - small.cache_bytes(
-        most + 1, 2048)  # fmt: skip
+    assert (
+        cost.room(small, v5e) - small.cache_bytes(most, 2048)
+        >= 0
+        > cost.room(small, v5e) - small.cache_bytes(most + 1, 2048)
+    )
     context = cost.largest_context(small, v5e, 16)
     assert small.cache_bytes(16, context) <= cost.room(small, v5e)
     fast = cost.best_batch(small, v5e, 2048, 0.0125)
@@ -237,8 +315,10 @@ def test_a_mixed_step_reads_its_weights_once():
     mixed = setup.mixed([(1, 2047)] * 8 + [(256, 512)])
     decode, chunk = setup.decode(8, 2048), setup.prefill(1, 256, 512)
     assert mixed.flops == decode.flops + chunk.flops
-    read = {part: decode.bytes_by_part[part] + chunk.bytes_by_part[part] - mixed.bytes_by_part[part]
-            for part in mixed.bytes_by_part}  # fmt: skip
+    read = {
+        part: decode.bytes_by_part[part] + chunk.bytes_by_part[part] - mixed.bytes_by_part[part]
+        for part in mixed.bytes_by_part
+    }
     assert read == {"weights": setup.streamed(1), "kv read": 0, "kv written": 0, "activations": 0}
 
 

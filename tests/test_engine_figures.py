@@ -19,9 +19,20 @@ def directory(tmp_path_factory):
 
 
 TINY = engine_figures.Sizes(
-    slots=2, budget=32, context=128, prompt=8, outputs="uniform:3:9", requests=5, alone=2, steps=4, long_prompt=80,
-    before=2, prefix=64, own=8, rounds=1,
-)  # fmt: skip
+    slots=2,
+    budget=32,
+    context=128,
+    prompt=8,
+    outputs="uniform:3:9",
+    requests=5,
+    alone=2,
+    steps=4,
+    long_prompt=80,
+    before=2,
+    prefix=64,
+    own=8,
+    rounds=1,
+)
 
 
 @pytest.mark.slow

@@ -66,61 +66,165 @@ def test_names_and_shapes_are_those_of_transformers(name):
 # As published on the hub, by older versions of transformers.
 PUBLISHED = {
     "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-        "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
-        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
-        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {
-            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-        "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 128256,
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0",
+        "use_cache": True,
+        "vocab_size": 128256,
     },
     "mistral-7b-v0.1": {
-        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
-        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+        "architectures": ["MistralForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
     },
     "qwen2.5-0.5b": {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
-        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
-        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.1",
+        "use_cache": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
         "vocab_size": 151936,
     },
     "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
-        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
-        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
-        "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
     },
     "gemma-2-2b": {
-        "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-        "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
-        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "initializer_range": 0.02,
-        "intermediate_size": 9216, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
-        "num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32",
-        "transformers_version": "4.42.4", "use_cache": True, "vocab_size": 256000,
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0,
+        "bos_token_id": 2,
+        "cache_implementation": "hybrid",
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "initializer_range": 0.02,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma2",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "torch_dtype": "float32",
+        "transformers_version": "4.42.4",
+        "use_cache": True,
+        "vocab_size": 256000,
     },
     "gemma-3-4b-it": {
-        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
-        "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
-        "model_type": "gemma3", "text_config": {
-            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
-        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
         "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
     },
-}  # fmt: skip
+}
 
 
 def test_published_configurations():
@@ -173,8 +277,11 @@ def test_old_and_new_spelling_of_rope_agree():
             assert config_from_hf(old | {"rope_scaling": spelled})[1] == config_from_hf(new)[1]
     new = GOLDEN["gemma3-linear"]["config"]
     old = without(new, "rope_parameters", "layer_types", "_sliding_window_pattern") | {
-        "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window_pattern": 6,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
     assert config_from_hf(old)[1] == config_from_hf(new)[1]
 
 
@@ -203,7 +310,7 @@ REFUSED = [
     ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_type = 'longrope'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1, 2]}}, "mrope_section"),
     ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
@@ -266,9 +373,16 @@ class Tensors:
 
 
 def metadata(arch: str, **fields) -> dict:
-    head = {"block_count": 4, "context_length": 512, "embedding_length": 64, "feed_forward_length": 96,
-            "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-6,
-            "rope.freq_base": 10000.0}  # fmt: skip
+    head = {
+        "block_count": 4,
+        "context_length": 512,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10000.0,
+    }
     changes = {k.replace("__", "."): v for k, v in fields.items()}
     return {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in (head | changes).items()}}
 
@@ -289,17 +403,48 @@ def test_gguf_fields_map_to_the_same_configuration_as_config_json():
     agree("llama2", gguf("llama", HEAD, vocab_size=128, rope__dimension_count=16))
     biases = {f"blk.0.attn_{x}.bias": (64,) for x in ("q", "k", "v")}
     agree("qwen2", gguf("qwen2", EMBED | biases))
-    agree("qwen3", gguf("qwen3", HEAD | {"blk.0.attn_q_norm.weight": (32,)}, attention__key_length=32,
-                        attention__value_length=32))
-    agree("gemma2", gguf("gemma2", attention__key_length=32, attention__sliding_window=16,
-                         attn_logit_softcapping=50.0, final_logit_softcapping=30.0), query_pre_attn_scalar=32)
-    agree("gemma3", gguf("gemma3", EMBED | {"blk.0.attn_q_norm.weight": (32,)}, block_count=7,
-                         attention__key_length=32, attention__sliding_window=16, rope__freq_base=1e6),
-          query_pre_attn_scalar=32)  # fmt: skip
-    agree("gemma3-linear", gguf("gemma3", EMBED | {"blk.0.attn_q_norm.weight": (32,)}, attention__key_length=32,
-                                attention__sliding_window=4096, rope__freq_base=1e6, rope__freq_base_swa=1e4,
-                                rope__scaling__type="linear", rope__scaling__factor=8.0,
-                                attention__sliding_window_pattern=[True] * 4), query_pre_attn_scalar=32)  # fmt: skip
+    agree(
+        "qwen3",
+        gguf("qwen3", HEAD | {"blk.0.attn_q_norm.weight": (32,)}, attention__key_length=32, attention__value_length=32),
+    )
+    agree(
+        "gemma2",
+        gguf(
+            "gemma2",
+            attention__key_length=32,
+            attention__sliding_window=16,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        query_pre_attn_scalar=32,
+    )
+    agree(
+        "gemma3",
+        gguf(
+            "gemma3",
+            EMBED | {"blk.0.attn_q_norm.weight": (32,)},
+            block_count=7,
+            attention__key_length=32,
+            attention__sliding_window=16,
+            rope__freq_base=1e6,
+        ),
+        query_pre_attn_scalar=32,
+    )
+    agree(
+        "gemma3-linear",
+        gguf(
+            "gemma3",
+            EMBED | {"blk.0.attn_q_norm.weight": (32,)},
+            attention__key_length=32,
+            attention__sliding_window=4096,
+            rope__freq_base=1e6,
+            rope__freq_base_swa=1e4,
+            rope__scaling__type="linear",
+            rope__scaling__factor=8.0,
+            attention__sliding_window_pattern=[True] * 4,
+        ),
+        query_pre_attn_scalar=32,
+    )
 
 
 def test_gguf_windows_and_scales_that_llama_cpp_derives():
@@ -315,8 +460,13 @@ def test_gguf_rope_scalings():
     assert gguf("llama", HEAD, rope__scaling__factor=2.0).rope.divisors == (2.0,) * 8  # no type: linear
     assert gguf("llama", HEAD, rope__scaling__type="none", rope__scaling__factor=2.0).rope.divisors is None
     theirs = config_from_hf(GOLDEN["qwen2-yarn"]["config"])[1].rope
-    ours = gguf("qwen2", rope__freq_base=1e6, rope__scaling__type="yarn", rope__scaling__factor=4.0,
-                rope__scaling__original_context_length=2048).rope  # fmt: skip
+    ours = gguf(
+        "qwen2",
+        rope__freq_base=1e6,
+        rope__scaling__type="yarn",
+        rope__scaling__factor=4.0,
+        rope__scaling__original_context_length=2048,
+    ).rope
     assert ours == theirs
     with pytest.raises(UnsupportedModelError, match=r"llama.rope.scaling.type = 'longrope'"):
         gguf("llama", HEAD, rope__scaling__type="longrope")

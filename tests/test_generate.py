@@ -96,8 +96,11 @@ def test_seeds(model):
 
 
 def test_each_request_has_its_own_options(model):
-    options = [SamplingOptions(max_tokens=3, ignore_eos=True), SamplingOptions(max_tokens=40, ignore_eos=True),
-               SamplingOptions(max_tokens=40, ignore_eos=True, temperature=1.5, seed=1, logprobs=2)]  # fmt: skip
+    options = [
+        SamplingOptions(max_tokens=3, ignore_eos=True),
+        SamplingOptions(max_tokens=40, ignore_eos=True),
+        SamplingOptions(max_tokens=40, ignore_eos=True, temperature=1.5, seed=1, logprobs=2),
+    ]
     done = pdx.generate(model, PROMPTS, options)
     assert [c.completion_tokens for c in done] == [3, 40, 40]
     assert done[1].token_ids == greedy(model, model.tokenizer.encode(PROMPTS[1]), 40)
@@ -176,24 +179,48 @@ def test_token_ids_may_be_arrays(model):
     assert len(pdx.generate(model, np.array(["a", "b"]), max_tokens=3)) == 2
 
 
-@pytest.mark.parametrize("prompts", [
-    None, 5, b"hello", {"role": "user", "content": "x"}, [5.9, 6.7], [[5.9, 6.7]], [True, False], [["hi"]], [None],
-    np.array([5.9]), [np.array([[5, 6]])], np.array(5), [5, "x"], [["x", 5]], [[{"role": "user", "content": "x"}, "x"]],
-    ["fine", None], ["fine", [{"role": "user"}]],
-], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        None,
+        5,
+        b"hello",
+        {"role": "user", "content": "x"},
+        [5.9, 6.7],
+        [[5.9, 6.7]],
+        [True, False],
+        [["hi"]],
+        [None],
+        np.array([5.9]),
+        [np.array([[5, 6]])],
+        np.array(5),
+        [5, "x"],
+        [["x", 5]],
+        [[{"role": "user", "content": "x"}, "x"]],
+        ["fine", None],
+        ["fine", [{"role": "user"}]],
+    ],
+    ids=repr,
+)
 def test_what_is_no_prompt_is_said(model, prompts):
     with pytest.raises(RequestError, match=r"a prompt is a text, chat messages or token ids|messages\["):
         pdx.generate(model, prompts)
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"options": [SamplingOptions()]}, "1 options for 2 prompts: give one set for all, or one a prompt"),
-    ({"options": {"temperature": 1}}, "options must be SamplingOptions or a list of them"),
-    ({"options": [None, None]}, "options must be SamplingOptions or a list of them"),
-    ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1"),
-    ({"batch_size": 1.5}, "batch_size is 1.5"),
-    ({"options": [SamplingOptions(), SamplingOptions(logit_bias={10_000: 1.0})]}, "prompt 1: logit_bias names token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"options": [SamplingOptions()]}, "1 options for 2 prompts: give one set for all, or one a prompt"),
+        ({"options": {"temperature": 1}}, "options must be SamplingOptions or a list of them"),
+        ({"options": [None, None]}, "options must be SamplingOptions or a list of them"),
+        ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        (
+            {"options": [SamplingOptions(), SamplingOptions(logit_bias={10_000: 1.0})]},
+            "prompt 1: logit_bias names token",
+        ),
+    ],
+)
 def test_settings_that_do_not_fit_the_prompts_are_said_before_anything_runs(model, settings, says):
     with pytest.raises(RequestError, match=says):
         next(pdx.stream(model, ["a", "b"], **({"batch_size": 1} | settings)))

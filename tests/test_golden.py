@@ -40,16 +40,18 @@ def load_golden(name: str, directory: Path) -> SimpleNamespace:
         row[: len(ids)] = ids
     kept = [n - p + 1 for n, p in zip(lengths, prompts, strict=True)]
     reference = np.split(np.load(GOLDEN[name].with_suffix(".npy")), np.cumsum(kept)[:-1])
-    return SimpleNamespace(params=model.params, cfg=model.config, tokens=tokens, lengths=lengths, prompts=prompts,
-                           reference=reference)  # fmt: skip
+    return SimpleNamespace(
+        params=model.params, cfg=model.config, tokens=tokens, lengths=lengths, prompts=prompts, reference=reference
+    )
 
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_prefill_and_decode_give_the_golden_logits(name, tmp_path):
     """A ragged batch: logits behind each prompt, then behind every token decoded after it."""
     golden = load_golden(name, tmp_path)
-    ours = prefilled_then_decoded(golden.params, golden.cfg, golden.tokens, golden.lengths, golden.prompts,
-                                  chunk=max(golden.prompts))  # fmt: skip
+    ours = prefilled_then_decoded(
+        golden.params, golden.cfg, golden.tokens, golden.lengths, golden.prompts, chunk=max(golden.prompts)
+    )
     assert difference(ours, golden.reference) < TOLERANCE
     # The comparison can fail: the logits of one step are not those of the next.
     assert difference([r[1:] for r in ours], [r[:-1] for r in golden.reference]) > 1

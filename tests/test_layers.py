@@ -135,7 +135,12 @@ def test_the_choice_of_kernels_is_explained():
     assert implementation("pallas", "heads_last") == ("gpu", True)
     assert implementation("tpu", "folded") == ("tpu", False)
     assert [layout_for(k) for k in ("auto", "xla", "pallas", "tpu", "gpu")] == [
-        "heads_first", "heads_first", "folded", "folded", "heads_last"]  # fmt: skip
+        "heads_first",
+        "heads_first",
+        "folded",
+        "folded",
+        "heads_last",
+    ]
     with pytest.raises(NotImplementedError, match="this one lies heads_first"):
         implementation("pallas", "heads_first")
     with pytest.raises(ValueError, match="'triton' is not one of auto, xla, pallas"):

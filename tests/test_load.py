@@ -33,10 +33,16 @@ def prompts(seed=0, shared=0):
 # What is sent.
 
 
-@pytest.mark.parametrize(("text", "mean", "low", "high"), [
-    ("128", 128, 128, 128), ("uniform:32:256", 144, 32, 256), ("normal:100:10", 100, 40, 160),
-    ("lognormal:100:0.5", 100 * math.exp(0.125), 1, 2000), ("zipf:10:12:1", (10 + 11 / 2 + 12 / 3) / (11 / 6), 10, 12),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "mean", "low", "high"),
+    [
+        ("128", 128, 128, 128),
+        ("uniform:32:256", 144, 32, 256),
+        ("normal:100:10", 100, 40, 160),
+        ("lognormal:100:0.5", 100 * math.exp(0.125), 1, 2000),
+        ("zipf:10:12:1", (10 + 11 / 2 + 12 / 3) / (11 / 6), 10, 12),
+    ],
+)
 def test_lengths_are_distributed_as_asked(text, mean, low, high):
     drawn = np.array(Lengths.parse(text).sample(rng(), 20_000))
     assert drawn.dtype == np.int64
@@ -50,9 +56,26 @@ def test_both_ends_of_uniform_are_drawn_and_no_length_is_below_one():
     assert min(Lengths.parse("normal:1:50").sample(rng(), 200)) == 1
 
 
-@pytest.mark.parametrize("text", ["", "0", "-3", "nan", "inf", "x", "uniform:5", "uniform:5:3", "uniform:0:3",
-                                  "gauss:1:2", "lognormal:0:1", "normal:5:-1", "zipf:1:5",
-                                  "uniform:1:2:3", "128:2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0",
+        "-3",
+        "nan",
+        "inf",
+        "x",
+        "uniform:5",
+        "uniform:5:3",
+        "uniform:0:3",
+        "gauss:1:2",
+        "lognormal:0:1",
+        "normal:5:-1",
+        "zipf:1:5",
+        "uniform:1:2:3",
+        "128:2",
+    ],
+)
 def test_what_is_no_distribution_is_refused(text):
     with pytest.raises(RequestError, match="is no distribution of lengths"):
         Lengths.parse(text)
@@ -97,12 +120,19 @@ def test_prompts_share_what_they_should_and_no_more():
         prompts().cut(10_001)
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"process": "gauss"}, "arrival 'gauss' is not one of poisson, burst, closed"),
-    ({"count": 0}, "at least one"), ({"pressure": 0}, "above 0"), ({"pressure": -1.0}, "above 0"),
-    ({"pressure": math.nan}, "above 0"), ({"burstiness": 0}, "burstiness is 0"),
-    ({"process": "closed", "pressure": 1.5}, "whole number"), ({"process": "closed", "pressure": 0}, "0 clients"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"process": "gauss"}, "arrival 'gauss' is not one of poisson, burst, closed"),
+        ({"count": 0}, "at least one"),
+        ({"pressure": 0}, "above 0"),
+        ({"pressure": -1.0}, "above 0"),
+        ({"pressure": math.nan}, "above 0"),
+        ({"burstiness": 0}, "burstiness is 0"),
+        ({"process": "closed", "pressure": 1.5}, "whole number"),
+        ({"process": "closed", "pressure": 0}, "0 clients"),
+    ],
+)
 def test_a_load_that_makes_no_sense_is_refused(changes, says):
     settings = {"process": "poisson", "pressure": 1.0, "count": 3, "burstiness": 0.25} | changes
     burstiness = settings.pop("burstiness")
@@ -113,11 +143,17 @@ def test_a_load_that_makes_no_sense_is_refused(changes, says):
 def test_a_trace_is_read_in_the_order_of_time(tmp_path):
     file = tmp_path / "trace.jsonl"
     rows = [(7.5, 12, 3), (5.0, 8, 2), (6.0, 20, 9)]
-    file.write_text("\n".join(json.dumps(dict(zip(("arrival_s", "prompt_tokens", "output_tokens"), r, strict=True)))
-                              for r in rows) + "\n\n", encoding="utf-8")  # fmt: skip
+    file.write_text(
+        "\n".join(json.dumps(dict(zip(("arrival_s", "prompt_tokens", "output_tokens"), r, strict=True))) for r in rows)
+        + "\n\n",
+        encoding="utf-8",
+    )
     found = workload.read_trace(file, prompts())
     assert [(r.arrival_s, len(r.prompt), r.output_tokens) for r in found.requests] == [
-        (0, 8, 2), (1, 20, 9), (2.5, 12, 3)]  # fmt: skip
+        (0, 8, 2),
+        (1, 20, 9),
+        (2.5, 12, 3),
+    ]
     assert found.pressure == pytest.approx(2 / 2.5)
     assert len(workload.read_trace(file, prompts(), 2).requests) == 2
     row = {"arrival_s": 0, "prompt_tokens": 3, "output_tokens": 1, "note": "a\u2028b"}
@@ -125,14 +161,19 @@ def test_a_trace_is_read_in_the_order_of_time(tmp_path):
     assert len(workload.read_trace(file, prompts()).requests) == 1
 
 
-@pytest.mark.parametrize(("line", "says"), [
-    ("{", ":2: "), ("[1, 2]", ":2: "), ('{"arrival_s": 1}', "'prompt_tokens' is missing"),
-    ('{"arrival_s": -1, "prompt_tokens": 3, "output_tokens": 3}', "seconds of at least 0"),
-    ('{"arrival_s": "now", "prompt_tokens": 3, "output_tokens": 3}', "seconds of at least 0"),
-    ('{"arrival_s": NaN, "prompt_tokens": 3, "output_tokens": 3}', "seconds of at least 0"),
-    ('{"arrival_s": 1, "prompt_tokens": 0, "output_tokens": 3}', "whole numbers"),
-    ('{"arrival_s": 1, "prompt_tokens": 3, "output_tokens": 2.5}', "whole numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", ":2: "),
+        ("[1, 2]", ":2: "),
+        ('{"arrival_s": 1}', "'prompt_tokens' is missing"),
+        ('{"arrival_s": -1, "prompt_tokens": 3, "output_tokens": 3}', "seconds of at least 0"),
+        ('{"arrival_s": "now", "prompt_tokens": 3, "output_tokens": 3}', "seconds of at least 0"),
+        ('{"arrival_s": NaN, "prompt_tokens": 3, "output_tokens": 3}', "seconds of at least 0"),
+        ('{"arrival_s": 1, "prompt_tokens": 0, "output_tokens": 3}', "whole numbers"),
+        ('{"arrival_s": 1, "prompt_tokens": 3, "output_tokens": 2.5}', "whole numbers"),
+    ],
+)
 def test_a_trace_that_is_wrong_is_refused_by_its_line(tmp_path, line, says):
     file = tmp_path / "trace.jsonl"
     file.write_text('{"arrival_s": 0, "prompt_tokens": 3, "output_tokens": 3}\n' + line, encoding="utf-8")
@@ -174,8 +215,15 @@ def test_goodput_counts_requests_that_met_every_objective():
 def result(**changes):
     timings = [ServedTiming(3, 0.25, 1.25, queue_s=0.1, gaps_s=(0.25, 0.75)), ServedTiming(1, 0.5, 0.5)]
     served = (*(load.Served(10, 0.0, t) for t in timings), load.Served(7, 0.2, error="QueueFullError: full"))
-    fields = {"side": "", "load": "2 req/s", "pressure": 2.0, "duration_s": 4.0, "objectives": Objectives(ttft_s=0.3),
-              "served": served, "counted": {"compiles": 1, "hit_tokens": 8, "occupancy": 0.5, "preemptions": 2}}
+    fields = {
+        "side": "",
+        "load": "2 req/s",
+        "pressure": 2.0,
+        "duration_s": 4.0,
+        "objectives": Objectives(ttft_s=0.3),
+        "served": served,
+        "counted": {"compiles": 1, "hit_tokens": 8, "occupancy": 0.5, "preemptions": 2},
+    }
     return load.LoadResult(**fields | changes)
 
 
@@ -200,8 +248,13 @@ def test_the_report_says_what_must_be_known(tmp_path):
     assert "0.25 (33%)" in table[3]
     assert load_report.table([result()]).markdown().startswith("| load |")
     said = " ".join(load_report.notes([result()]))
-    for text in ("1 of 3 requests failed: QueueFullError: full", "200 ms late", "1 programs were compiled",
-                 "8 prompt tokens were found", "gave their pages up 2 times"):  # fmt: skip
+    for text in (
+        "1 of 3 requests failed: QueueFullError: full",
+        "200 ms late",
+        "1 programs were compiled",
+        "8 prompt tokens were found",
+        "gave their pages up 2 times",
+    ):
         assert text in said, text
     assert load_report.notes([result(served=(load.Served(1, 0.0, ServedTiming(1, 0.1, 0.1)),), counted={})]) == []
 
@@ -235,8 +288,15 @@ class FakeEngine:
         self.lock = threading.Lock()
 
     def metrics(self):
-        return SimpleNamespace(steps=len(self.seen), decode_tokens=0, prefill_tokens=0, hit_tokens=0, preemptions=0,
-                               compiles=0, occupancy=0.5)  # fmt: skip
+        return SimpleNamespace(
+            steps=len(self.seen),
+            decode_tokens=0,
+            prefill_tokens=0,
+            hit_tokens=0,
+            preemptions=0,
+            compiles=0,
+            occupancy=0.5,
+        )
 
     def submit(self, request):
         with self.lock:
@@ -300,18 +360,28 @@ def test_all_combinations_of_what_varies():
     assert len(found) == 8
     first, last = found[0], found[-1]
     assert (first.name, first.config, first.quantize) == (
-        "chunked_prefill on, slots 1, quantize none", EngineConfig(slots=1), None)  # fmt: skip
+        "chunked_prefill on, slots 1, quantize none",
+        EngineConfig(slots=1),
+        None,
+    )
     assert (last.config, last.quantize) == (EngineConfig(chunked_prefill=False, slots=4), "int8")
     assert load.sides(EngineConfig(slots=2), "w8a8", []) == [load.Side("", EngineConfig(slots=2), "w8a8")]
     typed = load.sides(EngineConfig(), None, ["tpot_s=0.5", "token_budget=auto", "policy=shortest", "kv_dtype=int8"])[0]
     assert typed.config == EngineConfig(tpot_s=0.5, policy="shortest", kv_dtype="int8")
 
 
-@pytest.mark.parametrize(("vary", "says"), [
-    ("speed=on", "'speed' is no setting of an engine: there are slots"), ("slots", "with its values"),
-    ("slots=", "with its values"), ("slots=x", "slots=x: it must be a number"), ("slots=0", "slots is 0"),
-    ("chunked_prefill=maybe", "on or off"), ("policy=luck", "policy 'luck'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ("speed=on", "'speed' is no setting of an engine: there are slots"),
+        ("slots", "with its values"),
+        ("slots=", "with its values"),
+        ("slots=x", "slots=x: it must be a number"),
+        ("slots=0", "slots is 0"),
+        ("chunked_prefill=maybe", "on or off"),
+        ("policy=luck", "policy 'luck'"),
+    ],
+)
 def test_what_cannot_vary_is_refused(vary, says):
     with pytest.raises(RequestError, match=says):
         load.sides(EngineConfig(), None, [vary])
@@ -338,24 +408,56 @@ def test_settings_side_by_side_on_a_real_engine(directory, capsys):
 
 
 def test_the_command(directory, tmp_path):
-    arguments = ["bench", "load", "--model", str(directory), "--rate", "200", "--rate", "inf", "--requests", "4",
-                 "--prompt-len", "uniform:4:20", "--output-len", "3", "--slots", "2", "--token-budget", "16",
-                 "--slo-ttft", "100000", "--plot", str(tmp_path / "load.svg"), "--json"]  # fmt: skip
+    arguments = [
+        "bench",
+        "load",
+        "--model",
+        str(directory),
+        "--rate",
+        "200",
+        "--rate",
+        "inf",
+        "--requests",
+        "4",
+        "--prompt-len",
+        "uniform:4:20",
+        "--output-len",
+        "3",
+        "--slots",
+        "2",
+        "--token-budget",
+        "16",
+        "--slo-ttft",
+        "100000",
+        "--plot",
+        str(tmp_path / "load.svg"),
+        "--json",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])["results"]
     assert [(r["load"], r["requests"], r["failed"], r["good_share"]) for r in found] == [
-        ("200 req/s", 4, 0, 1.0), ("inf req/s", 4, 0, 1.0)]  # fmt: skip
+        ("200 req/s", 4, 0, 1.0),
+        ("inf req/s", 4, 0, 1.0),
+    ]
     assert all(r["tpot_s"]["count"] == 4 and r["itl_s"]["count"] == 8 for r in found)
     assert (tmp_path / "load.svg").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    ([], "give --rate"), (["--arrival", "closed"], "needs --clients"), (["--clients", "2"], "takes --rate"),
-    (["--arrival", "closed", "--rate", "1"], "takes --clients"), (["--trace", "x", "--rate", "1"], "--trace says when"),
-    (["--rate", "1", "--slo-ttft", "0"], "for TTFT is 0 ms"), (["--rate", "1", "--vary", "x=1"], "no setting"),
-    (["--rate", "1", "--plot", "x.txt"], "must end in"), (["--rate", "1", "--prompt-len", "x"], "no distribution"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give --rate"),
+        (["--arrival", "closed"], "needs --clients"),
+        (["--clients", "2"], "takes --rate"),
+        (["--arrival", "closed", "--rate", "1"], "takes --clients"),
+        (["--trace", "x", "--rate", "1"], "--trace says when"),
+        (["--rate", "1", "--slo-ttft", "0"], "for TTFT is 0 ms"),
+        (["--rate", "1", "--vary", "x=1"], "no setting"),
+        (["--rate", "1", "--plot", "x.txt"], "must end in"),
+        (["--rate", "1", "--prompt-len", "x"], "no distribution"),
+    ],
+)
 def test_the_command_refuses_before_it_loads_anything(arguments, says):
     done = CliRunner().invoke(app, ["bench", "load", "--model", "none-such", *arguments])
     assert isinstance(done.exception, RequestError)

@@ -17,8 +17,7 @@ from pdx.sharding import place
 from tests import tiny_model
 from tests.models import LLAMA, close, params, tokens
 
-pytestmark = [pytest.mark.thin(3),
-              pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]  # fmt: skip
+pytestmark = [pytest.mark.thin(3), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 B = 4
 
 
@@ -42,11 +41,14 @@ TAKEN = {
     "data alone": (lambda: explicit(2, names=("data",)), (2, 1), range(2)),
     "the other order": (lambda: Mesh(devices(4, 2), ("model", "data")), (2, 4), (0, 2, 4, 6, 1, 3, 5, 7)),
     "an axis of one device": (lambda: Mesh(devices(2, 1, 2), ("data", "expert", "model")), (2, 2), range(4)),
-    "devices in another order": (lambda: Mesh(devices(8)[::-1].reshape(2, 4), ("data", "model")), (2, 4),
-                                 range(7, -1, -1)),
+    "devices in another order": (
+        lambda: Mesh(devices(8)[::-1].reshape(2, 4), ("data", "model")),
+        (2, 4),
+        range(7, -1, -1),
+    ),
     "some of the devices": (lambda: Mesh(devices(8)[3:7].reshape(2, 2), ("data", "model")), (2, 2), range(3, 7)),
     "one device": (lambda: explicit(1, 1), (1, 1), range(1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -76,7 +78,7 @@ REFUSED = {
     "a number": (lambda: 8, "mesh 8 of type int is no mesh: expected axes"),
     "devices": (lambda: jax.devices()[:1], "of type list is no mesh"),
     "a sharding": (lambda: NamedSharding(make_mesh(), PartitionSpec()), "of type NamedSharding is no mesh"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("enters", ["load", "init_cache", "init_paged_cache", "Model", "place"])
@@ -102,8 +104,14 @@ def answer(mesh, weights=None):
     cache = pdx.init_cache(LLAMA, B, 128, mesh=mesh)
     logits, cache = pdx.prefill(weights, LLAMA, tokens(LLAMA, B, 8), np.array([8, 3, 2, 1]), cache)
     cache = cache.truncate(np.array([7, 3, 2, 1]))
-    out = pdx.decode_many(weights, LLAMA, np.asarray(logits).argmax(-1).astype(np.int32), cache,
-                          pdx.SamplingState.create([pdx.SamplingOptions()] * B, LLAMA.vocab_size), 2)  # fmt: skip
+    out = pdx.decode_many(
+        weights,
+        LLAMA,
+        np.asarray(logits).argmax(-1).astype(np.int32),
+        cache,
+        pdx.SamplingState.create([pdx.SamplingOptions()] * B, LLAMA.vocab_size),
+        2,
+    )
     logits, _ = pdx.decode_step(weights, LLAMA, np.asarray(out.last), np.ones(B, bool), out.cache)
     return np.asarray(logits)
 
@@ -152,6 +160,7 @@ def test_a_set_mesh_changes_nothing_for_loading_generating_and_the_engine(tmp_pa
 
 def test_under_a_trace_a_set_mesh_stays():
     with jax.set_mesh(make_mesh("data=2")):
+
         def inside(x):
             with no_ambient_mesh():
                 return x + 1
@@ -159,10 +168,14 @@ def test_under_a_trace_a_set_mesh_stays():
         assert jax.jit(inside)(1) == 2
 
 
-@pytest.mark.parametrize(("cache_mesh", "says"), [
-    (None, "the cache on one device"), ("data=4", r"the cache on \{'data': 4, 'model': 1\}"),
-    (Mesh(np.array(jax.devices()[3::-1]).reshape(2, 2), ("data", "model")), "in another order"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cache_mesh", "says"),
+    [
+        (None, "the cache on one device"),
+        ("data=4", r"the cache on \{'data': 4, 'model': 1\}"),
+        (Mesh(np.array(jax.devices()[3::-1]).reshape(2, 2), ("data", "model")), "in another order"),
+    ],
+)
 def test_a_cache_of_another_mesh_than_the_parameters_is_refused(cache_mesh, says):
     weights = place(params(LLAMA), param_specs(LLAMA), "data=2,model=2")
     cache = pdx.init_cache(LLAMA, B, 128, mesh=cache_mesh)

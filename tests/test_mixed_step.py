@@ -177,12 +177,19 @@ def test_pallas_interpreted_gives_what_xla_gives(dtype):
         close(a, b)
 
 
-MESHES = {"llama": (LLAMA, 2), "nine heads": (NINE, 2), "gemma3": (GEMMA, 2), "llama over 4": (LLAMA, 4),
-          "gemma3 over 4": (GEMMA, 4)}  # fmt: skip
+MESHES = {
+    "llama": (LLAMA, 2),
+    "nine heads": (NINE, 2),
+    "gemma3": (GEMMA, 2),
+    "llama over 4": (LLAMA, 4),
+    "gemma3 over 4": (GEMMA, 4),
+}
 # Interpreted they take long to compile: two by default.
-ON_MESHES = [pytest.param(kernels, *of, id=f"{kernels}-{name}",
-                          marks=pytest.mark.slow if kernels == "pallas" and i % 4 else [])
-             for kernels in ("xla", "pallas") for i, (name, of) in enumerate(MESHES.items())]  # fmt: skip
+ON_MESHES = [
+    pytest.param(kernels, *of, id=f"{kernels}-{name}", marks=pytest.mark.slow if kernels == "pallas" and i % 4 else [])
+    for kernels in ("xla", "pallas")
+    for i, (name, of) in enumerate(MESHES.items())
+]
 
 
 @pytest.mark.parametrize(("kernels", "cfg", "model"), ON_MESHES)
@@ -200,8 +207,9 @@ def test_on_a_mesh(cfg, model, kernels):
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     packed = np.zeros(100, np.int32)
     packed[: counts.sum()] = np.concatenate(ids)
-    logits, after = steps.mixed_step(weights, cfg, packed, cache, block_tables=desk.tables, lengths=counts,
-                                     query_starts=starts, kernels=kernels)  # fmt: skip
+    logits, after = steps.mixed_step(
+        weights, cfg, packed, cache, block_tables=desk.tables, lengths=counts, query_starts=starts, kernels=kernels
+    )
     close(np.asarray(logits), fed(desk, ids))
     specs = paged_cache_specs(cfg, 40, page_size=16, mesh=mesh, layout=layout)
     for x, spec in zip(jax.tree.leaves(after), jax.tree.leaves(specs, is_leaf=is_spec), strict=True):
@@ -234,8 +242,15 @@ def test_what_does_not_fit_is_refused():
     assert np.isnan(desk.step({0: tokens(LLAMA, 20)}, T)[0]).all(), "20 tokens in a page of 16 pass for an answer"
     cache = init_paged_cache(LLAMA, 4)
     with pytest.raises(ValueError, match="must agree"):
-        steps.mixed_step(params(LLAMA), LLAMA, np.zeros(4, np.int32), cache, block_tables=np.zeros((1, 2, 1)),
-                         lengths=np.zeros(2), query_starts=np.zeros(2))  # fmt: skip
+        steps.mixed_step(
+            params(LLAMA),
+            LLAMA,
+            np.zeros(4, np.int32),
+            cache,
+            block_tables=np.zeros((1, 2, 1)),
+            lengths=np.zeros(2),
+            query_starts=np.zeros(2),
+        )
     with pytest.raises(ValueError, match="PackedRows"):
         forward(params(LLAMA), LLAMA, tokens(LLAMA, 1, 4), cache)
     packed = PackedRows.packed(4, jnp.zeros((1, 1, 2), int), jnp.array([4]), jnp.array([0, 4]))

@@ -16,12 +16,29 @@ from pdx.weights.resolve import resolve
 
 # Parameters as their model cards give them, in billions; Gemma's from 4B on are those of the text model.
 PUBLISHED = {
-    "llama-3-8b": 8.03, "llama-3-70b": 70.6, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "mistral-7b": 7.24,
-    "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.7, "qwen3-4b": 4.0, "qwen3-8b": 8.2, "qwen3-14b": 14.8, "qwen3-32b": 32.8,
-    "smollm2-135m": 0.135, "gemma-3-270m": 0.268, "gemma-3-1b": 1.0, "gemma-3-4b": 3.88, "gemma-3-12b": 11.8,
-    "gemma-3-27b": 27.0, "mixtral-8x7b": 46.7, "gpt-oss-20b": 20.91, "gpt-oss-120b": 116.83, "deepseek-v3": 671.0,
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.6,
+    "llama-3.2-1b": 1.24,
+    "llama-3.2-3b": 3.21,
+    "mistral-7b": 7.24,
+    "qwen3-0.6b": 0.6,
+    "qwen3-1.7b": 1.7,
+    "qwen3-4b": 4.0,
+    "qwen3-8b": 8.2,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+    "smollm2-135m": 0.135,
+    "gemma-3-270m": 0.268,
+    "gemma-3-1b": 1.0,
+    "gemma-3-4b": 3.88,
+    "gemma-3-12b": 11.8,
+    "gemma-3-27b": 27.0,
+    "mixtral-8x7b": 46.7,
+    "gpt-oss-20b": 20.91,
+    "gpt-oss-120b": 116.83,
+    "deepseek-v3": 671.0,
     "qwen3-30b-a3b": 30.5,
-}  # fmt: skip
+}
 # Those a token meets; gpt-oss's card leaves the embedding out, the others count it.
 ACTIVE = {"mixtral-8x7b": 12.9, "gpt-oss-20b": 3.61, "gpt-oss-120b": 5.13, "deepseek-v3": 37, "qwen3-30b-a3b": 3.3}
 
@@ -98,8 +115,22 @@ def test_the_json_has_both_phases():
 
 
 def test_objectives_are_judged():
-    done = run("llama-3-8b", "--chip", "v5e", "--quantize", "int8", "--batch", 8, "--slo-ttft", 50, "--slo-tpot", 20,
-               "--output-tokens", 10, "--json")  # fmt: skip
+    done = run(
+        "llama-3-8b",
+        "--chip",
+        "v5e",
+        "--quantize",
+        "int8",
+        "--batch",
+        8,
+        "--slo-ttft",
+        50,
+        "--slo-tpot",
+        20,
+        "--output-tokens",
+        10,
+        "--json",
+    )
     found = json.loads(done.stdout)
     assert found["slo"]["ttft"] == {"asked_s": 0.05, "predicted_s": found["ttft_s"], "met": False}
     assert found["slo"]["tpot"]["met"]
@@ -111,8 +142,10 @@ def test_objectives_are_judged():
     assert f"room for {chunked['chunk_tokens']} prompt tokens" in " ".join(found["advice"])
 
 
-@pytest.mark.parametrize(("chip", "chips", "name"), [("v5e", 1, "v5e"), ("v5e", 8, "v5e:2x4"), ("v5p", 8, "v5p:2x2x2"),
-                                                     ("h100", 8, "h100:8")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chip", "chips", "name"),
+    [("v5e", 1, "v5e"), ("v5e", 8, "v5e:2x4"), ("v5p", 8, "v5p:2x2x2"), ("h100", 8, "h100:8")],
+)
 def test_chips_are_compiled_for_as_slices(chip, chips, name):
     assert compiled.target(hardware.chip(chip), chips) == name
     with pytest.raises(RequestError, match="slices of 1, 4, 8"):
@@ -122,9 +155,13 @@ def test_chips_are_compiled_for_as_slices(chip, chips, name):
 def test_what_a_compiler_says_is_read(monkeypatch):
     found = plan.make("llama-3-8b", known.shape("llama-3-8b"), "v5e", batch=8)
     memory = {"argument": 7, "output": 2, "temp": 1, "alias": 2, "code": 0}
-    answers = {"prefill": {"memory": memory, "accessed": 30e9, "seconds": 2.0},
-               "decode_step": {"error": "JaxRuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out "
-                               "of memory in memory space hbm. Used 17.87G of 15.75G hbm."}}  # fmt: skip
+    answers = {
+        "prefill": {"memory": memory, "accessed": 30e9, "seconds": 2.0},
+        "decode_step": {
+            "error": "JaxRuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out "
+            "of memory in memory space hbm. Used 17.87G of 15.75G hbm."
+        },
+    }
     asked = []
     monkeypatch.setattr(targets, "missing", lambda name: None)
     monkeypatch.setattr(compiled, "_run", lambda request: asked.append(request) or answers[request["step"]])
@@ -201,20 +238,23 @@ def test_lengths_that_are_not_said_follow_from_the_others():
 
 def test_bad_requests_are_refused(tmp_path):
     cfg = known.config("smollm2-135m")
-    for settings, says in (({"on": "v9"}, "it has v4, v5e"), ({"on": "v5e", "batch": 0}, "must be at least 1"),
-                           ({"on": "v5e", "context": 10**6}, "has a context of 8192"),
-                           ({"on": "v5e", "prompt": 8000, "output_tokens": 256}, "8192 tokens, not of 8256"),
-                           ({"on": "v5e", "prompt": 3000, "context": 2048}, "a row of 2048 tokens cannot hold 3000"),
-                           ({"on": "v5e", "context": 2048, "output_tokens": 2000}, "cannot hold 3024"),
-                           ({"on": "v5e", "output_tokens": 0}, "must be at least 1"),
-                           ({"on": "v5e", "slo_tpot": float("nan")}, "objective for TPOT is nan ms"),
-                           ({"on": "v5e", "slo_ttft": -1.0}, "objective for TTFT is -1000 ms"),
-                           ({"on": "v5e", "slo_ttft": float("inf")}, "must be above 0"),
-                           ({"on": "v5e", "dtype": "int8"}, "dtype 'int8' is not one of auto, f32, bf16"),
-                           ({"on": "v5e", "kv_dtype": "int4"}, "kv_dtype 'int4' is not one of auto, f32, bf16, int8"),
-                           ({"on": "v5e", "quantize": "int4:g128"}, "do not divide rows of 576"),
-                           ({"on": "v5e", "quantize": "stored"}, "is what a file holds"),
-                           ({"on": "v5e", "quantize": "int8,nothing=none"}, "names no layer")):  # fmt: skip
+    for settings, says in (
+        ({"on": "v9"}, "it has v4, v5e"),
+        ({"on": "v5e", "batch": 0}, "must be at least 1"),
+        ({"on": "v5e", "context": 10**6}, "has a context of 8192"),
+        ({"on": "v5e", "prompt": 8000, "output_tokens": 256}, "8192 tokens, not of 8256"),
+        ({"on": "v5e", "prompt": 3000, "context": 2048}, "a row of 2048 tokens cannot hold 3000"),
+        ({"on": "v5e", "context": 2048, "output_tokens": 2000}, "cannot hold 3024"),
+        ({"on": "v5e", "output_tokens": 0}, "must be at least 1"),
+        ({"on": "v5e", "slo_tpot": float("nan")}, "objective for TPOT is nan ms"),
+        ({"on": "v5e", "slo_ttft": -1.0}, "objective for TTFT is -1000 ms"),
+        ({"on": "v5e", "slo_ttft": float("inf")}, "must be above 0"),
+        ({"on": "v5e", "dtype": "int8"}, "dtype 'int8' is not one of auto, f32, bf16"),
+        ({"on": "v5e", "kv_dtype": "int4"}, "kv_dtype 'int4' is not one of auto, f32, bf16, int8"),
+        ({"on": "v5e", "quantize": "int4:g128"}, "do not divide rows of 576"),
+        ({"on": "v5e", "quantize": "stored"}, "is what a file holds"),
+        ({"on": "v5e", "quantize": "int8,nothing=none"}, "names no layer"),
+    ):
         with pytest.raises(RequestError, match=says):
             plan.make("smollm2-135m", cfg, **settings)
     with pytest.raises(ModelNotFoundError, match="did you mean llama-3-8b"):

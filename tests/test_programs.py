@@ -24,9 +24,17 @@ from tests.programs import aliased_parameters, check_in_place, equations
 
 # Head sizes and a cache as real ones are; few layers and a small vocabulary, to compile fast.
 REAL = ModelConfig(
-    family="llama", vocab_size=512, d_model=576, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=64, d_ff=256,
-    max_context=8192, windows=(None, 512),
-)  # fmt: skip
+    family="llama",
+    vocab_size=512,
+    d_model=576,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    d_ff=256,
+    max_context=8192,
+    windows=(None, 512),
+)
 B, CAPACITY, CHUNK = 8, 4096, 24
 
 
@@ -39,15 +47,19 @@ def arguments(cfg, dtype=jnp.float32):
     weights, cache = abstract(param_specs(cfg, dtype)), abstract(cache_specs(cfg, B, CAPACITY, chunk=128, dtype=dtype))
     ids, flags = partial(jax.ShapeDtypeStruct, dtype=jnp.int32), partial(jax.ShapeDtypeStruct, dtype=bool)
     sampling = jax.eval_shape(lambda: SamplingState.create([SamplingOptions(seed=0)] * B, cfg.vocab_size))
-    return {
-        "prefill": (steps.PROGRAMS["prefill"], (weights, cfg, ids((B, CHUNK)), ids((B,)), cache, "auto")),
-        "decode": (steps.PROGRAMS["decode_step"], (weights, cfg, ids((B,)), flags((B,)), cache, "auto")),
-        "verify": (steps.PROGRAMS["verify"], (weights, cfg, ids((B, 5)), ids((B,)), cache, "auto")),
-        "decode_many": (
-            steps.PROGRAMS["decode_many"],
-            (weights, cfg, ids((B,)), cache, sampling, 8, flags((B,)), ids(()), 0, "auto"),
-        ),
-    }, cache, sampling  # fmt: skip
+    return (
+        {
+            "prefill": (steps.PROGRAMS["prefill"], (weights, cfg, ids((B, CHUNK)), ids((B,)), cache, "auto")),
+            "decode": (steps.PROGRAMS["decode_step"], (weights, cfg, ids((B,)), flags((B,)), cache, "auto")),
+            "verify": (steps.PROGRAMS["verify"], (weights, cfg, ids((B, 5)), ids((B,)), cache, "auto")),
+            "decode_many": (
+                steps.PROGRAMS["decode_many"],
+                (weights, cfg, ids((B,)), cache, sampling, 8, flags((B,)), ids(()), 0, "auto"),
+            ),
+        },
+        cache,
+        sampling,
+    )
 
 
 STEPS = ["prefill", "decode", "verify", "decode_many"]
@@ -149,15 +161,19 @@ def test_a_second_request_compiles_nothing(count_compiles):
             _, cache = steps.prefill(weights, cfg, ids, np.array(lengths), cache, check=check)
             _, cache = steps.decode_step(weights, cfg, ids[:, 0], np.array(active), cache, check=check)
             out = steps.decode_many(
-                weights, cfg, ids[:, 1], cache, sampling, 4, active=np.array(active), steps=k, check=check)
+                weights, cfg, ids[:, 1], cache, sampling, 4, active=np.array(active), steps=k, check=check
+            )
             cache, sampling = out.cache, out.sampling
             _, cache = steps.verify(weights, cfg, ids[:, :5], np.minimum(lengths, 5), cache, check=check)
             cache = cache.truncate(np.asarray(cache.lengths) - np.minimum(lengths, back))
         return jax.block_until_ready(cache)
 
     plain = [SamplingOptions(seed=1)] * 3
-    mixed = [SamplingOptions(temperature=0.7, top_k=5, seed=1), SamplingOptions(logprobs=3),
-             SamplingOptions(top_p=0.5, temperature=1.0, repetition_penalty=1.3, logit_bias={3: 1.0}, seed=2)]
+    mixed = [
+        SamplingOptions(temperature=0.7, top_k=5, seed=1),
+        SamplingOptions(logprobs=3),
+        SamplingOptions(top_p=0.5, temperature=1.0, repetition_penalty=1.3, logit_bias={3: 1.0}, seed=2),
+    ]
     cache = request(init_cache(cfg, 3, 256, chunk=CHUNK), [3, 24, 1], [True, True, False], plain, 2, 0)
     with count_compiles() as compiles:
         cache = cache.truncate(np.zeros(3, np.int32))

@@ -65,8 +65,9 @@ def test_perplexity_is_that_of_plain_windows(model):
     assert found.reference_perplexity == found.perplexity
 
 
-@pytest.mark.parametrize("settings", [{"quantize": "int8"}, {"quantize": "int4:g32,*.down_proj=int8"},
-                                      {"kv_dtype": "int8"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{"quantize": "int8"}, {"quantize": "int4:g32,*.down_proj=int8"}, {"kv_dtype": "int8"}]
+)
 def test_distances_see_what_was_quantized(directory, model, settings):
     other = pdx.load(directory, quantize=settings["quantize"]) if "quantize" in settings else model
     found = evaluate(other, model, TEXT, kv_dtype=settings.get("kv_dtype"), length=128, stride=64, max_tokens=200)
@@ -95,8 +96,19 @@ def test_bad_requests_are_refused(model):
 def test_the_command(directory, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
-    arguments = ["eval", "ppl", str(directory), "--file", str(file), "--quantize", "w8a8", "--window", "64",
-                 "--stride", "32"]  # fmt: skip
+    arguments = [
+        "eval",
+        "ppl",
+        str(directory),
+        "--file",
+        str(file),
+        "--quantize",
+        "w8a8",
+        "--window",
+        "64",
+        "--stride",
+        "32",
+    ]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
@@ -110,8 +122,20 @@ def test_a_quantized_checkpoint_is_held_against_its_original(directory, tmp_path
     out = tmp_path / "out"
     run = CliRunner().invoke(app, ["quantize", str(directory), str(out), "--quantize", "int8", "--method", "rtn"])
     assert run.exit_code == 0, run.output
-    arguments = ["eval", "ppl", str(out), "--reference", str(directory), "--file", str(file), "--window", "64",
-                 "--stride", "32", "--json"]  # fmt: skip
+    arguments = [
+        "eval",
+        "ppl",
+        str(out),
+        "--reference",
+        str(directory),
+        "--file",
+        str(file),
+        "--window",
+        "64",
+        "--stride",
+        "32",
+        "--json",
+    ]
     saved = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
     arguments[2:5] = [str(directory), "--quantize", "int8"]
     assert json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1]) == saved

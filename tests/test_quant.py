@@ -124,17 +124,20 @@ def test_layers_are_counted_from_the_end_too(directory):
     assert [isinstance(p["up_proj"], QuantArray) for p in params["layers"]][-2:] == [True, False]
 
 
-@pytest.mark.parametrize(("policy", "says"), [
-    ("int8,layers.-9.*=none", "names no layer"),
-    ("none,*_norm=int8", "names no layer"),
-    ("int3", "is not one of none, stored, int8"),
-    ("int8:g48", "is not one of"),
-    ("int8:affine", "is not one of"),
-    ("int8,lm_head", "is no exception such as"),
-    ("int8,layers.7.*=none", "'layers.7.\\*' names no layer"),
-    ("int4:g128", "down_proj: groups of 128 do not divide rows of 48"),
-    ("missing.toml", "not a quantization policy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("int8,layers.-9.*=none", "names no layer"),
+        ("none,*_norm=int8", "names no layer"),
+        ("int3", "is not one of none, stored, int8"),
+        ("int8:g48", "is not one of"),
+        ("int8:affine", "is not one of"),
+        ("int8,lm_head", "is no exception such as"),
+        ("int8,layers.7.*=none", "'layers.7.\\*' names no layer"),
+        ("int4:g128", "down_proj: groups of 128 do not divide rows of 48"),
+        ("missing.toml", "not a quantization policy"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(directory, policy, says):
     with pytest.raises(RequestError, match=says):
         pdx.load(directory, quantize=policy)
@@ -179,11 +182,14 @@ def saved(directory, tmp_path):
     return save(pdx.load(directory, quantize="int4:g32:affine,*.down_proj=int8"), tmp_path / "saved")
 
 
-@pytest.mark.parametrize(("part", "says"), [
-    ("scales", "layers.1.q_proj is quantized and has no scales, expected values and scales and offsets"),
-    ("offsets", "layers.1.q_proj is quantized and has no offsets"),
-    ("values", "layers.1.q_proj is quantized and has no values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("scales", "layers.1.q_proj is quantized and has no scales, expected values and scales and offsets"),
+        ("offsets", "layers.1.q_proj is quantized and has no offsets"),
+        ("values", "layers.1.q_proj is quantized and has no values"),
+    ],
+)
 def test_a_part_that_is_missing_is_named(saved, part, says):
     head = json.loads((saved / "pdx.json").read_text())
     del head["params"][f"layers.1.q_proj.{part}"]

@@ -44,14 +44,25 @@ def found(claim: str, off: list[float], on: list[float], **of):
     return judge(claim, of, Timing(tuple(off)), Timing(tuple(on)), chip(1e9), {"here": chip(1e9)})
 
 
-@pytest.mark.parametrize(("claim", "on", "verdict"), [
-    ("huge", [0.4] * 4, "holds"), ("huge", [0.6] * 4, "does not hold"), ("yes", [0.8] * 4, "holds"),
-    ("yes", [1.2] * 4, "does not hold"), ("no", [1.0] * 4, "holds"), ("no", [0.5] * 4, "does not hold"),
-    ("small", [0.5] * 4, "does not hold"), ("small", [1.2] * 4, "does not hold"), ("small", [0.8] * 4, "holds"),
-    ("costs a little", [1.2] * 4, "holds"), ("costs a little", [2.0] * 4, "does not hold"),
-    # The middle half decides: one round out of five is noise, half of them are not.
-    ("huge", [0.4, 0.4, 0.4, 0.4, 3.0], "holds"), ("yes", [2.0, 1.5, 1.5, 0.5, 1.5], "does not hold"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("claim", "on", "verdict"),
+    [
+        ("huge", [0.4] * 4, "holds"),
+        ("huge", [0.6] * 4, "does not hold"),
+        ("yes", [0.8] * 4, "holds"),
+        ("yes", [1.2] * 4, "does not hold"),
+        ("no", [1.0] * 4, "holds"),
+        ("no", [0.5] * 4, "does not hold"),
+        ("small", [0.5] * 4, "does not hold"),
+        ("small", [1.2] * 4, "does not hold"),
+        ("small", [0.8] * 4, "holds"),
+        ("costs a little", [1.2] * 4, "holds"),
+        ("costs a little", [2.0] * 4, "does not hold"),
+        # The middle half decides: one round out of five is noise, half of them are not.
+        ("huge", [0.4, 0.4, 0.4, 0.4, 3.0], "holds"),
+        ("yes", [2.0, 1.5, 1.5, 0.5, 1.5], "does not hold"),
+    ],
+)
 def test_verdicts_follow_the_clock(claim, on, verdict):
     assert found(claim, [1.0] * len(on), on).verdict == verdict
 
@@ -77,9 +88,17 @@ def test_why_names_the_bound_and_how_near_it_came():
 def test_every_claim_of_the_table_is_measured_or_said_not_to_be():
     names = [row.name for row in rows.ROWS]
     assert len(names) == len(set(names))
-    for words in ("larger batch", "FlashAttention", "weight quantization int8", "weight quantization int4",
-                  "KV-cache quantization", "speculative decoding", "GQA / MQA", "continuous batching",
-                  "chunked prefill"):  # fmt: skip
+    for words in (
+        "larger batch",
+        "FlashAttention",
+        "weight quantization int8",
+        "weight quantization int4",
+        "KV-cache quantization",
+        "speculative decoding",
+        "GQA / MQA",
+        "continuous batching",
+        "chunked prefill",
+    ):
         assert any(words in name for name in names), words
     with pytest.raises(ValueError, match="no claim 'enormous'"):
         rows.row("x", prefill="no", decode="enormous")
@@ -210,12 +229,26 @@ def test_a_chip_with_wrong_figures_is_far_off(directory):
 
 def test_it_is_written(seen, tmp_path):
     files = report.write(seen, tmp_path / "out")
-    assert [f.name for f in files] == ["report.md", "report.json", "ttft.png", "tpot_batch.png", "tpot_context.png",
-                                       "roofline.png"]  # fmt: skip
+    assert [f.name for f in files] == [
+        "report.md",
+        "report.json",
+        "ttft.png",
+        "tpot_batch.png",
+        "tpot_context.png",
+        "roofline.png",
+    ]
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files[2:])
     text, data = files[0].read_text(), json.loads(files[1].read_text())
-    for words in ("| larger batch | decode | huge |", "| speculative decoding | prefill | no |", "not built",
-                  "TTFT", "![", "Pitfalls", "one number says", "chunked prefill, decode: "):  # fmt: skip
+    for words in (
+        "| larger batch | decode | huge |",
+        "| speculative decoding | prefill | no |",
+        "not built",
+        "TTFT",
+        "![",
+        "Pitfalls",
+        "one number says",
+        "chunked prefill, decode: ",
+    ):
         assert words in text, words
     assert data["median_error"]["tpot"] == pytest.approx(seen.error("decode"), rel=1e-4)
     (batch, spec, _, chunked) = data["outcomes"]
@@ -246,8 +279,17 @@ def test_the_commands(directory, tmp_path, monkeypatch):
     assert isinstance(mine, MeasuredChip)
     assert {"float32", "w8a8"} == set(mine.rates.products)
     assert set(mine.rates.decode_attention) == set(mine.rates.prefill_attention) == {"float32", "int8"}
-    arguments = ["report", "--model", str(directory), "--out", str(tmp_path / "out"), "--row", "continuous batching",
-                 "--quick", "--chip"]  # fmt: skip
+    arguments = [
+        "report",
+        "--model",
+        str(directory),
+        "--out",
+        str(tmp_path / "out"),
+        "--row",
+        "continuous batching",
+        "--quick",
+        "--chip",
+    ]
     done = CliRunner().invoke(app, [*arguments, "mine"])
     assert done.exit_code == 0, done.output
     assert "Predicted by the cost model" in " ".join(done.stdout.split())

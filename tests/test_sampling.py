@@ -23,6 +23,7 @@ ROWS, STEPS = 512, 40
 @jax.jit
 def draw_many(logits, state):
     """ROWS x STEPS tokens of one distribution: every row has a seed of its own, every step a position."""
+
     def step(_, position):
         return None, sample(logits, state, jnp.full(logits.shape[0], position)).tokens
 
@@ -131,8 +132,10 @@ def test_degenerate_settings_are_greedy(setting):
 
 
 def test_a_state_made_on_the_host_is_the_same_and_asks_no_device():
-    options = [SamplingOptions(temperature=0.5, top_k=10**6, seed=1 << 40, logit_bias={3: 1.0}, logprobs=2),
-               SamplingOptions(repetition_penalty=1.5, presence_penalty=0.1, seed=2)]  # fmt: skip
+    options = [
+        SamplingOptions(temperature=0.5, top_k=10**6, seed=1 << 40, logit_bias={3: 1.0}, logprobs=2),
+        SamplingOptions(repetition_penalty=1.5, presence_penalty=0.1, seed=2),
+    ]
     seen = {"prompts": [[1, 2], [4]], "outputs": [[3], [3, 3]]}
     host, device = (SamplingState.create(options, 50, **seen, batch=3, on_host=on_host) for on_host in (True, False))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(host))
@@ -150,10 +153,17 @@ def test_greedy_takes_the_lower_of_equals():
 def test_penalties_and_bias_against_the_reference():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(6, 50)).astype(np.float32) * 3
-    options = [SamplingOptions(temperature=1, **o) for o in (
-        {}, {"repetition_penalty": 1.7}, {"presence_penalty": 0.9}, {"frequency_penalty": -0.6},
-        {"logit_bias": {0: -INF, 49: 5.0, 7: -1.25}}, {**PENALTIES, "logit_bias": {2: 1.0}},
-    )]  # fmt: skip
+    options = [
+        SamplingOptions(temperature=1, **o)
+        for o in (
+            {},
+            {"repetition_penalty": 1.7},
+            {"presence_penalty": 0.9},
+            {"frequency_penalty": -0.6},
+            {"logit_bias": {0: -INF, 49: 5.0, 7: -1.25}},
+            {**PENALTIES, "logit_bias": {2: 1.0}},
+        )
+    ]
     prompts = [rng.integers(0, 50, 9) for _ in options]
     outputs = [rng.integers(0, 20, 12) for _ in options]
     state = SamplingState.create(options, 50, prompts=prompts, outputs=outputs)
@@ -183,8 +193,9 @@ def test_put_replaces_one_row():
     state = SamplingState.create(options, 9000, prompts=prompts)
     one = SamplingState.create(options[:1], 9000, prompts=prompts[:1])
     got = jax.jit(SamplingState.put)(state, 5, one)
-    expected = SamplingState.create([*options[:5], options[0], *options[6:]], 9000,
-                                    prompts=[*prompts[:5], prompts[0], *prompts[6:]])
+    expected = SamplingState.create(
+        [*options[:5], options[0], *options[6:]], 9000, prompts=[*prompts[:5], prompts[0], *prompts[6:]]
+    )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 

@@ -53,10 +53,13 @@ def test_small_vocabulary(logits, options):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**31), spread=st.sampled_from([0.2, 1.0, 3.0, 8.0]),
-    grid=st.sampled_from([1.0, 8.0, 64.0, 4096.0]), shift=st.sampled_from([-50.0, 0.0, 30.0]),
-    banned=st.booleans(), options=filters(),
-)  # fmt: skip
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.2, 1.0, 3.0, 8.0]),
+    grid=st.sampled_from([1.0, 8.0, 64.0, 4096.0]),
+    shift=st.sampled_from([-50.0, 0.0, 30.0]),
+    banned=st.booleans(),
+    options=filters(),
+)
 def test_large_vocabulary(seed, spread, grid, shift, banned, options):
     rng = np.random.default_rng(seed)
     logits = (np.round(rng.normal(size=LARGE) * spread * grid) / grid + shift).astype(np.float32)

@@ -24,8 +24,10 @@ def test_observe_is_in_place_where_the_state_is_donated():
 
 def test_every_setting_runs_in_one_program(count_compiles):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 777)), jnp.float32)
-    states = [SamplingState.create([SamplingOptions(seed=i, **setting) for i in range(3)], 777, batch=4)
-              for setting in SETTINGS]  # fmt: skip
+    states = [
+        SamplingState.create([SamplingOptions(seed=i, **setting) for i in range(3)], 777, batch=4)
+        for setting in SETTINGS
+    ]
     positions = [jnp.full(4, i) for i in range(len(states))]
     step = jax.jit(lambda logits, state, at: sample(logits, state, at, num_logprobs=2))
     step(logits, states[0], positions[0])
@@ -100,6 +102,7 @@ def test_sampling_inside_a_loop():
         def step(state, i):
             tokens = sample(logits, state, jnp.full(8, i)).tokens
             return state.observe(tokens, jnp.ones(8, bool)), tokens
+
         return jax.lax.scan(step, state, jnp.arange(4))
 
     after, tokens = loop(state)
@@ -118,9 +121,11 @@ def test_logits_sharded_over_a_mesh_give_the_same_tokens(sizes):
     mesh = make_mesh(sizes)
     axes = PartitionSpec("data" if "data" in sizes else None, "model")
     got = sample(
-        jax.device_put(logits, NamedSharding(mesh, axes)), place_rows(state, mesh),
-        place_rows(jnp.arange(8), mesh), num_logprobs=3,
-    )  # fmt: skip
+        jax.device_put(logits, NamedSharding(mesh, axes)),
+        place_rows(state, mesh),
+        place_rows(jnp.arange(8), mesh),
+        num_logprobs=3,
+    )
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_array_equal(got.top_ids, expected.top_ids)
     np.testing.assert_allclose(got.logprob, expected.logprob, atol=1e-5)

@@ -24,13 +24,13 @@ from tests import tiny_model
 from tests.models import LLAMA, QWEN, close, params, tokens
 from tests.programs import equations
 
-pytestmark = [pytest.mark.thin(5),
-              pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]  # fmt: skip
+pytestmark = [pytest.mark.thin(5), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 B, CHUNK = 4, 8
 
 # Every matrix has groups of 32 that divide over 4 devices.
-WIDE = dataclasses.replace(QWEN, num_layers=1, windows=(None,), d_model=64, num_heads=8, num_kv_heads=4, head_dim=16,
-                           d_ff=128, rope=LLAMA.rope)  # fmt: skip
+WIDE = dataclasses.replace(
+    QWEN, num_layers=1, windows=(None,), d_model=64, num_heads=8, num_kv_heads=4, head_dim=16, d_ff=128, rope=LLAMA.rope
+)
 # d_ff has three groups.
 THREE = dataclasses.replace(WIDE, d_ff=96)
 POLICIES = ("int8", "int4:g32", "int4:g32:affine", "w8a8", "int8:g32,embed=int4:g32:affine,lm_head=int8:g32")
@@ -76,9 +76,14 @@ def test_a_mixed_step_answers_the_same(policy):
             weights = place(weights, specs, mesh)
         pages = pdx.init_paged_cache(WIDE, 4, page_size=16, mesh=mesh)
         logits, _ = pdx.mixed_step(
-            weights, WIDE, tokens(WIDE, 12), pages, block_tables=np.arange(2)[None, :, None], lengths=np.array([7, 4]),
+            weights,
+            WIDE,
+            tokens(WIDE, 12),
+            pages,
+            block_tables=np.arange(2)[None, :, None],
+            lengths=np.array([7, 4]),
             query_starts=np.array([0, 7, 11]),
-        )  # fmt: skip
+        )
         return np.asarray(logits)
 
     close(mixed(make_mesh("model=8")), mixed(None), 5e-4)  # eight query heads to eight devices, four KV heads
@@ -200,9 +205,10 @@ def test_a_program_is_compiled_once_and_its_time_kept_apart(count_compiles):
 GROUPED = {(8, 2, 4): 1, (8, 2, 8): 1, (6, 2, 3): 2, (12, 6, 4): 3, (8, 1, 8): 1, (12, 3, 2): 3}
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "ways", "layout"), [
-    *((*grouped, "heads_first") for grouped in GROUPED), (12, 6, 4, "folded"), (8, 2, 4, "heads_last"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ways", "layout"),
+    [*((*grouped, "heads_first") for grouped in GROUPED), (12, 6, 4, "folded"), (8, 2, 4, "heads_last")],
+)
 def test_query_heads_are_dealt_out_where_kv_heads_are_not(heads, kv_heads, ways, layout):
     cfg = dataclasses.replace(LLAMA, num_layers=1, windows=(None,), num_heads=heads, num_kv_heads=kv_heads)
     mesh = make_mesh({"model": ways})
@@ -232,8 +238,9 @@ def test_a_device_computes_attention_for_its_own_query_heads_alone():
     declared = param_specs(cfg), cache_specs(cfg, B, 128, chunk=CHUNK, mesh=mesh, layout="heads_first")
     weights, store = jax.tree.map(lambda s: s.abstract(mesh), declared, is_leaf=is_spec)
     counts = jax.ShapeDtypeStruct((B,), jnp.int32)
-    traced = steps.PROGRAMS["decode_step"].trace(params=weights, cfg=cfg, tokens=counts, active=counts, cache=store,
-                                                 kernels="auto")  # fmt: skip
+    traced = steps.PROGRAMS["decode_step"].trace(
+        params=weights, cfg=cfg, tokens=counts, active=counts, cache=store, kernels="auto"
+    )
     for call in (found := list(equations(traced.jaxpr.jaxpr, "shard_map"))):
         q, k, v = (x.aval.shape for x in call.params["jaxpr"].invars[:3])
         assert (q, k, v) == ((B, 1, 2, 8), (B, 1, 1, 8), (B, 1, 1, 8))

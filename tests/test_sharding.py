@@ -21,8 +21,7 @@ from tests.programs import aliased_parameters
 EIGHT = replace(QWEN, num_heads=16, num_kv_heads=8, head_dim=4, windows=(8, None), rope=LLAMA.rope)
 B, CHUNK = 8, 24
 
-pytestmark = [pytest.mark.thin(3),
-              pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]  # fmt: skip
+pytestmark = [pytest.mark.thin(3), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 
 
 # --- the declaration
@@ -101,8 +100,10 @@ def test_parameters_and_cache_lie_as_the_table_says():
 
 def test_what_stays_whole_is_said():
     mesh = make_mesh("data=2,model=4")
-    specs = [*jax.tree.leaves(param_specs(NINE), is_leaf=is_spec),
-             *jax.tree.leaves(cache_specs(NINE, 3, 128), is_leaf=is_spec)]
+    specs = [
+        *jax.tree.leaves(param_specs(NINE), is_leaf=is_spec),
+        *jax.tree.leaves(cache_specs(NINE, 3, 128), is_leaf=is_spec),
+    ]
     assert sorted(replicated(specs, mesh)) == [
         "batch (3) does not divide over data=2: replicated",
         "heads (9) does not divide over model=4: replicated",
@@ -179,8 +180,11 @@ MESHES = {
 
 
 @pytest.mark.filterwarnings("error:Some donated buffers were not usable")
-@pytest.mark.parametrize(("cfg", "mesh"), [(cfg, m) for cfg, meshes in MESHES.values() for m in meshes],
-                         ids=[f"{name} {m}" for name, (_, meshes) in MESHES.items() for m in meshes])
+@pytest.mark.parametrize(
+    ("cfg", "mesh"),
+    [(cfg, m) for cfg, meshes in MESHES.values() for m in meshes],
+    ids=[f"{name} {m}" for name, (_, meshes) in MESHES.items() for m in meshes],
+)
 def test_a_mesh_answers_as_one_device_and_keeps_the_cache_in_its_place(cfg, mesh):
     close(run(cfg, make_mesh(mesh)), run(cfg))  # the tokens too: each step is given the one before's
 

@@ -60,9 +60,10 @@ every_step = pytest.mark.parametrize("step", ["prefill", "decode", "verify"])
 
 @each
 @pytest.mark.parametrize(
-    "parts", [[(1, 1, 0, 1), (23, 8, 0, 0)], [(12, 4, 0, 1)] * 2, [(7, 0, 0, 2), (7, 9, 0, 0), (10, 0, 0, 0)]],
+    "parts",
+    [[(1, 1, 0, 1), (23, 8, 0, 0)], [(12, 4, 0, 1)] * 2, [(7, 0, 0, 2), (7, 9, 0, 0), (10, 0, 0, 0)]],
     ids=["one first", "halves", "rows apart"],
-)  # fmt: skip
+)
 def test_chunked_prefill_is_whole_prefill(cfg, parts):
     ids, total = tokens(cfg, B, CHUNK), np.sum(parts, axis=0)
     logits, whole = prefill(cfg, ids, total, empty(cfg))
@@ -180,8 +181,9 @@ def test_nan_stays_in_its_row_and_goes_when_the_row_is_emptied():
     clean, _ = decode(QWEN, ids[:, 0], active, filled(QWEN))
     cache = filled(QWEN)
     bad = jnp.arange(B)[:, None, None, None] == 1
-    cache = cache.replace(layers=tuple(
-        c.replace(k=jnp.where(bad, jnp.nan, c.k), v=jnp.where(bad, jnp.nan, c.v)) for c in cache.layers))  # fmt: skip
+    cache = cache.replace(
+        layers=tuple(c.replace(k=jnp.where(bad, jnp.nan, c.k), v=jnp.where(bad, jnp.nan, c.v)) for c in cache.layers)
+    )
     logits, cache = decode(QWEN, ids[:, 0], active, cache)
     assert np.isnan(logits[1]).all()
     np.testing.assert_array_equal(bits(logits)[[0, 2, 3]], bits(clean)[[0, 2, 3]])

@@ -31,11 +31,20 @@ def test_every_word_is_there_and_no_line_is_too_wide(data, width, columns, rows)
 def test_what_fits_is_one_block_and_what_does_not_repeats_the_keys():
     rows = [("prefill", "128", "1 ms", "5"), ("decode", "1", "10 ms", "7")]
     table = Table(("phase", "shape", "time", "rate"), rows, keys=2)
-    assert table.lines(80) == ["phase    shape   time  rate",
-                               "prefill  128     1 ms     5",
-                               "decode   1      10 ms     7"]  # fmt: skip
-    assert table.lines(24) == ["phase    shape   time", "prefill  128     1 ms", "decode   1      10 ms", "",
-                               "phase    shape  rate", "prefill  128       5", "decode   1         7"]  # fmt: skip
+    assert table.lines(80) == [
+        "phase    shape   time  rate",
+        "prefill  128     1 ms     5",
+        "decode   1      10 ms     7",
+    ]
+    assert table.lines(24) == [
+        "phase    shape   time",
+        "prefill  128     1 ms",
+        "decode   1      10 ms",
+        "",
+        "phase    shape  rate",
+        "prefill  128       5",
+        "decode   1         7",
+    ]
     assert blocks([10, 30, 30, 30], 80) == [[0, 1, 2], [0, 3]]
 
 

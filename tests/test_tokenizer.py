@@ -161,7 +161,7 @@ def _without(key):
         ({"add_bos_token": "yes"}, ModelFileError, "add_bos_token should be true or false"),
         ({"bos_token_id": None, "add_bos_token": True}, ModelFileError, "bos_token_id is missing"),
     ],
-)  # fmt: skip
+)
 def test_broken_gguf_metadata_is_named(change, error, says):
     metadata = byte_level_metadata("smollm") | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
     with pytest.raises(error, match=f"model.gguf: .*{says}"):

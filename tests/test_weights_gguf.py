@@ -32,8 +32,9 @@ def write(path, tensors: dict, fields=lambda writer: None, types=None):
 
 @pytest.fixture
 def small(tmp_path):
-    return write(tmp_path / "small.gguf", {"a": np.arange(12, dtype=np.float32).reshape(3, 4),
-                                           "b": np.ones(7, np.float16)})  # fmt: skip
+    return write(
+        tmp_path / "small.gguf", {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(7, np.float16)}
+    )
 
 
 def patch(path, at: int, content: bytes):
@@ -67,10 +68,23 @@ def test_metadata_of_every_type(tmp_path):
     assert got.pop("general.architecture") == "llama"
     assert [x.tolist() for x in got.pop("nested")] == [[1, 2], [3, 4]]
     assert got == {
-        "u8": 200, "i8": -5, "u16": 60000, "i16": -30000, "u32": 4_000_000_000, "i32": -7, "u64": 1 << 60,
-        "i64": -(1 << 60), "f32": 0.5, "f64": 0.1, "yes": True, "text": "héllo", "words": ["a", "", "日本"],
-        "numbers": [1, 2, 3], "scores": [0.5, -1.5], "flags": [True, False],
-    }  # fmt: skip
+        "u8": 200,
+        "i8": -5,
+        "u16": 60000,
+        "i16": -30000,
+        "u32": 4_000_000_000,
+        "i32": -7,
+        "u64": 1 << 60,
+        "i64": -(1 << 60),
+        "f32": 0.5,
+        "f64": 0.1,
+        "yes": True,
+        "text": "héllo",
+        "words": ["a", "", "日本"],
+        "numbers": [1, 2, 3],
+        "scores": [0.5, -1.5],
+        "flags": [True, False],
+    }
     assert type(got["yes"]) is bool
     assert type(got["u32"]) is int
 
@@ -170,8 +184,11 @@ def test_a_wrong_tensor_list_is_named(small):
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
-    path = write(tmp_path / "t.gguf", {"x": np.ones(4, np.float32)},
-                 lambda w: (w.add_string("name", "QQQQ"), w.add_array("words", ["fine", "WWWW"])))  # fmt: skip
+    path = write(
+        tmp_path / "t.gguf",
+        {"x": np.ones(4, np.float32)},
+        lambda w: (w.add_string("name", "QQQQ"), w.add_array("words", ["fine", "WWWW"])),
+    )
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"QQQQ", b"\xff\xfe\xfd\xfc"))
     with pytest.raises(ModelFileError, match="metadata field 'name' holds text that is not UTF-8"):
@@ -252,6 +269,7 @@ def test_smollm2_is_taken_exactly():
         if (kind := file.stored_kind(name)) is not None:
             np.testing.assert_array_equal(dequantize(file.read_stored(name, np.float32)), file.read(name, np.float32))
             kinds[file.dtype(name)] = kinds.get(file.dtype(name), 0) + 1
-            assert (kind.bits, kind.group, kind.symmetric) == ((4, 32, False) if file.dtype(name) == "Q4_1" else
-                                                               (8, 32, True))  # fmt: skip
+            assert (kind.bits, kind.group, kind.symmetric) == (
+                (4, 32, False) if file.dtype(name) == "Q4_1" else (8, 32, True)
+            )
     assert kinds == {"Q4_1": 210, "Q8_0": 1}

@@ -84,9 +84,15 @@ def test_an_output_head_of_its_own(directory):
 
 def test_a_repeated_tied_head_and_old_buffers_are_let_through(directory):
     plain = load(directory)
-    weight_files.rewrite(directory, lambda t: t.update({
-        "lm_head.weight": t["model.embed_tokens.weight"].copy(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))  # fmt: skip
+    weight_files.rewrite(
+        directory,
+        lambda t: t.update(
+            {
+                "lm_head.weight": t["model.embed_tokens.weight"].copy(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+            }
+        ),
+    )
     assert same(load(directory).params, plain.params)
 
 
@@ -95,13 +101,22 @@ def test_gemma_norms_get_their_one_and_the_text_model_is_taken_out_of_a_multimod
     text = json.loads((directory / "config.json").read_text())
     del text["hidden_act"], text["architectures"], text["rope_theta"]
     text |= {"model_type": "gemma3_text", "head_dim": 8}
-    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
-              "vision_config": {"hidden_size": 8}, "image_token_index": 5}  # fmt: skip
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+        "image_token_index": 5,
+    }
     (directory / "config.json").write_text(json.dumps(config))
     rng, plain = np.random.default_rng(0), weight_files.tensors(directory)
     for i in range(tiny_model.LAYERS):
-        for name, size in (("pre_feedforward_layernorm", 32), ("post_feedforward_layernorm", 32),
-                           ("self_attn.q_norm", 8), ("self_attn.k_norm", 8)):  # fmt: skip
+        for name, size in (
+            ("pre_feedforward_layernorm", 32),
+            ("post_feedforward_layernorm", 32),
+            ("self_attn.q_norm", 8),
+            ("self_attn.k_norm", 8),
+        ):
             plain[f"model.layers.{i}.{name}.weight"] = rng.standard_normal(size).astype(np.float32)
 
     def nest(prefix: str):
@@ -110,13 +125,17 @@ def test_gemma_norms_get_their_one_and_the_text_model_is_taken_out_of_a_multimod
             tensors.update({prefix + n.removeprefix("model."): x for n, x in plain.items()})
             tensors["vision_tower.embeddings.weight"] = np.ones((2, 2), np.float32)
             tensors["multi_modal_projector.weight"] = np.ones((2, 2), np.float32)
+
         return change
 
     for prefix in ("language_model.model.", "model.language_model.", "model."):
         weight_files.rewrite(directory, nest(prefix))
         params = load(directory).params
-        for ours, theirs in (("mlp_norm", "pre_feedforward_layernorm"), ("attn_post_norm", "post_attention_layernorm"),
-                             ("q_norm", "self_attn.q_norm")):  # fmt: skip
+        for ours, theirs in (
+            ("mlp_norm", "pre_feedforward_layernorm"),
+            ("attn_post_norm", "post_attention_layernorm"),
+            ("q_norm", "self_attn.q_norm"),
+        ):
             expected = plain[f"model.layers.1.{theirs}.weight"] + 1
             np.testing.assert_array_equal(params["layers"][1][ours], expected)
         np.testing.assert_array_equal(params["final_norm"], plain["model.norm.weight"] + 1)
@@ -126,8 +145,11 @@ def test_gemma_norms_get_their_one_and_the_text_model_is_taken_out_of_a_multimod
 @pytest.mark.parametrize("spelling", ["bf16", jnp.bfloat16, "bfloat16"])
 def test_bf16_keeps_norms_in_f32(directory, spelling):
     whole, model = load(directory), load(directory, dtype=spelling)
-    for x, spec in zip(jax.tree.leaves(model.params), jax.tree.leaves(param_specs(model.config, jnp.bfloat16),
-                                                                      is_leaf=is_spec), strict=True):  # fmt: skip
+    for x, spec in zip(
+        jax.tree.leaves(model.params),
+        jax.tree.leaves(param_specs(model.config, jnp.bfloat16), is_leaf=is_spec),
+        strict=True,
+    ):
         assert x.dtype == spec.dtype
     assert model.params["layers"][0]["attn_norm"].dtype == jnp.float32
     assert bool((model.params["embed"] == whole.params["embed"].astype(jnp.bfloat16)).all())
@@ -206,10 +228,12 @@ DAMAGE = [
     (lambda t: t.pop(Q), "tensor {q} is missing, the configuration asks for it"),
     (lambda t: [t.pop(n) for n in list(t) if ".1." in n], "and 8 more is missing"),
     (lambda t: t.update({Q: np.ones((16, 32), np.float32)}), r"tensor {q} has shape \[16, 32\], expected \[32, 32\]"),
-    (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": np.ones(32, np.float32)}),
-     "is not one that the configuration asks for"),
+    (
+        lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": np.ones(32, np.float32)}),
+        "is not one that the configuration asks for",
+    ),
     (broken, r"tensor {q} has 2 values that are NaN or infinite, the first of them at {index}; expected finite"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
@@ -279,8 +303,10 @@ def test_absurd_sizes_are_refused_before_anything_is_made_of_them(directory, cha
     ("fields", "said"),
     [
         ({"llama__block_count": 0x64000002}, r"broken\.gguf: field llama\.block_count is 1677721602, .* 20 tensors"),
-        ({"llama__attention__head_count": 1 << 31, "llama__attention__key_length": 8},
-         r"tensor blk\.0\.attn_q\.weight has shape \[32, 32\], expected \[17179869184, 32\]"),
+        (
+            {"llama__attention__head_count": 1 << 31, "llama__attention__key_length": 8},
+            r"tensor blk\.0\.attn_q\.weight has shape \[32, 32\], expected \[17179869184, 32\]",
+        ),
     ],
     ids=["layers", "heads"],
 )

@@ -129,8 +129,10 @@ def test_listing(home, tmp_path):
 
 
 def test_listing_and_resolving_import_no_jax():
-    code = "import sys, pdx.weights.listing, pdx.weights.resolve; pdx.weights.listing.list_models(); " \
-           "sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys, pdx.weights.listing, pdx.weights.resolve; pdx.weights.listing.list_models(); "
+        "sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -159,8 +161,10 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer(401, b"{}", X_Error_Code="RepoNotFound")
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/someone/tiny/"):
-            files = [{"type": "file", "path": p.name, "rfilename": p.name, "size": p.stat().st_size, "oid": "b" * 40}
-                     for p in self.root.iterdir()]  # fmt: skip
+            files = [
+                {"type": "file", "path": p.name, "rfilename": p.name, "size": p.stat().st_size, "oid": "b" * 40}
+                for p in self.root.iterdir()
+            ]
             if "/tree/" in path:
                 return self._answer(200, json.dumps(files).encode())
             body = {"id": "someone/tiny", "sha": self.COMMIT, "siblings": files}
@@ -175,10 +179,17 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def run(argument: str, environment: dict) -> subprocess.CompletedProcess:
-    code = "import sys; from pdx.weights.resolve import resolve; from pdx.errors import PdxError\n" \
-           "try:\n    print(resolve(sys.argv[1]).path)\nexcept PdxError as e:\n    sys.exit(f'{type(e).__name__}: {e}')"
-    return subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False,
-                          env={**os.environ, **environment})  # fmt: skip
+    code = (
+        "import sys; from pdx.weights.resolve import resolve; from pdx.errors import PdxError\n"
+        "try:\n    print(resolve(sys.argv[1]).path)\nexcept PdxError as e:\n    sys.exit(f'{type(e).__name__}: {e}')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, argument],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 def test_hub_ids(tmp_path):
@@ -188,15 +199,24 @@ def test_hub_ids(tmp_path):
         (Hub.root / unwanted).write_bytes(b"not to be fetched")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
-                   "HF_TOKEN": "secret", "PDX_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-                   "HF_HUB_OFFLINE": "0"}  # fmt: skip
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "secret",
+        "PDX_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     try:
         got = run("someone/tiny", environment)
         assert got.returncode == 0, got.stderr
         path = Path(got.stdout.strip())
         assert sorted(p.name for p in path.iterdir()) == [
-            "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
         assert not any("pytorch_model" in x or "consolidated" in x for x in Hub.asked)
 
         refused = run("someone/tiny", environment | {"HF_TOKEN": "wrong", "HF_HOME": str(tmp_path / "other")})

@@ -105,11 +105,13 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}', "tensor a has the header entry"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}', "tensor a has the header entry"),
         (b"[" * 100_000, "its header is not a JSON object"),
-        (b'{"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},'
-         b' "b": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}}',
-         "tensor b starts at byte 2 of the data, within tensor a, bytes 0 to 4: corrupted"),
+        (
+            b'{"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},'
+            b' "b": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}}',
+            "tensor b starts at byte 2 of the data, within tensor a, bytes 0 to 4: corrupted",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_header_is_named(tmp_path, header, said):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)

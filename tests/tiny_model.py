@@ -28,12 +28,25 @@ def make(directory: Path, seed: int = 0) -> Path:
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(directory / "tokenizer.json"))
     _write(directory / "tokenizer_config.json", {"eos_token": SPECIAL[0], "chat_template": TEMPLATE})
-    _write(directory / "config.json", {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocab), "hidden_size": WIDTH,
-        "intermediate_size": FF, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 10000.0, "eos_token_id": 0,
-    })  # fmt: skip
+    _write(
+        directory / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": len(vocab),
+            "hidden_size": WIDTH,
+            "intermediate_size": FF,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "max_position_embeddings": CONTEXT,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "rope_theta": 10000.0,
+            "eos_token_id": 0,
+        },
+    )
     save_file(_weights(len(vocab), np.random.default_rng(seed)), directory / "model.safetensors")
     return directory
 

@@ -14,10 +14,16 @@ from pdx.errors import ModelFileError, UnsupportedModelError
 from tests import tiny_model
 
 GGUF_NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -62,10 +68,13 @@ def write_gguf(path: Path, content: dict[str, np.ndarray], *, quantized: dict | 
     vocab = content["model.embed_tokens.weight"].shape[0]
     writer = gguf.GGUFWriter(path, "llama")
     head = {
-        "llama.block_count": tiny_model.LAYERS, "llama.context_length": tiny_model.CONTEXT,
-        "llama.embedding_length": tiny_model.WIDTH, "llama.feed_forward_length": tiny_model.FF,
-        "llama.attention.head_count": tiny_model.HEADS, "llama.attention.head_count_kv": tiny_model.KV_HEADS,
-    }  # fmt: skip
+        "llama.block_count": tiny_model.LAYERS,
+        "llama.context_length": tiny_model.CONTEXT,
+        "llama.embedding_length": tiny_model.WIDTH,
+        "llama.feed_forward_length": tiny_model.FF,
+        "llama.attention.head_count": tiny_model.HEADS,
+        "llama.attention.head_count_kv": tiny_model.KV_HEADS,
+    }
     for key, value in (head | {k.replace("__", "."): v for k, v in fields.items()}).items():
         if value is not None:
             writer.add_uint32(key, value)
@@ -94,8 +103,11 @@ def write_gguf(path: Path, content: dict[str, np.ndarray], *, quantized: dict | 
 
 
 def gguf_name(name: str) -> str:
-    outside = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-               "lm_head.weight": "output.weight"}  # fmt: skip
+    outside = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if name in outside:
         return outside[name]
     _, _, layer, rest = name.split(".", 3)

@@ -53,11 +53,30 @@ def decode_attention(
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """
     if getattr(q, "ndim", 0) == 4 and q.shape[1] > MAX_QUERIES:
-        raise ValueError(f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: "
-                         f"use flash_attention")
+        raise ValueError(
+            f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: use flash_attention"
+        )
     return dense.attend(
-        "decode_attention", IMPLEMENTATIONS, q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal,
-        window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout,
-        kv_heads=kv_heads, value_dim=value_dim, return_lse=return_lse, implementation=implementation,
-        interpret=interpret, config=config,
-    )  # fmt: skip
+        "decode_attention",
+        IMPLEMENTATIONS,
+        q,
+        k,
+        v,
+        starts=starts,
+        lengths=lengths,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tree=tree,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+        implementation=implementation,
+        interpret=interpret,
+        config=config,
+    )

@@ -33,25 +33,48 @@ FEATURES = (
     Case("token tree", (60, 0, 120), (6, 4, 5), 6, 256, tree=True, group=3),
     Case("values of another size", (60, 2), (2, 1), 2, 128, head_dim=24, value_dim=16),
     Case("everything that is held, not only what came before", (60, 2), (3, 2), 3, 128, causal=False),
-    Case("slots that large blocks do not divide, bf16", (1100, 20), (2, 1), 2, 1152, kv_heads=3, group=3, head_dim=64,
-         dtype="bfloat16"),
+    Case(
+        "slots that large blocks do not divide, bf16",
+        (1100, 20),
+        (2, 1),
+        2,
+        1152,
+        kv_heads=3,
+        group=3,
+        head_dim=64,
+        dtype="bfloat16",
+    ),
     Case("every slot held, no mask", (125, 127), (3, 1), 3, 128, causal=False, full=True),
     Case("int8", (60, 200), (1, 1), 1, 256, kv_dtype="int8", group=3, head_dim=64),
-    Case("int8, three KV heads, window, soft cap", (300, 20, 7), (4, 2, 0), 4, 256, kv_dtype="int8", kv_heads=3,
-         group=3, window=99, softcap=5.0),
+    Case(
+        "int8, three KV heads, window, soft cap",
+        (300, 20, 7),
+        (4, 2, 0),
+        4,
+        256,
+        kv_dtype="int8",
+        kv_heads=3,
+        group=3,
+        window=99,
+        softcap=5.0,
+    ),
     Case("int8, bf16 queries, sinks", (60, 200), (1, 1), 1, 256, dtype="bfloat16", kv_dtype="int8", sinks=True),
-)  # fmt: skip
+)
 
 # Head sizes and groupings of published models, at small lengths.
 SHAPES = tuple(
     Case(f"{name}, {dtype}", (130, 0, 37), (1, 0, 1), 1, 256, kv_heads=k, group=g, head_dim=h, dtype=dtype)
     for dtype in ("float32", "bfloat16")
     for name, k, g, h in (
-        ("SmolLM2 135M", 3, 3, 64), ("Gemma 3 270M", 1, 4, 256), ("Llama 3 8B", 8, 4, 128),
-        ("sixteen to one", 1, 16, 64), ("head size 80", 2, 5, 80), ("head size 96", 4, 1, 96),
+        ("SmolLM2 135M", 3, 3, 64),
+        ("Gemma 3 270M", 1, 4, 256),
+        ("Llama 3 8B", 8, 4, 128),
+        ("sixteen to one", 1, 16, 64),
+        ("head size 80", 2, 5, 80),
+        ("head size 96", 4, 1, 96),
         ("head size 192", 2, 7, 192),
     )
-)  # fmt: skip
+)
 
 # Real sizes, for the compilers: half a gigabyte of cache and more shows what is copied.
 LARGE = (
@@ -59,10 +82,11 @@ LARGE = (
     Case("SmolLM2 135M, bf16", (8191,) * 64, (1,) * 64, 1, 8192, 3, 3, 64, dtype="bfloat16"),
     Case("SmolLM2 135M, f32", (8191,) * 32, (1,) * 32, 1, 8192, 3, 3, 64),
     Case("Gemma 3 270M, window, bf16", (8191,) * 64, (1,) * 64, 1, 8192, 1, 4, 256, window=512, dtype="bfloat16"),
-    Case("Llama 3 8B, int8", (4095,) * 64, (1,) * 64, 1, 4096, 8, 4, 128, dtype="bfloat16", kv_dtype="int8",
-         smoke=True),
+    Case(
+        "Llama 3 8B, int8", (4095,) * 64, (1,) * 64, 1, 4096, 8, 4, 128, dtype="bfloat16", kv_dtype="int8", smoke=True
+    ),
     Case("a draft of eight, bf16", (2039,) * 64, (8,) * 64, 8, 2048, 8, 4, 128, dtype="bfloat16"),
     Case("one long row, bf16", (131071,), (1,), 1, 131072, 8, 4, 128, dtype="bfloat16"),
-)  # fmt: skip
+)
 
 CASES = FEW + FEATURES + SHAPES

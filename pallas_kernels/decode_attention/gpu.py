@@ -118,11 +118,19 @@ def _least_keys(call: Call) -> int:
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
-    return Plan(**shared | {
-        "key_block": config.key_block, "splits": config.splits,
-        "row_block": min(config.row_block, padded(call.queries * call.group)),
-        "least_blocks": -(-_least_keys(call) // config.key_block), "scale": scale, "full": not call.lengths,
-        "scaled": call.kv_dtype == "int8", "dtype": compute_dtype(call)})  # fmt: skip
+    return Plan(
+        **shared
+        | {
+            "key_block": config.key_block,
+            "splits": config.splits,
+            "row_block": min(config.row_block, padded(call.queries * call.group)),
+            "least_blocks": -(-_least_keys(call) // config.key_block),
+            "scale": scale,
+            "full": not call.lengths,
+            "scaled": call.kv_dtype == "int8",
+            "dtype": compute_dtype(call),
+        }
+    )
 
 
 def cost(plan: Plan, call: Call) -> pl.CostEstimate:
@@ -137,8 +145,9 @@ def cost(plan: Plan, call: Call) -> pl.CostEstimate:
     if plan.splits > 1 or call.return_lse:
         row += vectors * 4 * plan.splits
     pairs = call.batch * vectors * seen
-    return pl.CostEstimate(flops=2 * pairs * (plan.head_dim + plan.value_dim), transcendentals=pairs,
-                           bytes_accessed=call.batch * row)  # fmt: skip
+    return pl.CostEstimate(
+        flops=2 * pairs * (plan.head_dim + plan.value_dim), transcendentals=pairs, bytes_accessed=call.batch * row
+    )
 
 
 def attention(
@@ -170,9 +179,24 @@ def attention(
       NotImplementedError: a call that `supported` refuses, or a derivative.
     """
     call = describe(
-        "decode_attention", q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads,
-        value_dim=value_dim, return_lse=return_lse)  # fmt: skip
+        "decode_attention",
+        q,
+        k,
+        v,
+        starts=starts,
+        lengths=lengths,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tree=tree,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+    )
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
     config, _ = resolve("decode_attention", "gpu", call, config, sys.modules[__name__])
@@ -189,8 +213,17 @@ def _run(plan: Plan, call: Call, config: Config, q, k, v, starts, lengths, sinks
     """Call the kernel and merge its parts."""
     b, t, n, _ = q.shape
     bits = None if tree is None else (tree.astype(jnp.int32) << jnp.arange(t)).sum(2, dtype=jnp.int32)
-    inputs = {"starts": starts.astype(jnp.int32), "lengths": None if lengths is None else lengths.astype(jnp.int32),
-              "bits": bits, "q": q, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "sinks": sinks}  # fmt: skip
+    inputs = {
+        "starts": starts.astype(jnp.int32),
+        "lengths": None if lengths is None else lengths.astype(jnp.int32),
+        "bits": bits,
+        "q": q,
+        "k": k,
+        "v": v,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "sinks": sinks,
+    }
     inputs = {name: x for name, x in inputs.items() if x is not None}
     partial = plan.splits > 1
     shape = (plan.splits, b, t, n)
@@ -203,11 +236,14 @@ def _run(plan: Plan, call: Call, config: Config, q, k, v, starts, lengths, sinks
         body(plan, Refs(**dict.fromkeys(f.name for f in fields(Refs)) | dict(zip(names, refs, strict=True))))
 
     found = pl.pallas_call(
-        kernel, grid=(b, plan.kv_heads * -(-plan.rows // plan.row_block), plan.splits),
+        kernel,
+        grid=(b, plan.kv_heads * -(-plan.rows // plan.row_block), plan.splits),
         out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        cost_estimate=cost(plan, call), interpret=interpret, name="decode_attention",
-    )(*inputs.values())  # fmt: skip
+        cost_estimate=cost(plan, call),
+        interpret=interpret,
+        name="decode_attention",
+    )(*inputs.values())
     if partial:
         out, lse = merge(*found)
         return out.astype(q.dtype), lse

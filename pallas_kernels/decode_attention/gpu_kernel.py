@@ -105,9 +105,13 @@ def _seen(plan: Plan, keys, queries, start, low, high, bits):
         seen = seen & (keys[None, :] > position - plan.window)
     if plan.tree:
         among = keys - start
-        chosen = lax.shift_right_logical(jnp.broadcast_to(bits[:, None], (bits.shape[0], keys.shape[0])),
-                                         jnp.broadcast_to(jnp.clip(among, 0, 31)[None, :],
-                                                          (bits.shape[0], keys.shape[0]))) & 1  # fmt: skip
+        chosen = (
+            lax.shift_right_logical(
+                jnp.broadcast_to(bits[:, None], (bits.shape[0], keys.shape[0])),
+                jnp.broadcast_to(jnp.clip(among, 0, 31)[None, :], (bits.shape[0], keys.shape[0])),
+            )
+            & 1
+        )
         seen = seen & (((among < 0) | (among >= plan.queries))[None, :] | (chosen == 1))
     return seen
 
@@ -126,14 +130,18 @@ def body(plan: Plan, refs: Refs) -> None:
     queries, heads = lines // plan.group, head * plan.group + lines % plan.group
     lanes = jnp.arange(padded(plan.head_dim), dtype=jnp.int32)
     value_lanes = jnp.arange(padded(plan.value_dim), dtype=jnp.int32)
-    q = plgpu.load(refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
-                   mask=real[:, None] & (lanes < plan.head_dim)[None, :], other=0.0).astype(plan.dtype)  # fmt: skip
+    q = plgpu.load(
+        refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
+        mask=real[:, None] & (lanes < plan.head_dim)[None, :],
+        other=0.0,
+    ).astype(plan.dtype)
     bits = plgpu.load(refs.bits.at[row, queries], mask=real, other=0) if plan.tree else None
 
     def fetch(ref, slots, held, lanes, dim):
         """[key_block, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
-        return plgpu.load(ref.at[row, slots[:, None], head, lanes[None, :]],
-                          mask=held[:, None] & (lanes < dim)[None, :], other=0)  # fmt: skip
+        return plgpu.load(
+            ref.at[row, slots[:, None], head, lanes[None, :]], mask=held[:, None] & (lanes < dim)[None, :], other=0
+        )
 
     def step(i, carry):
         top, total, acc = carry
@@ -143,8 +151,12 @@ def body(plan: Plan, refs: Refs) -> None:
         slots = base % plan.slots + keys - base if plan.slots % plan.key_block == 0 else keys % plan.slots
         held = (keys >= low) & (keys < high)
         k = fetch(refs.k, slots, held, lanes, plan.head_dim).astype(plan.dtype)
-        logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=precision_of(plan.dtype),
-                                 preferred_element_type=jnp.float32) * plan.scale  # fmt: skip
+        logits = (
+            lax.dot_general(
+                q, k, (((1,), (1,)), ((), ())), precision=precision_of(plan.dtype), preferred_element_type=jnp.float32
+            )
+            * plan.scale
+        )
         if plan.scaled:
             logits = logits * plgpu.load(refs.k_scale.at[row, head, slots], mask=held, other=0.0)[None, :]
         logits = soft_cap(logits, plan.softcap)
@@ -157,8 +169,12 @@ def body(plan: Plan, refs: Refs) -> None:
             weights = weights * plgpu.load(refs.v_scale.at[row, head, slots], mask=held, other=0.0)[None, :]
         v = fetch(refs.v, slots, held, value_lanes, plan.value_dim).astype(plan.dtype)
         acc = acc * fade[:, None] + lax.dot_general(
-            weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=precision_of(plan.dtype),
-            preferred_element_type=jnp.float32)  # fmt: skip
+            weights.astype(plan.dtype),
+            v,
+            (((1,), (0,)), ((), ())),
+            precision=precision_of(plan.dtype),
+            preferred_element_type=jnp.float32,
+        )
         return higher, total, acc
 
     top = jnp.full((plan.row_block,), MASKED, jnp.float32)
@@ -176,8 +192,11 @@ def body(plan: Plan, refs: Refs) -> None:
     out = jnp.where(saw[:, None], acc / divisor[:, None], 0.0)
     # A part without blocks writes no result, only that it saw nothing; a row without any writes zeros.
     wrote = real & ((split == 0) | (first < end))
-    plgpu.store(refs.out.at[split, row, queries[:, None], heads[:, None], value_lanes[None, :]],
-                out.astype(refs.out.dtype), mask=wrote[:, None] & (value_lanes < plan.value_dim)[None, :])
+    plgpu.store(
+        refs.out.at[split, row, queries[:, None], heads[:, None], value_lanes[None, :]],
+        out.astype(refs.out.dtype),
+        mask=wrote[:, None] & (value_lanes < plan.value_dim)[None, :],
+    )
     if refs.lse is not None:
         lse = jnp.where(saw, top + jnp.log(divisor), -jnp.inf)
         plgpu.store(refs.lse.at[split, row, queries, heads], lse, mask=real)

@@ -88,8 +88,9 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     if call.window is None and block < wanted // 2:
         block = min(wanted, call.slots)
     rows = call.queries * call.heads
-    compute = max(n for n in range(LANES, block + 1, LANES)
-                  if block % n == 0 and (n == LANES or rows * n * 4 <= 1 << 19))  # fmt: skip
+    compute = max(
+        n for n in range(LANES, block + 1, LANES) if block % n == 0 and (n == LANES or rows * n * 4 <= 1 << 19)
+    )
     return Config(block, compute, splits=chip.cores // chip.devices if chip else 1)
 
 
@@ -105,10 +106,16 @@ def plan_for(call: Call, config: Config, scale: float) -> Plan:
     wide = jnp.float32 in (jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype))
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
     shared |= {f.name: getattr(config, f.name) for f in fields(config)}
-    return Plan(**shared | {
-        "tile": TILE[jnp.dtype(call.kv_dtype).itemsize], "scale": scale,
-        "full": not call.lengths, "scaled": jnp.dtype(call.kv_dtype) == jnp.int8,
-        "dtype": jnp.dtype(jnp.float32 if wide else jnp.bfloat16)})  # fmt: skip
+    return Plan(
+        **shared
+        | {
+            "tile": TILE[jnp.dtype(call.kv_dtype).itemsize],
+            "scale": scale,
+            "full": not call.lengths,
+            "scaled": jnp.dtype(call.kv_dtype) == jnp.int8,
+            "dtype": jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
+        }
+    )
 
 
 def cost(plan: Plan, call: Call) -> pl.CostEstimate:
@@ -127,8 +134,9 @@ def cost(plan: Plan, call: Call) -> pl.CostEstimate:
     elif call.return_lse:
         row += plan.rows * LANES * 4
     pairs = plan.batch * plan.queries * call.heads * seen
-    return pl.CostEstimate(flops=2 * pairs * (plan.head_dim + plan.value_dim), transcendentals=pairs,
-                           bytes_accessed=plan.batch * row)  # fmt: skip
+    return pl.CostEstimate(
+        flops=2 * pairs * (plan.head_dim + plan.value_dim), transcendentals=pairs, bytes_accessed=plan.batch * row
+    )
 
 
 def attention(
@@ -160,9 +168,24 @@ def attention(
       NotImplementedError: a call that `supported` refuses, or a derivative.
     """
     call = describe(
-        "decode_attention", q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads,
-        value_dim=value_dim, return_lse=return_lse)  # fmt: skip
+        "decode_attention",
+        q,
+        k,
+        v,
+        starts=starts,
+        lengths=lengths,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tree=tree,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+    )
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
     config, _ = resolve("decode_attention", "tpu", call, config, sys.modules[__name__])
@@ -221,13 +244,19 @@ def _run(plan: Plan, call: Call, q, k, v, starts, lengths, sinks, k_scale, v_sca
     call_kernel = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars), grid=(plan.splits, b),
-            in_specs=[spec for _, spec in inputs.values()], out_specs=[spec for _, spec in outputs.values()],
-            scratch_shapes=list(scratch.values())),
+            num_scalar_prefetch=len(scalars),
+            grid=(plan.splits, b),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[spec for _, spec in outputs.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
         out_shape=[shape for shape, _ in outputs.values()],
         # Rows follow each other, since each fetches for the next; the splits are one for each core.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=cost(plan, call), interpret=interpret, name="decode_attention")  # fmt: skip
+        cost_estimate=cost(plan, call),
+        interpret=interpret,
+        name="decode_attention",
+    )
     found = call_kernel(*scalars.values(), *(x for x, _ in inputs.values()))
 
     def spread(x, dim):

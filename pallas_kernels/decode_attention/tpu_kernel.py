@@ -151,6 +151,7 @@ def _transfer(plan: Plan, refs: Refs, row, split, index, slot, act):
         begin = jnp.maximum(low - base, 0) // unit
         count = pl.cdiv(jnp.minimum(high - base, plan.key_block), unit) - begin
         for level in reversed(range((plan.key_block // unit).bit_length())):
+
             @pl.when((count >> level) & 1 == 1)
             def _(level=level):
                 offset = (begin + ((count >> (level + 1)) << (level + 1))) * unit
@@ -158,13 +159,23 @@ def _transfer(plan: Plan, refs: Refs, row, split, index, slot, act):
 
     def rows(source, target, size):
         for ref, buffer, stream in streams:
-            act(pltpu.make_async_copy(ref.at[row, pl.ds(source, size)], buffer.at[slot, pl.ds(target, size)],
-                                      refs.arrived.at[slot, stream]))
+            act(
+                pltpu.make_async_copy(
+                    ref.at[row, pl.ds(source, size)],
+                    buffer.at[slot, pl.ds(target, size)],
+                    refs.arrived.at[slot, stream],
+                )
+            )
 
     def scales(source, target, size):
         for ref, buffer, stream in ((refs.k_scale, refs.k_scales, 2), (refs.v_scale, refs.v_scales, 3)):
-            act(pltpu.make_async_copy(ref.at[row, :, pl.ds(source, size)], buffer.at[slot, :, pl.ds(target, size)],
-                                      refs.arrived.at[slot, stream]))
+            act(
+                pltpu.make_async_copy(
+                    ref.at[row, :, pl.ds(source, size)],
+                    buffer.at[slot, :, pl.ds(target, size)],
+                    refs.arrived.at[slot, stream],
+                )
+            )
 
     pieces(plan.tile, rows)
     if plan.scaled:
@@ -249,12 +260,17 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
         q = refs.queries[p, :, : k.shape[1]].astype(plan.dtype)
 
         def scales(buffer, heads=heads):
-            each = [jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.padded_rows, plan.compute_block))
-                    for h in heads]
+            each = [
+                jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.padded_rows, plan.compute_block)) for h in heads
+            ]
             return _stacked(plan, each + each[:1] * (plan.pack - len(heads)))
 
-        logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=plan.precision,
-                                 preferred_element_type=jnp.float32) * plan.scale  # fmt: skip
+        logits = (
+            lax.dot_general(
+                q, k, (((1,), (1,)), ((), ())), precision=plan.precision, preferred_element_type=jnp.float32
+            )
+            * plan.scale
+        )
         if plan.scaled:
             logits = logits * scales(refs.k_scales)
         logits = soft_cap(logits, plan.softcap)
@@ -273,8 +289,12 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
                 weights = jnp.where(mask, weights, 0.0)
         width = v.shape[1]
         refs.acc[p, :, :width] = refs.acc[p, :, :width] * fade[:, :1] + lax.dot_general(
-            weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=plan.precision,
-            preferred_element_type=jnp.float32)  # fmt: skip
+            weights.astype(plan.dtype),
+            v,
+            (((1,), (0,)), ((), ())),
+            precision=plan.precision,
+            preferred_element_type=jnp.float32,
+        )
 
 
 def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
@@ -297,9 +317,11 @@ def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
         if plan.by_slot and not plan.full:
             whole = whole & (refs.lengths[row] <= plan.slots)
         for masked in (False, True):
+
             @pl.when(whole != masked)
             def _(masked=masked):
                 _attend(plan, refs, row, low, high, position, slot, offset, masked)
+
         return 0
 
     lax.fori_loop(jnp.maximum(low - base, 0) // size, pl.cdiv(jnp.minimum(high - base, plan.key_block), size), step, 0)

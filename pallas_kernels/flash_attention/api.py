@@ -82,8 +82,26 @@ def flash_attention(
     Source: Dao et al. 2022 (FlashAttention); the meaning is `reference.attention`.
     """
     return dense.attend(
-        "flash_attention", IMPLEMENTATIONS, q, k, v, starts=starts, lengths=lengths, scale=scale, causal=causal,
-        window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout,
-        kv_heads=kv_heads, value_dim=value_dim, return_lse=return_lse, implementation=implementation,
-        interpret=interpret, config=config,
-    )  # fmt: skip
+        "flash_attention",
+        IMPLEMENTATIONS,
+        q,
+        k,
+        v,
+        starts=starts,
+        lengths=lengths,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tree=tree,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+        implementation=implementation,
+        interpret=interpret,
+        config=config,
+    )

@@ -27,21 +27,36 @@ FEATURES = (
     Case("everything that is held, not only what came before", (60, 0), (40, 17), 40, 128, causal=False),
     Case("every slot held, no mask", (88, 120), (40, 8), 40, 128, causal=False, full=True),
     Case("int8", (60, 200), (40, 20), 40, 256, kv_dtype="int8", group=3, head_dim=64),
-    Case("int8, three KV heads, ring, soft cap, sinks", (300, 20, 7), (40, 20, 0), 40, 256, kv_dtype="int8", kv_heads=3,
-         group=3, window=99, softcap=5.0, sinks=True),
+    Case(
+        "int8, three KV heads, ring, soft cap, sinks",
+        (300, 20, 7),
+        (40, 20, 0),
+        40,
+        256,
+        kv_dtype="int8",
+        kv_heads=3,
+        group=3,
+        window=99,
+        softcap=5.0,
+        sinks=True,
+    ),
     Case("int8, bf16 queries", (60, 200), (40, 20), 40, 256, dtype="bfloat16", kv_dtype="int8"),
-)  # fmt: skip
+)
 
 # Head sizes and groupings of published models, at small lengths.
 SHAPES = tuple(
     Case(f"{name}, {dtype}", (100, 0), (48, 17), 48, 256, kv_heads=k, group=g, head_dim=h, dtype=dtype)
     for dtype in ("float32", "bfloat16")
     for name, k, g, h in (
-        ("SmolLM2 135M", 3, 3, 64), ("Gemma 3 270M", 1, 4, 256), ("Llama 3 8B", 8, 4, 128),
-        ("sixteen to one", 1, 16, 64), ("head size 80", 2, 5, 80), ("head size 96", 4, 1, 96),
+        ("SmolLM2 135M", 3, 3, 64),
+        ("Gemma 3 270M", 1, 4, 256),
+        ("Llama 3 8B", 8, 4, 128),
+        ("sixteen to one", 1, 16, 64),
+        ("head size 80", 2, 5, 80),
+        ("head size 96", 4, 1, 96),
         ("head size 192", 2, 7, 192),
     )
-)  # fmt: skip
+)
 
 # Real sizes, for the compilers.
 LARGE = (
@@ -51,8 +66,9 @@ LARGE = (
     Case("Llama 3 8B, int8", (0,), (2048,), 2048, 2048, 8, 4, 128, dtype="bfloat16", kv_dtype="int8", smoke=True),
     Case("SmolLM2 135M, bf16", (0,), (2048,), 2048, 2048, 3, 3, 64, dtype="bfloat16"),
     Case("Gemma 3 270M, window, bf16", (2048,), (512,), 512, 4096, 1, 4, 256, window=512, dtype="bfloat16"),
-    Case("a chunk in a cache of half a gigabyte, bf16", (3584,) * 32, (512,) * 32, 512, 4096, 8, 4, 128,
-         dtype="bfloat16"),
-)  # fmt: skip
+    Case(
+        "a chunk in a cache of half a gigabyte, bf16", (3584,) * 32, (512,) * 32, 512, 4096, 8, 4, 128, dtype="bfloat16"
+    ),
+)
 
 CASES = FEW + CHUNKS + FEATURES + SHAPES

@@ -103,9 +103,16 @@ def heuristic(call: Call, on: Chip | None) -> Config:
 def plan_for(call: Call, config: Config, scale: float) -> Plan:
     """The kernel's static facts."""
     shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
-    return Plan(**shared | {
-        "row_block": config.row_block, "key_block": config.key_block, "scale": scale,
-        "scaled": call.kv_dtype == "int8", "dtype": compute_dtype(call)})  # fmt: skip
+    return Plan(
+        **shared
+        | {
+            "row_block": config.row_block,
+            "key_block": config.key_block,
+            "scale": scale,
+            "scaled": call.kv_dtype == "int8",
+            "dtype": compute_dtype(call),
+        }
+    )
 
 
 def key_blocks(plan: Plan, start: int) -> int:
@@ -160,9 +167,24 @@ def attention(
       NotImplementedError: a call that `supported` refuses, or a derivative.
     """
     call = describe(
-        "flash_attention", q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads,
-        value_dim=value_dim, return_lse=return_lse)  # fmt: skip
+        "flash_attention",
+        q,
+        k,
+        v,
+        starts=starts,
+        lengths=lengths,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tree=tree,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+    )
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
     config, _ = resolve("flash_attention", "gpu", call, config, sys.modules[__name__])
@@ -187,8 +209,12 @@ def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
         body(plan, Refs(**dict.fromkeys(f.name for f in fields(Refs)) | dict(zip(names, refs, strict=True))))
 
     found = pl.pallas_call(
-        kernel, grid=(plan.row_blocks, plan.kv_heads, call.batch), out_shape=list(outputs.values()),
+        kernel,
+        grid=(plan.row_blocks, plan.kv_heads, call.batch),
+        out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        cost_estimate=cost(plan, call), interpret=interpret, name="flash_attention",
-    )(*inputs.values())  # fmt: skip
+        cost_estimate=cost(plan, call),
+        interpret=interpret,
+        name="flash_attention",
+    )(*inputs.values())
     return tuple(found) if call.return_lse else found[0]

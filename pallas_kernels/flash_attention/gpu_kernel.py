@@ -118,8 +118,11 @@ def body(plan: Plan, refs: Refs) -> None:
     begin, clean, edge, end = spans(plan, block, first, last)
 
     lanes, value_lanes = (_lanes(dim) for dim in (plan.head_dim, plan.value_dim))
-    q = plgpu.load(refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
-                   mask=real[:, None] & (lanes < plan.head_dim)[None, :], other=0.0).astype(plan.dtype)  # fmt: skip
+    q = plgpu.load(
+        refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
+        mask=real[:, None] & (lanes < plan.head_dim)[None, :],
+        other=0.0,
+    ).astype(plan.dtype)
     top = jnp.full((plan.row_block,), MASKED, jnp.float32)
     total = jnp.zeros((plan.row_block,), jnp.float32)
     if plan.sinks:
@@ -143,8 +146,11 @@ def body(plan: Plan, refs: Refs) -> None:
     saw = top != MASKED  # true for NaN, which must come out as NaN
     divisor = jnp.where(saw, total, 1.0)
     out = jnp.where(saw[:, None], acc / divisor[:, None], 0.0)
-    plgpu.store(refs.out.at[row, queries[:, None], heads[:, None], value_lanes[None, :]], out.astype(refs.out.dtype),
-                mask=real[:, None] & (value_lanes < plan.value_dim)[None, :])
+    plgpu.store(
+        refs.out.at[row, queries[:, None], heads[:, None], value_lanes[None, :]],
+        out.astype(refs.out.dtype),
+        mask=real[:, None] & (value_lanes < plan.value_dim)[None, :],
+    )
     if refs.lse is not None:
         lse = jnp.where(saw, top * LN_2 + jnp.log(divisor), -jnp.inf)
         plgpu.store(refs.lse.at[row, queries, heads], lse, mask=real)
@@ -182,8 +188,11 @@ def seen(plan: Plan, refs: Refs, block: Block, keys, held):
     if plan.tree:
         among = keys - block.start
         own = (among >= 0) & (among < plan.queries)
-        shown = plgpu.load(refs.tree.at[block.row, block.queries[:, None], jnp.where(own, among, 0)[None, :]],
-                           mask=block.real[:, None] & own[None, :], other=1)  # fmt: skip
+        shown = plgpu.load(
+            refs.tree.at[block.row, block.queries[:, None], jnp.where(own, among, 0)[None, :]],
+            mask=block.real[:, None] & own[None, :],
+            other=1,
+        )
         mask = mask & (shown != 0)
     return mask
 
@@ -197,8 +206,9 @@ def attend(plan: Plan, refs: Refs, block: Block, q, i, carry, masked: bool):
     slots = base % plan.slots + keys - base if plan.slots % plan.key_block == 0 else keys % plan.slots
     held = (keys >= block.low) & (keys < block.high) if masked else None
     k = fetch(plan, refs.k, block, slots, held, plan.head_dim)
-    s = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=precision_of(plan.dtype),
-                        preferred_element_type=jnp.float32)  # fmt: skip
+    s = lax.dot_general(
+        q, k, (((1,), (1,)), ((), ())), precision=precision_of(plan.dtype), preferred_element_type=jnp.float32
+    )
     scale = plan.scale * LOG2_E if plan.softcap is None else plan.scale / plan.softcap
     s = s * (scales(refs.k_scale, block, slots, held) * scale) if plan.scaled else s * scale
     if plan.softcap is not None:
@@ -213,6 +223,10 @@ def attend(plan: Plan, refs: Refs, block: Block, q, i, carry, masked: bool):
         weights = weights * scales(refs.v_scale, block, slots, held)
     v = fetch(plan, refs.v, block, slots, held, plan.value_dim)
     acc = acc * fade[:, None] + lax.dot_general(
-        weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=precision_of(plan.dtype),
-        preferred_element_type=jnp.float32)  # fmt: skip
+        weights.astype(plan.dtype),
+        v,
+        (((1,), (0,)), ((), ())),
+        precision=precision_of(plan.dtype),
+        preferred_element_type=jnp.float32,
+    )
     return higher, total, acc

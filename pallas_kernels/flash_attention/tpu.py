@@ -125,10 +125,28 @@ def plan_of(call: Call, config: Config, scale: float, mxu: int) -> Plan:
     if config.ones and call.kv_dtype != "int8":
         extra = round_up(call.value_dim + 1, mxu if call.value_dim % LANES == 0 else LANES) - call.value_dim
     return Plan(
-        call.kv_heads, heads, call.group, call.head_dim, call.value_dim, call.slots, config.block_q, config.block_k,
-        config.chunk, steps, extra, jnp.dtype(compute), scale, call.causal, call.window, call.softcap, call.lengths,
-        round_up(call.queries, LANES) if call.tree else 0, call.kv_dtype == "int8", call.sinks, call.return_lse,
-    )  # fmt: skip
+        call.kv_heads,
+        heads,
+        call.group,
+        call.head_dim,
+        call.value_dim,
+        call.slots,
+        config.block_q,
+        config.block_k,
+        config.chunk,
+        steps,
+        extra,
+        jnp.dtype(compute),
+        scale,
+        call.causal,
+        call.window,
+        call.softcap,
+        call.lengths,
+        round_up(call.queries, LANES) if call.tree else 0,
+        call.kv_dtype == "int8",
+        call.sinks,
+        call.return_lse,
+    )
 
 
 def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
@@ -156,16 +174,22 @@ def cost(plan: Plan, call: Call) -> pl.CostEstimate:
     computed, fetched = fetches(plan, query_blocks, max(plan.slots - call.queries, 0))
     io, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
     lanes = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
-    moved = fetched * plan.block_k * (lanes * kv + (2 * 4 * groups * round_up(call.kv_heads, SUBLANES)
-                                                     if plan.scales else 0))  # fmt: skip
+    moved = (
+        fetched
+        * plan.block_k
+        * (lanes * kv + (2 * 4 * groups * round_up(call.kv_heads, SUBLANES) if plan.scales else 0))
+    )
     moved += queries * call.heads * (call.head_dim + call.value_dim) * io
     if plan.lse:
         moved += queries * groups * plan.heads * plan.group * 4
     if plan.tree:
         moved += groups * queries * plan.tree * 2
     pairs = computed * plan.block_k * plan.block_q * call.heads
-    return pl.CostEstimate(flops=2 * call.batch * pairs * (call.head_dim + call.value_dim),
-                           transcendentals=call.batch * pairs, bytes_accessed=call.batch * moved)  # fmt: skip
+    return pl.CostEstimate(
+        flops=2 * call.batch * pairs * (call.head_dim + call.value_dim),
+        transcendentals=call.batch * pairs,
+        bytes_accessed=call.batch * moved,
+    )
 
 
 def attention(
@@ -197,9 +221,24 @@ def attention(
       NotImplementedError: a call that `supported` refuses, or a derivative.
     """
     call = describe(
-        "flash_attention", q, k, v, starts=starts, lengths=lengths, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, k_scale=k_scale, v_scale=v_scale, tree=tree, layout=layout, kv_heads=kv_heads,
-        value_dim=value_dim, return_lse=return_lse)  # fmt: skip
+        "flash_attention",
+        q,
+        k,
+        v,
+        starts=starts,
+        lengths=lengths,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tree=tree,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+    )
     if (reason := supported(call)) is not None:
         raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
     config, _ = resolve("flash_attention", "tpu", call, config, sys.modules[__name__])

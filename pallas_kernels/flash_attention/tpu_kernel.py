@@ -219,9 +219,12 @@ class Step:
         d = plan.head_dim
         k = refs["k"][0, pl.ds(offset, plan.chunk), h * d : (h + 1) * d].astype(plan.compute)
         s = lax.dot_general(
-            refs["queries"][h], k, (((1,), (1,)), ((), ())), precision=precision_of(plan.compute),
+            refs["queries"][h],
+            k,
+            (((1,), (1,)), ((), ())),
+            precision=precision_of(plan.compute),
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         scale = plan.scale * LOG2_E if plan.softcap is None else plan.scale / plan.softcap
         s = s * (self.scale_row("k_scale", h, offset) * scale if plan.scales else scale)
         if plan.softcap is not None:
@@ -266,9 +269,11 @@ class Step:
                 row = jnp.where(place < self.length, row, 0.0)
             weights = weights * row
         product = jnp.dot(
-            weights.astype(plan.compute), self.values(h, offset, key), precision=precision_of(plan.compute),
+            weights.astype(plan.compute),
+            self.values(h, offset, key),
+            precision=precision_of(plan.compute),
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         refs["acc"][h] = refs["acc"][h] * _lanes(fade, plan.value_dim + plan.extra) + product
 
     def finish(self):

@@ -87,15 +87,38 @@ def paged_attention(
     """
     check_scale("paged_attention", scale)
     call = make_call(
-        q, k_pages, v_pages, block_tables=block_tables, lengths=lengths, query_starts=query_starts, window=window,
-        softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, layout=layout, kv_heads=kv_heads,
-        value_dim=value_dim, return_lse=return_lse, decode_rows=decode_rows, max_queries=max_queries,
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        block_tables=block_tables,
+        lengths=lengths,
+        query_starts=query_starts,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        layout=layout,
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        return_lse=return_lse,
+        decode_rows=decode_rows,
+        max_queries=max_queries,
+    )
     check_packed(call, block_tables, lengths, query_starts)
     module = IMPLEMENTATIONS[select("paged_attention", implementation, IMPLEMENTATIONS, call, interpret)]
     return module.attention(
-        q, k_pages, v_pages, call=call, block_tables=as_int32(block_tables), lengths=as_int32(lengths),
-        query_starts=as_int32(query_starts), scale=scale, sinks=sink_logits(sinks), k_scale=k_scale, v_scale=v_scale,
-        config=config, interpret=interpret,
-    )  # fmt: skip
-
+        q,
+        k_pages,
+        v_pages,
+        call=call,
+        block_tables=as_int32(block_tables),
+        lengths=as_int32(lengths),
+        query_starts=as_int32(query_starts),
+        scale=scale,
+        sinks=sink_logits(sinks),
+        k_scale=k_scale,
+        v_scale=v_scale,
+        config=config,
+        interpret=interpret,
+    )

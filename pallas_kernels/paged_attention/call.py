@@ -70,8 +70,10 @@ def check_layout(op: str, layout: Layout, *pools) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if {x.ndim for x in pools} != {3 if layout == "folded" else 4}:
-        raise ValueError(f"{op}: pages must be {SHAPES[layout]} in layout {layout!r}, "
-                         f"got {' and '.join(str(x.shape) for x in pools)}")
+        raise ValueError(
+            f"{op}: pages must be {SHAPES[layout]} in layout {layout!r}, "
+            f"got {' and '.join(str(x.shape) for x in pools)}"
+        )
 
 
 def check_pages(op: str, k_pages, v_pages, layout: Layout, heads: int, size: int, value_size: int) -> None:
@@ -80,8 +82,9 @@ def check_pages(op: str, k_pages, v_pages, layout: Layout, heads: int, size: int
     for name, x, dim in (("k_pages", k_pages, size), ("v_pages", v_pages, value_size)):
         shape = cache_shape(layout, pages, page, heads, dim)
         if x.shape != shape:
-            raise ValueError(f"{op}: {name} must be {SHAPES[layout]} = {shape} for {heads} heads of {dim}, "
-                             f"got {x.shape}")
+            raise ValueError(
+                f"{op}: {name} must be {SHAPES[layout]} = {shape} for {heads} heads of {dim}, got {x.shape}"
+            )
     if v_pages.dtype != k_pages.dtype:
         raise ValueError(f"{op}: k_pages are {k_pages.dtype} and v_pages {v_pages.dtype}: they must be of one type")
 
@@ -98,8 +101,9 @@ def check_scales(op: str, k_pages, k_scale, v_scale, layout: Layout, heads: int)
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         fits = x.ndim == 3 and x.shape[0] == k_pages.shape[0] and x.shape[1] >= heads and x.shape[2] == size
         if not fits:
-            raise ValueError(f"{op}: {name} must be [P, Kp, p] = ({k_pages.shape[0]}, at least {heads}, {size}), "
-                             f"got {x.shape}")
+            raise ValueError(
+                f"{op}: {name} must be [P, Kp, p] = ({k_pages.shape[0]}, at least {heads}, {size}), got {x.shape}"
+            )
 
 
 def heads_of(op: str, pages, layout: Layout, kv_heads: int | None) -> int:
@@ -113,16 +117,41 @@ def heads_of(op: str, pages, layout: Layout, kv_heads: int | None) -> int:
 
 
 def make_call(
-    q, k_pages, v_pages, *, block_tables, lengths, query_starts, window, softcap, sinks, k_scale, v_scale, layout,
-    kv_heads, value_dim, return_lse, decode_rows, max_queries,
-) -> Call:  # fmt: skip
+    q,
+    k_pages,
+    v_pages,
+    *,
+    block_tables,
+    lengths,
+    query_starts,
+    window,
+    softcap,
+    sinks,
+    k_scale,
+    v_scale,
+    layout,
+    kv_heads,
+    value_dim,
+    return_lse,
+    decode_rows,
+    max_queries,
+) -> Call:
     """Check the arguments of `api.paged_attention` and gather their static facts. Raises ValueError."""
     op = "paged_attention"
-    check_arrays(op, q, {"k_pages": k_pages, "v_pages": v_pages},
-                 {"block_tables": block_tables, "lengths": lengths, "query_starts": query_starts},
-                 {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale})  # fmt: skip
-    given = {"kv_heads": kv_heads, "value_dim": value_dim, "max_queries": max_queries, "window": window,
-             "decode_rows": decode_rows}  # fmt: skip
+    check_arrays(
+        op,
+        q,
+        {"k_pages": k_pages, "v_pages": v_pages},
+        {"block_tables": block_tables, "lengths": lengths, "query_starts": query_starts},
+        {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale},
+    )
+    given = {
+        "kv_heads": kv_heads,
+        "value_dim": value_dim,
+        "max_queries": max_queries,
+        "window": window,
+        "decode_rows": decode_rows,
+    }
     for name, x in given.items():
         if x is not None or name == "decode_rows":
             check_whole(op, name, x)
@@ -130,8 +159,10 @@ def make_call(
     if q.ndim != 3:
         raise ValueError(f"{op}: q must be [T, N, H], got {q.shape}")
     if min(*q.shape, *k_pages.shape, *v_pages.shape, *block_tables.shape) < 1:
-        raise ValueError(f"{op}: no axis may be empty, got q {q.shape}, k_pages {k_pages.shape}, "
-                         f"v_pages {v_pages.shape}, block_tables {block_tables.shape}")
+        raise ValueError(
+            f"{op}: no axis may be empty, got q {q.shape}, k_pages {k_pages.shape}, "
+            f"v_pages {v_pages.shape}, block_tables {block_tables.shape}"
+        )
     tokens, heads, size = q.shape
     kv_heads = heads_of(op, k_pages, layout, kv_heads)
     if kv_heads < 1 or heads % kv_heads:
@@ -142,8 +173,10 @@ def make_call(
     check_scales(op, k_pages, k_scale, v_scale, layout, kv_heads)
     rows = lengths.shape[0] if lengths.ndim == 1 else -1
     if rows < 1 or block_tables.ndim != 2 or block_tables.shape[0] != rows or query_starts.shape != (rows + 1,):
-        raise ValueError(f"{op}: block_tables [R, M], lengths [R] and query_starts [R+1] must agree, "
-                         f"got {block_tables.shape}, {lengths.shape}, {query_starts.shape}")
+        raise ValueError(
+            f"{op}: block_tables [R, M], lengths [R] and query_starts [R+1] must agree, "
+            f"got {block_tables.shape}, {lengths.shape}, {query_starts.shape}"
+        )
     if not 0 <= decode_rows <= rows:
         raise ValueError(f"{op}: decode_rows must be 0 to R = {rows}, got {decode_rows}")
     if max_queries is not None and max_queries < 1:
@@ -155,7 +188,23 @@ def make_call(
     check_softcap(op, softcap)
     most = min(max_queries or tokens, tokens)
     return Call(
-        tokens, heads, kv_heads, size, value_dim, rows, block_tables.shape[1], k_pages.shape[0], page,
-        0 if k_scale is None else k_scale.shape[1], str(q.dtype), str(k_pages.dtype), layout, window, softcap,
-        sinks is not None, return_lse, rows if most == 1 else decode_rows, most,
-    )  # fmt: skip
+        tokens,
+        heads,
+        kv_heads,
+        size,
+        value_dim,
+        rows,
+        block_tables.shape[1],
+        k_pages.shape[0],
+        page,
+        0 if k_scale is None else k_scale.shape[1],
+        str(q.dtype),
+        str(k_pages.dtype),
+        layout,
+        window,
+        softcap,
+        sinks is not None,
+        return_lse,
+        rows if most == 1 else decode_rows,
+        most,
+    )

@@ -116,8 +116,15 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
-    found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
-                         window=call.window, unit=1, capacity=call.capacity)  # fmt: skip
+    found = plans.pieces(
+        np.asarray(query_starts),
+        np.asarray(lengths),
+        tokens=call.tokens,
+        block=config.block,
+        window=call.window,
+        unit=1,
+        capacity=call.capacity,
+    )
     tokens = found.end - found.first
     parts = np.minimum(config.splits, -(-tokens // least_keys(config)))
     size = jnp.dtype(call.dtype).itemsize
@@ -139,8 +146,11 @@ def cost(call: Call, config: Config) -> pl.CostEstimate:
     starts, lengths = plans.full_rows(call)
     seen = np.minimum(lengths, call.window or lengths)
     pairs = int(((starts[1:] - starts[:-1]) * seen).sum()) * call.heads
-    return pl.CostEstimate(flops=2 * pairs * (call.head_dim + call.value_dim), transcendentals=pairs,
-                           bytes_accessed=moved_bytes(call, config, starts, lengths))  # fmt: skip
+    return pl.CostEstimate(
+        flops=2 * pairs * (call.head_dim + call.value_dim),
+        transcendentals=pairs,
+        bytes_accessed=moved_bytes(call, config, starts, lengths),
+    )
 
 
 def attention(
@@ -173,13 +183,35 @@ def attention(
 
 def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths, query_starts, sinks, k_scale, v_scale):
     """Plan the pieces, call the kernel and merge its parts."""
-    found = plans.pieces(query_starts, lengths, tokens=call.tokens, block=config.block, window=call.window, unit=1,
-                         capacity=call.capacity)  # fmt: skip
+    found = plans.pieces(
+        query_starts,
+        lengths,
+        tokens=call.tokens,
+        block=config.block,
+        window=call.window,
+        unit=1,
+        capacity=call.capacity,
+    )
     pieces = jnp.stack([x.astype(jnp.int32) for x in found])
-    static = Static(call, config.block, config.key_block, config.splits, -(-least_keys(config) // config.key_block),
-                    scale, compute_dtype(call))  # fmt: skip
-    inputs = {"pieces": pieces, "tables": known(tables, call), "q": q, "k": k, "v": v, "k_scale": k_scale,
-              "v_scale": v_scale, "sinks": sinks}  # fmt: skip
+    static = Static(
+        call,
+        config.block,
+        config.key_block,
+        config.splits,
+        -(-least_keys(config) // config.key_block),
+        scale,
+        compute_dtype(call),
+    )
+    inputs = {
+        "pieces": pieces,
+        "tables": known(tables, call),
+        "q": q,
+        "k": k,
+        "v": v,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "sinks": sinks,
+    }
     inputs = {name: x for name, x in inputs.items() if x is not None}
     partial = config.splits > 1
     shape = (config.splits, call.tokens, call.heads)
@@ -193,10 +225,14 @@ def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths,
         body(static, SimpleNamespace(**absent | dict(zip(names, refs, strict=True))))
 
     results = pl.pallas_call(
-        kernel, grid=(pieces.shape[1], call.kv_heads, config.splits), out_shape=list(outputs.values()),
+        kernel,
+        grid=(pieces.shape[1], call.kv_heads, config.splits),
+        out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        cost_estimate=cost(call, config), interpret=interpret, name="paged_attention",
-    )(*inputs.values())  # fmt: skip
+        cost_estimate=cost(call, config),
+        interpret=interpret,
+        name="paged_attention",
+    )(*inputs.values())
     if partial:
         out, lse = merge(*(x[:, None] for x in results))
         return out[0].astype(q.dtype), lse[0]

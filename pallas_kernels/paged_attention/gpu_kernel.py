@@ -76,14 +76,20 @@ def attend(static: Static, r, piece, rows: int) -> None:
     own = position + line // call.group  # where each query stands
     lanes = jnp.arange(padded(call.head_dim), dtype=jnp.int32)
     value_lanes = jnp.arange(padded(call.value_dim), dtype=jnp.int32)
-    q = plgpu.load(r.q.at[token[:, None], heads[:, None], lanes[None, :]],
-                   mask=real[:, None] & (lanes < call.head_dim)[None, :], other=0.0).astype(static.dtype)  # fmt: skip
+    q = plgpu.load(
+        r.q.at[token[:, None], heads[:, None], lanes[None, :]],
+        mask=real[:, None] & (lanes < call.head_dim)[None, :],
+        other=0.0,
+    ).astype(static.dtype)
     low, high = part(static, first, end, split)
 
     def fetch(ref, page, offset, held, lanes, size):
         """[key_block, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
-        return plgpu.load(ref.at[page[:, None], offset[:, None], head, lanes[None, :]],
-                          mask=held[:, None] & (lanes < size)[None, :], other=0).astype(static.dtype)  # fmt: skip
+        return plgpu.load(
+            ref.at[page[:, None], offset[:, None], head, lanes[None, :]],
+            mask=held[:, None] & (lanes < size)[None, :],
+            other=0,
+        ).astype(static.dtype)
 
     def step(i, carry):
         top, total, acc = carry
@@ -92,8 +98,12 @@ def attend(static: Static, r, piece, rows: int) -> None:
         page = plgpu.load(r.tables.at[row, key // call.page], mask=held, other=0)
         offset = key % call.page
         k = fetch(r.k, page, offset, held, lanes, call.head_dim)
-        logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=precision_of(static.dtype),
-                                 preferred_element_type=jnp.float32) * static.scale  # fmt: skip
+        logits = (
+            lax.dot_general(
+                q, k, (((1,), (1,)), ((), ())), precision=precision_of(static.dtype), preferred_element_type=jnp.float32
+            )
+            * static.scale
+        )
         if call.scale_heads:
             logits = logits * plgpu.load(r.k_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
         logits = soft_cap(logits, call.softcap)
@@ -109,8 +119,12 @@ def attend(static: Static, r, piece, rows: int) -> None:
             weights = weights * plgpu.load(r.v_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
         v = fetch(r.v, page, offset, held, value_lanes, call.value_dim)
         acc = acc * fade[:, None] + lax.dot_general(
-            weights.astype(static.dtype), v, (((1,), (0,)), ((), ())), precision=precision_of(static.dtype),
-            preferred_element_type=jnp.float32)  # fmt: skip
+            weights.astype(static.dtype),
+            v,
+            (((1,), (0,)), ((), ())),
+            precision=precision_of(static.dtype),
+            preferred_element_type=jnp.float32,
+        )
         return higher, total, acc
 
     top = jnp.full((rows,), START, jnp.float32)
@@ -127,9 +141,11 @@ def attend(static: Static, r, piece, rows: int) -> None:
     divisor = jnp.where(empty, 1.0, total)
     # A part without blocks writes no result, only that it saw nothing; padding gets zeros.
     wrote = real & ((split == 0) | (low < high))
-    plgpu.store(r.out.at[split, token[:, None], heads[:, None], value_lanes[None, :]],
-                (acc / divisor[:, None]).astype(r.out.dtype),
-                mask=wrote[:, None] & (value_lanes < call.value_dim)[None, :])  # fmt: skip
+    plgpu.store(
+        r.out.at[split, token[:, None], heads[:, None], value_lanes[None, :]],
+        (acc / divisor[:, None]).astype(r.out.dtype),
+        mask=wrote[:, None] & (value_lanes < call.value_dim)[None, :],
+    )
     if r.lse is not None:
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
         plgpu.store(r.lse.at[split, token, heads], lse, mask=real)

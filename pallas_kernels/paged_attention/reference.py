@@ -26,12 +26,24 @@ def query_rows(query_starts: Int[Array, " R1"], tokens: int) -> Int[Array, " T"]
 
 
 def attention(
-    q: Float[Array, "T N H"], k_pages: Array, v_pages: Array, *,
-    block_tables: Int[Array, "R M"], lengths: Int[Array, " R"], query_starts: Int[Array, " R1"],
-    scale: float, window: int | None = None, softcap: float | None = None, sinks: Float[Array, " N"] | None = None,
-    k_scale: Float[Array, "P Kp p"] | None = None, v_scale: Float[Array, "P Kp p"] | None = None,
-    layout: str, kv_heads: int, value_dim: int | None = None, return_lse: bool = False,
-):  # fmt: skip
+    q: Float[Array, "T N H"],
+    k_pages: Array,
+    v_pages: Array,
+    *,
+    block_tables: Int[Array, "R M"],
+    lengths: Int[Array, " R"],
+    query_starts: Int[Array, " R1"],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    k_scale: Float[Array, "P Kp p"] | None = None,
+    v_scale: Float[Array, "P Kp p"] | None = None,
+    layout: str,
+    kv_heads: int,
+    value_dim: int | None = None,
+    return_lse: bool = False,
+):
     """Softmax attention of packed queries over what their rows hold; the contract is in `api.py`."""
     t, n, h = q.shape
     rows = block_tables.shape[0]

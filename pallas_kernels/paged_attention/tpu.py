@@ -175,24 +175,38 @@ def _vmem(call: Call, config: Config) -> int:
     io = folded_width(heads * call.group, call.head_dim) + folded_width(heads * call.group, call.value_dim)
     held = 2 * block * io * q + 2 * key_block * (widths * kv + 8 * call.scale_heads)
     rows = config.tile * call.group
-    state = block * call.group * heads * (widest(heads, call.head_dim) * max(q, kv)
-                                          + widest(heads, call.value_dim) * 4 + LANES * 4)  # fmt: skip
+    state = (
+        block
+        * call.group
+        * heads
+        * (widest(heads, call.head_dim) * max(q, kv) + widest(heads, call.value_dim) * 4 + LANES * 4)
+    )
     return held + state + 4 * rows * key_block * 4 + config.tile * io * 4
 
 
-def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray,
-                chip: Chip | None = None) -> int:  # fmt: skip
+def moved_bytes(
+    call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray, chip: Chip | None = None
+) -> int:
     """HBM bytes that a concrete call moves: units of K, V and scales, blocks of Q and of the results."""
-    return sum(_moved(part, own, query_starts[rows.start : rows.stop + 1], lengths[rows])
-               for (part, rows), own in zip(parts(call), tiles_of(call, config, chip), strict=True))  # fmt: skip
+    return sum(
+        _moved(part, own, query_starts[rows.start : rows.stop + 1], lengths[rows])
+        for (part, rows), own in zip(parts(call), tiles_of(call, config, chip), strict=True)
+    )
 
 
 def _moved(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """What one run of the kernel moves."""
 
     def tokens(unit: int) -> int:
-        found = plans.pieces(np.asarray(query_starts), np.asarray(lengths), tokens=call.tokens, block=config.block,
-                             window=call.window, unit=unit, capacity=call.capacity)  # fmt: skip
+        found = plans.pieces(
+            np.asarray(query_starts),
+            np.asarray(lengths),
+            tokens=call.tokens,
+            block=config.block,
+            window=call.window,
+            unit=unit,
+            capacity=call.capacity,
+        )
         return int((found.end - found.first).sum()) * unit
 
     scales, groups = 2 * 4 * call.scale_heads, call.kv_heads // config.heads
@@ -210,8 +224,11 @@ def cost(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarr
     queries = query_starts[1:] - query_starts[:-1]
     seen = np.minimum(lengths, call.window or lengths)
     pairs = int((queries * seen).sum()) * call.heads
-    return pl.CostEstimate(flops=2 * pairs * (call.head_dim + call.value_dim), transcendentals=pairs,
-                           bytes_accessed=_moved(call, config, query_starts, lengths))  # fmt: skip
+    return pl.CostEstimate(
+        flops=2 * pairs * (call.head_dim + call.value_dim),
+        transcendentals=pairs,
+        bytes_accessed=_moved(call, config, query_starts, lengths),
+    )
 
 
 def attention(
@@ -245,8 +262,22 @@ def attention(
         for (part, rows), tiles in zip(parts(call), configs, strict=True):
             edges = slice(rows.start, rows.stop + 1)
             estimate = cost(part, tiles, full_starts[edges], full_lengths[rows])
-            found.append(_run(part, tiles, float(scale), interpret, estimate, q[: part.tokens], k, v, tables[rows],
-                              lengths[rows], starts[edges], *rest))  # fmt: skip
+            found.append(
+                _run(
+                    part,
+                    tiles,
+                    float(scale),
+                    interpret,
+                    estimate,
+                    q[: part.tokens],
+                    k,
+                    v,
+                    tables[rows],
+                    lengths[rows],
+                    starts[edges],
+                    *rest,
+                )
+            )
         return found[0] if len(found) == 1 else _joined(*found, starts[call.decode_rows])
 
     t, n, hv = call.tokens, call.heads, call.value_dim
@@ -269,8 +300,22 @@ def _joined(decode, others, end):
     return tuple(join(a, b) for a, b in zip(decode, others, strict=True))
 
 
-def _run(call: Call, config: Config, scale, interpret, estimate, q, k, v, tables, lengths, query_starts, sinks,
-         k_scale, v_scale):  # fmt: skip
+def _run(
+    call: Call,
+    config: Config,
+    scale,
+    interpret,
+    estimate,
+    q,
+    k,
+    v,
+    tables,
+    lengths,
+    query_starts,
+    sinks,
+    k_scale,
+    v_scale,
+):
     """Plan the pieces, fold the queries, call the kernel: all of it small beside K and V.
 
     Returns:
@@ -324,14 +369,23 @@ def _run(call: Call, config: Config, scale, interpret, estimate, q, k, v, tables
     found = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(groups, items), in_specs=[spec for _, spec in inputs.values()],
-            out_specs=out_specs, scratch_shapes=list(scratch.values())),
+            num_scalar_prefetch=2,
+            grid=(groups, items),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=out_specs,
+            scratch_shapes=list(scratch.values()),
+        ),
         out_shape=list(outputs.values()),
         # Pieces follow each other, since each fetches for the next.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 2, vmem_limit_bytes=config.vmem),
-        cost_estimate=estimate, interpret=interpret, name="paged_attention",
-    )(flat_plan(call, config, query_starts, lengths), known(tables, call).reshape(-1),
-      *(_in_hbm(x) if spec is hbm and not interpret else x for x, spec in inputs.values()))  # fmt: skip
+        cost_estimate=estimate,
+        interpret=interpret,
+        name="paged_attention",
+    )(
+        flat_plan(call, config, query_starts, lengths),
+        known(tables, call).reshape(-1),
+        *(_in_hbm(x) if spec is hbm and not interpret else x for x, spec in inputs.values()),
+    )
     if not call.return_lse:
         return found[0], None
     lse = found[1][:, :t, : n // groups].swapaxes(0, 1).reshape(t, n)
@@ -350,8 +404,15 @@ def flat_plan(call: Call, config: Config, query_starts, lengths) -> Int[Array, "
     which buffer is next; `next` is the next piece that reads keys, which the last step fetches for, behind the last
     one the first, for the next group of heads.
     """
-    found = plans.pieces(query_starts, lengths, tokens=call.tokens, block=config.block, window=call.window,
-                         unit=config.unit, capacity=call.capacity)  # fmt: skip
+    found = plans.pieces(
+        query_starts,
+        lengths,
+        tokens=call.tokens,
+        block=config.block,
+        window=call.window,
+        unit=config.unit,
+        capacity=call.capacity,
+    )
     blocks, items = -(-call.tokens // config.block), found.row.shape[0]
     block = jnp.minimum(found.start // config.block, blocks - 1)
     steps = -(-(found.end - found.first) // (config.key_block // config.unit))
@@ -360,6 +421,15 @@ def flat_plan(call: Call, config: Config, query_starts, lengths) -> Int[Array, "
     behind = jnp.concatenate([jax.lax.cummin(index, reverse=True)[1:], jnp.full((1,), items)])
     behind = jnp.where(behind == items, index.min(), behind)
     base = block * config.block
-    fields = (found.row, block, found.start - base, found.stop - base, found.position, found.first, found.end,
-              before, behind)  # fmt: skip
+    fields = (
+        found.row,
+        block,
+        found.start - base,
+        found.stop - base,
+        found.position,
+        found.first,
+        found.end,
+        before,
+        behind,
+    )
     return jnp.concatenate([x.astype(jnp.int32) for x in fields])

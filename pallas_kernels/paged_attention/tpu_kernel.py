@@ -99,6 +99,7 @@ def body(static: Static, r: SimpleNamespace) -> None:
     start, last = field("start"), field("stop") - 1
     small = start // static.sub == last // static.sub
     if static.block > static.sub:
+
         @pl.when((steps > 0) & small)
         def _():
             attend(static, r, field, group, item, steps, start // static.sub, 1, static.sub)
@@ -109,6 +110,7 @@ def body(static: Static, r: SimpleNamespace) -> None:
             tiles = 1 if static.block == static.tile else last // static.tile - first + 1
             attend(static, r, field, group, item, steps, first, tiles, static.tile)
     else:
+
         @pl.when(steps > 0)
         def _():
             attend(static, r, field, group, item, steps, 0, 1, static.block)
@@ -138,8 +140,15 @@ def transfer(static: Static, r, field, group, item, step, slot, *, start: bool) 
         source = r.tables[row * call.width + place // per_page] * per_page + place % per_page
         rows = pl.ds(pl.multiple_of(u * unit, unit), unit)
         if call.scale_heads:
-            move(enumerate([(r.k_scale.at[source], r.k_scales.at[slot, :, rows]),
-                            (r.v_scale.at[source], r.v_scales.at[slot, :, rows])], 2))  # fmt: skip
+            move(
+                enumerate(
+                    [
+                        (r.k_scale.at[source], r.k_scales.at[slot, :, rows]),
+                        (r.v_scale.at[source], r.v_scales.at[slot, :, rows]),
+                    ],
+                    2,
+                )
+            )
         low = jnp.maximum(begin // grain - place * per_unit, 0)
         high = jnp.minimum(-(-end // grain) - place * per_unit, per_unit)
 
@@ -156,8 +165,11 @@ def transfer(static: Static, r, field, group, item, step, slot, *, start: bool) 
                 at = (low + (some >> power + 1 << power + 1)) * grain
                 there = pl.ds(pl.multiple_of(at, grain), size)
                 here = pl.ds(pl.multiple_of(u * unit + at, grain), size)
-                move(enumerate([(k(source, there), r.k_buffer.at[slot, here]),
-                                (v(source, there), r.v_buffer.at[slot, here])]))  # fmt: skip
+                move(
+                    enumerate(
+                        [(k(source, there), r.k_buffer.at[slot, here]), (v(source, there), r.v_buffer.at[slot, here])]
+                    )
+                )
 
         return 0
 
@@ -223,6 +235,7 @@ def attend(static: Static, r, field, group, item, steps, first, tiles, count: in
                 at = begin + lax.broadcasted_iota(jnp.int32, (static.key_block, 1), 0)
                 v = r.v_buffer[slot]
                 r.v_buffer[slot] = jnp.where((at >= oldest) & (at < end), v, jnp.zeros_like(v))
+
         key = begin + lax.broadcasted_iota(jnp.int32, (1, static.key_block), 1)
         held = (key >= oldest) & (key < end)
         key = jnp.where(key < end, key, jnp.iinfo(jnp.int32).max)
@@ -283,8 +296,13 @@ def update(static: Static, r, group, tile, head: int, rows: int, slot, mask, hel
     at, to = lanes_of(head, static.heads, call.head_dim), lanes_of(head, static.heads, call.value_dim)
     k = r.k_buffer[slot, :, at.base : at.base + at.width].astype(static.dtype)
     v = r.v_buffer[slot, :, to.base : to.base + to.width].astype(static.dtype)
-    logits = lax.dot_general(r.queries[tile, head, :rows, : at.width], k, (((1,), (1,)), ((), ())),
-                             precision=precision, preferred_element_type=jnp.float32)  # fmt: skip
+    logits = lax.dot_general(
+        r.queries[tile, head, :rows, : at.width],
+        k,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
     scales = pl.ds(group * static.heads + head, 1)
     if call.scale_heads:
         logits = logits * r.k_scales[slot, scales]
@@ -297,8 +315,13 @@ def update(static: Static, r, group, tile, head: int, rows: int, slot, mask, hel
     r.state[tile, head, :rows] = pack_state(new_top, total * fade + weights.sum(1, keepdims=True))
     if call.scale_heads:  # what is not held may have NaN for a scale
         weights = weights * jnp.where(held, r.v_scales[slot, scales], 0.0)
-    product = lax.dot_general(weights.astype(static.dtype), v, (((1,), (0,)), ((), ())), precision=precision,
-                              preferred_element_type=jnp.float32)  # fmt: skip
+    product = lax.dot_general(
+        weights.astype(static.dtype),
+        v,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
     r.acc[tile, head, :rows, : to.width] = r.acc[tile, head, :rows, : to.width] * fade + product
 
 

@@ -84,8 +84,9 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
         v = gather(arrays["v_pages"], ids, call.layout, kv_heads, value_dim)
         key = ((first[:m] + step * per_step) * p)[:, None] + jnp.arange(keys_a_step)  # [m, S]
         held = (key >= oldest[:m, None]) & (key <= newest[:m, None])
-        logits = jnp.einsum("bkmh,bksh->bkms", rows[:m], k.astype(rows.dtype), precision=precision,
-                            preferred_element_type=jnp.float32)  # fmt: skip
+        logits = jnp.einsum(
+            "bkmh,bksh->bkms", rows[:m], k.astype(rows.dtype), precision=precision, preferred_element_type=jnp.float32
+        )
         if call.scale_heads:
             logits = logits * gather_scale(arrays["k_scale"], ids, kv_heads)[:, :, None]
         logits = soft_cap(logits.reshape(m, kv_heads, group, t, keys_a_step) * scale, call.softcap)
@@ -101,8 +102,9 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale,
             v_scale = jnp.where(held[:, None], gather_scale(arrays["v_scale"], ids, kv_heads), 0.0)
             weights = weights * v_scale[:, :, None]
         v = jnp.where(held[:, None, :, None], v, jnp.zeros((), v.dtype)).astype(rows.dtype)
-        acc = acc * fade[..., None] + jnp.einsum("bkms,bksh->bkmh", weights.astype(rows.dtype), v,
-                                                 precision=precision, preferred_element_type=jnp.float32)  # fmt: skip
+        acc = acc * fade[..., None] + jnp.einsum(
+            "bkms,bksh->bkmh", weights.astype(rows.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        )
         return new_top, total, acc
 
     m = group * t
@@ -137,9 +139,21 @@ def span(positions, real, call: Call):
 
 
 def attention(
-    q, k_pages, v_pages, *, call: Call, block_tables, lengths, query_starts, scale, sinks, k_scale, v_scale,
-    config=None, interpret=False,
-):  # fmt: skip
+    q,
+    k_pages,
+    v_pages,
+    *,
+    call: Call,
+    block_tables,
+    lengths,
+    query_starts,
+    scale,
+    sinks,
+    k_scale,
+    v_scale,
+    config=None,
+    interpret=False,
+):
     """See `api.paged_attention`. Raises NotImplementedError for a derivative, which its loops do not have."""
 
     def run(*arrays):
@@ -170,11 +184,21 @@ def _run(call: Call, scale, q, k_pages, v_pages, block_tables, lengths, query_st
         first, end = span(positions, positions >= 0, call)
         parts = run(q[jnp.clip(at, 0, t - 1)][:, None], positions, block_tables[:d], first, end)
         target = jnp.where(asked[:d] > 0, at, t + block)
-        results = tuple(r.at[target].set(x[:, 0].astype(r.dtype), mode="drop")
-                        for r, x in zip(results, parts, strict=True))  # fmt: skip
+        results = tuple(
+            r.at[target].set(x[:, 0].astype(r.dtype), mode="drop") for r, x in zip(results, parts, strict=True)
+        )
     if d < call.rows:
-        results = chunks(jnp.pad(q, ((0, block), (0, 0), (0, 0))), results, asked, block, run, call=call,
-                         block_tables=block_tables, lengths=lengths, query_starts=query_starts)  # fmt: skip
+        results = chunks(
+            jnp.pad(q, ((0, block), (0, 0), (0, 0))),
+            results,
+            asked,
+            block,
+            run,
+            call=call,
+            block_tables=block_tables,
+            lengths=lengths,
+            query_starts=query_starts,
+        )
     out, lse = (x[:t] for x in results)
     return (out, lse) if call.return_lse else out
 

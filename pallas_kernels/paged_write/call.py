@@ -42,8 +42,10 @@ def make_call(k_pages, v_pages, k, v, slots, layout: Layout, pool_scales, new_sc
         raise ValueError(f"{op}: slots must be [T] = {(tokens,)}, got {slots.shape}")
     int8 = k_pages.dtype == jnp.int8
     if int8 != (k.dtype == jnp.int8) or v.dtype != k.dtype:
-        raise ValueError(f"{op}: int8 pages take int8 k and v (see quantize_kv), others none; "
-                         f"got {k.dtype} and {v.dtype} for {k_pages.dtype} pages")
+        raise ValueError(
+            f"{op}: int8 pages take int8 k and v (see quantize_kv), others none; "
+            f"got {k.dtype} and {v.dtype} for {k_pages.dtype} pages"
+        )
     for name, x in zip(("new_k_scale", "new_v_scale"), new_scales, strict=True):
         if (x is not None) != int8 or (int8 and x.shape != (tokens, heads)):
             raise ValueError(f"{op}: {name} must be [T, K] = {(tokens, heads)} for int8 pages, None for others")

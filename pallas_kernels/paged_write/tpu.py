@@ -30,8 +30,10 @@ def supported(call: Call) -> str | None:
     if call.layout != "folded":
         return f"the TPU kernel writes the layout 'folded', not {call.layout!r}"
     if call.page % LANES or call.scale_heads % SUBLANES:
-        return (f"the TPU kernel needs pages of a multiple of {LANES} tokens and the scales' heads rounded up to "
-                f"{SUBLANES}, not {call.page} and {call.scale_heads}")  # fmt: skip
+        return (
+            f"the TPU kernel needs pages of a multiple of {LANES} tokens and the scales' heads rounded up to "
+            f"{SUBLANES}, not {call.page} and {call.scale_heads}"
+        )
     return None
 
 
@@ -64,8 +66,9 @@ def _write(pools, new, slots, call: Call, interpret):
         if rows == ROWS:
             return pl.BlockSpec((1, ROWS, x.shape[2]), lambda i, f, t, s: (t[i] // a_page, t[i] % a_page, 0))
         tile = rows // ROWS
-        return pl.BlockSpec((1, x.shape[1], rows),
-                            lambda i, f, t, s: (t[i] // tile // a_page, 0, t[i] // tile % a_page))  # fmt: skip
+        return pl.BlockSpec(
+            (1, x.shape[1], rows), lambda i, f, t, s: (t[i] // tile // a_page, 0, t[i] // tile % a_page)
+        )
 
     pool_specs = [pool_block(x, rows) for x, rows in zip(pools, (ROWS, ROWS, LANES, LANES), strict=True)]
     arrays, specs = [], []
@@ -78,12 +81,15 @@ def _write(pools, new, slots, call: Call, interpret):
     written = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3, grid=(count,), in_specs=specs + pool_specs, out_specs=pool_specs),
+            num_scalar_prefetch=3, grid=(count,), in_specs=specs + pool_specs, out_specs=pool_specs
+        ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools],
         input_output_aliases={len(scalars) + len(arrays) + i: i for i in range(4)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=cost(call), interpret=interpret, name="write_pages",
-    )(*scalars, *arrays, *pools)  # fmt: skip
+        cost_estimate=cost(call),
+        interpret=interpret,
+        name="write_pages",
+    )(*scalars, *arrays, *pools)
     # JAX 0.10.2 refuses such results as those of a whole program: they are said to lie in another memory space.
     return written if interpret else lax.optimization_barrier(written)
 
@@ -120,8 +126,10 @@ def kernel(first, tiles, slots, lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2, *
     taken = sum(x.sum(1, keepdims=True) for x in picks) > 0
     for (a, b), old, out in (((k, k2), k_in, k_out), ((v, v2), v_in, v_out)):
         # Whole numbers up to 127 are exact in bf16, and a row of the product is one of them times one.
-        rows = sum(jnp.dot(pick.astype(jnp.bfloat16), x[0].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-                   for pick, x in zip(picks, (a, b), strict=True))  # fmt: skip
+        rows = sum(
+            jnp.dot(pick.astype(jnp.bfloat16), x[0].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+            for pick, x in zip(picks, (a, b), strict=True)
+        )
         kept = old[0].astype(jnp.float32)
         out[0] = jnp.where(taken, rows, kept).astype(jnp.int8)
 
@@ -149,5 +157,8 @@ def cost(call: Call) -> pl.CostEstimate:
     columns = round_up(call.kv_heads * call.head_dim, LANES) + round_up(call.kv_heads * call.value_dim, LANES)
     tile = ROWS * columns + 2 * 4 * call.scale_heads * LANES
     fresh = 2 * (ROWS * columns + 2 * 4 * call.scale_heads * ROWS)
-    return pl.CostEstimate(flops=call.tokens * 4 * ROWS * ROWS * columns, transcendentals=0,
-                           bytes_accessed=call.tokens * 2 * tile + -(-call.tokens // ROWS) * fresh)  # fmt: skip
+    return pl.CostEstimate(
+        flops=call.tokens * 4 * ROWS * ROWS * columns,
+        transcendentals=0,
+        bytes_accessed=call.tokens * 2 * tile + -(-call.tokens // ROWS) * fresh,
+    )

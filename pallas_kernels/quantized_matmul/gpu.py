@@ -70,8 +70,11 @@ def supported(call: Call) -> str | None:
     if call.bits == 4 and call.columns % 2:
         return f"the GPU kernel reads int4 as bytes of two values, rows of {call.columns} columns do not end in one"
     stored = call.columns * call.bits // 8
-    for what, elements in (("the matrix", call.out * stored), ("the activations", call.rows * call.columns),
-                           ("the results", call.rows * call.out)):  # fmt: skip
+    for what, elements in (
+        ("the matrix", call.out * stored),
+        ("the activations", call.rows * call.columns),
+        ("the results", call.rows * call.out),
+    ):
         if elements > MOST_ELEMENTS:
             return f"offsets into {elements} elements of {what} do not fit the 32 bits that Pallas gives them"
     if call.out > 16 * MOST_BLOCKS:
@@ -129,9 +132,13 @@ def candidates(call: Call, chip: Chip) -> list[Config]:
     rows = {first.block_rows, max(16, first.block_rows // 2)}
     made = [
         Config(m, n, _step(call, k), splits, warps, stages)
-        for m in sorted(rows) for n in (16, 32, 64, 128) for k in (64, 128, 256)
-        for splits in sorted({1, first.splits, 2 * first.splits}) for warps in (4, 8) for stages in (2, 3, 4, 5)
-    ]  # fmt: skip
+        for m in sorted(rows)
+        for n in (16, 32, 64, 128)
+        for k in (64, 128, 256)
+        for splits in sorted({1, first.splits, 2 * first.splits})
+        for warps in (4, 8)
+        for stages in (2, 3, 4, 5)
+    ]
     fits = [c for c in dict.fromkeys(made) if misfit(call, c) is None]
     return [c for c in fits if _shared(call, c) <= chip.smem_bytes and c.block_rows * c.block_out <= 128 * 128]
 
@@ -189,9 +196,16 @@ def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
 
 
 def matmul(
-    x: Array, values: Array, scales: Array, row_scale: Array | None, *, call: Call, out_dtype,
-    config: Config | None = None, interpret=False,
-) -> Float[Array, "M out"]:  # fmt: skip
+    x: Array,
+    values: Array,
+    scales: Array,
+    row_scale: Array | None,
+    *,
+    call: Call,
+    out_dtype,
+    config: Config | None = None,
+    interpret=False,
+) -> Float[Array, "M out"]:
     """See `api.quantized_matmul`.
 
     Raises:
@@ -225,7 +239,11 @@ def _run(plan: Plan, config: Config, kind, interpret, x, values, scales, row_sca
         body(plan, x, w, scales, rest[0] if len(rest) == 2 else None, rest[-1])
 
     return pl.pallas_call(
-        kernel, grid=plan.grid, out_shape=jax.ShapeDtypeStruct((plan.splits, plan.rows, plan.out), kind),
+        kernel,
+        grid=plan.grid,
+        out_shape=jax.ShapeDtypeStruct((plan.splits, plan.rows, plan.out), kind),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        cost_estimate=cost(plan, kind.itemsize), interpret=interpret, name="quantized_matmul",
-    )(*inputs)  # fmt: skip
+        cost_estimate=cost(plan, kind.itemsize),
+        interpret=interpret,
+        name="quantized_matmul",
+    )(*inputs)

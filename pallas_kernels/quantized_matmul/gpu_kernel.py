@@ -80,8 +80,9 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
 
     def multiply(given, wide):
         a, b = (wide, given) if plan.turned else (given, wide)
-        return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision_of(a.dtype),
-                               preferred_element_type=kind)  # fmt: skip
+        return lax.dot_general(
+            a, b, (((1,), (1,)), ((), ())), precision=precision_of(a.dtype), preferred_element_type=kind
+        )
 
     def across(outputs, of_rows):
         """Vectors of the block's outputs and rows, in the order of its axes."""

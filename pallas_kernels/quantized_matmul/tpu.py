@@ -51,8 +51,10 @@ def supported(call: Call) -> str | None:
     if call.dtype not in ("bfloat16", "float32"):
         return f"the TPU kernel takes activations in bfloat16 or float32, not {call.dtype}"
     if call.columns % LANES or call.out % LANES:
-        return (f"a matrix of {call.out} x {call.columns} does not lie in whole registers of {LANES} lanes: it would "
-                "be copied before every call")
+        return (
+            f"a matrix of {call.out} x {call.columns} does not lie in whole registers of {LANES} lanes: it would "
+            "be copied before every call"
+        )
     chip = hardware.detect("tpu")
     if call.int8_activations and chip is not None and chip.int8_tops is None:
         return f"{chip.name} multiplies no int8 by int8; int8 weights with float activations (W8A16) do"
@@ -134,9 +136,16 @@ def cost(call: Call, config: Config, out_bytes: int) -> pl.CostEstimate:
 
 
 def matmul(
-    x: Array, values: Array, scales: Array, row_scale: Array | None, *, call: Call, out_dtype,
-    config: Config | None = None, interpret=False,
-) -> Float[Array, "M out"]:  # fmt: skip
+    x: Array,
+    values: Array,
+    scales: Array,
+    row_scale: Array | None,
+    *,
+    call: Call,
+    out_dtype,
+    config: Config | None = None,
+    interpret=False,
+) -> Float[Array, "M out"]:
     """See `api.quantized_matmul`.
 
     Raises:
@@ -152,22 +161,36 @@ def _run(call: Call, config: Config, out_dtype, interpret, x, values, scales, ro
     m, n, k = config.block_rows, config.block_out, config.block_in
     grid = _blocks(call, config)
     grouped = call.groups > 1
-    rows = (pl.BlockSpec((m, call.columns), lambda i, j, c: (i, 0)) if _whole(call, config) else
-            pl.BlockSpec((m, k), lambda i, j, c: (i, c)))  # fmt: skip
+    rows = (
+        pl.BlockSpec((m, call.columns), lambda i, j, c: (i, 0))
+        if _whole(call, config)
+        else pl.BlockSpec((m, k), lambda i, j, c: (i, c))
+    )
     inputs = [(x, rows), (values, pl.BlockSpec((n, k), lambda i, j, c: (j, c)))]
-    inputs.append((scales, pl.BlockSpec((k // call.group, n), lambda i, j, c: (c, j)) if grouped else
-                   pl.BlockSpec((1, n), lambda i, j, c: (0, j))))  # fmt: skip
+    inputs.append(
+        (
+            scales,
+            pl.BlockSpec((k // call.group, n), lambda i, j, c: (c, j))
+            if grouped
+            else pl.BlockSpec((1, n), lambda i, j, c: (0, j)),
+        )
+    )
     if row_scale is not None:
         inputs.append((row_scale, pl.BlockSpec((m, 1), lambda i, j, c: (i, 0))))
     return pl.pallas_call(
         partial(_kernel, call, config),
-        grid=grid, in_specs=[spec for _, spec in inputs], out_specs=pl.BlockSpec((m, n), lambda i, j, c: (i, j)),
+        grid=grid,
+        in_specs=[spec for _, spec in inputs],
+        out_specs=pl.BlockSpec((m, n), lambda i, j, c: (i, j)),
         out_shape=jax.ShapeDtypeStruct((call.rows, call.out), out_dtype),
         scratch_shapes=[pltpu.VMEM((m, n), jnp.int32 if call.int8_activations else jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"),
-                                             vmem_limit_bytes=config.vmem),
-        cost_estimate=cost(call, config, out_dtype.itemsize), interpret=interpret, name="quantized_matmul",
-    )(*(a for a, _ in inputs))  # fmt: skip
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=config.vmem
+        ),
+        cost_estimate=cost(call, config, out_dtype.itemsize),
+        interpret=interpret,
+        name="quantized_matmul",
+    )(*(a for a, _ in inputs))
 
 
 def _kernel(call: Call, config: Config, x, w, scales, *rest) -> None:
@@ -187,8 +210,13 @@ def _kernel(call: Call, config: Config, x, w, scales, *rest) -> None:
         if call.int8_activations:
             part = lax.dot_general(x[:, at], w[:, at], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         else:
-            part = lax.dot_general(x[:, at], w[:, at].astype(x.dtype), (((1,), (1,)), ((), ())),
-                                   precision=precision_of(x.dtype), preferred_element_type=jnp.float32)  # fmt: skip
+            part = lax.dot_general(
+                x[:, at],
+                w[:, at].astype(x.dtype),
+                (((1,), (1,)), ((), ())),
+                precision=precision_of(x.dtype),
+                preferred_element_type=jnp.float32,
+            )
         total[...] += part * scales[g : g + 1] if call.groups > 1 else part
 
     @pl.when(step == pl.num_programs(2) - 1)

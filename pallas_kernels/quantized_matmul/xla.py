@@ -100,4 +100,3 @@ def _block(call: Call) -> int:
     """Rows of the matrix that are widened together: a divisor of them all."""
     most = max(1, BLOCK_BYTES // (4 * call.columns))
     return next(n for n in range(min(most, call.out), 0, -1) if call.out % n == 0)
-

@@ -62,10 +62,28 @@ class Plan:
     passes: int = 2  # through all of them: what disturbs a job for seconds is gone when its turn comes again
 
 
-ACCELERATOR = Plan(2048, 8192, (1024, 4096, 8192), model=ModelConfig("llama", 512, 2048, 6, 16, 8, 128, 8192, 8192),
-                   stream_mb=512)  # fmt: skip
-TINY = Plan(1, 64, (64,), (1, 64), (64,), (8,), (32,), (1,), (1,), (32, 64), ("w8a8",),
-            ModelConfig("llama", 64, 32, 1, 4, 2, 8, 48, 512), (1,), (32,), 1, 1, 1)  # fmt: skip
+ACCELERATOR = Plan(
+    2048, 8192, (1024, 4096, 8192), model=ModelConfig("llama", 512, 2048, 6, 16, 8, 128, 8192, 8192), stream_mb=512
+)
+TINY = Plan(
+    1,
+    64,
+    (64,),
+    (1, 64),
+    (64,),
+    (8,),
+    (32,),
+    (1,),
+    (1,),
+    (32, 64),
+    ("w8a8",),
+    ModelConfig("llama", 64, 32, 1, 4, 2, 8, 48, 512),
+    (1,),
+    (32,),
+    1,
+    1,
+    1,
+)
 
 
 def calibrate(name: str | None = None, plan: Plan | None = None, progress: Report = silent) -> MeasuredChip:
@@ -107,18 +125,38 @@ def _chip(name: str | None, found: dict[tuple, float], plan: Plan, dtype) -> Mea
         return [side * side for side in sides]
 
     products = {str(dtype): surface("products", str(dtype), plan.rows, sizes(plan.sides))}
-    products |= {_stored(p): surface("products", _stored(p), plan.quantized_rows, sizes(plan.quantized_sides))
-                 for p in plan.policies}  # fmt: skip
+    products |= {
+        _stored(p): surface("products", _stored(p), plan.quantized_rows, sizes(plan.quantized_sides))
+        for p in plan.policies
+    }
     caches = (str(dtype), "int8")
-    rates = Rates(products, {kv: surface("prefill", kv, plan.new, plan.more) for kv in caches},
-                  {kv: surface("decode", kv, plan.batches, plan.seen) for kv in caches},
-                  made=f"{device.machine()}; JAX {jax.__version__}; {datetime.date.today()}")  # fmt: skip
+    rates = Rates(
+        products,
+        {kv: surface("prefill", kv, plan.new, plan.more) for kv in caches},
+        {kv: surface("decode", kv, plan.batches, plan.seen) for kv in caches},
+        made=f"{device.machine()}; JAX {jax.__version__}; {datetime.date.today()}",
+    )
     kind = jax.devices()[0].device_kind
-    base = of_kind(kind) or Chip("", {"cpu": "cpu", "tpu": "tpu"}.get(jax.default_backend(), "gpu"), (kind,), None,
-                                 None, 1.0, device.memory_gib(), os.cpu_count() or 1, 1.0, 1.0)  # fmt: skip
+    base = of_kind(kind) or Chip(
+        "",
+        {"cpu": "cpu", "tpu": "tpu"}.get(jax.default_backend(), "gpu"),
+        (kind,),
+        None,
+        None,
+        1.0,
+        device.memory_gib(),
+        os.cpu_count() or 1,
+        1.0,
+        1.0,
+    )
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(Chip)}
-    fields |= {"name": name or device.slug(), "hbm_gbps": found["bandwidth",], "f32_tflops": found["peak", "float32"],
-               "bf16_tflops": found["peak", "bfloat16"], "int8_tops": found["peak", "int8"]}  # fmt: skip
+    fields |= {
+        "name": name or device.slug(),
+        "hbm_gbps": found["bandwidth",],
+        "f32_tflops": found["peak", "float32"],
+        "bf16_tflops": found["peak", "bfloat16"],
+        "int8_tops": found["peak", "int8"],
+    }
     return MeasuredChip(**fields, rates=rates)
 
 
@@ -223,8 +261,17 @@ def _attention(plan: Plan, dtype, kv: str, batch: int, new: int, seen: int) -> f
     @jax.jit
     def run(q, cache):
         for layer in cache.layers:
-            q = op(q, layer.k, layer.v, starts=starts, lengths=cache.lengths, scale=cfg.attn_scale,
-                   layout=layer.layout, kv_heads=cfg.num_kv_heads, **layer.scales)  # fmt: skip
+            q = op(
+                q,
+                layer.k,
+                layer.v,
+                starts=starts,
+                lengths=cache.lengths,
+                scale=cfg.attn_scale,
+                layout=layer.layout,
+                kv_heads=cfg.num_kv_heads,
+                **layer.scales,
+            )
         return q
 
     q = jax.random.normal(jax.random.key(4), (batch, new, cfg.num_heads, cfg.head_dim), dtype)

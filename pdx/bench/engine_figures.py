@@ -134,8 +134,7 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
     full: list[float] = []
     bandwidth, multiply = read_bandwidth(), matmul_rate()
     with ExitStack() as stack:
-        many, one = (stack.enter_context(_engine(model, sizes, slots=s, prefix_cache=False))
-                     for s in (sizes.slots, 1))  # fmt: skip
+        many, one = (stack.enter_context(_engine(model, sizes, slots=s, prefix_cache=False)) for s in (sizes.slots, 1))
 
         def served() -> Timing:
             done, seconds = _serve(many, requests)
@@ -147,9 +146,12 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
             return Timing((seconds,)).per(sum(len(c.token_ids) for c in done))
 
         contestants = {
-            "engine": served, "one slot": alone, "read": bandwidth, "multiply": multiply,
+            "engine": served,
+            "one slot": alone,
+            "read": bandwidth,
+            "multiply": multiply,
             "loop": bare_loop(model, sizes.slots, sizes.prompt, min(int(mean), sizes.steps)),
-        }  # fmt: skip
+        }
         if peer:
             contestants["peer"] = peer.generate([r.prompt for r in requests], outputs, sizes.slots)
             peer.generate([requests[0].prompt], [2], 1)()
@@ -160,22 +162,44 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
     loop *= sizes.slots
     steady = median(full)
     yield Figure(
-        "throughput", f"tokens/s with all {sizes.slots} slots taken, against the bare decode_step loop", steady / loop,
-        0.9, seen={"engine tok/s": steady, "loop tok/s": loop, "whole run tok/s": rate, "occupancy": metrics.occupancy,
-                   "idle share": metrics.idle_share, "mean step ms": metrics.step_s[0] * 1e3,
-                   "compiles": metrics.compiles},
-    )  # fmt: skip
+        "throughput",
+        f"tokens/s with all {sizes.slots} slots taken, against the bare decode_step loop",
+        steady / loop,
+        0.9,
+        seen={
+            "engine tok/s": steady,
+            "loop tok/s": loop,
+            "whole run tok/s": rate,
+            "occupancy": metrics.occupancy,
+            "idle share": metrics.idle_share,
+            "mean step ms": metrics.step_s[0] * 1e3,
+            "compiles": metrics.compiles,
+        },
+    )
     if peer:
         static = sum(outputs) / times["peer"].median
-        yield Figure("peer", f"tokens/s of {sizes.requests} requests, against transformers in static batches of "
-                     f"{sizes.slots}", rate / static, 1.5, seen={"engine tok/s": rate, "transformers tok/s": static})
+        yield Figure(
+            "peer",
+            f"tokens/s of {sizes.requests} requests, against transformers in static batches of {sizes.slots}",
+            rate / static,
+            1.5,
+            seen={"engine tok/s": rate, "transformers tok/s": static},
+        )
     chip = _chip(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
     setup = Setup(model.config, jnp.dtype(model.dtype).name, Policy.of(model.params))
     context = sizes.prompt + int(mean) // 2
     floors = {batch: setup.decode(batch, context).seconds(chip) for batch in (1, sizes.slots)}
-    yield Figure("gain", f"tokens/s at {sizes.slots} slots over 1 slot", rate / single, seen={
-        "predicted": sizes.slots * floors[1] / floors[sizes.slots], "one slot tok/s": single,
-        "GB/s": chip.hbm_gbps, "GFLOP/s": chip.f32_tflops * 1e3})  # fmt: skip
+    yield Figure(
+        "gain",
+        f"tokens/s at {sizes.slots} slots over 1 slot",
+        rate / single,
+        seen={
+            "predicted": sizes.slots * floors[1] / floors[sizes.slots],
+            "one slot tok/s": single,
+            "GB/s": chip.hbm_gbps,
+            "GFLOP/s": chip.f32_tflops * 1e3,
+        },
+    )
 
 
 def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
@@ -184,8 +208,10 @@ def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
     worst: dict[bool, list[float]] = {True: [], False: []}
     first: dict[bool, list[float]] = {True: [], False: []}
     with ExitStack() as stack:
-        engines = {chunked: stack.enter_context(_engine(model, sizes, slots=sizes.slots, chunked_prefill=chunked))
-                   for chunked in worst}  # fmt: skip
+        engines = {
+            chunked: stack.enter_context(_engine(model, sizes, slots=sizes.slots, chunked_prefill=chunked))
+            for chunked in worst
+        }
         for _ in range(sizes.rounds + 1):
             for chunked, engine in engines.items():
                 gap_s, ttft_s = _interrupted(engine, prompts, sizes)
@@ -193,11 +219,18 @@ def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
                 first[chunked].append(ttft_s)
     on, off = (median(worst[chunked][1:]) for chunked in (True, False))
     yield Figure(
-        "gap", f"worst gap between tokens when a prompt of {sizes.long_prompt} comes, chunked against whole", on / off,
-        0.25, at_least=False,
-        seen={"chunked s": on, "whole s": off, "TTFT chunked s": median(first[True][1:]),
-              "TTFT whole s": median(first[False][1:])},
-    )  # fmt: skip
+        "gap",
+        f"worst gap between tokens when a prompt of {sizes.long_prompt} comes, chunked against whole",
+        on / off,
+        0.25,
+        at_least=False,
+        seen={
+            "chunked s": on,
+            "whole s": off,
+            "TTFT chunked s": median(first[True][1:]),
+            "TTFT whole s": median(first[False][1:]),
+        },
+    )
 
 
 def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
@@ -206,15 +239,20 @@ def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
     with _engine(model, sizes, slots=sizes.slots) as engine:
         for seed in range(sizes.rounds + 2):
             prompts = Prompts.of(model, seed + 1, shared=sizes.prefix)
-            first, second = (engine.submit(_request(prompts.cut(sizes.prefix + sizes.own), 8)).result()
-                             for _ in range(2))  # fmt: skip
+            first, second = (
+                engine.submit(_request(prompts.cut(sizes.prefix + sizes.own), 8)).result() for _ in range(2)
+            )
             cold.append(first.timing.ttft_s)
             warm.append(second.timing.ttft_s)
             hits.append(second.timing.hit_tokens)
-    yield Figure("prefix", f"TTFT of a prompt of which {sizes.prefix} tokens are cached, against the first one's",
-                 median(warm[1:]) / median(cold[1:]), 0.2, at_least=False,
-                 seen={"first ms": median(cold[1:]) * 1e3, "second ms": median(warm[1:]) * 1e3,
-                       "found tokens": median(hits)})  # fmt: skip
+    yield Figure(
+        "prefix",
+        f"TTFT of a prompt of which {sizes.prefix} tokens are cached, against the first one's",
+        median(warm[1:]) / median(cold[1:]),
+        0.2,
+        at_least=False,
+        seen={"first ms": median(cold[1:]) * 1e3, "second ms": median(warm[1:]) * 1e3, "found tokens": median(hits)},
+    )
 
 
 def overhead(model: Model, sizes: Sizes) -> Iterator[Figure]:
@@ -230,21 +268,32 @@ def overhead(model: Model, sizes: Sizes) -> Iterator[Figure]:
         times = interleaved({"engine": served, "loop": loop}, 2 * sizes.rounds + 1)
         metrics = engine.metrics()
     mine, bare = times["engine"].median, times["loop"].median
-    yield Figure("overhead", "TPOT of a request alone, against the bare decode_step loop", mine / bare, 1.15,
-                 at_least=False, seen={"engine ms": mine * 1e3, "loop ms": bare * 1e3,
-                                       "idle share": metrics.idle_share})  # fmt: skip
+    yield Figure(
+        "overhead",
+        "TPOT of a request alone, against the bare decode_step loop",
+        mine / bare,
+        1.15,
+        at_least=False,
+        seen={"engine ms": mine * 1e3, "loop ms": bare * 1e3, "idle share": metrics.idle_share},
+    )
 
 
 FIGURES: dict[str, Callable[..., Iterator[Figure]]] = {
-    "throughput": throughput, "gap": gap, "prefix": prefix, "overhead": overhead
-}  # fmt: skip
+    "throughput": throughput,
+    "gap": gap,
+    "prefix": prefix,
+    "overhead": overhead,
+}
 
 
 def bare_loop(model: Model, batch: int, prompt: int, count: int) -> Callable[[], Timing]:
     """A contestant: `decode_step` and argmax in a plain Python loop over a dense cache; seconds a step."""
     capacity = round_up(prompt + count + 1, 128)
-    state = {"cache": init_cache(model.config, batch, capacity, chunk=prompt, dtype=model.dtype, mesh=model.mesh,
-                                 layout=layout_for("auto"))}  # fmt: skip
+    state = {
+        "cache": init_cache(
+            model.config, batch, capacity, chunk=prompt, dtype=model.dtype, mesh=model.mesh, layout=layout_for("auto")
+        )
+    }
     ids = np.arange(batch * prompt, dtype=np.int32).reshape(batch, -1) % 1000 % model.config.vocab_size
     active, best = jnp.ones(batch, bool), jax.jit(lambda logits: jnp.argmax(logits, -1).astype(jnp.int32))
 
@@ -305,5 +354,15 @@ def _interrupted(engine: Engine, prompts: Prompts, sizes: Sizes) -> tuple[float,
 def _chip(bytes_per_s: float, flops_per_s: float) -> Chip:
     """This device, as it was during the run, for the cost model."""
     tflops = flops_per_s / 1e12
-    return Chip(name="this device", platform=jax.default_backend(), kinds=(), bf16_tflops=tflops, int8_tops=None,
-                hbm_gbps=bytes_per_s / 1e9, hbm_gib=0.0, cores=1, clock_ghz=0.0, f32_tflops=tflops)  # fmt: skip
+    return Chip(
+        name="this device",
+        platform=jax.default_backend(),
+        kinds=(),
+        bf16_tflops=tflops,
+        int8_tops=None,
+        hbm_gbps=bytes_per_s / 1e9,
+        hbm_gib=0.0,
+        cores=1,
+        clock_ghz=0.0,
+        f32_tflops=tflops,
+    )

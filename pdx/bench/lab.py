@@ -92,8 +92,15 @@ class Stand:
         def feed():
             for at in range(0, tokens, chunk):
                 part = ids[:, at : at + chunk]
-                logits, state["cache"] = steps.prefill(self.params, self.cfg, part, np.full(batch, part.shape[1]),
-                                                       state["cache"], kernels=self.kernels, check=False)  # fmt: skip
+                logits, state["cache"] = steps.prefill(
+                    self.params,
+                    self.cfg,
+                    part,
+                    np.full(batch, part.shape[1]),
+                    state["cache"],
+                    kernels=self.kernels,
+                    check=False,
+                )
             return logits
 
         def work() -> Timing:
@@ -113,16 +120,23 @@ class Stand:
         ids = some_ids(self.cfg, 1, chunk)
 
         def feed():
-            logits, state["cache"] = steps.prefill(self.params, self.cfg, ids, np.full(1, chunk), state["cache"],
-                                                   kernels=self.kernels, check=False)  # fmt: skip
+            logits, state["cache"] = steps.prefill(
+                self.params, self.cfg, ids, np.full(1, chunk), state["cache"], kernels=self.kernels, check=False
+            )
             return logits
 
         def work() -> Timing:
             state["cache"] = rewound(state["cache"], held)
             return once(feed)
 
-        return Side(f"{chunk} of {tokens} tokens", "prefill", work, chunk, self.setup,
-                    lambda setup: [setup.prefill(1, chunk, held)])  # fmt: skip
+        return Side(
+            f"{chunk} of {tokens} tokens",
+            "prefill",
+            work,
+            chunk,
+            self.setup,
+            lambda setup: [setup.prefill(1, chunk, held)],
+        )
 
     def decode(self, batch: int, context: int, tokens: int = DECODE_TOKENS) -> Side:
         """Greedy steps of `batch` rows that hold `context` tokens in the end: TPOT."""
@@ -132,8 +146,16 @@ class Stand:
         first = jnp.asarray(some_ids(self.cfg, batch, 1)[:, 0])
 
         def many():
-            out = steps.decode_many(self.params, self.cfg, first, state["cache"], state["sampling"], tokens,
-                                    kernels=self.kernels, check=False)  # fmt: skip
+            out = steps.decode_many(
+                self.params,
+                self.cfg,
+                first,
+                state["cache"],
+                state["sampling"],
+                tokens,
+                kernels=self.kernels,
+                check=False,
+            )
             state["cache"], state["sampling"] = out.cache, out.sampling
             return out.tokens
 
@@ -141,8 +163,14 @@ class Stand:
             state["cache"] = rewound(state["cache"], begin)
             return once(many).per(tokens)
 
-        return Side(f"batch {batch}, context {context}", "decode", work, batch, self.setup,
-                    lambda setup: [setup.decode(batch, context - tokens // 2)])  # fmt: skip
+        return Side(
+            f"batch {batch}, context {context}",
+            "decode",
+            work,
+            batch,
+            self.setup,
+            lambda setup: [setup.decode(batch, context - tokens // 2)],
+        )
 
     def verify(self, batch: int, context: int, draft: int) -> Side:
         """The scoring of `draft` + 1 tokens a row behind `context`."""
@@ -151,16 +179,23 @@ class Stand:
         ids = some_ids(self.cfg, batch, width)
 
         def score():
-            logits, state["cache"] = steps.verify(self.params, self.cfg, ids, np.full(batch, width), state["cache"],
-                                                  kernels=self.kernels, check=False)  # fmt: skip
+            logits, state["cache"] = steps.verify(
+                self.params, self.cfg, ids, np.full(batch, width), state["cache"], kernels=self.kernels, check=False
+            )
             return logits
 
         def work() -> Timing:
             state["cache"] = rewound(state["cache"], context)
             return once(score)
 
-        return Side(f"batch {batch}, context {context}, {width} tokens", "decode", work, batch * width, self.setup,
-                    lambda setup: [setup.verify(batch, context + 1, draft)])  # fmt: skip
+        return Side(
+            f"batch {batch}, context {context}, {width} tokens",
+            "decode",
+            work,
+            batch * width,
+            self.setup,
+            lambda setup: [setup.verify(batch, context + 1, draft)],
+        )
 
 
 def some_ids(cfg: ModelConfig, batch: int, tokens: int) -> np.ndarray:

@@ -99,21 +99,34 @@ class LoadResult:
     def to_dict(self) -> dict[str, Any]:
         errors = sorted({s.error for s in self.served if s.error is not None})
         return {
-            "settings": self.side, "load": self.load, "pressure": self.pressure, "duration_s": self.duration_s,
-            "requests": len(self.served), "failed": self.failed, "errors": errors,
+            "settings": self.side,
+            "load": self.load,
+            "pressure": self.pressure,
+            "duration_s": self.duration_s,
+            "requests": len(self.served),
+            "failed": self.failed,
+            "errors": errors,
             "late_s": max((s.late_s for s in self.served), default=0.0),
-            "input_tokens_per_s": self.input_tokens_per_s, "output_tokens_per_s": self.output_tokens_per_s,
-            "requests_per_s": self.requests_per_s, "goodput": self.goodput, "good_share": self.good_share,
+            "input_tokens_per_s": self.input_tokens_per_s,
+            "output_tokens_per_s": self.output_tokens_per_s,
+            "requests_per_s": self.requests_per_s,
+            "goodput": self.goodput,
+            "good_share": self.good_share,
             "objectives": dataclasses.asdict(self.objectives),
             **{f"{name}_s": dataclasses.asdict(spread) for name, spread in self.spreads().items()},
             "engine": dict(self.counted),
-        }  # fmt: skip
+        }
 
 
 def run(
-    engine: Engine, load: Load, objectives: Objectives | None = None, *, side: str = "",
-    sampling: SamplingOptions | None = None, report: Report = silent,
-) -> LoadResult:  # fmt: skip
+    engine: Engine,
+    load: Load,
+    objectives: Objectives | None = None,
+    *,
+    side: str = "",
+    sampling: SamplingOptions | None = None,
+    report: Report = silent,
+) -> LoadResult:
     """Give an engine a load and wait for all of it. A request that is refused or fails is counted, not raised.
 
     Args:
@@ -125,8 +138,10 @@ def run(
     """
     _check_fits(load.longest, engine.config.max_context)
     sampling = sampling or SamplingOptions()
-    requests = [EngineRequest(r.prompt, dataclasses.replace(sampling, max_tokens=r.output_tokens, ignore_eos=True))
-                for r in load.requests]  # fmt: skip
+    requests = [
+        EngineRequest(r.prompt, dataclasses.replace(sampling, max_tokens=r.output_tokens, ignore_eos=True))
+        for r in load.requests
+    ]
     label, done = f"{side or 'engine'}: {load.name}", itertools.count(1)
     report(label, 0, len(requests))
     tick = lambda: report(label, next(done), len(requests))  # noqa: E731
@@ -136,14 +151,23 @@ def run(
     else:
         served = _by_clock(engine, load.requests, requests, start, tick)
     duration = time.perf_counter() - start
-    return LoadResult(side, load.name, load.pressure, duration, objectives or Objectives(), tuple(served),
-                      counted(before, engine.metrics()))  # fmt: skip
+    return LoadResult(
+        side,
+        load.name,
+        load.pressure,
+        duration,
+        objectives or Objectives(),
+        tuple(served),
+        counted(before, engine.metrics()),
+    )
 
 
 def _check_fits(longest: int, most: int) -> None:
     if longest > most:
-        raise ContextLengthError(f"a request of the load has {longest} tokens with its answer, but the context is "
-                                 f"{most}: ask for shorter ones")  # fmt: skip
+        raise ContextLengthError(
+            f"a request of the load has {longest} tokens with its answer, but the context is "
+            f"{most}: ask for shorter ones"
+        )
 
 
 def _by_clock(
@@ -269,9 +293,13 @@ def _value(name: str, kind: str, text: str) -> Any:
 
 
 def compare(
-    models: Mapping[str | None, Model], each: Sequence[Side], loads: Sequence[Load],
-    objectives: Objectives | None = None, *, sampling: SamplingOptions | None = None,
-) -> list[LoadResult]:  # fmt: skip
+    models: Mapping[str | None, Model],
+    each: Sequence[Side],
+    loads: Sequence[Load],
+    objectives: Objectives | None = None,
+    *,
+    sampling: SamplingOptions | None = None,
+) -> list[LoadResult]:
     """Every load on every side, one load after the other, the sides in turn. Progress goes to standard error.
 
     Args:

@@ -13,8 +13,19 @@ from pdx.tables import Table
 
 __all__ = ["check_plot", "notes", "plot", "table"]
 
-HEAD = ("settings", "load", "done", "out tok/s", "in tok/s", "TTFT ms p50 / p99", "TPOT ms p50 / p99",
-        "ITL ms p99 / worst", "E2E s p50 / p99", "goodput req/s", "slots taken")  # fmt: skip
+HEAD = (
+    "settings",
+    "load",
+    "done",
+    "out tok/s",
+    "in tok/s",
+    "TTFT ms p50 / p99",
+    "TPOT ms p50 / p99",
+    "ITL ms p99 / worst",
+    "E2E s p50 / p99",
+    "goodput req/s",
+    "slots taken",
+)
 
 
 def table(results: Sequence[LoadResult]) -> Table:
@@ -27,11 +38,18 @@ def table(results: Sequence[LoadResult]) -> Table:
 def _cells(r: LoadResult) -> tuple[str, ...]:
     spread = r.spreads()
     return (
-        r.side, r.load, f"{len(r.timings)}/{len(r.served)}", f"{r.output_tokens_per_s:.1f}",
-        f"{r.input_tokens_per_s:.1f}", _pair(spread["ttft"], 1e3), _pair(spread["tpot"], 1e3),
-        f"{spread['itl'].p99 * 1e3:.0f} / {spread['itl'].largest * 1e3:.0f}", _pair(spread["e2e"], 1),
-        f"{r.goodput:.2f} ({r.good_share:.0%})", f"{r.counted.get('occupancy', float('nan')):.0%}",
-    )  # fmt: skip
+        r.side,
+        r.load,
+        f"{len(r.timings)}/{len(r.served)}",
+        f"{r.output_tokens_per_s:.1f}",
+        f"{r.input_tokens_per_s:.1f}",
+        _pair(spread["ttft"], 1e3),
+        _pair(spread["tpot"], 1e3),
+        f"{spread['itl'].p99 * 1e3:.0f} / {spread['itl'].largest * 1e3:.0f}",
+        _pair(spread["e2e"], 1),
+        f"{r.goodput:.2f} ({r.good_share:.0%})",
+        f"{r.counted.get('occupancy', float('nan')):.0%}",
+    )
 
 
 def _pair(spread: Spread, scale: float) -> str:
@@ -48,8 +66,9 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
             count = sum(s.error == error for s in r.served)
             said.append(f"{name}: {count} of {len(r.served)} requests failed: {error}")
         if (late := max((s.late_s for s in r.served), default=0.0)) > 0.05:
-            said.append(f"{name}: requests were handed in up to {late * 1e3:.0f} ms late: this machine is too busy for "
-                        "the rate")  # fmt: skip
+            said.append(
+                f"{name}: requests were handed in up to {late * 1e3:.0f} ms late: this machine is too busy for the rate"
+            )
         if compiles := r.counted.get("compiles"):
             said.append(f"{name}: {compiles:.0f} programs were compiled under way: the figures are not to be trusted")
         if hits := r.counted.get("hit_tokens"):
@@ -76,8 +95,10 @@ def plot(results: Sequence[LoadResult], file: Path, title: str = "") -> None:
             for r, s in zip(points, spreads, strict=True):
                 axes.annotate(r.load, (r.output_tokens_per_s, s.p50 * 1e3), fontsize=7, color=colour)
         good.plot([r.pressure for r in points], [r.goodput for r in points], "o-", color=colour, label=side or "engine")
-    for axes, name, limit in ((ttft, "TTFT", results[0].objectives.ttft_s), (tpot, "TPOT",
-                              results[0].objectives.tpot_s)):  # fmt: skip
+    for axes, name, limit in (
+        (ttft, "TTFT", results[0].objectives.ttft_s),
+        (tpot, "TPOT", results[0].objectives.tpot_s),
+    ):
         axes.set(xlabel="output tokens/s", ylabel=f"{name}, ms", title=f"{name} against throughput", yscale="log")
         if limit is not None:
             axes.axhline(limit * 1e3, color="black", linewidth=0.8, linestyle="--", label="objective")

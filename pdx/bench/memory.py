@@ -42,13 +42,19 @@ def measure(model: str, policies: Sequence[str]) -> list[Memory]:
 def table(found: Sequence[Memory]) -> Table:
     """In megabytes."""
     head = ("weights", "parameters, MB", "process before", "at the peak of loading", "after four tokens")
-    return Table(head, [(x.policy, *(f"{n / 1e6:.0f}" for n in (x.parameters, x.before, x.peak, x.after)))
-                        for x in found])  # fmt: skip
+    return Table(
+        head, [(x.policy, *(f"{n / 1e6:.0f}" for n in (x.parameters, x.before, x.peak, x.after))) for x in found]
+    )
 
 
 def _run(model: str, policy: str) -> dict[str, int]:
-    done = subprocess.run([sys.executable, "-m", "pdx.bench.memory", model, policy], capture_output=True, text=True,
-                          env=os.environ, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pdx.bench.memory", model, policy],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
     if done.returncode:
         raise PdxError(f"measuring {model} with --quantize {policy} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -73,8 +79,12 @@ def _child(model: str, policy: str) -> dict[str, int]:
     generate(loaded, "Hello", max_tokens=4, ignore_eos=True)
     leaves = jax.tree.leaves(loaded.params)
     # As they lie in memory: a CPU keeps int4 in a byte each.
-    return {"parameters": sum(x.on_device_size_in_bytes() for x in leaves), "before": before, "peak": peak,
-            "after": _status("VmRSS")}  # fmt: skip
+    return {
+        "parameters": sum(x.on_device_size_in_bytes() for x in leaves),
+        "before": before,
+        "peak": peak,
+        "after": _status("VmRSS"),
+    }
 
 
 if __name__ == "__main__":

@@ -81,18 +81,28 @@ class Result:
         """A row for each line."""
         head = ("phase", "shape", "median", "tok/s", "ceiling reached", "transformers", "speedup", f"over {self.dtype}")
         rows = [
-            (x.phase, x.shape, f"{x.seconds * 1e3:.1f} ms", f"{x.tokens_per_s:.0f}", _ceiling(x),
-             _number(x.peer_seconds, ms=True), _number(x.speedup, unit="x"), _number(x.gain, unit="x"))
+            (
+                x.phase,
+                x.shape,
+                f"{x.seconds * 1e3:.1f} ms",
+                f"{x.tokens_per_s:.0f}",
+                _ceiling(x),
+                _number(x.peer_seconds, ms=True),
+                _number(x.speedup, unit="x"),
+                _number(x.gain, unit="x"),
+            )
             for x in self.lines
-        ]  # fmt: skip
+        ]
         return Table(head, rows, keys=2)
 
     def opening(self) -> str:
         """What was measured, where, and the machine's ceilings."""
         versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
-        return (f"{self.model}, {self.dtype}, on {self.device}; {versions}.\n"
-                f"Measured in the same run: reading {self.bandwidth_gb_per_s:.1f} GB/s, multiplying f32 "
-                f"{self.peak_gflop_per_s:.0f} GFLOP/s.\n")  # fmt: skip
+        return (
+            f"{self.model}, {self.dtype}, on {self.device}; {versions}.\n"
+            f"Measured in the same run: reading {self.bandwidth_gb_per_s:.1f} GB/s, multiplying f32 "
+            f"{self.peak_gflop_per_s:.0f} GFLOP/s.\n"
+        )
 
 
 def _number(value: float | None, *, ms: bool = False, unit: str = "") -> str:
@@ -108,9 +118,14 @@ def _ceiling(line: Line) -> str:
 
 
 def run(
-    model: Model, prompt_tokens: Sequence[int], batches: Sequence[int], *, peer: bool, kernels: str,
+    model: Model,
+    prompt_tokens: Sequence[int],
+    batches: Sequence[int],
+    *,
+    peer: bool,
+    kernels: str,
     others: Mapping[str, Model] | None = None,
-) -> Result:  # fmt: skip
+) -> Result:
     """Measure; everything of a shape runs in turn, round by round, so that its ratios come from one run.
 
     Args:
@@ -157,12 +172,23 @@ def _prefill_lines(
     peak = multiply.flops / times["multiply"].median / 1e9
     rates.append(peak)
     rate = Setup(model.config).prefill(1, tokens).flops / mine.median / 1e9
-    lines = [Line("prefill", f"{tokens} tokens", mine.median, mine.best, tokens / mine.median, gflop_per_s=rate,
-                  share_of_peak=rate / peak, peer_seconds=times["peer"].median if other else None)]  # fmt: skip
+    lines = [
+        Line(
+            "prefill",
+            f"{tokens} tokens",
+            mine.median,
+            mine.best,
+            tokens / mine.median,
+            gflop_per_s=rate,
+            share_of_peak=rate / peak,
+            peer_seconds=times["peer"].median if other else None,
+        )
+    ]
     return lines + [
         Line("prefill", f"{tokens} tokens, {name}", t.median, t.best, tokens / t.median, plain_seconds=mine.median)
-        for name, t in times.items() if name not in ("pdx", "peer", "multiply")
-    ]  # fmt: skip
+        for name, t in times.items()
+        if name not in ("pdx", "peer", "multiply")
+    ]
 
 
 def _decode_lines(
@@ -195,27 +221,44 @@ def _decode_lines(
 
 def _decode_line(model: Model, batch: int, shape: str, times: Timing, read: float, peer_seconds) -> Line:
     rate = _step_bytes(model, batch) / times.median / 1e9
-    return Line("decode", shape, times.median, times.best, batch / times.median, gb_per_s=rate,
-                share_of_bandwidth=rate / read, peer_seconds=peer_seconds)  # fmt: skip
+    return Line(
+        "decode",
+        shape,
+        times.median,
+        times.best,
+        batch / times.median,
+        gb_per_s=rate,
+        share_of_bandwidth=rate / read,
+        peer_seconds=peer_seconds,
+    )
 
 
 def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
     """The same context in a cache 32 times as large: what a step costs must follow the context."""
     large = min(8192, model.config.max_context)
-    times = interleaved({
-        "small": decode_work(model, 1, kernels),
-        "large": decode_work(model, 1, kernels, capacity=large),
-        "read": bandwidth,
-    }, ROUNDS)  # fmt: skip
+    times = interleaved(
+        {
+            "small": decode_work(model, 1, kernels),
+            "large": decode_work(model, 1, kernels, capacity=large),
+            "read": bandwidth,
+        },
+        ROUNDS,
+    )
     read = bandwidth.bytes_read / times["read"].median / 1e9
     extra = times["large"].median / times["small"].median - 1
     return _decode_line(model, 1, f"batch 1, capacity {large} ({extra:+.0%} against 256)", times["large"], read, None)
 
 
 def prefill_work(
-    model: Model, batch: int, tokens: int, kernels: str = "auto", *, chunk: int = DEFAULT_CHUNK, kv_dtype=None,
+    model: Model,
+    batch: int,
+    tokens: int,
+    kernels: str = "auto",
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    kv_dtype=None,
     capacity: int | None = None,
-) -> Callable[[], Timing]:  # fmt: skip
+) -> Callable[[], Timing]:
     """A contestant: `batch` prompts of `tokens` tokens into an empty cache; seconds until their logits are there."""
     state = {"cache": _cache(model, batch, capacity or max(tokens, 256), kernels, kv_dtype)}
     chunk = min(tokens, chunk)
@@ -225,9 +268,14 @@ def prefill_work(
         for at in range(0, tokens, chunk):
             part = ids[:, at : at + chunk]
             logits, state["cache"] = steps.prefill(
-                model.params, model.config, part, np.full(batch, part.shape[1], np.int32), state["cache"],
-                kernels=kernels, check=False,
-            )  # fmt: skip
+                model.params,
+                model.config,
+                part,
+                np.full(batch, part.shape[1], np.int32),
+                state["cache"],
+                kernels=kernels,
+                check=False,
+            )
         return logits
 
     def work() -> Timing:
@@ -250,9 +298,15 @@ def decode_work(
 
     def many():
         out = steps.decode_many(
-            model.params, model.config, state["tokens"], state["cache"], state["sampling"], DECODE_TOKENS,
-            kernels=kernels, check=False,
-        )  # fmt: skip
+            model.params,
+            model.config,
+            state["tokens"],
+            state["cache"],
+            state["sampling"],
+            DECODE_TOKENS,
+            kernels=kernels,
+            check=False,
+        )
         state["cache"], state["sampling"] = out.cache, out.sampling
         return out.tokens
 
@@ -269,9 +323,14 @@ def decode_work(
 
 def _cache(model: Model, batch: int, capacity: int, kernels: str, kv_dtype=None) -> DenseCache:
     return init_cache(
-        model.config, batch, capacity, chunk=DEFAULT_CHUNK, dtype=kv_dtype or model.dtype, mesh=model.mesh,
+        model.config,
+        batch,
+        capacity,
+        chunk=DEFAULT_CHUNK,
+        dtype=kv_dtype or model.dtype,
+        mesh=model.mesh,
         layout=layout_for(kernels),
-    )  # fmt: skip
+    )
 
 
 def _emptied(cache: DenseCache) -> DenseCache:

@@ -52,9 +52,7 @@ class Transformers:
 
         return work
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch: int
-    ) -> Callable[[], Timing]:
+    def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch: int) -> Callable[[], Timing]:
         """A contestant: greedy answers of these lengths in static batches, prompts padded on the left; a batch runs
         until its longest answer is done. Seconds of all of them."""
         groups = []
@@ -64,8 +62,9 @@ class Transformers:
             ids = self.torch.tensor([[0] * (width - len(p)) + list(p) for p in part])
             mask = self.torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
             longest = max(lengths[at : at + batch])
-            groups.append({"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest,
-                           "min_new_tokens": longest})  # fmt: skip
+            groups.append(
+                {"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest, "min_new_tokens": longest}
+            )
 
         def work() -> Timing:
             with self.torch.inference_mode():
@@ -98,8 +97,9 @@ class LlamaCpp:
 
         cores = os.cpu_count() or 1
         self.version = llama_cpp.__version__
-        self.model = llama_cpp.Llama(str(path), n_ctx=2048, n_batch=512, n_threads=cores, n_threads_batch=cores,
-                                     n_gpu_layers=0, verbose=False)  # fmt: skip
+        self.model = llama_cpp.Llama(
+            str(path), n_ctx=2048, n_batch=512, n_threads=cores, n_threads_batch=cores, n_gpu_layers=0, verbose=False
+        )
 
     def prefill(self, tokens: int) -> Callable[[], Timing]:
         """A contestant: one prompt."""

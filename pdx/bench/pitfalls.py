@@ -67,24 +67,41 @@ def run(lab: Lab) -> Pitfalls:
     draft = lab.quantized("w8a8")
     sides = {"ttft": lab.plain.prefill(1, s.long_prompt // 2), "draft ttft": draft.prefill(1, s.long_prompt // 2)}
     for rows in (1, s.rows):
-        sides |= {f"tpot {rows}": lab.plain.decode(rows, s.context), f"draft {rows}": draft.decode(rows, s.context),
-                  f"verify {rows}": lab.plain.verify(rows, s.context, s.draft)}  # fmt: skip
+        sides |= {
+            f"tpot {rows}": lab.plain.decode(rows, s.context),
+            f"draft {rows}": draft.decode(rows, s.context),
+            f"verify {rows}": lab.plain.verify(rows, s.context, s.draft),
+        }
     seen = {name: t.median for name, t in interleaved({n: x.work for n, x in sides.items()}, s.rounds).items()}
     found = []
     for rows in (1, s.rows):
         tpot, verify = seen[f"tpot {rows}"], seen[f"verify {rows}"] / seen[f"tpot {rows}"]
-        drafts = (("the model itself with int8 weights and activations", seen[f"draft {rows}"] / tpot,
-                   seen["draft ttft"]),
-                  (f"a model of {SMALL_DRAFT:.0%} of the cost (assumed)", SMALL_DRAFT,
-                   SMALL_DRAFT * seen["ttft"]))  # fmt: skip
+        drafts = (
+            ("the model itself with int8 weights and activations", seen[f"draft {rows}"] / tpot, seen["draft ttft"]),
+            (f"a model of {SMALL_DRAFT:.0%} of the cost (assumed)", SMALL_DRAFT, SMALL_DRAFT * seen["ttft"]),
+        )
         row = []
         for name, share, ttft in drafts:
             speed = tradeoffs.speculation(ACCEPTANCE, s.draft, share, verify)
-            row.append(Speculation(name, verify, tradeoffs.break_even(s.draft, share, verify), speed,
-                                   shortest_answer(ttft, tpot, speed)))  # fmt: skip
+            row.append(
+                Speculation(
+                    name,
+                    verify,
+                    tradeoffs.break_even(s.draft, share, verify),
+                    speed,
+                    shortest_answer(ttft, tpot, speed),
+                )
+            )
         found.append(tuple(row))
-    return Pitfalls(_requests(lab), s.draft, (1, s.rows), tuple(found), s.long_prompt // 2, seen["ttft"],
-                    tuple(seen[f"tpot {rows}"] for rows in (1, s.rows)))  # fmt: skip
+    return Pitfalls(
+        _requests(lab),
+        s.draft,
+        (1, s.rows),
+        tuple(found),
+        s.long_prompt // 2,
+        seen["ttft"],
+        tuple(seen[f"tpot {rows}"] for rows in (1, s.rows)),
+    )
 
 
 def _requests(lab: Lab) -> tuple[Request, ...]:
@@ -109,19 +126,23 @@ def _requests(lab: Lab) -> tuple[Request, ...]:
 def _request_works(stand: Stand, shapes: tuple[tuple[int, int], ...], most: int) -> dict[object, Callable[[], Timing]]:
     """Contestants: each prompt's prefill alone, and each whole request. One cache and one decode program serve all."""
     capacity = max(p + n for p, n in shapes)
-    state = {"cache": stand.cache(1, capacity),
-             "sampling": SamplingState.create([SamplingOptions()], stand.cfg.vocab_size, batch=1)}  # fmt: skip
+    state = {
+        "cache": stand.cache(1, capacity),
+        "sampling": SamplingState.create([SamplingOptions()], stand.cfg.vocab_size, batch=1),
+    }
 
     def prefill(prompt: int):
         state["cache"] = rewound(state["cache"], 0)
-        logits, state["cache"] = steps.prefill(stand.params, stand.cfg, some_ids(stand.cfg, 1, prompt),
-                                               np.full(1, prompt), state["cache"], check=False)  # fmt: skip
+        logits, state["cache"] = steps.prefill(
+            stand.params, stand.cfg, some_ids(stand.cfg, 1, prompt), np.full(1, prompt), state["cache"], check=False
+        )
         return jnp.argmax(logits, -1).astype(jnp.int32)
 
     def whole(prompt: int, output: int):
         first = jax.block_until_ready(prefill(prompt))
-        out = steps.decode_many(stand.params, stand.cfg, first, state["cache"], state["sampling"], most - 1,
-                                steps=output - 1, check=False)  # fmt: skip
+        out = steps.decode_many(
+            stand.params, stand.cfg, first, state["cache"], state["sampling"], most - 1, steps=output - 1, check=False
+        )
         state["cache"], state["sampling"] = out.cache, out.sampling
         return out.tokens
 

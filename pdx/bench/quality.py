@@ -61,9 +61,16 @@ def windows(
 
 
 def evaluate(
-    model: Model, reference: Model, text: str, *, kv_dtype=None, length: int = 512, stride: int = 256,
-    max_tokens: int | None = None, kernels: str = "auto",
-) -> Quality:  # fmt: skip
+    model: Model,
+    reference: Model,
+    text: str,
+    *,
+    kv_dtype=None,
+    length: int = 512,
+    stride: int = 256,
+    max_tokens: int | None = None,
+    kernels: str = "auto",
+) -> Quality:
     """Perplexity of `model` over a text in sliding windows, and how far it is from `reference`.
 
     Args:
@@ -117,9 +124,14 @@ class _Scorer:
     def __init__(self, model: Model, length: int, kv_dtype, kernels: str):
         self.model, self.kernels = model, kernels
         self.cache = init_cache(
-            model.config, 1, -(-length // CHUNK) * CHUNK, chunk=CHUNK, mesh=model.mesh,
-            dtype=cache_dtype(kv_dtype, model), layout=layout_for(kernels),
-        )  # fmt: skip
+            model.config,
+            1,
+            -(-length // CHUNK) * CHUNK,
+            chunk=CHUNK,
+            mesh=model.mesh,
+            dtype=cache_dtype(kv_dtype, model),
+            layout=layout_for(kernels),
+        )
 
     def logits(self, part: Sequence[int]) -> Iterator[jax.Array]:
         """Of every position, [CHUNK, V] at a time; the last chunk is padded."""
@@ -128,9 +140,14 @@ class _Scorer:
             ids, some = np.zeros((1, CHUNK), np.int32), part[at : at + CHUNK]
             ids[0, : len(some)] = some
             out, self.cache = steps.verify(
-                self.model.params, self.model.config, ids, np.array([len(some)], np.int32), self.cache,
-                kernels=self.kernels, check=False,
-            )  # fmt: skip
+                self.model.params,
+                self.model.config,
+                ids,
+                np.array([len(some)], np.int32),
+                self.cache,
+                kernels=self.kernels,
+                check=False,
+            )
             yield out[0]
 
 

@@ -27,9 +27,14 @@ from pdx.weights.progress import silent
 
 
 def run(
-    model: Model, chip: MeasuredChip, others: dict[str, Chip], sizes: Sizes | None = None, *,
-    only: Sequence[str] | None = None, progress: Progress = silent,
-) -> Report:  # fmt: skip
+    model: Model,
+    chip: MeasuredChip,
+    others: dict[str, Chip],
+    sizes: Sizes | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Report:
     """Measure the grid, the rows and the pitfalls.
 
     Args:
@@ -45,8 +50,15 @@ def run(
     total, points, outcomes = len(grid) + len(asked) + 1, [], []
     for phase, batch, tokens in grid:
         progress("measuring", len(points), total)
-        points.append(_point(plain.prefill(batch, tokens) if phase == "prefill" else plain.decode(batch, tokens),
-                             batch, tokens, chip, sizes.rounds))  # fmt: skip
+        points.append(
+            _point(
+                plain.prefill(batch, tokens) if phase == "prefill" else plain.decode(batch, tokens),
+                batch,
+                tokens,
+                chip,
+                sizes.rounds,
+            )
+        )
         gc.collect()
     for row in asked:
         progress("measuring", len(points) + len(outcomes), total)
@@ -55,8 +67,18 @@ def run(
     progress("measuring", total - 1, total)
     seen = pitfalls.run(lab) if only is None else None
     progress("measuring", total, total)
-    return Report(model.name, machine(), str(jax.numpy.dtype(model.dtype)), jax.__version__, chip, others,
-                  tuple(points), tuple(outcomes), seen, time.monotonic() - begin)  # fmt: skip
+    return Report(
+        model.name,
+        machine(),
+        str(jax.numpy.dtype(model.dtype)),
+        jax.__version__,
+        chip,
+        others,
+        tuple(points),
+        tuple(outcomes),
+        seen,
+        time.monotonic() - begin,
+    )
 
 
 def chosen(only: Sequence[str] | None) -> list[rows.Row]:
@@ -77,8 +99,16 @@ def loads(sizes: Sizes) -> list[tuple[Phase, int, int]]:
 def _point(side: Side, batch: int, tokens: int, chip: MeasuredChip, rounds: int) -> Point:
     seen = interleaved({"it": side.work}, rounds)["it"]
     costs = side.costs()
-    return Point(side.phase, batch, tokens, seen, side.seconds(chip), side.floor(chip),
-                 sum(c.flops for c in costs), sum(c.bytes for c in costs))  # fmt: skip
+    return Point(
+        side.phase,
+        batch,
+        tokens,
+        seen,
+        side.seconds(chip),
+        side.floor(chip),
+        sum(c.flops for c in costs),
+        sum(c.bytes for c in costs),
+    )
 
 
 def write(report: Report, out: Path) -> list[Path]:

@@ -15,8 +15,12 @@ def draw(report: Report, out: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     files = []
-    for name, plot in (("ttft", _ttft), ("tpot_batch", _tpot_batch), ("tpot_context", _tpot_context),
-                       ("roofline", _roofline)):  # fmt: skip
+    for name, plot in (
+        ("ttft", _ttft),
+        ("tpot_batch", _tpot_batch),
+        ("tpot_context", _tpot_context),
+        ("roofline", _roofline),
+    ):
         figure = Figure(figsize=(6, 4), layout="constrained")  # not pyplot: no display, and nothing to close
         plot(report, figure.subplots())
         figure.savefig(out / f"{name}.png", dpi=80)
@@ -77,7 +81,13 @@ def _roofline(report: Report, axes) -> None:
     axes.annotate(f"{peak:.0f} GFLOP/s in {report.dtype}", (peak / rate * 1.3, peak * 1.08), fontsize=8)
     for phase, colour in COLOURS.items():
         points = [p for p in report.points if p.phase == phase]
-        axes.scatter([p.flops / p.bytes for p in points], [p.flops / p.measured.median / 1e9 for p in points],
-                     s=[20 + 8 * p.batch for p in points], color=colour, alpha=0.6, label=phase)  # fmt: skip
+        axes.scatter(
+            [p.flops / p.bytes for p in points],
+            [p.flops / p.measured.median / 1e9 for p in points],
+            s=[20 + 8 * p.batch for p in points],
+            color=colour,
+            alpha=0.6,
+            label=phase,
+        )
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
     axes.legend(fontsize=8)

@@ -58,10 +58,12 @@ class Sizes:
     def within(self, max_context: int) -> Sizes:
         """The same, with what a model cannot hold left out."""
         return dataclasses.replace(
-            self, long_prompt=min(self.long_prompt, max_context), long_context=min(self.long_context, max_context),
+            self,
+            long_prompt=min(self.long_prompt, max_context),
+            long_context=min(self.long_context, max_context),
             prompts=tuple(p for p in self.prompts if p <= max_context),
             contexts=tuple(c for c in self.contexts if c <= max_context),
-        )  # fmt: skip
+        )
 
 
 QUICK = Sizes(2, 2, 16, 32, 128, 128, 16, 4, 4, 8, 4, (16, 32), (1, 2), (128,), 2)
@@ -196,8 +198,10 @@ def kv_int8(lab: Lab):
 
 @row("speculative decoding", prefill="no", decode="huge")
 def speculation(lab: Lab):
-    raise NotBuilt("proposing and accepting drafts; what `verify` costs already, and from which acceptance on it would "
-                   "pay, is under the pitfalls")  # fmt: skip
+    raise NotBuilt(
+        "proposing and accepting drafts; what `verify` costs already, and from which acceptance on it would "
+        "pay, is under the pitfalls"
+    )
     yield
 
 
@@ -235,7 +239,9 @@ def continuous_batching(lab: Lab):
         for lengths, answers in (([1] * s.requests, "answers of one"), (outputs, f"answers of 1 to {max(outputs)}")):
             yield Comparison(
                 served.static_batches(lab.plain, s.answer_prompt, lengths, s.rows),
-                served.continuous(running, lab.plain, s.answer_prompt, lengths), measures + answers)  # fmt: skip
+                served.continuous(running, lab.plain, s.answer_prompt, lengths),
+                measures + answers,
+            )
 
 
 @row("chunked prefill", prefill="costs a little", decode="protects the others")
@@ -255,5 +261,11 @@ def _in_turn(first: Side, step: Side) -> Side:
     def work() -> Timing:
         return Timing((first.work().median + step.work().median,))
 
-    return Side(f"{first.label}, then a step", "decode", work, step.tokens, step.setup,
-                lambda setup: first.load(setup) + step.load(setup))  # fmt: skip
+    return Side(
+        f"{first.label}, then a step",
+        "decode",
+        work,
+        step.tokens,
+        step.setup,
+        lambda setup: first.load(setup) + step.load(setup),
+    )

@@ -35,8 +35,17 @@ from pdx.steps import decode_step, prefill
 
 OPS = (flash_attention, decode_attention, paged_attention, write_pages, quantized_matmul)
 # One layer of the shapes that kernels are written for: heads of 64, two query heads to a KV head.
-MODEL = ModelConfig(family="llama", vocab_size=512, d_model=256, num_layers=1, num_heads=4, num_kv_heads=2,
-                    head_dim=64, d_ff=512, max_context=256)  # fmt: skip
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=512,
+    d_model=256,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    d_ff=512,
+    max_context=256,
+)
 ROWS, PROMPT, STEPS, CAPACITY = 2, 24, 4, 128
 TOLERANCE = 1e-3  # of f32 logits, in units of the largest one
 
@@ -44,8 +53,10 @@ TOLERANCE = 1e-3  # of f32 logits, in units of the largest one
 def sections() -> Iterator[tuple[str, Any]]:
     """Each part of the answer as soon as it is known."""
     yield "devices", devices()
-    yield "kernels", [{"op": c.op, "implementation": c.implementation, "reason": c.reason}
-                      for c in (op.explain() for op in OPS)]  # fmt: skip
+    yield (
+        "kernels",
+        [{"op": c.op, "implementation": c.implementation, "reason": c.reason} for c in (op.explain() for op in OPS)],
+    )
     yield "self_test", self_test()
 
 
@@ -54,8 +65,14 @@ def devices() -> dict[str, Any]:
     found = []
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
-        found.append({"id": device.id, "kind": device.device_kind, "memory_bytes": stats.get("bytes_limit"),
-                      "memory_in_use_bytes": stats.get("bytes_in_use")})  # fmt: skip
+        found.append(
+            {
+                "id": device.id,
+                "kind": device.device_kind,
+                "memory_bytes": stats.get("bytes_limit"),
+                "memory_in_use_bytes": stats.get("bytes_in_use"),
+            }
+        )
     return {"backend": jax.default_backend(), "count": jax.device_count(), "local": found}
 
 
@@ -70,8 +87,11 @@ def self_test(kernels: tuple[str, str] = ("xla", "pallas")) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (ROWS, PROMPT + STEPS), dtype=np.int32)
     # Drawn here and not by `init_params`, whose compilation would take longer than the test.
-    params = jax.tree.map(lambda spec: jnp.asarray(rng.normal(0, 0.05, spec.shape), jnp.float32),
-                          param_specs(MODEL, jnp.float32), is_leaf=is_spec)  # fmt: skip
+    params = jax.tree.map(
+        lambda spec: jnp.asarray(rng.normal(0, 0.05, spec.shape), jnp.float32),
+        param_specs(MODEL, jnp.float32),
+        is_leaf=is_spec,
+    )
     logits, said = {}, {"passed": None, "reason": None, "relative_difference": None, "relative_tolerance": TOLERANCE}
     for name in kernels:
         try:
@@ -81,8 +101,12 @@ def self_test(kernels: tuple[str, str] = ("xla", "pallas")) -> dict[str, Any]:
             logits[name], prefill_s, decode_s = run(params, tokens, name)
         except NotImplementedError as error:
             return said | {"reason": f"{name} does not run here: {error}"}
-        said[name] = {"prefill_s": prefill_s, "decode_step_s": decode_s, "with_compilation_s": first,
-                      "interpreted": name == "pallas" and jax.default_backend() == "cpu"}  # fmt: skip
+        said[name] = {
+            "prefill_s": prefill_s,
+            "decode_step_s": decode_s,
+            "with_compilation_s": first,
+            "interpreted": name == "pallas" and jax.default_backend() == "cpu",
+        }
     return said | compare(*(logits[name] for name in kernels))
 
 
@@ -90,8 +114,9 @@ def run(params, tokens: np.ndarray, kernels: str) -> tuple[np.ndarray, float, fl
     """Logits behind the prompt and behind each further token, [steps, rows, vocabulary]; seconds of both phases."""
     cache = init_cache(MODEL, ROWS, CAPACITY, layout=layout_for(kernels))
     begun = time.perf_counter()
-    logits, cache = prefill(params, MODEL, jnp.asarray(tokens[:, :PROMPT]), jnp.full(ROWS, PROMPT), cache,
-                            kernels=kernels)  # fmt: skip
+    logits, cache = prefill(
+        params, MODEL, jnp.asarray(tokens[:, :PROMPT]), jnp.full(ROWS, PROMPT), cache, kernels=kernels
+    )
     found, active = [np.asarray(logits)], jnp.ones(ROWS, bool)
     between = time.perf_counter()
     for step in range(PROMPT, PROMPT + STEPS):

@@ -45,8 +45,15 @@ def static_batches(stand: Stand, prompt: int, outputs: list[int], rows: int) -> 
             cache = state["cache"].truncate(np.zeros(rows, np.int32))
             logits, state["cache"] = steps.prefill(stand.params, stand.cfg, ids, lengths, cache, check=False)
             out = steps.decode_many(
-                stand.params, stand.cfg, jnp.argmax(logits, -1).astype(jnp.int32), state["cache"], state["sampling"],
-                longest, steps=max(group) - 1, check=False)  # fmt: skip
+                stand.params,
+                stand.cfg,
+                jnp.argmax(logits, -1).astype(jnp.int32),
+                state["cache"],
+                state["sampling"],
+                longest,
+                steps=max(group) - 1,
+                check=False,
+            )
             state["cache"], state["sampling"] = out.cache, out.sampling
             jax.block_until_ready(out.tokens)
 
@@ -66,8 +73,13 @@ def static_batches(stand: Stand, prompt: int, outputs: list[int], rows: int) -> 
 
 def engine(model: Model, prompt: int, longest: int, rows: int) -> Engine:
     """An engine whose steps hold the prompts of a whole batch."""
-    config = EngineConfig(slots=rows, prefill_rows=rows, token_budget=rows * prompt, prefix_cache=False,
-                          max_context=min(model.config.max_context, round_up(prompt + longest, 128)))  # fmt: skip
+    config = EngineConfig(
+        slots=rows,
+        prefill_rows=rows,
+        token_budget=rows * prompt,
+        prefix_cache=False,
+        max_context=min(model.config.max_context, round_up(prompt + longest, 128)),
+    )
     return Engine(model, config)
 
 
@@ -80,8 +92,14 @@ def continuous(running: Engine, stand: Stand, prompt: int, outputs: list[int]) -
     def load(setup: Setup) -> list[Cost]:
         return [setup.mixed(step) for step in _schedule(prompt, outputs, rows)]
 
-    return Side(f"an engine of {rows} slots", _phase(outputs), lambda: once(lambda: running.generate(requests)),
-                sum(outputs), stand.setup, load)  # fmt: skip
+    return Side(
+        f"an engine of {rows} slots",
+        _phase(outputs),
+        lambda: once(lambda: running.generate(requests)),
+        sum(outputs),
+        stand.setup,
+        load,
+    )
 
 
 def _schedule(prompt: int, outputs: list[int], rows: int) -> Iterator[list[tuple[int, int]]]:

@@ -75,20 +75,27 @@ def because(of: Comparison, off: Timing, on: Timing, chip: Chip) -> str:
     """The bound that explains a gain: what the time without goes to, what the optimization changes of it, and how near
     both come to what the device could do."""
     share, what = _dominant(of.off, chip)
-    per_token = [[sum(getattr(c, x) for c in side.costs()) / side.tokens for side in (of.off, of.on)]
-                 for x in ("bytes", "flops")]  # fmt: skip
+    per_token = [
+        [sum(getattr(c, x) for c in side.costs()) / side.tokens for side in (of.off, of.on)] for x in ("bytes", "flops")
+    ]
     moved, computed = (b / a for a, b in per_token)
     floors = [side.floor(chip) for side in (of.off, of.on)]
-    text = (f"Without it {share:.0%} of the floor is {what}. It moves {moved:.2f}x the bytes and computes "
-            f"{computed:.2f}x the FLOPs a token, which allows {of.gain(*floors):.2f}x")  # fmt: skip
+    text = (
+        f"Without it {share:.0%} of the floor is {what}. It moves {moved:.2f}x the bytes and computes "
+        f"{computed:.2f}x the FLOPs a token, which allows {of.gain(*floors):.2f}x"
+    )
     reached = [floor / t.median for floor, t in zip(floors, (off, on), strict=True)]
     return text + f"; the device came to {reached[0]:.0%} of its floor's speed without and {reached[1]:.0%} with it."
 
 
 def _dominant(side: Side, chip: Chip) -> tuple[float, str]:
     """The largest part of a floor: its share, and in words."""
-    words = {("products", 0): "computing products", ("products", 1): "reading weights",
-             ("attention", 0): "computing attention", ("attention", 1): "reading the cache"}  # fmt: skip
+    words = {
+        ("products", 0): "computing products",
+        ("products", 1): "reading weights",
+        ("attention", 0): "computing attention",
+        ("attention", 1): "reading the cache",
+    }
     if not side.setup.flash:
         words["attention", 1] = "moving scores and the cache"
     spent = dict.fromkeys(words, 0.0)

@@ -167,9 +167,16 @@ class Load:
 
 
 def make(
-    process: Arrival, pressure: float, count: int, prompt_len: Lengths, output_len: Lengths, prompts: Prompts, *,
-    seed: int = 0, burstiness: float = BURSTINESS,
-) -> Load:  # fmt: skip
+    process: Arrival,
+    pressure: float,
+    count: int,
+    prompt_len: Lengths,
+    output_len: Lengths,
+    prompts: Prompts,
+    *,
+    seed: int = 0,
+    burstiness: float = BURSTINESS,
+) -> Load:
     """A load of `count` requests. The same seed gives the same lengths, whatever the pressure.
 
     Raises RequestError for settings out of range.
@@ -179,8 +186,9 @@ def make(
     if count < 1:
         raise RequestError(f"requests is {count}: there must be at least one")
     if not pressure > 0:
-        raise RequestError(f"the load is {pressure:g} {'clients' if process == 'closed' else 'requests a second'}: "
-                           "it must be above 0")  # fmt: skip
+        raise RequestError(
+            f"the load is {pressure:g} {'clients' if process == 'closed' else 'requests a second'}: it must be above 0"
+        )
     if process == "closed" and pressure != int(pressure):
         raise RequestError(f"{pressure:g} clients: it must be a whole number")
     if not burstiness > 0:

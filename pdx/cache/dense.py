@@ -61,15 +61,21 @@ class LayerCache:
 
     def specs(self) -> LayerCache:
         """What the leaves are, as declared."""
-        found = {n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.row_axis)
-                 for n, x in (("k", self.k), ("v", self.v))}  # fmt: skip
+        found = {
+            n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.row_axis)
+            for n, x in (("k", self.k), ("v", self.v))
+        }
         found |= {name: _scale_spec(x.shape, self.kv_heads, self.row_axis) for name, x in self.scales.items()}
         return self.replace(**found)
 
     def append(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], rows: TokenRows | PackedRows,
-        implementation: str = "auto", interpret: bool = False,
-    ) -> LayerCache:  # fmt: skip
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        rows: TokenRows | PackedRows,
+        implementation: str = "auto",
+        interpret: bool = False,
+    ) -> LayerCache:
         """Write the tokens of a call where `rows` says they belong; padding costs no write.
 
         On a mesh this is called on each device's own heads (`layers.attention`). `implementation`: see
@@ -81,8 +87,16 @@ class LayerCache:
             (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
             scales = self.scales | {"new_k_scale": k_scale, "new_v_scale": v_scale}
         written = write_pages(
-            self.k, self.v, k.astype(self.k.dtype), v.astype(self.v.dtype), slots=rows.slots(self.slots),
-            layout=self.layout, **scales, implementation=implementation, interpret=interpret)  # fmt: skip
+            self.k,
+            self.v,
+            k.astype(self.k.dtype),
+            v.astype(self.v.dtype),
+            slots=rows.slots(self.slots),
+            layout=self.layout,
+            **scales,
+            implementation=implementation,
+            interpret=interpret,
+        )
         return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
 
 
@@ -116,8 +130,10 @@ class DenseCache:
           RequestError: `new_lengths` of another shape or type.
         """
         if tokens > self.chunk:
-            raise ValueError(f"a chunk of {tokens} tokens is more than this cache takes at once, {self.chunk}: "
-                             f"send smaller chunks, or init_cache(..., chunk={tokens})")
+            raise ValueError(
+                f"a chunk of {tokens} tokens is more than this cache takes at once, {self.chunk}: "
+                f"send smaller chunks, or init_cache(..., chunk={tokens})"
+            )
         rows = TokenRows.behind(self.lengths, as_new_lengths(new_lengths, batch, tokens), tokens)
         # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
         return rows.replace(real=rows.real & (rows.positions < self.capacity))
@@ -141,8 +157,9 @@ class DenseCache:
         """What the leaves are, as declared."""
         return self.replace(
             layers=tuple(layer.specs() for layer in self.layers),
-            lengths=row_spec(self.lengths), written=row_spec(self.written),
-        )  # fmt: skip
+            lengths=row_spec(self.lengths),
+            written=row_spec(self.written),
+        )
 
     def check_room(self, new_lengths) -> None:
         """Raise ContextLengthError where `new_lengths` [B] more tokens do not fit. Waits for the device."""
@@ -216,9 +233,15 @@ def stored_heads(cfg: ModelConfig, mesh: Mesh | None) -> int:
 
 
 def layer_specs(
-    cfg: ModelConfig, count: int, slots: int, row_axis: Literal["batch", "pages"], *, dtype, mesh: Mesh | None,
+    cfg: ModelConfig,
+    count: int,
+    slots: int,
+    row_axis: Literal["batch", "pages"],
+    *,
+    dtype,
+    mesh: Mesh | None,
     layout: Layout,
-) -> LayerCache:  # fmt: skip
+) -> LayerCache:
     """One layer of `count` rows (or pages) of `slots` tokens, as declared: its leaves are `ArraySpec`s."""
     heads = stored_heads(cfg, mesh)
     axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
@@ -249,9 +272,15 @@ def cache_dtype(dtype) -> jnp.dtype:
 
 
 def cache_specs(
-    cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
-    mesh: Mesh | None = None, layout: Layout | None = None,
-) -> DenseCache:  # fmt: skip
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+) -> DenseCache:
     """The cache as declared: a `DenseCache` whose leaves are `ArraySpec`s."""
     if not isinstance(cfg, ModelConfig):
         raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
@@ -272,9 +301,15 @@ def cache_specs(
 
 @on_own_mesh
 def init_cache(
-    cfg: ModelConfig, batch: int, capacity: int, *, chunk: int = DEFAULT_CHUNK, dtype=jnp.float32,
-    mesh: Mesh | None = None, layout: Layout | None = None,
-) -> DenseCache:  # fmt: skip
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+) -> DenseCache:
     """An empty cache for `batch` requests of up to `capacity` tokens (rounded up to a multiple of 128).
 
     Steps run up to the capacity, be it more than the context that the model was trained for; `generate` and the engine

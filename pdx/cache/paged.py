@@ -69,8 +69,10 @@ class PagedCache:
 
     def rows(self, new_lengths, batch: int, tokens: int) -> PackedRows:
         """Raises ValueError: how many tokens are new does not say whose pages they belong in."""
-        raise ValueError(f"over a paged cache tokens [{batch}, {tokens}] must be packed, [1, T], and come with rows: "
-                         "PackedRows.packed(T, block_tables, held_lengths, query_starts)")
+        raise ValueError(
+            f"over a paged cache tokens [{batch}, {tokens}] must be packed, [1, T], and come with rows: "
+            "PackedRows.packed(T, block_tables, held_lengths, query_starts)"
+        )
 
     def layer_rows(self, rows: PackedRows) -> list[PackedRows]:
         """The rows as each layer sees them: with the block table of its page group."""
@@ -90,9 +92,14 @@ class PagedCache:
 
 
 def paged_cache_specs(
-    cfg: ModelConfig, pages: int | Sequence[int], *, page_size: int | None = None, dtype=jnp.float32,
-    mesh: Mesh | None = None, layout: Layout | None = None,
-) -> PagedCache:  # fmt: skip
+    cfg: ModelConfig,
+    pages: int | Sequence[int],
+    *,
+    page_size: int | None = None,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+) -> PagedCache:
     """The cache as declared: a `PagedCache` whose leaves are `ArraySpec`s. See `init_paged_cache`."""
     if not isinstance(cfg, ModelConfig):
         raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
@@ -101,12 +108,16 @@ def paged_cache_specs(
     counts = tuple(integer("pages", p) for p in (pages if many else (pages,) * len(groups)))
     page_size = PAGE_SIZES[layout] if page_size is None else integer("page_size", page_size)
     if len(counts) != len(groups) or min(counts) < 1 or page_size < 1:
-        raise ValueError(f"pages {pages} of {page_size} tokens: a number of at least 1 for each of the page groups "
-                         f"{groups} is needed (windows; None: whole contexts)")
+        raise ValueError(
+            f"pages {pages} of {page_size} tokens: a number of at least 1 for each of the page groups "
+            f"{groups} is needed (windows; None: whole contexts)"
+        )
     mesh = as_mesh(mesh)
     if mesh is not None and mesh.shape["data"] > 1:
-        raise RequestError(f"a paged cache lies on one replica, but the mesh has data={mesh.shape['data']}: packed "
-                           "tokens cannot be dealt out by rows; use data=1, and an engine for each replica")
+        raise RequestError(
+            f"a paged cache lies on one replica, but the mesh has data={mesh.shape['data']}: packed "
+            "tokens cannot be dealt out by rows; use data=1, and an engine for each replica"
+        )
     of_layer = tuple(groups.index(w) for w in cfg.windows)
     layers = [layer_specs(cfg, counts[g], page_size, "pages", dtype=dtype, mesh=mesh, layout=layout) for g in of_layer]
     return PagedCache(tuple(layers), groups, of_layer, mesh)
@@ -114,9 +125,14 @@ def paged_cache_specs(
 
 @on_own_mesh
 def init_paged_cache(
-    cfg: ModelConfig, pages: int | Sequence[int], *, page_size: int | None = None, dtype=jnp.float32,
-    mesh: Mesh | None = None, layout: Layout | None = None,
-) -> PagedCache:  # fmt: skip
+    cfg: ModelConfig,
+    pages: int | Sequence[int],
+    *,
+    page_size: int | None = None,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+) -> PagedCache:
     """An empty cache of `pages` pages, a number for all page groups (see `page_groups`) or one for each.
 
     `page_size` tokens a page; None: what suits the layout. `dtype`, `layout` and `mesh` as in `init_cache`, but rows

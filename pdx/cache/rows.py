@@ -71,9 +71,14 @@ class PackedRows:
 
     @classmethod
     def packed(
-        cls, tokens: int, block_tables: Int[Array, "Gr R M"], held_lengths: Int[Array, " R"],
-        query_starts: Int[Array, " R1"], decode_rows: int = 0, max_queries: int | None = None,
-    ) -> PackedRows:  # fmt: skip
+        cls,
+        tokens: int,
+        block_tables: Int[Array, "Gr R M"],
+        held_lengths: Int[Array, " R"],
+        query_starts: Int[Array, " R1"],
+        decode_rows: int = 0,
+        max_queries: int | None = None,
+    ) -> PackedRows:
         """Of `tokens` packed tokens."""
         at, rows = jnp.arange(tokens, dtype=jnp.int32), held_lengths.shape[0]
         row = jnp.searchsorted(query_starts, at, side="right", method="compare_all") - 1
@@ -81,8 +86,9 @@ class PackedRows:
         held = held_lengths[owner]
         positions = held - query_starts[owner + 1] + at
         real = (row < rows) & (held > 0) & (positions >= 0)
-        return cls(block_tables, held_lengths, query_starts, positions[None], owner[None], real[None], decode_rows,
-                   max_queries)  # fmt: skip
+        return cls(
+            block_tables, held_lengths, query_starts, positions[None], owner[None], real[None], decode_rows, max_queries
+        )
 
     @property
     def wanted(self) -> Int[Array, "1 R"]:

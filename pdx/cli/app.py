@@ -27,21 +27,36 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands, help="LLM inference in JAX, prefill and decode apart.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False,
+    cls=Commands,
+    help="LLM inference in JAX, prefill and decode apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
-)  # fmt: skip
+)
 bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 eval_app = typer.Typer(help="Measure quality.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Built-in name, .gguf file, Hugging Face directory, "
-                                          "hub id, or a checkpoint of `pdx convert`.")]  # fmt: skip
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Built-in name, .gguf file, Hugging Face directory, hub id, or a checkpoint of `pdx convert`.",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="Parameters: auto, f32 or bf16.")]
 KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32, bf16 or int8.")]
-QuantizeOption = Annotated[str | None, typer.Option("--quantize", help="Weights: int8, w8a8, int4[:g64], stored (as in "
-                                                    "the file), exceptions such as int4,lm_head=w8a8, or a TOML file.")]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="Weights: int8, w8a8, int4[:g64], stored (as in "
+        "the file), exceptions such as int4,lm_head=w8a8, or a TOML file.",
+    ),
+]
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -56,9 +71,11 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def pdx(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                          help="Print the versions of pdx, JAX and Python.")] = False,
-) -> None:  # fmt: skip
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of pdx, JAX and Python."),
+    ] = False,
+) -> None:
     """LLM inference in JAX, prefill and decode apart."""
 
 

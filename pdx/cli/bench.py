@@ -35,8 +35,10 @@ def bench_model(
         list[int] | None, typer.Option(help="Decode batch size; more than one may be given.", min=1)
     ] = None,
     peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
-    quantize: Annotated[list[str] | None, typer.Option(help="Also run the model with its weights stored so; more than "
-                                                       "one may be given.")] = None,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option(help="Also run the model with its weights stored so; more than one may be given."),
+    ] = None,
     dtype: DtypeOption = "auto",
     kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
@@ -49,8 +51,7 @@ def bench_model(
     check_names(kernels, "auto", *(quantize or ()))
     loaded = load_model(model, dtype, None)
     others = {policy: load_model(model, dtype, None, policy) for policy in quantize or ()}
-    result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels,
-                       others=others)  # fmt: skip
+    result = bench.run(loaded, prompt_tokens or (128, 1024), batch or (1, 8), peer=peer, kernels=kernels, others=others)
     if as_json:
         print(strict_json.dumps(result.to_dict(), indent=2))
         return
@@ -62,8 +63,9 @@ def bench_model(
 @bench_app.command("memory")
 def bench_memory(
     model: ModelOption = DEFAULT_MODEL,
-    quantize: Annotated[list[str] | None, typer.Option(help="How weights are stored; more than one may be given, "
-                                                       "`none` among them.")] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option(help="How weights are stored; more than one may be given, `none` among them.")
+    ] = None,
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
 ) -> None:
@@ -114,11 +116,14 @@ def eval_ppl(
     else:
         loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
     with still("scoring the text, window by window"):
-        found = quality.evaluate(loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride,
-                                 max_tokens=max_tokens, kernels=kernels)  # fmt: skip
+        found = quality.evaluate(
+            loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride, max_tokens=max_tokens, kernels=kernels
+        )
     if as_json:
         print(strict_json.dumps(found.to_dict()))
         return
-    print(f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
-          f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"
-          f"top-1 agreement {found.top1_agreement:.2%}\ntokens          {found.tokens}")
+    print(
+        f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
+        f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"
+        f"top-1 agreement {found.top1_agreement:.2%}\ntokens          {found.tokens}"
+    )

@@ -124,8 +124,10 @@ def said(error: BaseException | None) -> str:
         asked = os.environ.get("JAX_PLATFORMS")
         why = f"JAX_PLATFORMS={asked} asks for what is not here" if asked else "JAX finds no device that it can use"
         return f"{why} ({line or type(error).__name__}): JAX_PLATFORMS=cpu runs on the CPU; unset, JAX chooses"
-    return (f"pdx failed where it should not, which is a fault of pdx: {type(error).__name__}: {line}. {DEBUG} (or "
-            "PDX_DEBUG=1) shows where; please report that")  # fmt: skip
+    return (
+        f"pdx failed where it should not, which is a fault of pdx: {type(error).__name__}: {line}. {DEBUG} (or "
+        "PDX_DEBUG=1) shows where; please report that"
+    )
 
 
 def _of_backends(error: BaseException | None) -> bool:

@@ -30,8 +30,9 @@ from pdx.weights.builtin import DEFAULT_MODEL
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input, less the newline at its "
-                                                 "end.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads standard input, less the newline at its end.")
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -61,25 +62,39 @@ def generate(
     from pdx.sampling_options import SamplingOptions
 
     settings = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "seed": seed, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "ignore_eos": ignore_eos,
         "logprobs": logprobs,
-    }  # fmt: skip
+    }
     options = SamplingOptions(**settings)  # checked before a model is loaded
     if (prompts is None) != (output is None):
         raise RequestError("--prompts and --output go together")
     if prompts is not None and prompt is not None:
         raise RequestError("give a PROMPT or --prompts, not both")
     if prompts is not None and (chat or system is not None):
-        raise RequestError("--chat and --system are for a PROMPT: in --prompts, rows with \"messages\" are chats")
+        raise RequestError('--chat and --system are for a PROMPT: in --prompts, rows with "messages" are chats')
     if prompts is None:
         refuse_without_effect(context, "it is for the requests of --prompts", "batch_size")
     else:
         refuse_without_effect(context, "the answers to --prompts are JSON already, in --output", "as_json")
     if prompts is None and temperature == 0:
-        refuse_without_effect(context, "a temperature of 0 always takes the best token; add --temperature",
-                              "top_k", "top_p", "min_p", "seed")  # fmt: skip
+        refuse_without_effect(
+            context,
+            "a temperature of 0 always takes the best token; add --temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "seed",
+        )
     if logprobs is not None and prompts is None and not as_json:
         raise RequestError("--logprobs are reported in the object that --json prints: add --json")
     run = {"kernels": kernels, "kv_dtype": kv_dtype}
@@ -94,7 +109,7 @@ def generate(
         return
     text = streams.read_prompt() if prompt == "-" else prompt
     if not text:
-        raise RequestError("there is no prompt: pdx generate \"The capital of France is\"")
+        raise RequestError('there is no prompt: pdx generate "The capital of France is"')
     for name, given in (("the prompt", text), ("--system", system), *(("--stop", s) for s in stop or ())):
         streams.check_argument(name, given)
     check_names(kernels, kv_dtype, quantize)

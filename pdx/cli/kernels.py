@@ -16,10 +16,13 @@ from pdx.weights.builtin import DEFAULT_MODEL
 @app.command()
 def tune(
     context: typer.Context,
-    op: Annotated[str, typer.Argument(help="A kernel: flash_attention, decode_attention, paged_attention, "
-                                           "quantized_matmul.")],
-    target: Annotated[str | None, typer.Option(help="Rank for this chip (v5e, h100, ...) by static figures; without "
-                                               "it, measure on this device.")] = None,
+    op: Annotated[
+        str, typer.Argument(help="A kernel: flash_attention, decode_attention, paged_attention, quantized_matmul.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(help="Rank for this chip (v5e, h100, ...) by static figures; without it, measure on this device."),
+    ] = None,
     case: Annotated[str | None, typer.Option(help="Only cases whose name holds this.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Keep the best tiles for the kernels to take.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Of the tables; else $PDX_TUNED, else the package's.")] = None,
@@ -43,12 +46,20 @@ def tune(
 @app.command()
 def compare(
     context: typer.Context,
-    op: Annotated[list[str] | None, typer.Argument(help="flash_attention, decode_attention, paged_attention, "
-                                                   "quantized_matmul, steps (prefill and decode); none: all.")] = None,
-    shapes: Annotated[str | None, typer.Option(help="all, or part of a case's name; without it a few on a CPU, all of "
-                                               "real size elsewhere.")] = None,
-    targets: Annotated[str | None, typer.Option(help="Chips that are not here, for static figures: v5e,h100, or "
-                                                "none.")] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="flash_attention, decode_attention, paged_attention, "
+            "quantized_matmul, steps (prefill and decode); none: all."
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="all, or part of a case's name; without it a few on a CPU, all of real size elsewhere."),
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Chips that are not here, for static figures: v5e,h100, or none.")
+    ] = None,
     cycles: Annotated[bool, typer.Option("--cycles", help="The compilers' static cycles too; slow.")] = False,
     model: ModelOption = DEFAULT_MODEL,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
@@ -72,8 +83,9 @@ def compare(
         plotting.check(plot)
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
     with progress_bar(unit="cases") as bar:
-        found = comparing.compare(op or (), shapes=shapes, targets=chips, model=model, rounds=rounds, cycles=cycles,
-                                  progress=bar)  # fmt: skip
+        found = comparing.compare(
+            op or (), shapes=shapes, targets=chips, model=model, rounds=rounds, cycles=cycles, progress=bar
+        )
     if as_json:
         print(strict_json.dumps(found.to_dict()))
     else:

@@ -34,27 +34,40 @@ LENGTHS = "128, uniform:LOW:HIGH, normal:MEAN:SD, lognormal:MEDIAN:SIGMA or zipf
 def bench_load(
     context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
-    arrival: Annotated[str, typer.Option(help="poisson; burst (in clusters); closed (each client sends when it has its "
-                                         "answer).")] = "poisson",
-    rate: Annotated[list[float] | None, typer.Option(help="Requests a second, inf: all at once; more than one may be "
-                                                     "given.")] = None,
+    arrival: Annotated[
+        str, typer.Option(help="poisson; burst (in clusters); closed (each client sends when it has its answer).")
+    ] = "poisson",
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second, inf: all at once; more than one may be given.")
+    ] = None,
     clients: Annotated[list[int] | None, typer.Option(help="Of closed; more than one may be given.")] = None,
     requests: Annotated[int, typer.Option(help="Of each load; of a trace, the first so many.")] = 64,
     prompt_len: Annotated[str, typer.Option(help=f"Tokens of a prompt: {LENGTHS}.")] = "lognormal:128:0.5",
     output_len: Annotated[str, typer.Option(help="Tokens of an answer, likewise.")] = "uniform:16:128",
     shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.", min=0)] = 0,
-    burstiness: Annotated[float, typer.Option(help="Of burst: the shape of the gaps' gamma distribution; 1 is "
-                                              "poisson.")] = 0.25,
-    trace: Annotated[Path | None, typer.Option(help="JSON lines of arrival_s, prompt_tokens, output_tokens, instead of "
-                                               "--arrival, --rate and the lengths.")] = None,
-    text: Annotated[Path | None, typer.Option(help="What prompts are cut from; without it, Python's language "
-                                              "reference.")] = None,
+    burstiness: Annotated[
+        float, typer.Option(help="Of burst: the shape of the gaps' gamma distribution; 1 is poisson.")
+    ] = 0.25,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines of arrival_s, prompt_tokens, output_tokens, instead of --arrival, --rate and the lengths."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="What prompts are cut from; without it, Python's language reference.")
+    ] = None,
     slo_ttft: Annotated[float | None, typer.Option(help="Milliseconds to the first token, for goodput.")] = None,
     slo_tpot: Annotated[float | None, typer.Option(help="Milliseconds a token, for goodput.")] = None,
     slo_e2e: Annotated[float | None, typer.Option(help="Milliseconds in all, for goodput.")] = None,
-    vary: Annotated[list[str] | None, typer.Option(help="Settings side by side: chunked_prefill=on,off, "
-                                                   "prefix_cache=on,off, slots=1,4,8, kv_dtype=auto,int8, "
-                                                   "quantize=none,int8, ...; all combinations of several.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Settings side by side: chunked_prefill=on,off, "
+            "prefix_cache=on,off, slots=1,4,8, kv_dtype=auto,int8, "
+            "quantize=none,int8, ...; all combinations of several."
+        ),
+    ] = None,
     profile: ProfileOption = None,
     slots: SlotsOption = None,
     token_budget: TokenBudgetOption = None,
@@ -95,16 +108,19 @@ def bench_load(
     device, loads = device_name(mesh=first.mesh), []
     for number, pressure in enumerate(pressures):  # other prompts for each, or the prefix cache would know them
         prompts = workload.Prompts.of(first, seed * len(pressures) + number, shared_prefix, text)
-        loads.append(workload.read_trace(trace, prompts, requests) if trace else
-                     workload.make(arrival, pressure, requests, *lengths, prompts, seed=seed,
-                                   burstiness=burstiness))  # fmt: skip
+        loads.append(
+            workload.read_trace(trace, prompts, requests)
+            if trace
+            else workload.make(arrival, pressure, requests, *lengths, prompts, seed=seed, burstiness=burstiness)
+        )
     results = load.compare(models, each, loads, objectives, sampling=sampling)
     if as_json:
         said = {"model": first.name, "device": device, "results": [r.to_dict() for r in results]}
         print(strict_json.dumps(said))
     else:
-        print(f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests a load, "
-              f"{loads[0].process}\n")  # fmt: skip
+        print(
+            f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests a load, {loads[0].process}\n"
+        )
         print_table(load_report.table(results), as_markdown)
         print("\n".join(["", *load_report.notes(results)]))
     if plot:
@@ -122,16 +138,21 @@ def _pressures(arrival: str, rate, clients, trace: Path | None) -> list[float]:
     if other:
         raise RequestError("closed takes --clients, not --rate" if closed else f"{arrival} takes --rate, not --clients")
     if not given:
-        raise RequestError("closed needs --clients, such as --clients 8" if closed else
-                           "give --rate, such as --rate 1 --rate 2 --rate 4")  # fmt: skip
+        raise RequestError(
+            "closed needs --clients, such as --clients 8"
+            if closed
+            else "give --rate, such as --rate 1 --rate 2 --rate 4"
+        )
     return list(given)
 
 
 @bench_app.command("engine")
 def bench_engine(
     model: ModelOption = DEFAULT_MODEL,
-    only: Annotated[list[str] | None, typer.Option(help="throughput, gap, prefix or overhead; more than one may be "
-                                                   "given. Without it, all.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="throughput, gap, prefix or overhead; more than one may be given. Without it, all."),
+    ] = None,
     peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,

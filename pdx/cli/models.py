@@ -75,8 +75,9 @@ def quantize(
         else:
             loaded = load_model(model, dtype, None)
             with progress_bar(unit="layers") as bar:
-                done = calibrating.quantize_model(loaded, policy, text, method, sequences=sequences,
-                                                  progress=partial(bar, method))  # fmt: skip
+                done = calibrating.quantize_model(
+                    loaded, policy, text, method, sequences=sequences, progress=partial(bar, method)
+                )
         _save(done, directory, as_json)
 
 

@@ -44,21 +44,30 @@ def calibrate(
     if as_json:
         print(strict_json.dumps(dataclasses.asdict(chip) | {"file": str(file)}))
         return
-    print(f"{chip.name}: reads {chip.hbm_gbps:.1f} GB/s; products of float32 {chip.f32_tflops * 1e3:.0f} GFLOP/s, "
-          f"bfloat16 {chip.bf16_tflops * 1e3:.0f}, int8 {chip.int8_tops * 1e3:.0f}\nwritten to {file}: "
-          f"pdx plan MODEL --chip {shlex.quote(str(out or chip.name))}")  # fmt: skip
+    print(
+        f"{chip.name}: reads {chip.hbm_gbps:.1f} GB/s; products of float32 {chip.f32_tflops * 1e3:.0f} GFLOP/s, "
+        f"bfloat16 {chip.bf16_tflops * 1e3:.0f}, int8 {chip.int8_tops * 1e3:.0f}\nwritten to {file}: "
+        f"pdx plan MODEL --chip {shlex.quote(str(out or chip.name))}"
+    )
 
 
 @app.command()
 def report(
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and pictures.")],
     model: ModelOption = DEFAULT_MODEL,
-    chip: Annotated[str | None, typer.Option(help="This device, as `pdx calibrate` stored it; without it, the one of "
-                                             "its name, measured now if there is none.")] = None,
-    predict: Annotated[list[str] | None, typer.Option(help="Other chips to predict for; more than one may be "
-                                                      "given.")] = None,
-    row: Annotated[list[str] | None, typer.Option(help="Measure only this row, and no pitfalls; more than one "
-                                                  "may be given.")] = None,
+    chip: Annotated[
+        str | None,
+        typer.Option(
+            help="This device, as `pdx calibrate` stored it; without it, the one of "
+            "its name, measured now if there is none."
+        ),
+    ] = None,
+    predict: Annotated[
+        list[str] | None, typer.Option(help="Other chips to predict for; more than one may be given.")
+    ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Measure only this row, and no pitfalls; more than one may be given.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny loads: whether it runs, not what it says.")] = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

@@ -75,8 +75,9 @@ def chat(
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
     mesh: MeshOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as one JSON object, at its "
-                                          "end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the conversation as one JSON object, at its end.")
+    ] = False,
 ) -> None:
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
     from pdx.chat import Chat, check_template, converse, typed
@@ -98,15 +99,29 @@ def chat(
         talk = Chat(engine, options, system)
         turns = converse(talk, typed(encoding=streams.encoding()), out=io.StringIO() if as_json else None)
     if as_json:
-        print(strict_json.dumps({"model": loaded.name, "messages": talk.messages, "turns": [
-            completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}, loaded.mesh) for done in turns]},
-            ensure_ascii=False))  # fmt: skip
+        print(
+            strict_json.dumps(
+                {
+                    "model": loaded.name,
+                    "messages": talk.messages,
+                    "turns": [
+                        completion_fields(done, {"mixed": explain_mixed(engine.config.kernels)}, loaded.mesh)
+                        for done in turns
+                    ],
+                },
+                ensure_ascii=False,
+            )
+        )
 
 
 @app.command()
 def batch(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests: prompt or messages and settings a row, "
-                                           "or OpenAI's batch rows.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN.jsonl", help="Requests: prompt or messages and settings a row, or OpenAI's batch rows."
+        ),
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the same order.")],
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: MaxTokensOption = 128,
@@ -144,10 +159,21 @@ def batch(
         with start_engine(loaded, config) as engine:
             tally = batch_job.run_file(engine, output, requests)
     if as_json:
-        print(strict_json.dumps({"output": str(output), "rows": len(requests), "resumed_rows": tally.resumed,
-                                 "failed_rows": tally.failed, "completion_tokens": tally.tokens}))  # fmt: skip
+        print(
+            strict_json.dumps(
+                {
+                    "output": str(output),
+                    "rows": len(requests),
+                    "resumed_rows": tally.resumed,
+                    "failed_rows": tally.failed,
+                    "completion_tokens": tally.tokens,
+                }
+            )
+        )
     else:
-        print(f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
+            file=sys.stderr,
+        )
     if tally.failed:
         raise RequestError(f"{tally.failed} of {len(requests)} requests failed: see `error` in their rows of {output}")

@@ -38,8 +38,11 @@ def mend() -> None:
 
 def _open_closed() -> None:
     """Open closed descriptors again the wrong way round, lowest first, so that each gets its own number."""
-    for number, name, mode, flags in ((0, "stdin", "r", os.O_WRONLY), (1, "stdout", "w", os.O_RDONLY),
-                                      (2, "stderr", "w", os.O_WRONLY)):  # fmt: skip
+    for number, name, mode, flags in (
+        (0, "stdin", "r", os.O_WRONLY),
+        (1, "stdout", "w", os.O_RDONLY),
+        (2, "stderr", "w", os.O_WRONLY),
+    ):
         try:
             os.fstat(number)
         except OSError:

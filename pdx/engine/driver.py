@@ -152,8 +152,10 @@ class Driver:
                     if mask.shape == allowed.shape[1:]:
                         mask[[t for t, v in (seq.request.options.logit_bias or {}).items() if v == -math.inf]] = False
                     if mask.shape != allowed.shape[1:] or not mask.any():
-                        raise RequestError(f"a mask must be bool [{allowed.shape[1]}] and allow at least one token, "
-                                           f"got shape {mask.shape} with {int(mask.sum())} allowed")  # fmt: skip
+                        raise RequestError(
+                            f"a mask must be bool [{allowed.shape[1]}] and allow at least one token, "
+                            f"got shape {mask.shape} with {int(mask.sum())} allowed"
+                        )
                     allowed[chunk.slot] = mask
             except Exception as error:
                 self._fail(seq, ClientError(f"the request's mask failed: {type(error).__name__}: {error}"))

@@ -89,9 +89,14 @@ class Engine:
         return self
 
     def submit(
-        self, prompt: Prompt | EngineRequest, options: SamplingOptions | None = None, *, index: int = 0,
-        on_output: Callable[[StreamOutput], None] | None = None, **settings,
-    ) -> RequestStream:  # fmt: skip
+        self,
+        prompt: Prompt | EngineRequest,
+        options: SamplingOptions | None = None,
+        *,
+        index: int = 0,
+        on_output: Callable[[StreamOutput], None] | None = None,
+        **settings,
+    ) -> RequestStream:
         """Hand a request in.
 
         Args:
@@ -110,8 +115,13 @@ class Engine:
         if on_output is not None and not callable(on_output):
             raise RequestError(f"on_output is {on_output!r}: it must be a function that takes an output")
         self.start()
-        row = Row(index, list(request.prompt), request.options, self.model.tokenizer.stream(),
-                  ends_of(self.model, request.options))  # fmt: skip
+        row = Row(
+            index,
+            list(request.prompt),
+            request.options,
+            self.model.tokenizer.stream(),
+            ends_of(self.model, request.options),
+        )
         with self._work:
             if self._driver.closing:
                 raise EngineError("the engine is closed")
@@ -135,9 +145,11 @@ class Engine:
             request.cancel()
 
     def generate(
-        self, prompts: Prompt | EngineRequest | list[Prompt | EngineRequest],
-        options: SamplingOptions | list[SamplingOptions] | None = None, **settings,
-    ) -> list[Completion]:  # fmt: skip
+        self,
+        prompts: Prompt | EngineRequest | list[Prompt | EngineRequest],
+        options: SamplingOptions | list[SamplingOptions] | None = None,
+        **settings,
+    ) -> list[Completion]:
         """Completions in the order of the prompts, one or however many: it waits where the queue is full.
 
         Raises what `submit` raises, and EngineError for a request that failed; the others are cancelled then.

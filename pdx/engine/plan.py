@@ -127,6 +127,18 @@ class Draft:
         np.cumsum(counts, out=starts[1:])
         decoded = sum(c.count for c in chunks if c.is_decode)
         return StepPlan(
-            tuple(chunks), tokens, tables[:, slot_of], lengths, starts, slots, sources, logit_rows.astype(np.int32),
-            positions, samples, tuple(self.joins), tuple(self.copies), decoded, total - decoded,
-        )  # fmt: skip
+            tuple(chunks),
+            tokens,
+            tables[:, slot_of],
+            lengths,
+            starts,
+            slots,
+            sources,
+            logit_rows.astype(np.int32),
+            positions,
+            samples,
+            tuple(self.joins),
+            tuple(self.copies),
+            decoded,
+            total - decoded,
+        )

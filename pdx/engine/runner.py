@@ -42,9 +42,14 @@ class Runner:
         self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
         self._programs = Programs()
         self._make_cache = partial(
-            init_paged_cache, model.config, config.pages, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh,
+            init_paged_cache,
+            model.config,
+            config.pages,
+            page_size=config.page_size,
+            dtype=kv_dtype,
+            mesh=model.mesh,
             layout=layout_for(config.kernels),
-        )  # fmt: skip
+        )
         self.reset()
 
     @property
@@ -89,24 +94,50 @@ class Runner:
         if plan.copies:
             self._copy(plan.copies)
         rows = len(plan.lengths)
-        host = np.concatenate([x.ravel() for x in (
-            plan.tokens, plan.sources, plan.lengths, plan.query_starts, plan.logit_rows, plan.block_tables
-        )])  # fmt: skip
+        host = np.concatenate(
+            [
+                x.ravel()
+                for x in (
+                    plan.tokens,
+                    plan.sources,
+                    plan.lengths,
+                    plan.query_starts,
+                    plan.logit_rows,
+                    plan.block_tables,
+                )
+            ]
+        )
         logits, self.cache = self._programs.call(
-            ("step", plan.shape, rows), _step, params=self.model.params, cache=self.cache, last=self.last, host=host,
-            static={"cfg": self.model.config, "shape": (plan.shape, rows, self.config.slots, len(self.cache.groups)),
-                    "decode_rows": plan.decode_rows, "max_queries": plan.max_queries, "kernels": self.config.kernels},
-        )  # fmt: skip
+            ("step", plan.shape, rows),
+            _step,
+            params=self.model.params,
+            cache=self.cache,
+            last=self.last,
+            host=host,
+            static={
+                "cfg": self.model.config,
+                "shape": (plan.shape, rows, self.config.slots, len(self.cache.groups)),
+                "decode_rows": plan.decode_rows,
+                "max_queries": plan.max_queries,
+                "kernels": self.config.kernels,
+            },
+        )
         return logits
 
     def sample(self, plan: StepPlan, logits: jax.Array, allowed: np.ndarray | None = None) -> SampleOutput:
         """Dispatch the choice of tokens; `allowed` [slots, V] where a request has a mask."""
         masked = {} if allowed is None else {"allowed": allowed}
         drawn, self.sampling, self.last = self._programs.call(
-            ("sample", allowed is not None), _sample, logits=logits, sampling=self.sampling, last=self.last,
-            positions=plan.positions, samples=plan.samples, **masked,
+            ("sample", allowed is not None),
+            _sample,
+            logits=logits,
+            sampling=self.sampling,
+            last=self.last,
+            positions=plan.positions,
+            samples=plan.samples,
+            **masked,
             static={"num_logprobs": self.config.num_logprobs, "mesh": self.model.mesh},
-        )  # fmt: skip
+        )
         for x in jax.tree.leaves(drawn):
             x.copy_to_host_async()
         return drawn
@@ -137,9 +168,13 @@ class Runner:
                 part = np.full((COPIES, 2), NO_TOKEN, np.int32)
                 part[: len(pairs[at : at + COPIES])] = pairs[at : at + COPIES]
                 self.cache = self._programs.call(
-                    ("copy", group), copy_pages, cache=self.cache, src=part[:, 0].copy(), dst=part[:, 1].copy(),
+                    ("copy", group),
+                    copy_pages,
+                    cache=self.cache,
+                    src=part[:, 0].copy(),
+                    dst=part[:, 1].copy(),
                     static={"group": group},
-                )  # fmt: skip
+                )
 
 
 def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
@@ -148,10 +183,17 @@ def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
     width = -(-config.max_context // config.page_size)
     slots = np.arange(config.slots, dtype=np.int32)
     return StepPlan(
-        (), np.zeros(shape, np.int32), np.zeros((groups, rows, width), np.int32), np.zeros(rows, np.int32),
-        np.zeros(rows + 1, np.int32), config.slots, np.full(shape, -1, np.int32), slots, np.zeros_like(slots),
+        (),
+        np.zeros(shape, np.int32),
+        np.zeros((groups, rows, width), np.int32),
+        np.zeros(rows, np.int32),
+        np.zeros(rows + 1, np.int32),
+        config.slots,
+        np.full(shape, -1, np.int32),
+        slots,
+        np.zeros_like(slots),
         np.zeros(config.slots, bool),
-    )  # fmt: skip
+    )
 
 
 @partial(jax.jit, static_argnames=("cfg", "shape", "decode_rows", "max_queries", "kernels"), donate_argnames="cache")

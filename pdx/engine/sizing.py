@@ -64,8 +64,9 @@ def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
     groups = page_groups(model.config)
     if config.pages is not None:
         return (config.pages,) * len(groups)
-    one = paged_cache_specs(model.config, 1, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh,
-                            layout=layout_for(config.kernels))  # fmt: skip
+    one = paged_cache_specs(
+        model.config, 1, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh, layout=layout_for(config.kernels)
+    )
     most = config.whole(config.max_context)
     alone = [demand(w, config.page_size, config.max_context, most) for w in groups]
     counts = [n * config.slots * (1 if w is None else 2) for n, w in zip(alone, groups, strict=True)]

@@ -54,12 +54,24 @@ class Stats:
         pools, steps, times = scheduler.memory.pools, max(self.steps, 1), list(self._times)
         mean = sum(times) / len(times) if times else float("nan")
         return EngineMetrics(
-            steps=self.steps, finished=self.finished, failed=self.failed, cancelled=self.cancelled,
-            waiting=len(scheduler.waiting), running=len(scheduler.running), decode_tokens=self.decode_tokens,
-            prefill_tokens=self.prefill_tokens, hit_tokens=self.hit_tokens,
-            occupancy=self.rows / (steps * self.slots), preemptions=self.preemptions,
-            pages_used=sum(p.used for p in pools), pages_cached=sum(p.idle for p in pools),
-            pages=sum(p.pages for p in pools), step_s=(mean, percentile(times, 0.5), percentile(times, 0.99)),
-            gap_s=self.idle_s / steps, idle_share=self.idle_s / max(self.busy_s + self.idle_s, 1e-9),
-            late=self.late / steps, compiles=self.compiles, warmup_s=self.warmup_s,
-        )  # fmt: skip
+            steps=self.steps,
+            finished=self.finished,
+            failed=self.failed,
+            cancelled=self.cancelled,
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            decode_tokens=self.decode_tokens,
+            prefill_tokens=self.prefill_tokens,
+            hit_tokens=self.hit_tokens,
+            occupancy=self.rows / (steps * self.slots),
+            preemptions=self.preemptions,
+            pages_used=sum(p.used for p in pools),
+            pages_cached=sum(p.idle for p in pools),
+            pages=sum(p.pages for p in pools),
+            step_s=(mean, percentile(times, 0.5), percentile(times, 0.99)),
+            gap_s=self.idle_s / steps,
+            idle_share=self.idle_s / max(self.busy_s + self.idle_s, 1e-9),
+            late=self.late / steps,
+            compiles=self.compiles,
+            warmup_s=self.warmup_s,
+        )

@@ -95,8 +95,10 @@ class RequestStream:
     def _check_thread(self) -> None:
         """Raise EngineError where waiting would never end."""
         if threading.current_thread() is self.served_by and not self.is_over:
-            raise EngineError("a callback waits for a request of its own engine, whose thread runs the callback: give "
-                              "that request an on_output too, or wait for it in another thread")  # fmt: skip
+            raise EngineError(
+                "a callback waits for a request of its own engine, whose thread runs the callback: give "
+                "that request an on_output too, or wait for it in another thread"
+            )
 
     def _take(self) -> StreamOutput | None:
         """The next output, None behind the last one. Raises the request's error behind what came before it."""
@@ -137,13 +139,24 @@ class RequestStream:
     def _complete(self, seq: Sequence) -> Completion:
         done, times = self.row.completion(0.0), self._times
         timing = ServedTiming(
-            done.timing.tokens, done.timing.ttft_s, done.timing.e2e_s,
+            done.timing.tokens,
+            done.timing.ttft_s,
+            done.timing.e2e_s,
             queue_s=(seq.started if seq.started is not None else seq.arrival) - self._arrival,
             gaps_s=tuple(b - a for a, b in pairwise(times)),
-            hit_tokens=seq.hit_tokens, preemptions=seq.preemptions,
-        )  # fmt: skip
-        return Completion(done.index, done.text, done.token_ids, done.prompt_tokens, done.finish_reason, timing,
-                          done.compile_s, done.logprobs)  # fmt: skip
+            hit_tokens=seq.hit_tokens,
+            preemptions=seq.preemptions,
+        )
+        return Completion(
+            done.index,
+            done.text,
+            done.token_ids,
+            done.prompt_tokens,
+            done.finish_reason,
+            timing,
+            done.compile_s,
+            done.logprobs,
+        )
 
     def _put(self, output: StreamOutput) -> None:
         with self._ready:

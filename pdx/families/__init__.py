@@ -40,13 +40,15 @@ def family_of_hf(config: Mapping[str, Any], where: str) -> Family:
     if listed and not (isinstance(listed, list) and isinstance(listed[0], str)):
         raise Fields(config, where).wrong("architectures", listed, "a list of names")
     if not listed and not kind:
-        raise ModelFileError(f"{where}: neither architectures nor model_type is there, expected one of "
-                             f"{_known('architectures')}")
+        raise ModelFileError(
+            f"{where}: neither architectures nor model_type is there, expected one of {_known('architectures')}"
+        )
     for family in families():
         if (listed and listed[0] in family.architectures) or (not listed and kind in family.model_types):
             return family
-    key, value, attribute = ("architectures", listed[0], "architectures") if listed else (
-        "model_type", kind, "model_types")
+    key, value, attribute = (
+        ("architectures", listed[0], "architectures") if listed else ("model_type", kind, "model_types")
+    )
     raise UnsupportedModelError(f"{where}: {key} = {short(value)} is not supported; pdx has {_known(attribute)}")
 
 
@@ -59,14 +61,18 @@ def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
         if architecture in family.gguf:
             return family
     if architecture == "clip":
-        raise UnsupportedModelError(f"{where}: this is the image encoder of a model (general.architecture = 'clip'); "
-                                    "name the file of the text model that lies beside it")
-    raise UnsupportedModelError(f"{where}: general.architecture = {short(architecture)} is not supported; "
-                                f"pdx has {_known('gguf')}")
+        raise UnsupportedModelError(
+            f"{where}: this is the image encoder of a model (general.architecture = 'clip'); "
+            "name the file of the text model that lies beside it"
+        )
+    raise UnsupportedModelError(
+        f"{where}: general.architecture = {short(architecture)} is not supported; pdx has {_known('gguf')}"
+    )
 
 
-def config_from_hf(config: Mapping[str, Any], where: str = "config.json",
-                   notes: list[str] | None = None, tensors: int | None = None) -> tuple[Family, ModelConfig]:
+def config_from_hf(
+    config: Mapping[str, Any], where: str = "config.json", notes: list[str] | None = None, tensors: int | None = None
+) -> tuple[Family, ModelConfig]:
     """Map a Hugging Face config.json; `tensors` is how many the model's files hold, where that is known.
 
     Fields that pdx does not know go to `notes`, in words. Raises ModelFileError for a field that is missing or of the
@@ -81,8 +87,9 @@ def config_from_hf(config: Mapping[str, Any], where: str = "config.json",
     return family, cfg
 
 
-def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str,
-                     notes: list[str] | None = None) -> tuple[Family, ModelConfig]:
+def config_from_gguf(
+    metadata: Mapping[str, Any], file: TensorFile, where: str, notes: list[str] | None = None
+) -> tuple[Family, ModelConfig]:
     """Map GGUF metadata; `file` says which tensors there are.
 
     Every field under the architecture's name shapes the model, so an unknown one is an error here. Those of an encoder
@@ -92,10 +99,15 @@ def config_from_gguf(metadata: Mapping[str, Any], file: TensorFile, where: str,
     prefix = f"{metadata['general.architecture']}."
     encoders = [key for key in metadata if key.startswith(("clip.", *(prefix + part for part in _ENCODERS)))]
     if encoders and notes is not None:
-        notes.append(f"{counted(len(encoders), 'metadata field')} of an encoder for images or sound passed over, such "
-                     f"as {encoders[0]}: pdx runs the text model")
-    under = {key.removeprefix(prefix): _plain(value) for key, value in metadata.items()
-             if key.startswith(prefix) and key not in encoders}  # fmt: skip
+        notes.append(
+            f"{counted(len(encoders), 'metadata field')} of an encoder for images or sound passed over, such "
+            f"as {encoders[0]}: pdx runs the text model"
+        )
+    under = {
+        key.removeprefix(prefix): _plain(value)
+        for key, value in metadata.items()
+        if key.startswith(prefix) and key not in encoders
+    }
     fields = Fields(under, where, prefix, len(file.names()), notes, per_layer="block_count")
     cfg = _checked(family.from_gguf, fields, file)
     for key, value in fields.unused().items():
@@ -116,5 +128,6 @@ def _checked(build, fields: Fields, *rest) -> ModelConfig:
     except ValueError as error:  # ModelConfig's own checks
         raise ModelFileError(f"{fields.where}: {error}") from None
     except ArithmeticError as error:  # a RoPE base of 1, say
-        raise ModelFileError(f"{fields.where}: the numbers of the configuration cannot be computed with "
-                             f"({error})") from None
+        raise ModelFileError(
+            f"{fields.where}: the numbers of the configuration cannot be computed with ({error})"
+        ) from None

@@ -247,8 +247,9 @@ def gguf_shape(f: Fields, file: TensorFile, theta: float = 10_000.0, eps: float 
 def _check_heads(f: Fields, file: TensorFile, names: set[str], name: str, expected: list[int]) -> None:
     """Hold the heads to a tensor before an order of their rows is made, which takes a number a row."""
     if name in names and list(file.shape(name)) != expected:
-        raise ModelFileError(f"{f.where}: tensor {name} has shape {list(file.shape(name))}, expected {expected} "
-                             "from the configuration")
+        raise ModelFileError(
+            f"{f.where}: tensor {name} has shape {list(file.shape(name))}, expected {expected} from the configuration"
+        )
 
 
 def _rope_freqs(file: TensorFile, head_dim: int) -> tuple[float, ...] | None:
@@ -257,8 +258,9 @@ def _rope_freqs(file: TensorFile, head_dim: int) -> tuple[float, ...] | None:
     if name not in file.names():
         return None
     if file.shape(name) != (head_dim // 2,):
-        raise ModelFileError(f"{file.path_of(name)}: tensor {name} has shape {list(file.shape(name))}, "
-                             f"expected [{head_dim // 2}]")
+        raise ModelFileError(
+            f"{file.path_of(name)}: tensor {name} has shape {list(file.shape(name))}, expected [{head_dim // 2}]"
+        )
     values = file.read(name, np.float32)
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise ModelFileError(f"{file.path_of(name)}: tensor {name} has values that are not positive and finite")

@@ -82,8 +82,15 @@ class Fields:
     the field with the number of layers where a number may also stand as a list with an equal entry a layer (GGUF).
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", held: int | None = None,
-                 notes: list[str] | None = None, per_layer: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        where: str,
+        prefix: str = "",
+        held: int | None = None,
+        notes: list[str] | None = None,
+        per_layer: str | None = None,
+    ):
         self.data, self.where, self.prefix, self.held = data, where, prefix, held
         self.notes, self.per_layer = [] if notes is None else notes, per_layer
         self.used: set[str] = set()
@@ -109,8 +116,12 @@ class Fields:
         if self.per_layer is None or not isinstance(value, list) or not value:
             return value
         if len(value) != self.data.get(self.per_layer):
-            raise self.wrong(key, value, f"a number, or one for each of {self.prefix}{self.per_layer} = "
-                                         f"{short(self.data.get(self.per_layer))} layers")
+            raise self.wrong(
+                key,
+                value,
+                f"a number, or one for each of {self.prefix}{self.per_layer} = "
+                f"{short(self.data.get(self.per_layer))} layers",
+            )
         if any(x != value[0] for x in value):
             raise self.unsupported(key, value, "the same value in every layer")
         return value[0]
@@ -149,8 +160,12 @@ class Fields:
         plausible one is held to the names of the tensors, which says what is missing. Raises as `integer`."""
         value = self.integer(key, default, MOST_LAYERS if self.held is None else None)
         if self.held is not None and value > max(self.held, PLAUSIBLE_LAYERS):
-            raise self.wrong(key, value, f"fewer than the {self.held} tensors that the model's files hold: "
-                                         "corrupted, or the two do not belong together")
+            raise self.wrong(
+                key,
+                value,
+                f"fewer than the {self.held} tensors that the model's files hold: "
+                "corrupted, or the two do not belong together",
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -187,6 +202,7 @@ class Fields:
     def unused(self) -> dict[str, Any]:
         """What nobody has read and what says something."""
         return {
-            k: v for k, v in self.data.items()
+            k: v
+            for k, v in self.data.items()
             if k not in self.used and k not in INERT and v is not None and v is not False and v != [] and v != {}
         }

@@ -24,10 +24,17 @@ from pdx.families.rope import linear, rope_from_hf
 
 DEFAULTS = {
     "gemma2": {
-        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "tie_word_embeddings": True,
-    },
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
 }
 DEFAULTS["gemma3"] = {**DEFAULTS["gemma2"], "vocab_size": 262208, "max_position_embeddings": 131072}
 # Every n-th layer sees the whole context, the others a window.
@@ -59,19 +66,26 @@ def _from_hf(name: str, f: Fields) -> ModelConfig:
     f.get("hidden_act")  # a leftover of Gemma 1; hidden_activation is what counts
     window = f.integer("sliding_window", 0 if f.has("sliding_window") else 4096, least=0) or None
     period = f.integer("sliding_window_pattern", f.get("_sliding_window_pattern", PERIOD[name]))
-    windows = windows_from_types(f, shape["num_layers"], window,
-                                 lambda layer: (layer + 1) % period != 0)
+    windows = windows_from_types(f, shape["num_layers"], window, lambda layer: (layer + 1) % period != 0)
     thetas = (1_000_000.0, LOCAL_THETA) if name == "gemma3" else (10_000.0, None)
     rope, rope_window, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"], *thetas)
     if name == "gemma3":  # its published code accepts the field and does not use it
         f.only("attn_logit_softcapping", 0)
     bias = f.flag("attention_bias", False)
     return ModelConfig(
-        family=name, rope=rope, rope_window=rope_window, windows=windows, qkv_bias=bias, o_bias=bias,
+        family=name,
+        rope=rope,
+        rope_window=rope_window,
+        windows=windows,
+        qkv_bias=bias,
+        o_bias=bias,
         attn_scale=f.number("query_pre_attn_scalar", 256) ** -0.5,
         attn_softcap=f.optional_number("attn_logit_softcapping", 50.0) if name == "gemma2" else None,
         logit_softcap=f.optional_number("final_logit_softcapping", 30.0 if name == "gemma2" else None),
-        embed_scale=_scale(shape["d_model"]), qk_norm=name == "gemma3", post_norms=True, **shape,
+        embed_scale=_scale(shape["d_model"]),
+        qk_norm=name == "gemma3",
+        post_norms=True,
+        **shape,
     )
 
 
@@ -103,10 +117,15 @@ def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
     wide = layers == {"gemma2": 46, "gemma3": 62}[name]
     per_head = shape["d_model"] // shape["num_heads"] if wide else shape["head_dim"]
     cfg = ModelConfig(
-        family=name, activation="gelu_tanh", windows=windows, attn_scale=per_head**-0.5,
+        family=name,
+        activation="gelu_tanh",
+        windows=windows,
+        attn_scale=per_head**-0.5,
         attn_softcap=f.optional_number("attn_logit_softcapping", 50.0 if name == "gemma2" else None),
         logit_softcap=f.optional_number("final_logit_softcapping", 30.0 if name == "gemma2" else None),
-        embed_scale=_scale(shape["d_model"]), post_norms=True, **shape,
+        embed_scale=_scale(shape["d_model"]),
+        post_norms=True,
+        **shape,
     )
     if name == "gemma2":
         return cfg
@@ -120,13 +139,31 @@ def _add_scaling(f: Fields, shape: dict[str, Any]) -> None:
     told = f.has("rope.freq_base") or any(key.startswith("rope.scal") for key in f.data)
     if not told and shape["max_context"] >= LONG_CONTEXT:
         shape["rope"] = RopeConfig(shape["rope"].theta, linear(LONG_FACTOR, shape["head_dim"]))
-        f.notes.append(f"the file does not tell the RoPE scaling: full layers get the factor {LONG_FACTOR:g}, as in "
-                       f"every published Gemma 3 with a context of {LONG_CONTEXT} tokens")
+        f.notes.append(
+            f"the file does not tell the RoPE scaling: full layers get the factor {LONG_FACTOR:g}, as in "
+            f"every published Gemma 3 with a context of {LONG_CONTEXT} tokens"
+        )
 
 
 FAMILIES = (
-    Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), ("gemma2",), partial(_from_hf, "gemma2"),
-           partial(_from_gguf, "gemma2"), HF, Names(GGUF_NAMES)),
-    Family("gemma3", ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), ("gemma3_text", "gemma3"), ("gemma3",),
-           partial(_from_hf, "gemma3"), partial(_from_gguf, "gemma3"), HF, Names(GGUF_NAMES)),
+    Family(
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        ("gemma2",),
+        ("gemma2",),
+        partial(_from_hf, "gemma2"),
+        partial(_from_gguf, "gemma2"),
+        HF,
+        Names(GGUF_NAMES),
+    ),
+    Family(
+        "gemma3",
+        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        ("gemma3_text", "gemma3"),
+        ("gemma3",),
+        partial(_from_hf, "gemma3"),
+        partial(_from_gguf, "gemma3"),
+        HF,
+        Names(GGUF_NAMES),
+    ),
 )

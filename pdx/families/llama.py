@@ -8,8 +8,14 @@ from pdx.families.fields import Fields
 from pdx.families.rope import rope_from_hf
 
 DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
 }
 # llama.cpp rotates pairs of neighbours for this architecture, so its files store queries and keys that way.
 PAIRS = Names(GGUF_NAMES, interleaved=("q_proj", "k_proj", "q_bias", "k_bias"))
@@ -29,7 +35,4 @@ def from_gguf(f: Fields, file: TensorFile) -> ModelConfig:
     return ModelConfig(family="llama", windows=gguf_windows(f, shape["num_layers"], lambda layer: True), **shape)
 
 
-FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), ("llama",), ("llama",), from_hf, from_gguf,
-           Names(HF_NAMES), PAIRS),
-)
+FAMILIES = (Family("llama", ("LlamaForCausalLM",), ("llama",), ("llama",), from_hf, from_gguf, Names(HF_NAMES), PAIRS),)

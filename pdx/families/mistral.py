@@ -9,8 +9,14 @@ from pdx.families.llama import PAIRS, from_gguf
 from pdx.families.rope import rope_from_hf
 
 DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu", "max_position_embeddings": 131072,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
 
@@ -25,7 +31,4 @@ def from_hf(f: Fields) -> ModelConfig:
     return ModelConfig(family="mistral", rope=rope, windows=windows, **shape)
 
 
-FAMILIES = (
-    Family("mistral", ("MistralForCausalLM",), ("mistral",), (), from_hf, from_gguf,
-           Names(HF_NAMES), PAIRS),
-)
+FAMILIES = (Family("mistral", ("MistralForCausalLM",), ("mistral",), (), from_hf, from_gguf, Names(HF_NAMES), PAIRS),)

@@ -37,9 +37,11 @@ PARTS = {
 # What an unknown tensor can be told to be; the first that fits.
 _KNOWN = (
     (r".*lora_\w+.*", f"it is of a LoRA adapter; {MERGE}"),
-    (r".*(scale|scales|scale_inv|zero_point|qweight|qzeros|g_idx|absmax|quant_map|quant_state\S*)",
-     "it is of a checkpoint quantized by another tool, which pdx does not read"),
-)  # fmt: skip
+    (
+        r".*(scale|scales|scale_inv|zero_point|qweight|qzeros|g_idx|absmax|quant_map|quant_state\S*)",
+        "it is of a checkpoint quantized by another tool, which pdx does not read",
+    ),
+)
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
@@ -74,14 +76,18 @@ def parts_said(names: Iterable[str], draft_layers: range = range(0)) -> list[str
     for name in names:
         if (part := part_of(name, draft_layers)) is not None:
             found.setdefault(part, []).append(name)
-    return [f"{counted(len(group), 'tensor')} of {part} passed over, such as {group[0]}: pdx runs the text model"
-            for part, group in found.items()]  # fmt: skip
+    return [
+        f"{counted(len(group), 'tensor')} of {part} passed over, such as {group[0]}: pdx runs the text model"
+        for part, group in found.items()
+    ]
 
 
 def told_to_be(name: str) -> str:
     """What a tensor that nobody asked for is, as far as its name tells."""
-    return next((said for pattern, said in _KNOWN if re.fullmatch(pattern, name)),
-                "the two do not belong together, or it is of a variant that pdx does not have")  # fmt: skip
+    return next(
+        (said for pattern, said in _KNOWN if re.fullmatch(pattern, name)),
+        "the two do not belong together, or it is of a variant that pdx does not have",
+    )
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -19,8 +19,14 @@ from pdx.families.fields import Fields
 from pdx.families.rope import rope_from_hf
 
 DEFAULTS = {
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "silu", "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
     "tie_word_embeddings": False,
 }
 
@@ -34,8 +40,15 @@ def _from_hf(name: str, f: Fields) -> ModelConfig:
     window = f.integer("sliding_window", window) if in_use and window else None
     windows = windows_from_types(f, shape["num_layers"], window, lambda layer: layer >= first)
     bias = name == "qwen3" and f.flag("attention_bias", False)
-    return ModelConfig(family=name, rope=rope, windows=windows, qkv_bias=name == "qwen2" or bias, o_bias=bias,
-                       qk_norm=name == "qwen3", **shape)
+    return ModelConfig(
+        family=name,
+        rope=rope,
+        windows=windows,
+        qkv_bias=name == "qwen2" or bias,
+        o_bias=bias,
+        qk_norm=name == "qwen3",
+        **shape,
+    )
 
 
 def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
@@ -43,7 +56,15 @@ def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
 
 
 FAMILIES = tuple(
-    Family(name, (f"{title}ForCausalLM",), (name,), (name,), partial(_from_hf, name), partial(_from_gguf, name),
-           Names(HF_NAMES), Names(GGUF_NAMES))
+    Family(
+        name,
+        (f"{title}ForCausalLM",),
+        (name,),
+        (name,),
+        partial(_from_hf, name),
+        partial(_from_gguf, name),
+        Names(HF_NAMES),
+        Names(GGUF_NAMES),
+    )
     for name, title in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 )

@@ -42,8 +42,15 @@ def llama3(theta: float, head_dim: int, factor: float, low: float, high: float, 
     return tuple(divisors)
 
 
-def yarn(theta: float, head_dim: int, factor: float, original: int, beta_fast: float = 32.0, beta_slow: float = 1.0,
-         truncate: bool = True) -> tuple[float, ...]:
+def yarn(
+    theta: float,
+    head_dim: int,
+    factor: float,
+    original: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> tuple[float, ...]:
     """YaRN (Peng et al., 2023): frequencies that turn fewer than `beta_slow` times within the `original`
     context are divided by `factor`, those above `beta_fast` kept, a ramp over their index between."""
 
@@ -79,8 +86,10 @@ def _yarn_temperature(f: Fields, factor: float) -> float:
         return f.number("attention_factor")
     if (more := f.number("attn_factor", 1.0)) == 1:
         return temperature
-    f.notes.append(f"{f.prefix}attn_factor = {more} multiplies YaRN's attention factor {temperature:.6g}, as in YaRN's "
-                   "own code, vLLM and llama.cpp; transformers passes it over")
+    f.notes.append(
+        f"{f.prefix}attn_factor = {more} multiplies YaRN's attention factor {temperature:.6g}, as in YaRN's "
+        "own code, vLLM and llama.cpp; transformers passes it over"
+    )
     return temperature * more
 
 
@@ -94,14 +103,22 @@ def _rule(f: Fields, kind: str, theta: float, head_dim: int, positions: int, ori
         factor = f.number("factor")
         return RopeConfig(theta, linear(factor, head_dim)), max(positions, int(original * factor))
     if kind == "llama3":
-        divisors = llama3(theta, head_dim, f.number("factor"), f.number("low_freq_factor"),
-                          f.number("high_freq_factor"), original)
+        divisors = llama3(
+            theta, head_dim, f.number("factor"), f.number("low_freq_factor"), f.number("high_freq_factor"), original
+        )
         return RopeConfig(theta, divisors), positions
     if kind != "yarn":
         raise f.unsupported("rope_type", kind, "default, linear, llama3 and yarn")
     factor = f.number("factor", positions / original)
-    divisors = yarn(theta, head_dim, factor, original, f.number("beta_fast", 32.0), f.number("beta_slow", 1.0),
-                    f.flag("truncate", True))
+    divisors = yarn(
+        theta,
+        head_dim,
+        factor,
+        original,
+        f.number("beta_fast", 32.0),
+        f.number("beta_slow", 1.0),
+        f.flag("truncate", True),
+    )
     f.only("extrapolation_factor", 1)
     return RopeConfig(theta, divisors, _yarn_temperature(f, factor)), max(positions, int(original * factor))
 
@@ -137,8 +154,9 @@ def _parameters(f: Fields) -> Fields:
     return older if older.data else newer
 
 
-def rope_from_hf(f: Fields, head_dim: int, positions: int, theta: float = 10_000.0,
-                 window_theta: float | None = None) -> tuple[RopeConfig, RopeConfig | None, int]:
+def rope_from_hf(
+    f: Fields, head_dim: int, positions: int, theta: float = 10_000.0, window_theta: float | None = None
+) -> tuple[RopeConfig, RopeConfig | None, int]:
     """The rotary embeddings of full and of window layers (None: the same), and the context in tokens.
 
     Reads both spellings: `rope_theta`, `rope_scaling`, `rope_local_base_freq`, and the newer
@@ -166,8 +184,9 @@ def rope_from_hf(f: Fields, head_dim: int, positions: int, theta: float = 10_000
     return full, window if window != full else None, context
 
 
-def rope_from_gguf(f: Fields, head_dim: int, max_context: int, freqs: tuple[float, ...] | None = None,
-                   theta: float = 10_000.0) -> RopeConfig:
+def rope_from_gguf(
+    f: Fields, head_dim: int, max_context: int, freqs: tuple[float, ...] | None = None, theta: float = 10_000.0
+) -> RopeConfig:
     """The rotary embedding of `{arch}.rope.*`; `freqs` are the divisors of a `rope_freqs.weight` tensor, if any.
 
     `theta` is the family's base where the file has none. `context_length` counts a scaling already.
@@ -184,8 +203,14 @@ def rope_from_gguf(f: Fields, head_dim: int, max_context: int, freqs: tuple[floa
     if kind == "yarn":
         if freqs is not None:
             raise f.unsupported("rope.scaling.type", kind, "either it or rope_freqs.weight, not both")
-        divisors = yarn(theta, head_dim, factor, original, f.number("rope.scaling.yarn_beta_fast", 32.0),
-                        f.number("rope.scaling.yarn_beta_slow", 1.0))
+        divisors = yarn(
+            theta,
+            head_dim,
+            factor,
+            original,
+            f.number("rope.scaling.yarn_beta_fast", 32.0),
+            f.number("rope.scaling.yarn_beta_slow", 1.0),
+        )
         f.only("rope.scaling.yarn_ext_factor", 1.0)
         return RopeConfig(theta, divisors, f.number("rope.scaling.attn_factor", 1.0) * yarn_attention(factor))
     if kind not in ("none", "linear"):

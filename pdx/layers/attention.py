@@ -106,8 +106,9 @@ def attention(
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     settings = {"scale": cfg.attn_scale, "window": window, "softcap": cfg.attn_softcap}
     if cache is None:
-        out = reference_attention(q, k, v, starts=rows.positions[:, 0], lengths=rows.held_lengths, layout="heads_last",
-                                  **settings)  # fmt: skip
+        out = reference_attention(
+            q, k, v, starts=rows.positions[:, 0], lengths=rows.held_lengths, layout="heads_last", **settings
+        )
     else:
         run = partial(_append_and_attend, kernels=kernels, **settings)
         if on_several_devices(mesh):
@@ -147,9 +148,16 @@ def _(rows: PackedRows, q, cache, dense, settings):
     if dense:
         raise NotImplementedError("kernels='dense' has no attention over pages: use kernels='xla'")
     out = paged_attention(
-        q[0], cache.k, cache.v, block_tables=rows.block_tables, lengths=rows.held_lengths,
-        query_starts=rows.query_starts, decode_rows=rows.decode_rows, max_queries=rows.max_queries, **settings,
-    )  # fmt: skip
+        q[0],
+        cache.k,
+        cache.v,
+        block_tables=rows.block_tables,
+        lengths=rows.held_lengths,
+        query_starts=rows.query_starts,
+        decode_rows=rows.decode_rows,
+        max_queries=rows.max_queries,
+        **settings,
+    )
     return out[None]
 
 

@@ -67,7 +67,10 @@ def weight_first(x: Float[Array, "*b i"]) -> bool:
 
 
 def linear(
-    x: Float[Array, "*b i"], weight: Weight, bias: Float[Array, " o"] | None = None, spec: ArraySpec | None = None,
+    x: Float[Array, "*b i"],
+    weight: Weight,
+    bias: Float[Array, " o"] | None = None,
+    spec: ArraySpec | None = None,
     mesh: Devices = ANY_DEVICES,
 ) -> Float[Array, "*b o"]:
     """x @ weight.T + bias, accumulated in f32, in the dtype of x. `spec` and `mesh` as in `product`."""
@@ -80,9 +83,7 @@ def linear(
 FEW_TOKENS = 256
 
 
-def embed(
-    table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Devices = ANY_DEVICES
-) -> Float[Array, "B T D"]:
+def embed(table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Devices = ANY_DEVICES) -> Float[Array, "B T D"]:
     """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
     narrow = table.shape[1] % LANES > 0
     if isinstance(table, QuantArray):

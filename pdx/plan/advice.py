@@ -13,8 +13,14 @@ DRAFT, DRAFT_COST = 4, 0.1  # a draft of four tokens by a model of a tenth of th
 def advice(plan: Plan) -> list[str]:
     """Sentences, the most urgent first."""
     others = _switches(plan)
-    return [*_memory(plan, others), *_smaller(plan, others), *_batch(plan), _speculation(plan), *_chunks(plan),
-            *_objectives(plan)]  # fmt: skip
+    return [
+        *_memory(plan, others),
+        *_smaller(plan, others),
+        *_batch(plan),
+        _speculation(plan),
+        *_chunks(plan),
+        *_objectives(plan),
+    ]
 
 
 def _switches(plan: Plan) -> dict[str, Plan]:
@@ -33,16 +39,21 @@ def _memory(plan: Plan, others: dict[str, Plan]) -> Iterator[str]:
         return
     fitting = [name for name, other in others.items() if other.fits]
     least = -(-plan.needed // int(plan.chip.hbm_bytes * (1 - cost.RESERVE)))
-    yield (f"It does not fit: {plan.needed / 2**30:.1f} GiB of {plan.capacity / 2**30:.0f}, of which "
-           f"{cost.RESERVE:.0%} are kept for programs and temporaries. "
-           + (f"It does with {' or '.join(fitting)}; or take" if fitting else "Take") + f" {least} chips.")  # fmt: skip
+    yield (
+        f"It does not fit: {plan.needed / 2**30:.1f} GiB of {plan.capacity / 2**30:.0f}, of which "
+        f"{cost.RESERVE:.0%} are kept for programs and temporaries. "
+        + (f"It does with {' or '.join(fitting)}; or take" if fitting else "Take")
+        + f" {least} chips."
+    )
 
 
 def _smaller(plan: Plan, others: dict[str, Plan]) -> Iterator[str]:
     for name, other in others.items():
         if other.tpot < 0.95 * plan.tpot:
-            yield (f"{name}: TPOT {plan.tpot / other.tpot:.2f}x faster ({other.tpot * 1e3:.2f} ms), TTFT "
-                   f"{plan.ttft / other.ttft:.2f}x.")  # fmt: skip
+            yield (
+                f"{name}: TPOT {plan.tpot / other.tpot:.2f}x faster ({other.tpot * 1e3:.2f} ms), TTFT "
+                f"{plan.ttft / other.ttft:.2f}x."
+            )
 
 
 def _batch(plan: Plan) -> Iterator[str]:
@@ -50,8 +61,10 @@ def _batch(plan: Plan) -> Iterator[str]:
     to = int(min(critical, cost.largest_batch(plan.setup, plan.chip, plan.context, plan.chips)))
     if plan.batch < to / 2:
         step = plan.setup.decode(to, plan.context).seconds(plan.chip, plan.chips)
-        yield (f"A larger batch: {to} rows decode {to / plan.batch * plan.tpot / step:.1f}x the tokens a second, at a "
-               f"TPOT of {step * 1e3:.2f} ms instead of {plan.tpot * 1e3:.2f}.")  # fmt: skip
+        yield (
+            f"A larger batch: {to} rows decode {to / plan.batch * plan.tpot / step:.1f}x the tokens a second, at a "
+            f"TPOT of {step * 1e3:.2f} ms instead of {plan.tpot * 1e3:.2f}."
+        )
 
 
 def _speculation(plan: Plan) -> str:
@@ -68,12 +81,16 @@ def _chunks(plan: Plan) -> Iterator[str]:
     cut = plan.chunking
     if cut.whole > 2 * plan.tpot and plan.batch > 1 and cut.chunk < plan.prompt:
         steps = cut.whole / plan.tpot
-        yield (f"Chunked prefill: a whole prompt of {plan.prompt} tokens makes the other rows wait "
-               f"{cut.whole * 1e3:.1f} ms for a token ({steps:.0f} TPOT), in chunks of {cut.chunk} no more than "
-               f"{cut.longest * 1e3:.1f} ms; its own TTFT grows {cut.ttft / plan.ttft:.2f}x.")  # fmt: skip
+        yield (
+            f"Chunked prefill: a whole prompt of {plan.prompt} tokens makes the other rows wait "
+            f"{cut.whole * 1e3:.1f} ms for a token ({steps:.0f} TPOT), in chunks of {cut.chunk} no more than "
+            f"{cut.longest * 1e3:.1f} ms; its own TTFT grows {cut.ttft / plan.ttft:.2f}x."
+        )
     if plan.largest_chunk is not None:
-        yield (f"Beside {plan.batch} decoding rows a step has room for {plan.largest_chunk} prompt tokens within the "
-               "TPOT asked for" + ("." if plan.largest_chunk else ": prompts must wait or run elsewhere."))  # fmt: skip
+        yield (
+            f"Beside {plan.batch} decoding rows a step has room for {plan.largest_chunk} prompt tokens within the "
+            "TPOT asked for" + ("." if plan.largest_chunk else ": prompts must wait or run elsewhere.")
+        )
 
 
 def _objectives(plan: Plan) -> Iterator[str]:

@@ -24,8 +24,10 @@ from pdx.plan.figures import Plan
 from pdx.shapes import DEFAULT_CHUNK
 
 # Chips of a slice and its shape, for TPUs whose slices have two axes and three.
-SLICES = {2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
-          3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}}  # fmt: skip
+SLICES = {
+    2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
+    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
+}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -52,8 +54,14 @@ class CompiledStep:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        units = {"planned": "planned_bytes", "planned_accessed": "planned_accessed_bytes", "memory": "memory_bytes",
-                 "accessed": "accessed_bytes", "seconds": "compile_s", "wanted": "wanted_bytes"}  # fmt: skip
+        units = {
+            "planned": "planned_bytes",
+            "planned_accessed": "planned_accessed_bytes",
+            "memory": "memory_bytes",
+            "accessed": "accessed_bytes",
+            "seconds": "compile_s",
+            "wanted": "wanted_bytes",
+        }
         return {units.get(name, name): value for name, value in asdict(self).items()}
 
 
@@ -78,8 +86,10 @@ def compiled(plan: Plan) -> list[CompiledStep]:
     """
     setup = plan.setup
     if setup.experts or setup.latent:
-        raise UnsupportedModelError(f"--compile: {plan.model} is only planned with: pdx cannot run "
-                                    f"{'experts' if setup.experts else 'latent attention'} yet")  # fmt: skip
+        raise UnsupportedModelError(
+            f"--compile: {plan.model} is only planned with: pdx cannot run "
+            f"{'experts' if setup.experts else 'latent attention'} yet"
+        )
     on = target(plan.chip, plan.chips)
     try:
         why = targets.missing(on)
@@ -88,9 +98,15 @@ def compiled(plan: Plan) -> list[CompiledStep]:
     if why:
         raise RequestError(f"--compile: {why}")
     devices = plan.chips * plan.chip.devices
-    shared = {"config": setup.cfg.to_json(), "target": on, "capacity": max(plan.context, plan.prompt),
-              "dtype": setup.dtype, "kv_dtype": setup.kv_dtype, "mesh": {"model": devices} if devices > 1 else None,
-              "quantize": None if setup.quantize is None else str(setup.quantize)}  # fmt: skip
+    shared = {
+        "config": setup.cfg.to_json(),
+        "target": on,
+        "capacity": max(plan.context, plan.prompt),
+        "dtype": setup.dtype,
+        "kv_dtype": setup.kv_dtype,
+        "mesh": {"model": devices} if devices > 1 else None,
+        "quantize": None if setup.quantize is None else str(setup.quantize),
+    }
     weights = sum(setup.weights.values())
     asked = (("prefill", 1, plan.prompt, plan.prefill), ("decode_step", plan.batch, DEFAULT_CHUNK, plan.decode))
     found = []
@@ -103,9 +119,13 @@ def compiled(plan: Plan) -> list[CompiledStep]:
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "pdx.plan.compiled"], input=json.dumps(request), capture_output=True, text=True,
-        env=os.environ | targets.environment() | {"XLA_FLAGS": ""}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "pdx.plan.compiled"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env=os.environ | targets.environment() | {"XLA_FLAGS": ""},
+        check=False,
+    )
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -115,8 +135,9 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 def _read(step: str, planned: int, planned_accessed: float, said: dict[str, Any]) -> CompiledStep:
     found = {"name": step, "planned": planned, "planned_accessed": planned_accessed}
     if "error" not in said:
-        return CompiledStep(fits=True, memory=said["memory"], accessed=said["accessed"], seconds=said["seconds"],
-                            **found)  # fmt: skip
+        return CompiledStep(
+            fits=True, memory=said["memory"], accessed=said["accessed"], seconds=said["seconds"], **found
+        )
     error = said["error"]
     if "RESOURCE_EXHAUSTED" not in error:
         return CompiledStep(fits=None, error=error, **found)

@@ -117,8 +117,10 @@ class Plan:
         """In the largest chunks that keep the TPOT asked for, else in the cache's own."""
         chunk = min(self.largest_chunk or DEFAULT_CHUNK, self.prompt)
         on = self.setup, self.chip
-        whole, longest = (tradeoffs.longest_step(*on, self.batch, self.context, self.prompt, size, self.chips)
-                          for size in (self.prompt, chunk))  # fmt: skip
+        whole, longest = (
+            tradeoffs.longest_step(*on, self.batch, self.context, self.prompt, size, self.chips)
+            for size in (self.prompt, chunk)
+        )
         return Chunking(chunk, tradeoffs.chunked_prefill(*on, self.prompt, chunk, self.chips), whole, longest)
 
     def with_setup(self, **changes: Any) -> Plan:
@@ -128,10 +130,17 @@ class Plan:
     def phase(self, step: cost.Cost) -> dict[str, Any]:
         """What `--json` says of a step."""
         compute, memory = step.shares(self.chip, self.chips)
-        return {"flops": step.flops, "bytes": step.bytes, "intensity_flops_per_byte": step.intensity,
-                "bound": step.bound(self.chip), "seconds": self.seconds(step), "of_peak": compute,
-                "of_bandwidth": memory,
-                "flops_by_part": step.flops_by_part, "bytes_by_part": dict(step.bytes_by_part)}  # fmt: skip
+        return {
+            "flops": step.flops,
+            "bytes": step.bytes,
+            "intensity_flops_per_byte": step.intensity,
+            "bound": step.bound(self.chip),
+            "seconds": self.seconds(step),
+            "of_peak": compute,
+            "of_bandwidth": memory,
+            "flops_by_part": step.flops_by_part,
+            "bytes_by_part": dict(step.bytes_by_part),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints, but for the advice."""
@@ -139,31 +148,59 @@ class Plan:
         every, active = self.setup.parameters
         objectives = (("ttft", self.slo_ttft, self.ttft), ("tpot", self.slo_tpot, self.tpot))
         return {
-            "model": self.model, "chip": self.chip.name, "chips": self.chips, "batch": self.batch,
-            "prompt_tokens": self.prompt, "context_tokens": self.context, "output_tokens": self.output_tokens,
-            "parameters": every, "active_parameters": active,
-            "fits": self.fits, "hbm_bytes": self.needed, "hbm_capacity_bytes": self.capacity,
+            "model": self.model,
+            "chip": self.chip.name,
+            "chips": self.chips,
+            "batch": self.batch,
+            "prompt_tokens": self.prompt,
+            "context_tokens": self.context,
+            "output_tokens": self.output_tokens,
+            "parameters": every,
+            "active_parameters": active,
+            "fits": self.fits,
+            "hbm_bytes": self.needed,
+            "hbm_capacity_bytes": self.capacity,
             "weights_by_part_bytes": self.setup.weights,
             "cache_bytes": self.setup.cache_bytes(self.batch, self.context),
-            "prefill": self.phase(self.prefill), "decode": self.phase(self.decode),
-            "ttft_s": self.ttft, "tpot_s": self.tpot, "e2e_s": self.e2e,
+            "prefill": self.phase(self.prefill),
+            "decode": self.phase(self.decode),
+            "ttft_s": self.ttft,
+            "tpot_s": self.tpot,
+            "e2e_s": self.e2e,
             "critical_batch": cost.critical_batch(*on),
             "largest_batch": cost.largest_batch(*on, self.context, self.chips),
             "largest_context_tokens": cost.largest_context(*on, self.batch, self.chips),
-            "batch_within_slo": self.within_slo, "largest_chunk_within_slo_tokens": self.largest_chunk,
-            "slo": {name: {"asked_s": asked, "predicted_s": got, "met": got <= asked}
-                    for name, asked, got in objectives if asked is not None},
-            "chunked_prefill": {"chunk_tokens": self.chunking.chunk, "ttft_s": self.chunking.ttft,
-                                "longest_step_s": self.chunking.longest,
-                                "longest_step_unchunked_s": self.chunking.whole},
-        }  # fmt: skip
+            "batch_within_slo": self.within_slo,
+            "largest_chunk_within_slo_tokens": self.largest_chunk,
+            "slo": {
+                name: {"asked_s": asked, "predicted_s": got, "met": got <= asked}
+                for name, asked, got in objectives
+                if asked is not None
+            },
+            "chunked_prefill": {
+                "chunk_tokens": self.chunking.chunk,
+                "ttft_s": self.chunking.ttft,
+                "longest_step_s": self.chunking.longest,
+                "longest_step_unchunked_s": self.chunking.whole,
+            },
+        }
 
 
 def make(
-    model: str, shape: Shape | ModelConfig, on: str, *, quantize: str | Policy | None = None,
-    kv_dtype: str | None = None, dtype: str = "auto", batch: int = 1, prompt: int = 1024, context: int | None = None,
-    output_tokens: int | None = None, slo_ttft: float | None = None, slo_tpot: float | None = None,
-) -> Plan:  # fmt: skip
+    model: str,
+    shape: Shape | ModelConfig,
+    on: str,
+    *,
+    quantize: str | Policy | None = None,
+    kv_dtype: str | None = None,
+    dtype: str = "auto",
+    batch: int = 1,
+    prompt: int = 1024,
+    context: int | None = None,
+    output_tokens: int | None = None,
+    slo_ttft: float | None = None,
+    slo_tpot: float | None = None,
+) -> Plan:
     """A plan on `on`: a chip, or so many of it (`v5e-8`).
 
     Args:
@@ -193,8 +230,9 @@ def _lengths(model: str, most: int, prompt: int, context: int | None, output: in
     if max(needed, context or 0) > most:
         raise RequestError(f"{model} has a context of {most} tokens, not of {max(needed, context or 0)}")
     if context is not None and needed > context:
-        raise RequestError(f"a row of {context} tokens cannot hold {needed}: raise --context to what prompt and answer "
-                           "need")  # fmt: skip
+        raise RequestError(
+            f"a row of {context} tokens cannot hold {needed}: raise --context to what prompt and answer need"
+        )
     output = output or max(1, min(OUTPUT, (context or most) - prompt))
     return context or min(max(CONTEXT, prompt + output), most), output
 

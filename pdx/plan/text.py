@@ -19,15 +19,19 @@ def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
     """Print it; `compiled` is what the real compiler said of the same steps."""
     console = Console(width=screen())
     figures = "estimates, at measured rates" if plan.is_measured else "floors, from its peaks"
-    console.print(f"[bold]{plan.model}[/bold] on {plan.chips} x {plan.chip.name}: batch {plan.batch}, prompt "
-                  f"{plan.prompt}, context {plan.context}; figures are {figures}",
-                  highlight=False)  # fmt: skip
+    console.print(
+        f"[bold]{plan.model}[/bold] on {plan.chips} x {plan.chip.name}: batch {plan.batch}, prompt "
+        f"{plan.prompt}, context {plan.context}; figures are {figures}",
+        highlight=False,
+    )
     _memory(plan).show(console)
     _phases(plan).show(console)
-    line = f"{plan.output_tokens} tokens end to end {plan.e2e:.2f} s; critical batch " \
-           f"{cost.critical_batch(plan.setup, plan.chip):.0f}, largest batch " \
-           f"{cost.largest_batch(plan.setup, plan.chip, plan.context, plan.chips)}, largest context " \
-           f"{cost.largest_context(plan.setup, plan.chip, plan.batch, plan.chips)}"  # fmt: skip
+    line = (
+        f"{plan.output_tokens} tokens end to end {plan.e2e:.2f} s; critical batch "
+        f"{cost.critical_batch(plan.setup, plan.chip):.0f}, largest batch "
+        f"{cost.largest_batch(plan.setup, plan.chip, plan.context, plan.chips)}, largest context "
+        f"{cost.largest_context(plan.setup, plan.chip, plan.batch, plan.chips)}"
+    )
     if plan.within_slo is not None:
         line += f", largest batch within the TPOT asked for {plan.within_slo}"
     console.print(line, highlight=False)
@@ -48,14 +52,31 @@ def _memory(plan: Plan) -> Table:
 
 
 def _phases(plan: Plan) -> Table:
-    head = ("phase", "GFLOP", "GB", "FLOP/B", "bound", "takes" if plan.is_measured else "at least", "of peak",
-            "of bandwidth")  # fmt: skip
+    head = (
+        "phase",
+        "GFLOP",
+        "GB",
+        "FLOP/B",
+        "bound",
+        "takes" if plan.is_measured else "at least",
+        "of peak",
+        "of bandwidth",
+    )
     rows = []
     for step, name in ((plan.prefill, "prefill (TTFT)"), (plan.decode, "decode (TPOT)")):
         compute, memory = step.shares(plan.chip, plan.chips)
-        rows.append((name, f"{step.flops / 1e9:.1f}", f"{step.bytes / 1e9:.2f}", f"{step.intensity:.1f}",
-                     step.bound(plan.chip), f"{plan.seconds(step) * 1e3:.2f} ms", f"{compute:.0%}",
-                     f"{memory:.0%}"))  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{step.flops / 1e9:.1f}",
+                f"{step.bytes / 1e9:.2f}",
+                f"{step.intensity:.1f}",
+                step.bound(plan.chip),
+                f"{plan.seconds(step) * 1e3:.2f} ms",
+                f"{compute:.0%}",
+                f"{memory:.0%}",
+            )
+        )
     return Table(head, rows, left=("bound",))
 
 
@@ -71,13 +92,19 @@ def _compiled(compiled: Sequence[CompiledStep]) -> Table:
 
     row("fits, by the compiler", lambda x: {True: "yes", False: "no", None: "failed"}[x.fits])
     row("weights and cache, planned", lambda x: size(x.planned))
-    for part, name in (("argument", "arguments"), ("temp", "temporaries"), ("output", "results"),
-                       ("alias", "of them in an argument's place")):  # fmt: skip
+    for part, name in (
+        ("argument", "arguments"),
+        ("temp", "temporaries"),
+        ("output", "results"),
+        ("alias", "of them in an argument's place"),
+    ):
         row(f"{name}, compiled", lambda x, part=part: size(x.memory and x.memory[part]))
     if any(x.wanted for x in compiled):
         row("memory it would take", lambda x: size(x.wanted))
     row("traffic, planned", lambda x: f"{x.planned_accessed / 1e9:.2f} GB")
-    row("traffic, XLA's count", lambda x: "-" if x.accessed is None else
-        f"{x.accessed / 1e9:.2f} GB, {x.accessed / x.planned_accessed:.2f}x")  # fmt: skip
+    row(
+        "traffic, XLA's count",
+        lambda x: "-" if x.accessed is None else f"{x.accessed / 1e9:.2f} GB, {x.accessed / x.planned_accessed:.2f}x",
+    )
     row("compile time here", lambda x: "-" if x.seconds is None else f"{x.seconds:.0f} s")
     return Table(("compiled", *(step.name for step in compiled)), rows)

@@ -11,22 +11,58 @@ import re
 from collections.abc import Callable
 
 # Nobody writes these by accident: whatever a file says of them, they close a turn, a message or a document.
-_ENDS = frozenset({
-    "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>",
-    "<turn|>", "<end_of_utterance>", "<|end|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|endofturn|>",
-    "[|endofturn|]", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<|tool_response>", "<|eos|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-})  # fmt: skip
+_ENDS = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|eot|>",
+        "<|eom|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<end_of_utterance>",
+        "<|end|>",
+        "<|end_of_turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|endofturn|>",
+        "[|endofturn|]",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<|tool_response>",
+        "<|eos|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    }
+)
 # These can be text (`</s>` closes HTML's strike): they end a generation where the file types them as control tokens.
 _ENDS_IF_CONTROL = frozenset({"</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~["})
 # Models that have all of these close only messages with `<|end|>`, and go on.
 _MESSAGES_END = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
 # What opens turns, and fills in the middle, beside names between bars.
-_OTHERS = frozenset({
-    "<start_of_turn>", "<|turn>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>", "<fim-prefix>",
-    "<fim-suffix>", "<fim-middle>", "<fim-pad>", "<fim-repo>", "<PRE>", "<SUF>", "<MID>", "\u2581<PRE>", "\u2581<SUF>",
-    "\u2581<MID>",
-})  # fmt: skip
+_OTHERS = frozenset(
+    {
+        "<start_of_turn>",
+        "<|turn>",
+        "<fim_prefix>",
+        "<fim_suffix>",
+        "<fim_middle>",
+        "<fim_pad>",
+        "<fim-prefix>",
+        "<fim-suffix>",
+        "<fim-middle>",
+        "<fim-pad>",
+        "<fim-repo>",
+        "<PRE>",
+        "<SUF>",
+        "<MID>",
+        "\u2581<PRE>",
+        "\u2581<SUF>",
+        "\u2581<MID>",
+    }
+)
 _BARS = re.compile(r"<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>")
 
 

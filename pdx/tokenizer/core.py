@@ -97,8 +97,11 @@ class Tokenizer:
             ids = _ids(self._backend, text, add_special=add_special)
         if add_special and ids[:2] == [self.bos_id] * 2 and self.opening:
             bos = self.token_text(ids[0])
-            warnings.warn(f"the prompt begins with {bos}, and the tokenizer adds another: the model sees it twice. "
-                          f"Leave {bos} out of the text", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"the prompt begins with {bos}, and the tokenizer adds another: the model sees it twice. "
+                f"Leave {bos} out of the text",
+                stacklevel=2,
+            )
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -119,12 +122,7 @@ class Tokenizer:
         return StreamDecoder(self._rule, self._piece, self._special_pieces if skip_special else frozenset())
 
     def apply_chat_template(
-        self,
-        messages: Messages,
-        *,
-        add_generation_prompt: bool = True,
-        tools: Tools | None = None,
-        **extra: Any,
+        self, messages: Messages, *, add_generation_prompt: bool = True, tools: Tools | None = None, **extra: Any
     ) -> str:
         """The prompt for a chat: messages with `role` and `content`, through the model's own template.
 
@@ -168,8 +166,15 @@ class Tokenizer:
         self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
         said = self._settings
-        return {"templates": said.templates, "named": said.named, "source": said.source, "messages": messages,
-                "add_generation_prompt": add_generation_prompt, "tools": tools, "extra": extra}  # fmt: skip
+        return {
+            "templates": said.templates,
+            "named": said.named,
+            "source": said.source,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": tools,
+            "extra": extra,
+        }
 
     def _control_tokens(self, template: str) -> ControlTokens:
         """The special tokens, and of the other added ones those that the template writes."""
@@ -192,8 +197,10 @@ class Tokenizer:
             backend = self._apart[key]
         for token in tokens:
             if self.token_id(token) in backend.encode(mark.join(token), add_special_tokens=False).ids:
-                raise RequestError(f"the messages hold {token!r}, which this model's vocabulary also makes out of "
-                                   "plain text: leave it out, or pass sanitize_control_tokens=False")  # fmt: skip
+                raise RequestError(
+                    f"the messages hold {token!r}, which this model's vocabulary also makes out of "
+                    "plain text: leave it out, or pass sanitize_control_tokens=False"
+                )
         return _ids(backend, text, add_special=False)
 
     @property

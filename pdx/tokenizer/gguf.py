@@ -149,9 +149,7 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
     return backend
 
 
-def _merges_from_scores(
-    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
+def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every split of a piece into two pieces, in the order in which SentencePiece would join them.
 
     User-defined pieces come first whatever the file says of their score: SentencePiece matches them before

@@ -184,9 +184,11 @@ def _inline(directory: Path, templates: Any) -> dict[str, str]:
     if isinstance(templates, str):
         return {"default": templates}
     try:
-        pairs = templates.items() if isinstance(templates, Mapping) else (
-            (entry["name"], entry["template"]) for entry in templates or ()
-        )  # fmt: skip
+        pairs = (
+            templates.items()
+            if isinstance(templates, Mapping)
+            else ((entry["name"], entry["template"]) for entry in templates or ())
+        )
         named = dict(pairs)
     except (TypeError, KeyError) as error:
         raise ModelFileError(f"{directory / 'tokenizer_config.json'}: malformed chat_template ({error})") from error

@@ -33,8 +33,7 @@ def check_messages(messages: Messages) -> None:
     """Raises RequestError for what is no chat of texts, naming the message."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(
-            'messages must be a list such as [{"role": "user", "content": "Hello"}], '
-            f"not {type(messages).__name__}"
+            f'messages must be a list such as [{{"role": "user", "content": "Hello"}}], not {type(messages).__name__}'
         )
     if not messages:
         raise RequestError("messages is empty: give at least one message")
@@ -162,8 +161,10 @@ def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[dict[str, A
         if isinstance(call, Mapping) and function is None and call.get("name") is not None:
             function = call  # as templates of Hugging Face models write calls, too
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RequestError(f"{at} must be a call of a function, such as "
-                               '{"type": "function", "function": {"name": "f", "arguments": "{}"}}')  # fmt: skip
+            raise RequestError(
+                f"{at} must be a call of a function, such as "
+                '{"type": "function", "function": {"name": "f", "arguments": "{}"}}'
+            )
         _arguments(function.get("arguments"), at)
         yield plain(call, at), at
 

@@ -30,10 +30,12 @@ _TEKKEN = (
 )
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _GPT4O = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION
-    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + _CONTRACTION
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + _CONTRACTION
     + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # fmt: skip
+)
 _YOUTU = (
     "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f"
     "\ufe30-\ufe4f]+|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
@@ -93,44 +95,55 @@ _V3_STYLE = PreTokenizer((_THREE_DIGITS, _V3_CJK, _V3_WORDS))
 _GPT4O_STYLE = PreTokenizer((_GPT4O,))
 
 PRE_TOKENIZERS = {
-    **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum",
-                     "exaone4"), PreTokenizer()),
+    **dict.fromkeys(
+        ("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum", "exaone4"),
+        PreTokenizer(),
+    ),
     **dict.fromkeys(("mpt", "olmo", "modern-bert"), PreTokenizer(nfc=True)),  # as GPT-NeoX, whose vocabulary they have
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS_STYLE),
     "command-r": PreTokenizer((_DIGIT, _GPT2), nfc=True),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-                    _LLAMA3_STYLE),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3_STYLE
+    ),
     **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
     "minicpm5": PreTokenizer((_THREE_DIGITS, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), ignore_merges=True),
-    "jais-2": PreTokenizer((
-        _LLAMA3.removesuffix(r"\s+(?!\S)|\s+")
-        + "".join(rf"\s{{{size}}}(?!\S)|" for size in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"\s{1}",
-    )),
+    "jais-2": PreTokenizer(
+        (
+            _LLAMA3.removesuffix(r"\s+(?!\S)|\s+")
+            + "".join(rf"\s{{{size}}}(?!\S)|" for size in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+            + r"\s{1}",
+        )
+    ),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"), _QWEN2_STYLE),
     **dict.fromkeys(("hunyuan", "stablelm2", "solar-open", "grok-2"), PreTokenizer((_QWEN2,))),
     "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     "ufakzeka": PreTokenizer((_QWEN2.removeprefix(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"),)),
     "seed-coder": PreTokenizer((_QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+"),)),
-    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"),
-                    PreTokenizer((_QWEN2.replace(r"\s*[\r\n]+", r"\s*[\r\n]"),))),
+    **dict.fromkeys(
+        ("bailingmoe", "bailingmoe2", "llada-moe"), PreTokenizer((_QWEN2.replace(r"\s*[\r\n]+", r"\s*[\r\n]"),))
+    ),
     "laguna": PreTokenizer((r"[^\n]+|[\n]+", _QWEN2)),
-    "exaone-moe": PreTokenizer((
-        _QWEN2.replace(r"?\p{L}+", r"?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+").replace(r"[\r\n]*|\s*[\r\n]+",
-                                                                               r"[\r\n/]?|\s*[\r\n]"),
-    )),
+    "exaone-moe": PreTokenizer(
+        (
+            _QWEN2.replace(r"?\p{L}+", r"?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+").replace(
+                r"[\r\n]*|\s*[\r\n]+", r"[\r\n/]?|\s*[\r\n]"
+            ),
+        )
+    ),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O_STYLE),
     **dict.fromkeys(("tiny_aya", "cohere2moe"), PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O))),
     "youtu": PreTokenizer((_YOUTU, _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}")), ignore_merges=True),
-    "deepseek-llm": PreTokenizer((r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_CJK,
-                                  r"\p{N}+")),
+    "deepseek-llm": PreTokenizer(
+        (r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_CJK, r"\p{N}+")
+    ),
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, _DIGIT)),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), _V3_STYLE),
-    "spark2_5": PreTokenizer((
-        _THREE_DIGITS, _V3_CJK, _V3_WORDS.replace(r"+[\r\n]*|\s*[\r\n]+", r"+|[\r\n]"), _DIGIT,
-    )),
+    "spark2_5": PreTokenizer((_THREE_DIGITS, _V3_CJK, _V3_WORDS.replace(r"+[\r\n]*|\s*[\r\n]+", r"+|[\r\n]"), _DIGIT)),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"),
-                    PreTokenizer((" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",))),
+    **dict.fromkeys(
+        ("poro-chat", "bloom", "gpt3-finnish"),
+        PreTokenizer((" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",)),
+    ),
     "viking": PreTokenizer((" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+", _DIGIT)),
-}  # fmt: skip
+}

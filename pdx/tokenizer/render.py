@@ -53,11 +53,14 @@ class Renderer:
             values = json.dumps(variables)
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(f"the messages or tools cannot be given to a chat template ({error})") from error
-        request = json.dumps({
-            "template": template, "seconds": self._seconds,
-            # A template repeats what it is given at most a few times.
-            "max_characters": 1_000_000 + 16 * (len(values) + len(template)),
-        })  # fmt: skip
+        request = json.dumps(
+            {
+                "template": template,
+                "seconds": self._seconds,
+                # A template repeats what it is given at most a few times.
+                "max_characters": 1_000_000 + 16 * (len(values) + len(template)),
+            }
+        )
         if template in self._stopped:
             raise ModelFileError(f"{source}: the chat template was stopped: {self._stopped[template]}")
         reply = self._exchange(f'{request[:-1]}, "variables": {values}}}\n'.encode("ascii"))
@@ -121,8 +124,11 @@ class Renderer:
         self.close()
         if process.returncode == -getattr(signal, "SIGXCPU", 0):
             return {"kind": "limit", "message": f"it takes more than {self._seconds:g} seconds of processor time"}
-        return {"kind": "ended", "message": f"its process ended (code {process.returncode}): it takes more time or "
-                                            "memory than there is, or was ended from outside"}  # fmt: skip
+        return {
+            "kind": "ended",
+            "message": f"its process ended (code {process.returncode}): it takes more time or "
+            "memory than there is, or was ended from outside",
+        }
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
@@ -134,18 +140,25 @@ class Renderer:
         try:
             process = subprocess.Popen(
                 [sys.executable or "", "-P", str(_WORKER), str(self._memory)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
                 start_new_session=True,  # Ctrl-C on a terminal is for pdx
-            )  # fmt: skip
+            )
         except OSError as error:
-            raise RequestError(f"chat templates are rendered in a process of their own, which cannot be started "
-                               f"({error}): give the prompt as text") from error  # fmt: skip
+            raise RequestError(
+                f"chat templates are rendered in a process of their own, which cannot be started "
+                f"({error}): give the prompt as text"
+            ) from error
         self._process = process
         # What a machine's own Python prints as it starts comes before.
         if not any(line.strip() == b"ready" for line in iter(process.stdout.readline, b"")):
             self.close()
-            raise RequestError(f"chat templates are rendered in a process of their own ({sys.executable} {_WORKER}), "
-                               "which does not start: give the prompt as text")  # fmt: skip
+            raise RequestError(
+                f"chat templates are rendered in a process of their own ({sys.executable} {_WORKER}), "
+                "which does not start: give the prompt as text"
+            )
         return process
 
 

@@ -62,9 +62,7 @@ class ControlTokens:
     def _longest(self) -> int:
         return max(map(len, self.tokens), default=0)
 
-    def from_users(
-        self, prompt: str, inputs: Mapping[str, Any], render: Callable[[dict[str, Any]], str]
-    ) -> Prompt:
+    def from_users(self, prompt: str, inputs: Mapping[str, Any], render: Callable[[dict[str, Any]], str]) -> Prompt:
         """The prompt with the control tokens in it that are a user's.
 
         Args:
@@ -126,21 +124,27 @@ class ControlTokens:
 
     def _marked(self, inputs: Mapping[str, Any], style: _Within) -> dict[str, Any]:
         return {
-            key: [self._message(message, style) for message in value] if key == "messages"
+            key: [self._message(message, style) for message in value]
+            if key == "messages"
             # BOS and the like are the model's own.
-            else value if key.endswith("_token") else self._value(value, style)
+            else value
+            if key.endswith("_token")
+            else self._value(value, style)
             for key, value in inputs.items()
-        }  # fmt: skip
+        }
 
     def _message(self, message: Mapping[str, Any], style: _Within) -> dict[str, Any]:
         role = message["role"]
         trusted = message.keys() if role in _OPERATORS else _SAID if role in _MODELS else ()
         # Templates make control tokens of roles: `<|` + role + `|>`.
         return {
-            key: value if key in trusted
-            else self._text(value, style, ends=False) if key == "role" else self._value(value, style)
+            key: value
+            if key in trusted
+            else self._text(value, style, ends=False)
+            if key == "role"
+            else self._value(value, style)
             for key, value in message.items()
-        }  # fmt: skip
+        }
 
     def _value(self, value: Any, style: _Within) -> Any:
         if isinstance(value, str):

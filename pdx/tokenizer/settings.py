@@ -12,6 +12,7 @@ from pdx.errors import ModelFileError
 
 _FORMAT = 1
 
+
 @dataclass(frozen=True)
 class Settings:
     """The part of a tokenizer that `tokenizer.json` does not hold.

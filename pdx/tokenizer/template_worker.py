@@ -56,8 +56,11 @@ def raise_exception(message: str) -> None:
 def compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         # No template can be included; unlike no loader at all, an empty one says which was asked for.
-        loader=jinja2.DictLoader({}), trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )  # fmt: skip
+        loader=jinja2.DictLoader({}),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+    )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
@@ -82,8 +85,10 @@ def render(template: str, variables: dict[str, Any], max_characters: int) -> dic
     except Exception as error:  # whatever a template can raise is a reply, not the end of this process
         return {"kind": "refused", "message": str(error) or type(error).__name__}
     if len(text) > max_characters:
-        return {"kind": "limit", "message": f"it makes {len(text):,} characters out of messages that allow for "
-                                            f"{max_characters:,}"}  # fmt: skip
+        return {
+            "kind": "limit",
+            "message": f"it makes {len(text):,} characters out of messages that allow for {max_characters:,}",
+        }
     return {"text": text}
 
 

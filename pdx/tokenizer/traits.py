@@ -61,8 +61,10 @@ class Traits:
     @cached_property
     def content_beside_calls(self) -> Any:
         """What stands for no content beside tool calls: null, ABSENT or an empty text."""
-        texts = {key: self._try(_chat_with_call(_call(), content)) for key, content in
-                 (("null", None), ("absent", ABSENT), ("empty", ""))}  # fmt: skip
+        texts = {
+            key: self._try(_chat_with_call(_call(), content))
+            for key, content in (("null", None), ("absent", ABSENT), ("empty", ""))
+        }
         nones = (texts["empty"] or "").count("None")
         for key, content in (("null", None), ("absent", ABSENT)):
             if (text := texts[key]) is not None and _WORD in text and text.count("None") <= nones:

@@ -54,5 +54,7 @@ def map_file(path: Path) -> np.ndarray:
 def check_pointer(path: Path, content: np.ndarray) -> None:
     """Raises ModelFileError for a file that stands in for one that git did not fetch."""
     if content[: len(_POINTER)].tobytes() == _POINTER:
-        raise ModelFileError(f"{path}: is a pointer of Git LFS in the place of the file: run `git lfs pull` in the "
-                             "repository, or download the file itself")
+        raise ModelFileError(
+            f"{path}: is a pointer of Git LFS in the place of the file: run `git lfs pull` in the "
+            "repository, or download the file itself"
+        )

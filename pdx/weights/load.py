@@ -41,9 +41,14 @@ PIECE = 1 << 22  # values of a matrix that are quantized together
 
 @on_own_mesh
 def load(
-    model: str | Path = DEFAULT_MODEL, *, dtype: Any = "auto", mesh: Mesh | str | Mapping[str, int] | None = None,
-    max_context: int | None = None, quantize: str | Path | Policy | None = None, progress: Report | None = None,
-) -> Model:  # fmt: skip
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    dtype: Any = "auto",
+    mesh: Mesh | str | Mapping[str, int] | None = None,
+    max_context: int | None = None,
+    quantize: str | Path | Policy | None = None,
+    progress: Report | None = None,
+) -> Model:
     """Load a model by name, path or hub id (see `pdx.weights.resolve`), fetching it if need be.
 
     Args:
@@ -80,8 +85,19 @@ def load(
     notes = [*opened.terms, *opened.notes, *opened.sampling.notes]
     if mesh is not None:
         notes += replicated(jax.tree.leaves(specs, is_leaf=is_spec), mesh)
-    return Model(params, cfg, files.name, files.path, jnp.dtype(dtype), mesh, notes, opened.license, opened.terms,
-                 opened.make_tokenizer, opened.sampling.settings)
+    return Model(
+        params,
+        cfg,
+        files.name,
+        files.path,
+        jnp.dtype(dtype),
+        mesh,
+        notes,
+        opened.license,
+        opened.terms,
+        opened.make_tokenizer,
+        opened.sampling.settings,
+    )
 
 
 def _declared(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) -> tuple[Params, Policy]:

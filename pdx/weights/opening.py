@@ -69,8 +69,16 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
     license = license if isinstance(license, str) else None  # a list, or a number, in damaged files
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
-    return OpenModel(file, cfg, _by_names(family.gguf_names, cfg, file), _idle(file), tokenizer,
-                     license, notes=tuple(notes), sampling=sampling_defaults.from_gguf(file.metadata))
+    return OpenModel(
+        file,
+        cfg,
+        _by_names(family.gguf_names, cfg, file),
+        _idle(file),
+        tokenizer,
+        license,
+        notes=tuple(notes),
+        sampling=sampling_defaults.from_gguf(file.metadata),
+    )
 
 
 def _open_hf(files: ModelFiles) -> OpenModel:
@@ -84,20 +92,36 @@ def _open_hf(files: ModelFiles) -> OpenModel:
     notes += parts_said(file.names(), draft_layers)
     source = _by_names(family.hf_names, cfg, file)
     if cfg.tie_embeddings and _head_differs(file, *(source(leaf, None).name for leaf in ("embed", "lm_head"))):
-        notes.append(f"config.json ties {source('lm_head', None).name} to {source('embed', None).name}, but the files "
-                     "hold two that differ: the output head of the files is used, as transformers does")
+        notes.append(
+            f"config.json ties {source('lm_head', None).name} to {source('embed', None).name}, but the files "
+            "hold two that differ: the output head of the files is used, as transformers does"
+        )
         cfg = dataclasses.replace(cfg, tie_embeddings=False)
         source = _by_names(family.hf_names, cfg, file)
     recommended = sampling_defaults.from_generation_config(read_json(files.path / "generation_config.json"))
-    return OpenModel(file, cfg, source, _idle(file, draft_layers),
-                     partial(Tokenizer.from_hf_dir, files.path), notes=tuple(notes), sampling=recommended)
+    return OpenModel(
+        file,
+        cfg,
+        source,
+        _idle(file, draft_layers),
+        partial(Tokenizer.from_hf_dir, files.path),
+        notes=tuple(notes),
+        sampling=recommended,
+    )
 
 
 def _open_checkpoint(files: ModelFiles) -> OpenModel:
     saved = CheckpointFile(files.path)
-    return OpenModel(saved, saved.config, lambda leaf, i: Source(leaf if i is None else f"layers.{i}.{leaf}"),
-                     lambda name: False, partial(Tokenizer.load, files.path / "tokenizer"), saved.license, saved.terms,
-                     sampling=sampling_defaults.from_saved(saved.sampling))
+    return OpenModel(
+        saved,
+        saved.config,
+        lambda leaf, i: Source(leaf if i is None else f"layers.{i}.{leaf}"),
+        lambda name: False,
+        partial(Tokenizer.load, files.path / "tokenizer"),
+        saved.license,
+        saved.terms,
+        sampling=sampling_defaults.from_saved(saved.sampling),
+    )
 
 
 def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
@@ -128,8 +152,9 @@ def _head_differs(file: TensorFile, embed: str, head: str) -> bool:
         return True  # what is wrong with it is said where it is read
     count = file.shape(head)[0]
     pieces = (np.arange(at, min(at + ROWS_COMPARED, count)) for at in range(0, count, ROWS_COMPARED))
-    return any(not np.array_equal(file.read(embed, np.float32, rows), file.read(head, np.float32, rows))
-               for rows in pieces)  # fmt: skip
+    return any(
+        not np.array_equal(file.read(embed, np.float32, rows), file.read(head, np.float32, rows)) for rows in pieces
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -158,8 +183,9 @@ def check_names(model: OpenModel, wanted: set[str]) -> None:
     head = model.source("lm_head", None).name if model.config.tie_embeddings else None
     for name in names:
         if name not in wanted and name != head and not model.ignores(name):
-            raise ModelFileError(f"{file.path_of(name)}: tensor {name} is not one that the configuration asks for: "
-                                 f"{told_to_be(name)}")
+            raise ModelFileError(
+                f"{file.path_of(name)}: tensor {name} is not one that the configuration asks for: {told_to_be(name)}"
+            )
 
 
 def read_tensor(

@@ -48,15 +48,17 @@ def resolve(model: str | Path, report: Report | None = None) -> ModelFiles:
     path = Path(model).expanduser()
     if isinstance(model, str) and text in BUILTIN:
         if kind_of(path) is not None:
-            raise ModelNotFoundError(f"{text!r} is a built-in model and also a path here: "
-                                     f"write ./{text} for the path, or rename it")
+            raise ModelNotFoundError(
+                f"{text!r} is a built-in model and also a path here: write ./{text} for the path, or rename it"
+            )
         builtin = BUILTIN[text]
         return ModelFiles(text, "gguf", ensure(builtin, report), builtin.notes)
     saved = models_home() / text
     if _is_name(text) and kind_of(saved) is not None and saved.resolve() != path.resolve():
         if kind_of(path) is not None:
-            raise ModelNotFoundError(f"{text!r} is in {models_home()} and also a path here: "
-                                     f"write ./{text} for the path")
+            raise ModelNotFoundError(
+                f"{text!r} is in {models_home()} and also a path here: write ./{text} for the path"
+            )
         return _from_path(saved)
     if path.exists():
         return _from_path(path)
@@ -95,13 +97,17 @@ def _from_path(path: Path) -> ModelFiles:
             raise ModelNotFoundError(f"{path} has {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}")
         _refuse_adapter(str(path), path)
         has = "safetensors but no config.json: copy that too" if has_weights(path) else "none of these"
-        raise ModelNotFoundError(f"{path} is a directory, but not of a model: expected config.json with safetensors, "
-                                 f"a .gguf file, or a checkpoint of `pdx convert`; it has {has}")
+        raise ModelNotFoundError(
+            f"{path} is a directory, but not of a model: expected config.json with safetensors, "
+            f"a .gguf file, or a checkpoint of `pdx convert`; it has {has}"
+        )
     if path.suffix == ".safetensors":
         raise ModelNotFoundError(f"{path}: name the directory, its config.json and tokenizer are needed too")
     if path.suffix in PICKLED:
-        raise ModelNotFoundError(f"{path}: pickled and other framework files are not read; pdx reads .gguf files and "
-                                 "directories with config.json and safetensors")
+        raise ModelNotFoundError(
+            f"{path}: pickled and other framework files are not read; pdx reads .gguf files and "
+            "directories with config.json and safetensors"
+        )
     raise ModelNotFoundError(f"{path} is a file, but its name does not end in .gguf")
 
 
@@ -112,22 +118,30 @@ def _from_hub(text: str) -> ModelFiles:
 
     repo, _, revision = text.partition("@")
     try:
-        path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES,
-                                      ignore_patterns=_HUB_IGNORED))
+        path = Path(
+            snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+        )
     except hub.GatedRepoError:
         raise ModelNotFoundError(f"{repo} is gated: accept its terms on the hub and set HF_TOKEN") from None
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise _not_found(text, f"the hub has no such repository or revision, or it is private and needs HF_TOKEN "
-                               f"({_first_line(error)})") from None
+        raise _not_found(
+            text,
+            f"the hub has no such repository or revision, or it is private and needs HF_TOKEN ({_first_line(error)})",
+        ) from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        raise _not_found(text, "it is not in the hub's cache and the hub cannot be reached (no network, or "
-                               "HF_HUB_OFFLINE is set)", DownloadError) from None
+        raise _not_found(
+            text,
+            "it is not in the hub's cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)",
+            DownloadError,
+        ) from None
     except (hub.HfHubHTTPError, OSError) as error:
         raise DownloadError(f"could not fetch {text} from the hub: {_first_line(error)}") from error
     if not (path / "config.json").is_file() or not has_weights(path):
         _refuse_adapter(text, path)
-        raise ModelNotFoundError(f"{text} on the hub has no config.json with safetensors at its top; "
-                                 "download a .gguf file by hand and name that")
+        raise ModelNotFoundError(
+            f"{text} on the hub has no config.json with safetensors at its top; "
+            "download a .gguf file by hand and name that"
+        )
     return ModelFiles(text, "hf", path)
 
 
@@ -149,9 +163,11 @@ def _not_found(text: str, why: str = "", error: type = ModelNotFoundError) -> Ex
         beside = [str(p) for p in parent.iterdir()]
         near += difflib.get_close_matches(str(Path(text).expanduser()), beside, n=2, cutoff=0.8)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return error(f"no model {text!r}: {why or 'no file, directory or known name'}.{hint} Known by name: "
-                 f"{', '.join(known)}. A .gguf file, a Hugging Face directory, a hub id (owner/name) or a "
-                 "checkpoint of `pdx convert` will do too.")
+    return error(
+        f"no model {text!r}: {why or 'no file, directory or known name'}.{hint} Known by name: "
+        f"{', '.join(known)}. A .gguf file, a Hugging Face directory, a hub id (owner/name) or a "
+        "checkpoint of `pdx convert` will do too."
+    )
 
 
 def known_names() -> list[str]:
@@ -159,4 +175,3 @@ def known_names() -> list[str]:
     folder = models_home()
     saved = sorted(p.name for p in folder.iterdir() if kind_of(p)) if folder.is_dir() else []
     return [*BUILTIN, *(name for name in saved if name not in BUILTIN)]
-

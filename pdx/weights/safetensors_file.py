@@ -49,8 +49,10 @@ class SafetensorsFile:
         check_pointer(self.path, self._bytes)
         (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
         if 8 + length > size:
-            raise fail(f"announces a header of {length} bytes, but has only {size} in all: "
-                       "truncated, corrupted, or not a safetensors file")
+            raise fail(
+                f"announces a header of {length} bytes, but has only {size} in all: "
+                "truncated, corrupted, or not a safetensors file"
+            )
         try:
             self._header: dict[str, dict] = json.loads(self._bytes[8 : 8 + length].tobytes())
             self._header.pop("__metadata__", None)
@@ -66,22 +68,29 @@ class SafetensorsFile:
         said = entry if isinstance(entry, dict) else {}
         shape, dtype, place = (said.get(key) for key in ("shape", "dtype", "data_offsets"))
         if not (_are_whole(shape) and isinstance(dtype, str) and _are_whole(place) and len(place) == 2):
-            raise fail(f"tensor {name} has the header entry {reprlib.repr(entry)}, expected dtype, shape and "
-                       "data_offsets: corrupted")
+            raise fail(
+                f"tensor {name} has the header entry {reprlib.repr(entry)}, expected dtype, shape and "
+                "data_offsets: corrupted"
+            )
         begin, end = place
         width, count = _WIDTHS.get(dtype), math.prod(shape)
         if not 0 <= begin <= end or min(shape, default=0) < 0 or (width is not None and end - begin != width * count):
             raise fail(f"tensor {name} of type {dtype} and shape {shape} takes bytes {begin} to {end}: corrupted")
         if end > room:
-            raise fail(f"tensor {name} ends at byte {end} of the data, but there are only {room}: "
-                       "truncated; download or copy it again")
+            raise fail(
+                f"tensor {name} ends at byte {end} of the data, but there are only {room}: "
+                "truncated; download or copy it again"
+            )
 
     def _check_overlaps(self) -> None:
         places = sorted((*entry["data_offsets"], name) for name, entry in self._header.items())
         for (begin, end, name), (start, _, other) in pairwise(place for place in places if place[0] < place[1]):
             if start < end:
-                raise _fail(self.path, f"tensor {other} starts at byte {start} of the data, within tensor {name}, "
-                                       f"bytes {begin} to {end}: corrupted")
+                raise _fail(
+                    self.path,
+                    f"tensor {other} starts at byte {start} of the data, within tensor {name}, "
+                    f"bytes {begin} to {end}: corrupted",
+                )
 
     def names(self) -> list[str]:
         return list(self._header)
@@ -99,8 +108,10 @@ class SafetensorsFile:
         """The values in `dtype`. Raises UnsupportedModelError for a tensor that is not of a floating type."""
         kind = self.dtype(name)
         if kind not in _FLOATS:
-            raise UnsupportedModelError(f"{self.path}: tensor {name} has type {kind}, expected one of "
-                                        f"{', '.join(_FLOATS)}; checkpoints quantized by other tools are not read")
+            raise UnsupportedModelError(
+                f"{self.path}: tensor {name} has type {kind}, expected one of "
+                f"{', '.join(_FLOATS)}; checkpoints quantized by other tools are not read"
+            )
         begin, end = (self._start + n for n in self._header[name]["data_offsets"])
         # Not `view`: the format promises no alignment.
         values = np.frombuffer(self._bytes[begin:end], _FLOATS[kind]).reshape(self.shape(name))
@@ -121,15 +132,18 @@ class ShardedSafetensors:
         shards = sorted(set(where.values()))
         missing = [s for s in shards if not (self.index.parent / s).is_file()]
         if missing:
-            raise ModelFileError(f"{self.index.parent / missing[0]}: is missing; {self.index.name} needs "
-                                 f"{len(shards)} shards and {len(missing)} of them are not there")
+            raise ModelFileError(
+                f"{self.index.parent / missing[0]}: is missing; {self.index.name} needs "
+                f"{len(shards)} shards and {len(missing)} of them are not there"
+            )
         files = {shard: SafetensorsFile(self.index.parent / shard) for shard in shards}
         for name, shard in where.items():
             if name not in files[shard]._header:
                 raise _fail(files[shard].path, f"tensor {name} is missing, {self.index.name} says it is here")
         self._files = {name: files[shard] for name, shard in where.items()}
-        self.unlisted = {name: str(file.path) for shard, file in files.items() for name in file.names()
-                         if where.get(name) != shard}  # fmt: skip
+        self.unlisted = {
+            name: str(file.path) for shard, file in files.items() for name in file.names() if where.get(name) != shard
+        }
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -182,9 +196,7 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith(("consolidated", ADAPTER)))
 
 
-def open_safetensors(
-    directory: str | Path, notes: list[str] | None = None
-) -> SafetensorsFile | ShardedSafetensors:  # fmt: skip
+def open_safetensors(directory: str | Path, notes: list[str] | None = None) -> SafetensorsFile | ShardedSafetensors:
     """The weights of a Hugging Face directory; `notes` is told what is passed over.
 
     A complete `model.safetensors` wins over an index that does not name it, as in transformers: the index was left
@@ -209,13 +221,16 @@ def open_safetensors(
     if len(files) == 1:
         return SafetensorsFile(files[0])
     if files:
-        raise ModelFileError(f"{directory}: {len(files)} safetensors files and no {INDEX}: "
-                             "copy the index too, or keep one file")
+        raise ModelFileError(
+            f"{directory}: {len(files)} safetensors files and no {INDEX}: copy the index too, or keep one file"
+        )
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED)
     if pickled:
-        raise ModelFileError(f"{directory}: only {pickled[0]} and the like, which are not read because unpickling runs "
-                             "code; save the model as safetensors (transformers: save_pretrained(..., "
-                             "safe_serialization=True))")
+        raise ModelFileError(
+            f"{directory}: only {pickled[0]} and the like, which are not read because unpickling runs "
+            "code; save the model as safetensors (transformers: save_pretrained(..., "
+            "safe_serialization=True))"
+        )
     raise ModelFileError(f"{directory}: no {SINGLE} and no {INDEX}")
 
 
@@ -231,6 +246,8 @@ def _sharded(index: Path, notes: list[str]) -> ShardedSafetensors:
     file = ShardedSafetensors(index)
     if file.unlisted:
         name, path = next(iter(file.unlisted.items()))
-        notes.append(f"{counted(len(file.unlisted), 'tensor')} in the shards passed over, which {INDEX} does not "
-                     f"assign there, such as {name} in {Path(path).name}")
+        notes.append(
+            f"{counted(len(file.unlisted), 'tensor')} in the shards passed over, which {INDEX} does not "
+            f"assign there, such as {name} in {Path(path).name}"
+        )
     return file

@@ -53,8 +53,19 @@ def step_of(name: str, platform: str):
         pools = write_pages(*pools[:2], k, v, slots=slots, layout=layout, **named)
         scales = dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
         q = q.reshape(tokens, heads * group, size)
-        out = paged_attention(q, *pools[:2], block_tables=tables, lengths=lengths, query_starts=starts, scale=0.1,
-                              layout=layout, kv_heads=heads, decode_rows=32, implementation=platform, **scales)
+        out = paged_attention(
+            q,
+            *pools[:2],
+            block_tables=tables,
+            lengths=lengths,
+            query_starts=starts,
+            scale=0.1,
+            layout=layout,
+            kv_heads=heads,
+            decode_rows=32,
+            implementation=platform,
+            **scales,
+        )
         return pools, out.reshape(tokens, -1)
 
     def ints(*shape):
@@ -75,8 +86,17 @@ def write_of(name: str):
     new_scale = jax.ShapeDtypeStruct((tokens, heads), jnp.float32)
 
     def write(pools, k, v, k_scale, v_scale, slots):
-        return write_pages(*pools[:2], k, v, slots=slots, layout="folded", k_scale=pools[2], v_scale=pools[3],
-                           new_k_scale=k_scale, new_v_scale=v_scale)  # fmt: skip
+        return write_pages(
+            *pools[:2],
+            k,
+            v,
+            slots=slots,
+            layout="folded",
+            k_scale=pools[2],
+            v_scale=pools[3],
+            new_k_scale=k_scale,
+            new_v_scale=v_scale,
+        )
 
     slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
     return write, ((pool, pool, scale, scale), new, new, new_scale, new_scale, slots)
@@ -85,8 +105,17 @@ def write_of(name: str):
 def copy_of(dtype: str, platform: str):
     """Four pages copied in a pool of one layer, and its abstract arguments."""
     heads, _, size, _ = CASES["bf16"]
-    cfg = ModelConfig(family="llama", vocab_size=128, d_model=128, num_layers=1, num_heads=heads, num_kv_heads=heads,
-                      head_dim=size, d_ff=128, max_context=8192)  # fmt: skip
+    cfg = ModelConfig(
+        family="llama",
+        vocab_size=128,
+        d_model=128,
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=size,
+        d_ff=128,
+        max_context=8192,
+    )
     pages = POOL // (2 * PAGE * heads * size * jnp.dtype(dtype).itemsize)
     layout = "folded" if platform == "tpu" else "heads_last"
     specs = paged_cache_specs(cfg, pages, page_size=PAGE, dtype=jnp.dtype(dtype), layout=layout)

@@ -21,8 +21,11 @@ def matrix(rows: list[dict]) -> str:
     groups = defaultdict(list)
     for (version, op, target, _), row in latest.items():
         groups[op, targets.NAMES.index(target), version].append(row)
-    lines = ["| op | target | JAX | compiled | refused by `supported` | failed | memory | registers, spills | "
-             "tensor cores (bf16, int8) |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| op | target | JAX | compiled | refused by `supported` | failed | memory | registers, spills | "
+        "tensor cores (bf16, int8) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for (op, target, version), found in sorted(groups.items()):
         done = [r for r in found if "error" not in r and "unsupported" not in r]
         gpu = targets.Target.get(targets.NAMES[target]).chip.platform == "gpu"
@@ -33,15 +36,18 @@ def matrix(rows: list[dict]) -> str:
         lines.append(
             f"| {op} | {targets.NAMES[target]} | {version} | {len(done)} | {sum('unsupported' in r for r in found)} | "
             f"{sum('error' in r for r in found)} | up to {memory} | {registers} | "
-            f"{f'{sum(cores)} of {len(cores)}' if gpu else ''} |")  # fmt: skip
+            f"{f'{sum(cores)} of {len(cores)}' if gpu else ''} |"
+        )
     return "\n".join(lines)
 
 
 def static(rows: list[dict]) -> str:
     """One line a case and target."""
-    lines = ["| op, case | target | MB moved | / needed | declared / count | FLOPs / needed | roofline us | bound by | "
-             "memory | cycles | peak / cycles | MXU / cycles |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| op, case | target | MB moved | / needed | declared / count | FLOPs / needed | roofline us | bound by | "
+        "memory | cycles | peak / cycles | MXU / cycles |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in sorted(rows, key=lambda r: (r["op"], r["case"], targets.NAMES.index(r["target"]))):
         start = f"| {r['op']}, {r['case']} | {r['target']} "
         if "error" in r:
@@ -57,7 +63,8 @@ def static(rows: list[dict]) -> str:
         lines.append(
             f"{start}| {r['bytes'] / 1e6:.1f} | {over['moved']:.3f} | {over['declared']:.3f} | {over['flops']:.2f} | "
             f"{r['roofline_seconds'] * 1e6:.1f} | {'arithmetic' if r['compute_bound'] else 'memory'} | {memory} | "
-            f"{told} |")  # fmt: skip
+            f"{told} |"
+        )
     return "\n".join(lines)
 
 

@@ -24,13 +24,34 @@ LARGE = 4 << 20
 
 def model(family, layers, **changes) -> ModelConfig:
     shapes = {
-        "smollm2": {"vocab_size": 49152, "d_model": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64,
-                    "d_ff": 1536, "tie_embeddings": True},
-        "llama3-8b": {"vocab_size": 128256, "d_model": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
-                      "d_ff": 14336, "tie_embeddings": False},
-        "gemma3": {"vocab_size": 32768, "d_model": 640, "num_heads": 4, "num_kv_heads": 1, "head_dim": 256,
-                   "d_ff": 2048, "tie_embeddings": True},
-    }[family]  # fmt: skip
+        "smollm2": {
+            "vocab_size": 49152,
+            "d_model": 576,
+            "num_heads": 9,
+            "num_kv_heads": 3,
+            "head_dim": 64,
+            "d_ff": 1536,
+            "tie_embeddings": True,
+        },
+        "llama3-8b": {
+            "vocab_size": 128256,
+            "d_model": 4096,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "d_ff": 14336,
+            "tie_embeddings": False,
+        },
+        "gemma3": {
+            "vocab_size": 32768,
+            "d_model": 640,
+            "num_heads": 4,
+            "num_kv_heads": 1,
+            "head_dim": 256,
+            "d_ff": 2048,
+            "tie_embeddings": True,
+        },
+    }[family]
     shapes |= {"windows": (None,) * layers, "attn_scale": shapes["head_dim"] ** -0.5, "norm_eps": 1e-5} | changes
     return ModelConfig(family="llama", num_layers=layers, rope=RopeConfig(5e5), max_context=8192, **shapes)
 
@@ -55,29 +76,51 @@ CASES = {
     "verify": ("verify", model("smollm2", 2), {"batch": 12, "capacity": 32768, "tokens": 5}),
     "float32": ("decode_step", model("smollm2", 2), {"batch": 48, "capacity": 8192, "dtype": jnp.float32}),
     "mesh": ("decode_step", model("llama3-8b", 2), {"batch": 80, "capacity": 8192, "mesh": {"data": 2, "model": 4}}),
-    "mesh int8": ("decode_step", model("llama3-8b", 2),
-                  LLAMA | {"batch": 8, "quantize": "int8", "mesh": {"data": 2, "model": 4}}),
-    "mesh prefill": ("prefill", model("llama3-8b", 2),
-                     {"batch": 80, "capacity": 8192, "tokens": 128, "mesh": {"data": 2, "model": 4}}),
+    "mesh int8": (
+        "decode_step",
+        model("llama3-8b", 2),
+        LLAMA | {"batch": 8, "quantize": "int8", "mesh": {"data": 2, "model": 4}},
+    ),
+    "mesh prefill": (
+        "prefill",
+        model("llama3-8b", 2),
+        {"batch": 80, "capacity": 8192, "tokens": 128, "mesh": {"data": 2, "model": 4}},
+    ),
     # 128 tokens: the largest activations, 128 x 14336 in bf16, are smaller than LARGE.
     "mixed smollm2": ("mixed_step", model("smollm2", 30), {"batch": 47, "capacity": 8192, "tokens": 128}),
     "mixed llama3-8b": ("mixed_step", model("llama3-8b", 24), {"batch": 8, "capacity": 2048, "tokens": 128}),
     "mixed decode": ("mixed_step", model("smollm2", 2), {"batch": 48, "capacity": 8192, "tokens": 48}),
-    "mixed int8": ("mixed_step", model("llama3-8b", 2),
-                   {"batch": 63, "capacity": 8192, "tokens": 128, "kv_dtype": jnp.int8, "quantize": "int8"}),
+    "mixed int8": (
+        "mixed_step",
+        model("llama3-8b", 2),
+        {"batch": 63, "capacity": 8192, "tokens": 128, "kv_dtype": jnp.int8, "quantize": "int8"},
+    ),
     "mixed gemma3": ("mixed_step", model("gemma3", 3, **GEMMA), {"batch": 191, "capacity": 8192, "tokens": 256}),
-    "mixed mesh": ("mixed_step", model("llama3-8b", 2),
-                   {"batch": 79, "capacity": 8192, "tokens": 128, "mesh": {"model": 4}}),
+    "mixed mesh": (
+        "mixed_step",
+        model("llama3-8b", 2),
+        {"batch": 79, "capacity": 8192, "tokens": 128, "mesh": {"model": 4}},
+    ),
     # For the collectives: each step of a small model with a policy, over eight chips.
-    **{f"{policy} over 8: {step}": (step, model("llama3-8b", 2, **SMALL), {
-        "batch": 8, "capacity": 1024, "tokens": 5 if step == "verify" else 128, "mesh": {"model": 8},
-        "quantize": None if policy == "bf16" else policy,
-    }) for policy in ("bf16", "int8", "int8:g128", "int4", "int4:g128:affine", "w8a8")
-       for step in ("prefill", "decode_step", "verify", "mixed_step")},
+    **{
+        f"{policy} over 8: {step}": (
+            step,
+            model("llama3-8b", 2, **SMALL),
+            {
+                "batch": 8,
+                "capacity": 1024,
+                "tokens": 5 if step == "verify" else 128,
+                "mesh": {"model": 8},
+                "quantize": None if policy == "bf16" else policy,
+            },
+        )
+        for policy in ("bf16", "int8", "int8:g128", "int4", "int4:g128:affine", "w8a8")
+        for step in ("prefill", "decode_step", "verify", "mixed_step")
+    },
     "smoke": ("decode_step", model("smollm2", 1), {"batch": 4, "capacity": 1024}),
     "smoke mixed": ("mixed_step", model("smollm2", 1), {"batch": 4, "capacity": 1024, "tokens": 128}),
     "smoke prefill": ("prefill", model("smollm2", 1), {"batch": 1, "capacity": 1024, "tokens": 256}),
-}  # fmt: skip
+}
 
 
 def held(tree) -> int:

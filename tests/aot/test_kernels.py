@@ -27,8 +27,7 @@ def _listed() -> list[tuple[str, str, bool]]:
         for op in problems.ops(platform):
             listed = problems.problems(op, platform)
             # An op whose cases name none: its first real size and its first int8 one.
-            first = [p for p in listed if p.smoke] or [
-                listed[0], *[p for p in listed if p.call.kv_dtype == "int8"][:1]]  # fmt: skip
+            first = [p for p in listed if p.smoke] or [listed[0], *[p for p in listed if p.call.kv_dtype == "int8"][:1]]
             found += [(name, f"{op}:{p.name}", p in first) for p in listed]
     return found
 
@@ -45,8 +44,14 @@ def compile_all(target: str, names: list[str]) -> dict[str, dict]:
     while left := [n for n in names if n not in found]:
         # Output goes to a pipe that communicate() empties; a problem is given five minutes on average.
         try:
-            run = subprocess.run([sys.executable, "-m", "tests.aot.kernel_child", target, *left], cwd=ROOT, text=True,
-                                 env=environment, capture_output=True, timeout=300 * len(left))  # fmt: skip
+            run = subprocess.run(
+                [sys.executable, "-m", "tests.aot.kernel_child", target, *left],
+                cwd=ROOT,
+                text=True,
+                env=environment,
+                capture_output=True,
+                timeout=300 * len(left),
+            )
             code, out, err = run.returncode, run.stdout, run.stderr
         except subprocess.TimeoutExpired as late:
             code, out, err = "a timeout", (late.stdout or b"").decode(), (late.stderr or b"").decode()

@@ -25,8 +25,23 @@ def planned(path, vocabulary: int, target: str) -> dict:
     if why := targets.missing(target):
         pytest.skip(why)
     path.write_text(f"{SHAPE}vocab_size = {vocabulary}\n")
-    done = CliRunner().invoke(app, ["plan", str(path), "--chip", target, "--batch", "4", "--prompt", "128", "--context",
-                                    "1024", "--compile", "--json"])  # fmt: skip
+    done = CliRunner().invoke(
+        app,
+        [
+            "plan",
+            str(path),
+            "--chip",
+            target,
+            "--batch",
+            "4",
+            "--prompt",
+            "128",
+            "--context",
+            "1024",
+            "--compile",
+            "--json",
+        ],
+    )
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 

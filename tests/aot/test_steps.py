@@ -27,9 +27,13 @@ def compiled(target: str, names: tuple[str, ...]) -> dict[str, dict]:
     if why := targets.missing(target):
         pytest.skip(why)
     run = subprocess.run(
-        [sys.executable, "-m", "tests.aot.step_child", target, *names], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | targets.environment() | {"XLA_FLAGS": ""}, timeout=1500,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.aot.step_child", target, *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | targets.environment() | {"XLA_FLAGS": ""},
+        timeout=1500,
+    )
     found = {x["name"]: x for x in map(json.loads, filter(None, run.stdout.splitlines()))}
     for name in names:
         found.setdefault(name, {"error": f"the process ended with {run.returncode}: {run.stderr[-2000:]}"})
@@ -58,8 +62,10 @@ def test_a_step_moves_nothing_but_what_it_needs(target, name):
     found = of(target, name, FULL[target])
     check(found, target)
     arguments, temporary = (found["memory"][part] / found["declared"] for part in ("argument", "temp"))
-    print(f"{target} {name}: {found['seconds']:.0f} s, of weights + cache arguments {arguments:.4f} and temporary "
-          f"{temporary:.4f}, {found['kernels']} kernels, VMEM {found['vmem_bytes'] / 2**20:.1f} MiB")  # fmt: skip
+    print(
+        f"{target} {name}: {found['seconds']:.0f} s, of weights + cache arguments {arguments:.4f} and temporary "
+        f"{temporary:.4f}, {found['kernels']} kernels, VMEM {found['vmem_bytes'] / 2**20:.1f} MiB"
+    )
     if "prefill" not in name:
         assert found["memory"]["temp"] < 0.02 * found["declared"]
     if "mesh" not in name:
@@ -80,8 +86,10 @@ def test_a_mixed_step_takes_pages_and_weights_as_they_lie(target, name):
     found = of(target, name, MIXED[target])
     check(found, target)
     temporary = found["memory"]["temp"] / found["declared"]
-    print(f"{target} {name}: {found['seconds']:.0f} s, temporary {temporary:.4f} of weights + pages, "
-          f"{found['kernels']} kernels, VMEM {found['vmem_bytes'] / 2**20:.1f} MiB")  # fmt: skip
+    print(
+        f"{target} {name}: {found['seconds']:.0f} s, temporary {temporary:.4f} of weights + pages, "
+        f"{found['kernels']} kernels, VMEM {found['vmem_bytes'] / 2**20:.1f} MiB"
+    )
     assert temporary < 0.02
     if "mesh" in name:
         largest = max((size for _, size in found["collectives"]), default=0)

@@ -40,12 +40,18 @@ def test_a_file_may_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"slots": 0}, "slots"), ({"token_budget": 8}, "above 8"), ({"policy": "lifo"}, "policy"),
-        ({"pages": 0}, "pages"), ({"aging_s": 0}, "aging_s"), ({"memory_share": 2}, "memory_share"),
-        ({"num_logprobs": 99}, "num_logprobs"), ({"deterministic": True, "chunked_prefill": False}, "one shape"),
-        ({"deterministic": True, "token_budget": 20, "page_size": 16}, "page"), ({"prefill_rows": 1.5}, "whole number"),
+        ({"slots": 0}, "slots"),
+        ({"token_budget": 8}, "above 8"),
+        ({"policy": "lifo"}, "policy"),
+        ({"pages": 0}, "pages"),
+        ({"aging_s": 0}, "aging_s"),
+        ({"memory_share": 2}, "memory_share"),
+        ({"num_logprobs": 99}, "num_logprobs"),
+        ({"deterministic": True, "chunked_prefill": False}, "one shape"),
+        ({"deterministic": True, "token_budget": 20, "page_size": 16}, "page"),
+        ({"prefill_rows": 1.5}, "whole number"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_make_no_sense(fields, says):
     with pytest.raises(RequestError, match=says):
         EngineConfig(**fields)

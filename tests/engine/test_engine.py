@@ -59,10 +59,18 @@ def random_requests(rng: random.Random, n: int, tokens: int = 40):
         if rng.random() < 0.5:
             settings |= {"temperature": rng.uniform(0.5, 1.5), "seed": rng.randrange(2**64)}
             settings |= rng.choice([{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05, "top_k": 50}])
-        settings |= rng.choice([{}, {}, {"repetition_penalty": 1.4}, {"presence_penalty": 1.0, "logit_bias": {9: -5.0}},
-                                {"frequency_penalty": 0.7}])  # fmt: skip
-        settings |= rng.choice([{}, {}, {"stop": ("e", "Ä")}, {"stop_token_ids": (40, 41)}, {"logprobs": 2},
-                                {"logprobs": 0}])  # fmt: skip
+        settings |= rng.choice(
+            [
+                {},
+                {},
+                {"repetition_penalty": 1.4},
+                {"presence_penalty": 1.0, "logit_bias": {9: -5.0}},
+                {"frequency_penalty": 0.7},
+            ]
+        )
+        settings |= rng.choice(
+            [{}, {}, {"stop": ("e", "Ä")}, {"stop_token_ids": (40, 41)}, {"logprobs": 2}, {"logprobs": 0}]
+        )
         options.append(SamplingOptions(**settings))
     return prompts, options
 
@@ -70,7 +78,10 @@ def random_requests(rng: random.Random, n: int, tokens: int = 40):
 def same(got, expected):
     assert got.token_ids == expected.token_ids
     assert (got.text, got.finish_reason, got.prompt_tokens) == (
-        expected.text, expected.finish_reason, expected.prompt_tokens)  # fmt: skip
+        expected.text,
+        expected.finish_reason,
+        expected.prompt_tokens,
+    )
     assert (got.logprobs is None) == (expected.logprobs is None)
     for a, b in zip(got.logprobs or (), expected.logprobs or (), strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=2e-4)
@@ -337,11 +348,13 @@ def test_timeouts_end_with_what_there_is(engine):
 
 def test_what_makes_no_sense_is_said(engine):
     for prompt, settings, error, says in (
-        ("", {}, RequestError, "empty"), ([5, 100_000], {}, RequestError, "100000"),
+        ("", {}, RequestError, "empty"),
+        ([5, 100_000], {}, RequestError, "100000"),
         ("x" * 150, {"max_tokens": 20}, ContextLengthError, "max_context"),
-        ("x", {"logprobs": 5}, RequestError, "num_logprobs"), ("x", {"logit_bias": {9999: 1.0}}, RequestError, "9999"),
+        ("x", {"logprobs": 5}, RequestError, "num_logprobs"),
+        ("x", {"logit_bias": {9999: 1.0}}, RequestError, "9999"),
         (EngineRequest((5,)), {"max_tokens": 3}, RequestError, "its own options"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=says):
             engine.submit(prompt, **settings)
 

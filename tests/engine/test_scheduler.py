@@ -106,19 +106,32 @@ PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT - 9)
 
 class Machine(RuleBasedStateMachine):
     @initialize(
-        depth=st.integers(0, 2), windows=st.sampled_from([(None,), (None, 6), (5,), (None, 3, 9)]),
-        pages=st.integers(11, 20), policy=st.sampled_from(["fcfs", "priority", "shortest"]),
-        prefix_cache=st.booleans(), mode=st.sampled_from(["chunked", "whole", "deterministic"]),
+        depth=st.integers(0, 2),
+        windows=st.sampled_from([(None,), (None, 6), (5,), (None, 3, 9)]),
+        pages=st.integers(11, 20),
+        policy=st.sampled_from(["fcfs", "priority", "shortest"]),
+        prefix_cache=st.booleans(),
+        mode=st.sampled_from(["chunked", "whole", "deterministic"]),
         rows=st.integers(1, 2),
-    )  # fmt: skip
+    )
     def begin(self, depth, windows, pages, policy, prefix_cache, mode, rows):
         self.world = World(
-            depth, windows, [pages] * len(windows), policy=policy, prefix_cache=prefix_cache, prefill_rows=rows,
-            chunked_prefill=mode != "whole", deterministic=mode == "deterministic",
-        )  # fmt: skip
+            depth,
+            windows,
+            [pages] * len(windows),
+            policy=policy,
+            prefix_cache=prefix_cache,
+            prefill_rows=rows,
+            chunked_prefill=mode != "whole",
+            deterministic=mode == "deterministic",
+        )
 
-    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 9), priority=st.integers(0, 2),
-          timeout_s=st.none() | st.integers(1, 30))
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 9),
+        priority=st.integers(0, 2),
+        timeout_s=st.none() | st.integers(1, 30),
+    )
     def submit(self, **request):
         if len(self.world.scheduler.waiting) < 20:
             self.world.submit(**request)
@@ -186,8 +199,9 @@ def run_random_events(windows, pages, settings, events):
         kind = rng.random()
         if kind < 0.3 and len(world.scheduler.waiting) < 20:
             prompt = [1] * rng.randrange(12) + [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 18))]
-            seq = world.submit(prompt, rng.randrange(1, 12), priority=rng.randrange(3),
-                               timeout_s=rng.choice([None, None, 40]))  # fmt: skip
+            seq = world.submit(
+                prompt, rng.randrange(1, 12), priority=rng.randrange(3), timeout_s=rng.choice([None, None, 40])
+            )
         elif kind < 0.32 and world.open:
             world.cancel(rng.choice(sorted(world.open, key=lambda s: s.id)))
         elif kind < 0.323 and world.under_way:
@@ -321,14 +335,17 @@ def test_a_full_slot_is_taken_over_without_a_step_between():
     world.run()
 
 
-@pytest.mark.parametrize(("prompt", "decoding", "shapes"), [
-    (38, 0, [32, 16]),  # 6 tokens of the 32 between two sizes would be none
-    (36, 14, [64]),
-    (9, 0, [16]),
-    (18, 0, [16, 16]),
-    (20, 15, [32, 32]),
-    (5, 15, [32]),  # of which 16 would leave room for one token: at least half is taken
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "decoding", "shapes"),
+    [
+        (38, 0, [32, 16]),  # 6 tokens of the 32 between two sizes would be none
+        (36, 14, [64]),
+        (9, 0, [16]),
+        (18, 0, [16, 16]),
+        (20, 15, [32, 32]),
+        (5, 15, [32]),  # of which 16 would leave room for one token: at least half is taken
+    ],
+)
 def test_a_step_is_not_made_of_padding(prompt, decoding, shapes):
     world = World(depth=0, slots=max(2, decoding + 1), token_budget=64, pages=[400], max_queue=40)
     for i in range(decoding):  # without an end

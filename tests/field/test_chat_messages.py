@@ -15,8 +15,11 @@ ADDS = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endf
 PRINTS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEXT_ONLY = "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content is string else '' }}{% endfor %}"
 LOOP = "{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}{% endfor %}"
-EITHER = ("{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}" + LOOP
-          + "{% endif %}{% endfor %}")
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    + LOOP
+    + "{% endif %}{% endfor %}"
+)
 PARTS_ONLY = "{% for m in messages %}<{{ m.role }}>" + LOOP + "{% endfor %}"
 DUMPS = "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}{% endfor %}"
 
@@ -33,16 +36,21 @@ def render(template, messages):
 
 def call(arguments, **message):
     function = {"name": "f", "arguments": arguments}
-    return [{"role": "user", "content": "x"},
-            {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}], **message}]
+    return [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}], **message},
+    ]
 
 
 @pytest.mark.parametrize("template", [ADDS, PRINTS, TEXT_ONLY])
 def test_text_parts_are_joined_where_a_template_reads_text(template):
     assert render(template, [{"role": "user", "content": PARTS}]) == "<user>Say \nhi"
     assert render(template, [{"role": "user", "content": ["Say ", {"text": "hi"}]}]) == "<user>Say \nhi"
-    mixed = [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"},
-             {"type": "refusal", "refusal": "c"}]  # fmt: skip
+    mixed = [
+        {"type": "input_text", "text": "a"},
+        {"type": "output_text", "text": "b"},
+        {"type": "refusal", "refusal": "c"},
+    ]
     assert render(template, [{"role": "user", "content": mixed}]) == "<user>a\nb\nc"
 
 
@@ -55,8 +63,11 @@ def test_parts_stay_parts_where_a_template_reads_them():
 
 
 def test_a_template_is_asked_role_by_role():
-    users_only = ("{% for m in messages %}{% if m.role == 'user' and m.content is not string %}" + LOOP
-                  + "{% else %}{{ m.content + '' }}{% endif %}{% endfor %}")
+    users_only = (
+        "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}"
+        + LOOP
+        + "{% else %}{{ m.content + '' }}{% endif %}{% endfor %}"
+    )
     chat = [{"role": "system", "content": PARTS}, {"role": "user", "content": PARTS}]
     assert render(users_only, chat) == "Say \nhi[Say ][hi]"
 
@@ -65,13 +76,23 @@ def test_a_template_is_asked_role_by_role():
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize(
     ("part", "kind"),
-    [(IMAGE, "image"), ({"type": "image"}, "image"), ({"image_url": "u"}, "image"), ({"type": "input_audio"}, "audio"),
-     ({"type": "file", "file": {}}, "file"), ({"type": "video_url"}, "video"), ({"type": "input_image"}, "image")],
-)  # fmt: skip
+    [
+        (IMAGE, "image"),
+        ({"type": "image"}, "image"),
+        ({"image_url": "u"}, "image"),
+        ({"type": "input_audio"}, "audio"),
+        ({"type": "file", "file": {}}, "file"),
+        ({"type": "video_url"}, "video"),
+        ({"type": "input_image"}, "image"),
+    ],
+)
 def test_what_is_no_text_is_refused_in_words_wherever_it_stands(template, at, part, kind):
     content = [*PARTS[:at], part, *PARTS[at:]]
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"},
-            {"role": "user", "content": content}]  # fmt: skip
+    chat = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": content},
+    ]
     with pytest.raises(RequestError, match=rf"messages\[2\]\.content\[{at}\] is an? {kind}"):
         render(template, chat)
 
@@ -127,8 +148,9 @@ def test_the_callers_messages_are_left_alone():
 def test_no_content_beside_calls(content):
     assert render(TOJSON, call("{}", **content)) == "<user>x<assistant>f:{}"
     assert render(TOJSON.replace("{{ m.content }}", "{{ '' + m.content }}"), call("{}", **content)).endswith("f:{}")
-    by_null = ("{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% endif %}"
-               "{% endfor %}")
+    by_null = (
+        "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+    )
     assert render(by_null, call("{}", **content)) == "f"
 
 
@@ -160,8 +182,10 @@ def test_the_default_models_template_reads_parts():
     from pdx.tokenizer.traits import Traits
 
     # SmolLM2's, in its shape: content is added to a text.
-    smol = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<s>system' }}"
-            "{% endif %}{{ '<s>' + message['role'] + '\n' + message['content'] + '<e>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
+    smol = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<s>system' }}"
+        "{% endif %}{{ '<s>' + message['role'] + '\n' + message['content'] + '<e>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+    )
     assert render(smol, [{"role": "user", "content": PARTS}]) == "<s>system<s>user\nSay \nhi<e>\n<s>assistant\n"
     assert not Traits(smol, lambda m: 1 / 0).reads_parts("user")  # whatever a template raises

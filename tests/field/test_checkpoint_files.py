@@ -140,8 +140,9 @@ def test_pickled_checkpoints_are_refused(directory):
 def test_an_adapter_is_not_applied_and_said(directory):
     """Elsewhere the base model answers as if the adapter were in it."""
     good = load(directory)
-    save_file({"base_model.model.x.lora_A.weight": np.ones((2, 32), np.float32)},
-              directory / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {"base_model.model.x.lora_A.weight": np.ones((2, 32), np.float32)}, directory / "adapter_model.safetensors"
+    )
     model = load(directory)
     assert same(model.params, good.params)
     assert any("adapter_model.safetensors is a LoRA adapter, which pdx does not apply" in note for note in model.notes)

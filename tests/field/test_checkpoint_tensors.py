@@ -134,14 +134,22 @@ def test_the_text_of_a_multimodal_checkpoint(tmp_path):
     directory = tiny_model.make(tmp_path / "tiny")
     text = json.loads((directory / "config.json").read_text())
     del text["hidden_act"], text["architectures"], text["rope_theta"]
-    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
-              "text_config": text | {"model_type": "gemma3_text", "head_dim": 8},
-              "vision_config": {"hidden_size": 8}, "mm_tokens_per_image": 4}  # fmt: skip
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text | {"model_type": "gemma3_text", "head_dim": 8},
+        "vision_config": {"hidden_size": 8},
+        "mm_tokens_per_image": 4,
+    }
     (directory / "config.json").write_text(json.dumps(config))
     plain = weight_files.tensors(directory)
     for i in range(tiny_model.LAYERS):
-        for name, size in (("pre_feedforward_layernorm", 32), ("post_feedforward_layernorm", 32),
-                           ("self_attn.q_norm", 8), ("self_attn.k_norm", 8)):  # fmt: skip
+        for name, size in (
+            ("pre_feedforward_layernorm", 32),
+            ("post_feedforward_layernorm", 32),
+            ("self_attn.q_norm", 8),
+            ("self_attn.k_norm", 8),
+        ):
             plain[f"model.layers.{i}.{name}.weight"] = np.zeros(size, np.float32)
     nested = {f"language_model.{name}": x for name, x in plain.items()}
     nested["vision_tower.vision_model.post_layernorm.weight"] = np.ones(8, np.float32)

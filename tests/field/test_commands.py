@@ -78,8 +78,14 @@ def test_debug_is_taken_from_anywhere_but_behind_two_dashes(monkeypatch):
 def test_codes_of_ends_that_are_no_errors(monkeypatch):
     left = []
     monkeypatch.setattr(errors, "leave", lambda number: left.append(number) or errors.ENDS[number][0])
-    for error, code in ((typer.Exit(3), 3), (SystemExit(4), 4), (SystemExit("text"), 1), (SystemExit(), 0),
-                        (KeyboardInterrupt(), 130), (errors.Terminated(), 143)):  # fmt: skip
+    for error, code in (
+        (typer.Exit(3), 3),
+        (SystemExit(4), 4),
+        (SystemExit("text"), 1),
+        (SystemExit(), 0),
+        (KeyboardInterrupt(), 130),
+        (errors.Terminated(), 143),
+    ):
         assert ended(monkeypatch, failing(error)) == (code, "")
     # A pipe that is not standard output: what was to be written there is lost.
     assert ended(monkeypatch, failing(BrokenPipeError(32, "Broken pipe"))) == (1, "error: Broken pipe\n")
@@ -88,8 +94,13 @@ def test_codes_of_ends_that_are_no_errors(monkeypatch):
 
 def shell(line, **environment):
     """A line of shell in which $PDX is the command; its exit code, output and errors."""
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False,
-                          env=os.environ | {"PDX": " ".join(COMMAND)} | environment)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PDX": " ".join(COMMAND)} | environment,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -140,13 +151,18 @@ sys.exit(errors.run(command, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"),
-                                                      (signal.SIGTERM, 143, "terminated")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 @pytest.mark.parametrize("where", ["python", "a call"])
 def test_a_signal_ends_it_at_any_moment_and_leaves_nothing(tmp_path, number, code, word, where):
     # pytest in the background of a shell ignores SIGINT, and a process that it starts would as well.
-    process = subprocess.Popen([sys.executable, "-c", BUSY, tmp_path / "out", where], stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, tmp_path / "out", where],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not (tmp_path / ".out.unfinished" / "weights").exists():
             assert process.poll() is None, process.stderr.read()
@@ -181,8 +197,11 @@ def test_an_interrupted_checkpoint_leaves_nothing_and_a_killed_one_goes_at_the_n
     held.mkdir()
     (tmp_path / ".mine").mkdir()
     code = "import sys; from pathlib import Path; from pdx.outputs import locked\nwith locked(Path(sys.argv[1]), ''):"
-    other = subprocess.Popen([sys.executable, "-c", f"{code}\n print(flush=True); input()", tmp_path / "held"],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{code}\n print(flush=True); input()", tmp_path / "held"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     other.stdout.readline()
     try:
         with pytest.raises(RequestError, match="another process is writing"), checkpoint.reserved(tmp_path / "held"):

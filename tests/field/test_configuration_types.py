@@ -11,14 +11,56 @@ from pdx.errors import ModelFileError, PdxError, UnsupportedModelError
 from pdx.families import config_from_hf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "configs" / "families.json").read_text())
-FIELDS = ("architectures", "model_type", "rope_scaling", "rope_parameters", "rope_theta", "layer_types", "head_dim",
-          "sliding_window", "max_window_layers", "use_sliding_window", "hidden_act", "hidden_activation", "text_config",
-          "tie_word_embeddings", "num_key_value_heads", "max_position_embeddings", "query_pre_attn_scalar",
-          "original_max_position_embeddings", "sliding_window_pattern", "quantization_config", "attention_bias",
-          "num_nextn_predict_layers", "vocab_size", "partial_rotary_factor", "rms_norm_eps")  # fmt: skip
-ODD = ["16", "", 1.5, 16.0, float("nan"), float("inf"), -1, 0, 10**400, True, False, [], [16], [[1]], {}, {"a": 1},
-       {"rope_type": 5}, {"factor": "4"}, {"type": "yarn", "factor": [4]}, {"full_attention": 5}, ["x"] * 50,
-       ]  # fmt: skip
+FIELDS = (
+    "architectures",
+    "model_type",
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "layer_types",
+    "head_dim",
+    "sliding_window",
+    "max_window_layers",
+    "use_sliding_window",
+    "hidden_act",
+    "hidden_activation",
+    "text_config",
+    "tie_word_embeddings",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "query_pre_attn_scalar",
+    "original_max_position_embeddings",
+    "sliding_window_pattern",
+    "quantization_config",
+    "attention_bias",
+    "num_nextn_predict_layers",
+    "vocab_size",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+)
+ODD = [
+    "16",
+    "",
+    1.5,
+    16.0,
+    float("nan"),
+    float("inf"),
+    -1,
+    0,
+    10**400,
+    True,
+    False,
+    [],
+    [16],
+    [[1]],
+    {},
+    {"a": 1},
+    {"rope_type": 5},
+    {"factor": "4"},
+    {"type": "yarn", "factor": [4]},
+    {"full_attention": 5},
+    ["x"] * 50,
+]
 
 
 def refusal(config: dict) -> str:

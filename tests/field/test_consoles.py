@@ -61,8 +61,12 @@ def test_an_error_that_quotes_the_prompt_is_printed(monkeypatch):
 
 def test_help_texts_and_tables_fit_an_ascii_console():
     for arguments in (["--help"], ["models"], ["generate", "--nosuch"]):
-        done = subprocess.run([sys.executable, "-m", "pdx", *arguments], capture_output=True, check=False,
-                              env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "pdx", *arguments],
+            capture_output=True,
+            check=False,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+        )
         said = done.stdout.decode("ascii") + done.stderr.decode("ascii")
         assert "pdx" in said or "smollm2" in said
         assert "Traceback" not in said
@@ -103,11 +107,19 @@ def piped(monkeypatch, data, encoding="utf-8"):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"hello\n", "hello"), (b"hello\r\n", "hello"), (b"hello\n\n", "hello\n"), (b"hello", "hello"),
-        (b"a\r\nb\r\n", "a\r\nb"), (b"hello\r", "hello\r"), (b"\n", ""), (b"", ""), (b" \t\n", " \t"),
-        (b"\xef\xbb\xbfhello\n", "hello"), ("Σήμερον\n".encode(), "Σήμερον"),
+        (b"hello\n", "hello"),
+        (b"hello\r\n", "hello"),
+        (b"hello\n\n", "hello\n"),
+        (b"hello", "hello"),
+        (b"a\r\nb\r\n", "a\r\nb"),
+        (b"hello\r", "hello\r"),
+        (b"\n", ""),
+        (b"", ""),
+        (b" \t\n", " \t"),
+        (b"\xef\xbb\xbfhello\n", "hello"),
+        ("Σήμερον\n".encode(), "Σήμερον"),
     ],
-)  # fmt: skip
+)
 def test_one_newline_at_the_end_of_a_piped_prompt_is_taken_off(monkeypatch, data, text):
     piped(monkeypatch, data)
     assert streams.read_prompt() == text
@@ -121,8 +133,13 @@ def test_a_piped_prompt_is_read_in_the_encoding_of_the_console(monkeypatch):
         assert streams.read_prompt() == text
 
 
-NO_TEXT = {b"a\xffb": "not readable as UTF-8 text", b"a\0b": "NUL bytes", "hi".encode("utf-16"): "it is UTF-16",
-           b"\x80abc": "not readable as UTF-8 text", b"\xed\xa0\x80": "not readable as UTF-8"}  # fmt: skip
+NO_TEXT = {
+    b"a\xffb": "not readable as UTF-8 text",
+    b"a\0b": "NUL bytes",
+    "hi".encode("utf-16"): "it is UTF-16",
+    b"\x80abc": "not readable as UTF-8 text",
+    b"\xed\xa0\x80": "not readable as UTF-8",
+}
 
 
 @pytest.mark.parametrize("data", NO_TEXT)
@@ -173,8 +190,9 @@ class Engine:
         if self.is_closed:
             raise EngineError("the engine is closed")
         timing = types.SimpleNamespace(hit_tokens=0, ttft_s=0.1, tpot_s=None)
-        done = types.SimpleNamespace(text="answer", timing=timing, prompt_tokens=1, completion_tokens=1,
-                                     finish_reason="stop")  # fmt: skip
+        done = types.SimpleNamespace(
+            text="answer", timing=timing, prompt_tokens=1, completion_tokens=1, finish_reason="stop"
+        )
 
         class Stream(list):
             def result(self):

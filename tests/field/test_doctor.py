@@ -12,16 +12,36 @@ import pytest
 from tests.field.test_versions import install
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {"ok", "problems", "remedy", "pdx", "python", "platform", "versions", "environment", "host_memory", "caches",
-            "devices", "kernels", "self_test", "seconds"}  # fmt: skip
+SECTIONS = {
+    "ok",
+    "problems",
+    "remedy",
+    "pdx",
+    "python",
+    "platform",
+    "versions",
+    "environment",
+    "host_memory",
+    "caches",
+    "devices",
+    "kernels",
+    "self_test",
+    "seconds",
+}
 
 
 def doctor(path: str = "", *options: str, **env: str) -> subprocess.CompletedProcess:
     """Run it with `path` before everything that is installed."""
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     clean |= {"PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])), "PYTHONSAFEPATH": "1"}
-    return subprocess.run([sys.executable, "-m", "pdx", "doctor", *options], cwd=ROOT, capture_output=True,
-                          text=True, env=clean | env, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "pdx", "doctor", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=clean | env,
+        check=False,
+    )
 
 
 def broken_jax(folder: Path, code: str) -> str:
@@ -31,12 +51,16 @@ def broken_jax(folder: Path, code: str) -> str:
 
 
 BROKEN = {
-    "jax cannot be imported": ("raise ImportError('no libstdc++ of that version')",
-                               "devices: ImportError: no libstdc++ of that version"),
-    "jax is killed": ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
-                      "devices: the process was ended by signal 11 (SIGSEGV)"),
+    "jax cannot be imported": (
+        "raise ImportError('no libstdc++ of that version')",
+        "devices: ImportError: no libstdc++ of that version",
+    ),
+    "jax is killed": (
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+        "devices: the process was ended by signal 11 (SIGSEGV)",
+    ),
     "jax ends without a word": ("import os\nos._exit(3)", "devices: exit code 3"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -123,8 +147,13 @@ def test_all_is_well_here():
     assert found["ok"]
     assert found["problems"] == []
     assert found["devices"]["backend"] == "cpu"
-    assert {k["op"] for k in found["kernels"]} == {"flash_attention", "decode_attention", "paged_attention",
-                                                   "write_pages", "quantized_matmul"}  # fmt: skip
+    assert {k["op"] for k in found["kernels"]} == {
+        "flash_attention",
+        "decode_attention",
+        "paged_attention",
+        "write_pages",
+        "quantized_matmul",
+    }
     assert all(k["reason"] for k in found["kernels"])
     assert found["self_test"]["passed"]
     assert found["self_test"]["pallas"]["interpreted"]

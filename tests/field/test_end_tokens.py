@@ -30,9 +30,22 @@ def ends(tokenizer: Tokenizer) -> set[str]:
 @pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED, UNUSED])
 @pytest.mark.parametrize(
     "token",
-    ["<|eom_id|>", "<|eot_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_text|>",
-     "<|return|>", "<end_of_utterance>", "<|END_OF_TURN_TOKEN|>", "[|endofturn|]", "<｜end▁of▁sentence｜>"],
-)  # fmt: skip
+    [
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|eot|>",
+        "<|eom|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<|end|>",
+        "<|end_of_text|>",
+        "<|return|>",
+        "<end_of_utterance>",
+        "<|END_OF_TURN_TOKEN|>",
+        "[|endofturn|]",
+        "<｜end▁of▁sentence｜>",
+    ],
+)
 def test_an_end_of_a_turn_or_message_ends_whatever_its_type(token, kind):
     tokenizer = with_tokens({token: kind})
     index = tokenizer.token_id(token)
@@ -63,9 +76,17 @@ def test_messages_of_models_that_return_and_call_do_not_end_generation():
 
 @pytest.mark.parametrize(
     "token",
-    ["<|im_start|>x", "<|start_header_id|>", "<start_of_turn>", "<|fim_prefix|>", "<fim_suffix>", "<｜fim▁hole｜>",
-     "<|tool|>", "<｜User｜>"],
-)  # fmt: skip
+    [
+        "<|im_start|>x",
+        "<|start_header_id|>",
+        "<start_of_turn>",
+        "<|fim_prefix|>",
+        "<fim_suffix>",
+        "<｜fim▁hole｜>",
+        "<|tool|>",
+        "<｜User｜>",
+    ],
+)
 def test_control_looking_tokens_typed_as_text_become_control_tokens(token):
     shape = token != "<|im_start|>x"
     tokenizer = with_tokens({token: NORMAL})
@@ -96,8 +117,13 @@ def test_sentencepiece_pieces_never_merge_into_a_mistyped_control_token():
 
 
 def test_a_list_of_end_tokens_and_ids_that_mean_none():
-    tokenizer = with_tokens({}, eos_token_ids=np.array([2, 7]), eot_token_id=np.uint32(2**32 - 1), eom_token_id=-1,
-                            padding_token_id=2**32 - 1)  # fmt: skip
+    tokenizer = with_tokens(
+        {},
+        eos_token_ids=np.array([2, 7]),
+        eot_token_id=np.uint32(2**32 - 1),
+        eom_token_id=-1,
+        padding_token_id=2**32 - 1,
+    )
     assert {2, 7} <= tokenizer.eos_ids
     assert tokenizer.pad_id is None
     for wrong in ([801], 7, ["a"], [True]):
@@ -108,8 +134,15 @@ def test_a_list_of_end_tokens_and_ids_that_mean_none():
 @pytest.mark.parametrize("special", [True, False])
 def test_directories_end_at_tokens_that_their_configuration_does_not_name(tmp_path, special):
     backend = json.loads(byte_level("qwen2").to_str())
-    added = {"id": 801, "content": "<|eom_id|>", "special": special, "normalized": False, "lstrip": False,
-             "rstrip": False, "single_word": False}  # fmt: skip
+    added = {
+        "id": 801,
+        "content": "<|eom_id|>",
+        "special": special,
+        "normalized": False,
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+    }
     backend["added_tokens"].append(added)
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')

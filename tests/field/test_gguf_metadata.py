@@ -17,9 +17,17 @@ from pdx.weights.load import load
 from tests import tiny_model, weight_files
 
 LAYERS = 4
-FIELDS = {"block_count": LAYERS, "context_length": 512, "embedding_length": 64, "feed_forward_length": 96,
-          "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 16,
-          "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 10000.0}  # fmt: skip
+FIELDS = {
+    "block_count": LAYERS,
+    "context_length": 512,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 16,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "rope.freq_base": 10000.0,
+}
 
 
 class Tensors:
@@ -90,42 +98,97 @@ def test_windows_a_layer():
 @pytest.mark.parametrize(
     ("arch", "fields", "said"),
     [
-        ("gemma3", {"attention__sliding_window": 8, "attention__sliding_window_pattern": [True, False]},
-         r"sliding_window_pattern is \[True, False\], expected an integer of at least 0 for each of 4 layers"),
-        ("gemma3", {"attention__sliding_window": 8, "attention__sliding_window_pattern": ["local"] * 4},
-         r"sliding_window_pattern is \['local'"),
+        (
+            "gemma3",
+            {"attention__sliding_window": 8, "attention__sliding_window_pattern": [True, False]},
+            r"sliding_window_pattern is \[True, False\], expected an integer of at least 0 for each of 4 layers",
+        ),
+        (
+            "gemma3",
+            {"attention__sliding_window": 8, "attention__sliding_window_pattern": ["local"] * 4},
+            r"sliding_window_pattern is \['local'",
+        ),
         ("gemma3", {"attention__sliding_window_pattern": [True] * 4}, "sliding_window is missing"),
         ("llama", {"attention__sliding_window": [8, -1, 8, 8]}, r"sliding_window is \[8, -1, 8, 8\]"),
         ("llama", {"attention__sliding_window": [8] * 3}, r"sliding_window is \[8, 8, 8\]"),
         ("llama", {"attention__sliding_window": 2.5}, r"sliding_window is 2\.5"),
         ("qwen2", {"attention__sliding_window": [8] * 4}, r"qwen2\.attention\.sliding_window = \[8, 8, 8, 8\]"),
     ],
-)  # fmt: skip
+)
 def test_windows_that_do_not_fit_are_refused_by_name(arch, fields, said):
     with pytest.raises((ModelFileError, UnsupportedModelError), match=said):
         read(arch, **fields)
 
 
-@pytest.mark.parametrize("value", [
-    [8, 8, 0, 0], list(range(10_000)), [True, False], ["a", "b"], [0.5, 1.5], [[1, 2], [3]], "text", 3, 0.5, True,
-    np.float32(2.5), np.int64(3), np.arange(6).reshape(2, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        [8, 8, 0, 0],
+        list(range(10_000)),
+        [True, False],
+        ["a", "b"],
+        [0.5, 1.5],
+        [[1, 2], [3]],
+        "text",
+        3,
+        0.5,
+        True,
+        np.float32(2.5),
+        np.int64(3),
+        np.arange(6).reshape(2, 3),
+    ],
+)
 def test_unknown_fields_are_refused_by_name_and_short(value):
     with pytest.raises(UnsupportedModelError, match=r"llama\.rope\.dimension_sections = ") as caught:
         read(rope__dimension_sections=value)
     assert len(str(caught.value)) < 300
 
 
-ODD = ["1024", "", b"4", 8.5, float("nan"), float("inf"), -1, 0, True, False, 2**70, [], [[2] * 4], ["2"] * 4,
-       np.float32(2), np.uint8(1), np.bool_(True), np.zeros(0), np.array(["x"]), {"a": 1}]  # fmt: skip
+ODD = [
+    "1024",
+    "",
+    b"4",
+    8.5,
+    float("nan"),
+    float("inf"),
+    -1,
+    0,
+    True,
+    False,
+    2**70,
+    [],
+    [[2] * 4],
+    ["2"] * 4,
+    np.float32(2),
+    np.uint8(1),
+    np.bool_(True),
+    np.zeros(0),
+    np.array(["x"]),
+    {"a": 1},
+]
 
 
-@pytest.mark.parametrize("field", [*FIELDS, "attention.value_length", "attention.sliding_window", "rope.scaling.type",
-                                   "attention.sliding_window_pattern", "rope.scaling.factor", "attention.causal",
-                                   "rope.scaling.attn_factor", "rope.dimension_count", "expert_count"])  # fmt: skip
+@pytest.mark.parametrize(
+    "field",
+    [
+        *FIELDS,
+        "attention.value_length",
+        "attention.sliding_window",
+        "rope.scaling.type",
+        "attention.sliding_window_pattern",
+        "rope.scaling.factor",
+        "attention.causal",
+        "rope.scaling.attn_factor",
+        "rope.dimension_count",
+        "expert_count",
+    ],
+)
 def test_odd_types_end_in_a_configuration_or_a_sentence(field):
-    said = [refusal(arch, **{field.replace(".", "__"): value}) for arch in ("llama", "gemma2", "gemma3", "qwen3")
-            for value in ODD]  # fmt: skip
+    said = [
+        refusal(arch, **{field.replace(".", "__"): value})
+        for arch in ("llama", "gemma2", "gemma3", "qwen3")
+        for value in ODD
+    ]
     assert max(map(len, said)) < 400
     assert sum(map(bool, said)) > 30
 
@@ -138,8 +201,13 @@ def test_whole_floats_and_numpy_scalars_are_numbers():
         read(context_length="512")
 
 
-VISION = {"mm__tokens_per_image": 256, "vision__block_count": 27, "vision__image_mean": [0.5, 0.5, 0.5],
-          "vision__image_size": 896, "vision__attention__layer_norm_epsilon": 1e-6}  # fmt: skip
+VISION = {
+    "mm__tokens_per_image": 256,
+    "vision__block_count": 27,
+    "vision__image_mean": [0.5, 0.5, 0.5],
+    "vision__image_size": 896,
+    "vision__attention__layer_norm_epsilon": 1e-6,
+}
 
 
 def test_fields_of_an_image_encoder_are_passed_over_and_said():
@@ -149,8 +217,11 @@ def test_fields_of_an_image_encoder_are_passed_over_and_said():
     (note,) = notes
     assert "5 metadata fields" in note
     assert "gemma3.mm.tokens_per_image" in note
-    metadata = {"general.architecture": "llama", "clip.has_vision_encoder": True,
-                **{f"llama.{key}": value for key, value in FIELDS.items()}}  # fmt: skip
+    metadata = {
+        "general.architecture": "llama",
+        "clip.has_vision_encoder": True,
+        **{f"llama.{key}": value for key, value in FIELDS.items()},
+    }
     assert config_from_gguf(metadata, Tensors(), "x.gguf", notes)[1] == read()
     assert "1 metadata field of" in notes[1]
     with pytest.raises(UnsupportedModelError, match=r"gemma3\.visions = 1"):

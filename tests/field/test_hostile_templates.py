@@ -31,7 +31,7 @@ MUCH = {
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "a doubled list": "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "a doubling block": "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set y %}{{ ns.x }}{{ ns.x }}"
-                        "{% endset %}{% set ns.x = y %}{% endfor %}",
+    "{% endset %}{% set ns.x = y %}{% endfor %}",
     "a width": "{{ '%999999999d' % 3 }}{{ '{:>999999999}'.format(3) }}",
     "center": "{{ 'a' | center(10**9) }}",
     "indent": "{{ messages | tojson(indent=10**9) }}",
@@ -48,8 +48,8 @@ MUCH = {
     "nesting": "{% if 1 %}" * 3000 + "x" + "{% endif %}" * 3000,
     "brackets": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
     "a deep value": "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}"
-                    "{{ ns.x | tojson }}",
-}  # fmt: skip
+    "{{ ns.x | tojson }}",
+}
 
 
 @pytest.mark.parametrize("what", MUCH)
@@ -121,14 +121,20 @@ def test_the_process_survives_ctrl_c_threads_and_its_own_death(renderer):
     os.kill(renderer._process.pid, signal.SIGKILL)
     renderer._process.wait()
     with ThreadPoolExecutor(4) as pool:
-        texts = list(pool.map(lambda i: renderer.render("{{ messages[0].content }}", {
-            "messages": [{"content": str(i)}]}, "model"), range(200)))  # fmt: skip
+        texts = list(
+            pool.map(
+                lambda i: renderer.render("{{ messages[0].content }}", {"messages": [{"content": str(i)}]}, "model"),
+                range(200),
+            )
+        )
     assert texts == [str(i) for i in range(200)]
 
 
 def test_the_process_ends_with_its_owner():
-    script = ("from pdx.tokenizer import render; render.render('x', {}, 'm'); "
-              "print(render._default._process.pid, flush=True); import os; os._exit(0)")  # fmt: skip
+    script = (
+        "from pdx.tokenizer import render; render.render('x', {}, 'm'); "
+        "print(render._default._process.pid, flush=True); import os; os._exit(0)"
+    )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     pid = int(shown.stdout)
     for _ in range(200):
@@ -145,7 +151,7 @@ def test_the_process_ends_with_its_owner():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_child_renders_whatever_the_parents_threads_do():
-    script = '''
+    script = """
 import os, signal
 from pdx.tokenizer import render
 render.render("x", {}, "m")
@@ -157,7 +163,7 @@ if child == 0:
 ended = os.waitpid(child, 0)[1]
 render._default._lock.release()
 print(ended, render.render("{{ y }}", {"y": "parent"}, "m"))
-'''
+"""
     shown = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout == "0 parent\n"
 

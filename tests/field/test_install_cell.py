@@ -54,8 +54,14 @@ def run(folder: Path, *, source="", devices=(), before="", pip="sys.exit('no suc
     clean = {k: v for k, v in os.environ.items() if not k.startswith(NAMED)}
     (folder / "alone").mkdir(exist_ok=True)
     path = os.pathsep.join([str(folder), *([] if bare else [str(ROOT)])])
-    done = subprocess.run([sys.executable, *(["-S"] if bare else []), "-c", code], cwd=folder / "alone", text=True,
-                          capture_output=True, env=clean | {"PYTHONPATH": path} | env, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *(["-S"] if bare else []), "-c", code],
+        cwd=folder / "alone",
+        text=True,
+        capture_output=True,
+        env=clean | {"PYTHONPATH": path} | env,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return done.stdout, calls
@@ -65,8 +71,12 @@ RUNTIMES = {
     "Colab, TPU v5e-1": ({"COLAB_TPU_1VM": "1", "TPU_ACCELERATOR_TYPE": "v5e-1", "COLAB_GPU": ""}, (), {}, "[tpu]"),
     "a TPU of the first kind": ({"COLAB_TPU_ADDR": "10.0.0.2:8470"}, (), {}, "[tpu]"),
     "a TPU machine that names none": ({}, ("/dev/accel0",), {}, "[tpu]"),
-    "Colab, libtpu is the only sign": ({"COLAB_RELEASE_TAG": "release", "COLAB_GPU": "0"}, (),
-                                       {"libtpu": "0.0.21.1"}, "[tpu]"),
+    "Colab, libtpu is the only sign": (
+        {"COLAB_RELEASE_TAG": "release", "COLAB_GPU": "0"},
+        (),
+        {"libtpu": "0.0.21.1"},
+        "[tpu]",
+    ),
     "libtpu without a TPU must fit too": ({}, (), {"libtpu": "0.0.21.1"}, "[tpu]"),
     "Colab, GPU": ({"COLAB_GPU": "1", "COLAB_TPU_1VM": ""}, ("/dev/nvidia0",), {}, "[cuda]"),
     "Colab, GPU by its variable": ({"COLAB_GPU": "1"}, (), {}, "[cuda]"),
@@ -76,7 +86,7 @@ RUNTIMES = {
     "a plugin without a GPU must fit too": ({}, (), {"jax-cuda12-plugin": "0.7.2"}, "[cuda]"),
     "Colab, CPU": ({"COLAB_GPU": "0", "COLAB_TPU_1VM": "", "COLAB_RELEASE_TAG": "release"}, (), {}, ""),
     "anywhere else": ({}, (), {}, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -97,7 +107,7 @@ SOURCES = {
     "https://host/owner/pdx": "pdx-inference[tpu] @ git+https://host/owner/pdx",
     "git@host:owner/pdx.git": "pdx-inference[tpu] @ git+ssh://git@host/owner/pdx.git",
     f"https://host/{WHEEL}": f"pdx-inference[tpu] @ https://host/{WHEEL}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -126,8 +136,10 @@ def test_without_a_source_it_takes_the_wheel_beside_the_notebook_or_the_checkout
     assert run(tmp_path)[1][-1][-1] == f"pdx-inference @ {(tmp_path / 'alone' / WHEEL).as_uri()}"
 
 
-@pytest.mark.parametrize(("source", "says"), [("", "set SOURCE"), ("no/such.whl", "'no/such.whl' is no file"),
-                                              ("pdx_interference", "is no file")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("", "set SOURCE"), ("no/such.whl", "'no/such.whl' is no file"), ("pdx_interference", "is no file")],
+)
 def test_without_anything_to_install_it_says_so(tmp_path, source, says):
     said, calls = run(tmp_path, source=source)
     assert said.startswith("STOP")
@@ -168,7 +180,8 @@ def test_if_jax_was_imported_it_asks_for_a_restart_and_nothing_else(tmp_path):
     options = {"source": "pdx-inference", "before": loaded, "pip": upgrade, **TPU}
     first, calls = run(tmp_path, **options)
     assert [line for line in first.splitlines() if line.startswith("STOP")] == [
-        "STOP Restart the runtime (Colab: Runtime > Restart session), then run from the first cell on."]  # fmt: skip
+        "STOP Restart the runtime (Colab: Runtime > Restart session), then run from the first cell on."
+    ]
     assert "backend" not in first
     # Once more without a restart: what is installed is right now, what is loaded is not.
     again, more = run(tmp_path, **options)

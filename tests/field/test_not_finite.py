@@ -136,8 +136,11 @@ def test_which_rows_have_no_token(setting):
 
 def test_settings_that_f32_cannot_hold_break_nothing(sound):
     expected = pdx.generate(sound, "Hello", max_tokens=5, ignore_eos=True, logit_bias={50: 100.0})[0].token_ids
-    for settings in ({"logit_bias": {50: 1e300, 3: -1e300}}, {"logit_bias": {50: 1e300}, "repetition_penalty": 1e300},
-                     {"logit_bias": {50: 1e300}, "temperature": 1e300, "top_k": 1}):  # fmt: skip
+    for settings in (
+        {"logit_bias": {50: 1e300, 3: -1e300}},
+        {"logit_bias": {50: 1e300}, "repetition_penalty": 1e300},
+        {"logit_bias": {50: 1e300}, "temperature": 1e300, "top_k": 1},
+    ):
         assert pdx.generate(sound, "Hello", max_tokens=5, ignore_eos=True, **settings)[0].token_ids == expected
 
 
@@ -174,7 +177,8 @@ def test_every_command_says_so_and_fails(overflowing, tmp_path):
     requests = tmp_path / "requests.jsonl"
     requests.write_text('\n{"prompt": "hello"}\n')
     assert "requests.jsonl, line 2: the logits behind token 4 " in run(
-        "generate", "--prompts", requests, "--output", tmp_path / "answers.jsonl", *model)  # fmt: skip
+        "generate", "--prompts", requests, "--output", tmp_path / "answers.jsonl", *model
+    )
     assert "window 0" in run("eval", "ppl", overflowing, "--max-tokens", 300, "--window", 128, "--stride", 64, "--json")
 
 

@@ -15,8 +15,11 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 def parse(url=CHAT, row=None, **body):
     body = ({"messages": HELLO} if url == CHAT else {"prompt": "Hello"}) | body
-    return openai_rows.parse(3, {"custom_id": "a", "method": "POST", "url": url, "body": body} | (row or {}),
-                             SamplingOptions(max_tokens=7, top_p=0.5))  # fmt: skip
+    return openai_rows.parse(
+        3,
+        {"custom_id": "a", "method": "POST", "url": url, "body": body} | (row or {}),
+        SamplingOptions(max_tokens=7, top_p=0.5),
+    )
 
 
 @pytest.mark.parametrize("url", [CHAT, TEXT])
@@ -43,8 +46,11 @@ def test_null_is_the_default_of_every_field(url):
         (CHAT, {"seed": -1}, {"seed": 2**64 - 1}),
         (CHAT, {"temperature": 0.5, "top_p": 0.25}, {"temperature": 0.5, "top_p": 0.25}),
         (CHAT, {"presence_penalty": 1, "frequency_penalty": -1}, {"presence_penalty": 1.0, "frequency_penalty": -1.0}),
-        (CHAT, {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "stop_token_ids": [3]},
-         {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "stop_token_ids": (3,)}),
+        (
+            CHAT,
+            {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "stop_token_ids": [3]},
+            {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "stop_token_ids": (3,)},
+        ),
         (CHAT, {"top_k": -1}, {"top_k": 0}),
         (CHAT, {"logprobs": True}, {"logprobs": 0}),
         (CHAT, {"logprobs": True, "top_logprobs": 20}, {"logprobs": 20}),
@@ -53,7 +59,7 @@ def test_null_is_the_default_of_every_field(url):
         (TEXT, {"logprobs": 5}, {"logprobs": 5}),
         (TEXT, {"logprobs": 0}, {"logprobs": 0}),
     ],
-)  # fmt: skip
+)
 def test_settings_are_served(url, body, wanted):
     options = parse(url, **body).options
     assert {name: getattr(options, name) for name in wanted} == wanted
@@ -65,11 +71,18 @@ def test_settings_are_served(url, body, wanted):
         (CHAT, {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "functions": [], "n": 1}),
         (CHAT, {"function_call": "auto", "modalities": ["text"], "parallel_tool_calls": False, "verbosity": "medium"}),
         (CHAT, {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "s"}),
-        (CHAT, {"prompt_cache_key": "k", "prediction": {"type": "content", "content": "x"}, "stream": False,
-                "stream_options": {"include_usage": True}}),
+        (
+            CHAT,
+            {
+                "prompt_cache_key": "k",
+                "prediction": {"type": "content", "content": "x"},
+                "stream": False,
+                "stream_options": {"include_usage": True},
+            },
+        ),
         (TEXT, {"echo": False, "suffix": "", "best_of": 1, "n": 1, "user": "u", "stream": False}),
     ],
-)  # fmt: skip
+)
 def test_what_changes_no_answer_is_passed_over(url, body):
     assert parse(url, **body).options == parse(url).options
 
@@ -77,20 +90,52 @@ def test_what_changes_no_answer_is_passed_over(url, body):
 @pytest.mark.parametrize(
     ("url", "field", "value"),
     [
-        (CHAT, "n", 2), (CHAT, "n", True), (CHAT, "stream", True), (CHAT, "tools", [{}]), (CHAT, "functions", [{}]),
-        (CHAT, "tool_choice", "required"), (CHAT, "response_format", {"type": "json_object"}),
-        (CHAT, "modalities", ["text", "audio"]), (CHAT, "audio", {"voice": "x"}), (CHAT, "web_search_options", {}),
-        (CHAT, "verbosity", "low"), (CHAT, "continue_final_message", True), (CHAT, "chat_template", "x"),
-        (CHAT, "min_tokens", 2), (CHAT, "guided_json", {}), (CHAT, "echo", True), (CHAT, "moderation", {"model": "m"}),
-        (CHAT, "logprobs", 3), (CHAT, "top_logprobs", 2), (CHAT, "temperature", "hot"), (CHAT, "stop", ""),
-        (CHAT, "max_tokens", 0), (CHAT, "chat_template_kwargs", []), (CHAT, "chat_template_kwargs", {"messages": []}),
-        (CHAT, "add_generation_prompt", "yes"), (CHAT, "model", 5), (CHAT, "prompt", "x"), (CHAT, "temprature", 1),
-        (CHAT, "messages", None), (CHAT, "messages", "Hello"), (CHAT, "messages", []), (CHAT, "seed", 1.5),
-        (TEXT, "echo", True), (TEXT, "suffix", "x"), (TEXT, "best_of", 2), (TEXT, "logprobs", True),
-        (TEXT, "logprobs", 21), (TEXT, "top_logprobs", 2), (TEXT, "prompt", ["a", "b"]), (TEXT, "prompt", []),
-        (TEXT, "prompt", None), (TEXT, "prompt", [[1], [2]]), (TEXT, "prompt", [1, "a"]), (TEXT, "prompt", [True]),
+        (CHAT, "n", 2),
+        (CHAT, "n", True),
+        (CHAT, "stream", True),
+        (CHAT, "tools", [{}]),
+        (CHAT, "functions", [{}]),
+        (CHAT, "tool_choice", "required"),
+        (CHAT, "response_format", {"type": "json_object"}),
+        (CHAT, "modalities", ["text", "audio"]),
+        (CHAT, "audio", {"voice": "x"}),
+        (CHAT, "web_search_options", {}),
+        (CHAT, "verbosity", "low"),
+        (CHAT, "continue_final_message", True),
+        (CHAT, "chat_template", "x"),
+        (CHAT, "min_tokens", 2),
+        (CHAT, "guided_json", {}),
+        (CHAT, "echo", True),
+        (CHAT, "moderation", {"model": "m"}),
+        (CHAT, "logprobs", 3),
+        (CHAT, "top_logprobs", 2),
+        (CHAT, "temperature", "hot"),
+        (CHAT, "stop", ""),
+        (CHAT, "max_tokens", 0),
+        (CHAT, "chat_template_kwargs", []),
+        (CHAT, "chat_template_kwargs", {"messages": []}),
+        (CHAT, "add_generation_prompt", "yes"),
+        (CHAT, "model", 5),
+        (CHAT, "prompt", "x"),
+        (CHAT, "temprature", 1),
+        (CHAT, "messages", None),
+        (CHAT, "messages", "Hello"),
+        (CHAT, "messages", []),
+        (CHAT, "seed", 1.5),
+        (TEXT, "echo", True),
+        (TEXT, "suffix", "x"),
+        (TEXT, "best_of", 2),
+        (TEXT, "logprobs", True),
+        (TEXT, "logprobs", 21),
+        (TEXT, "top_logprobs", 2),
+        (TEXT, "prompt", ["a", "b"]),
+        (TEXT, "prompt", []),
+        (TEXT, "prompt", None),
+        (TEXT, "prompt", [[1], [2]]),
+        (TEXT, "prompt", [1, "a"]),
+        (TEXT, "prompt", [True]),
     ],
-)  # fmt: skip
+)
 def test_what_would_change_the_answer_is_refused_by_name(url, field, value):
     with pytest.raises(RequestError, match=field):
         parse(url, **{field: value})
@@ -145,10 +190,18 @@ def read(tmp_path, *rows):
 
 def test_the_envelope_of_a_row(tmp_path):
     body = {"messages": HELLO}
-    rows = [{"custom_id": "a", "body": body}, {"custom_id": "b", "url": None, "method": None, "body": {"prompt": "x"}},
-            {"custom_id": "c", "url": "/v1/responses", "body": body}, {"custom_id": 4, "body": body},
-            {"custom_id": "e", "body": None}, {"custom_id": "f", "url": CHAT}, {"body": body}, [], 7,
-            {"custom_id": "g", "method": "GET", "body": body}]  # fmt: skip
+    rows = [
+        {"custom_id": "a", "body": body},
+        {"custom_id": "b", "url": None, "method": None, "body": {"prompt": "x"}},
+        {"custom_id": "c", "url": "/v1/responses", "body": body},
+        {"custom_id": 4, "body": body},
+        {"custom_id": "e", "body": None},
+        {"custom_id": "f", "url": CHAT},
+        {"body": body},
+        [],
+        7,
+        {"custom_id": "g", "method": "GET", "body": body},
+    ]
     requests = read(tmp_path, *rows)
     assert [r.line for r in requests if r.error] == [3, 4, 5, 6, 7, 8, 9, 10]
     assert "/v1/completions" in str(requests[2].error)
@@ -182,19 +235,33 @@ def test_the_note_names_only_what_is_passed_over(tmp_path):
         class tokenizer:
             template_names = frozenset({"enable_thinking"})
 
-    body = {"messages": [{"role": "user", "content": "Hi"}], "reasoning_effort": "low",
-            "chat_template_kwargs": {"other": 1, "enable_thinkng": 1}}  # fmt: skip
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "reasoning_effort": "low",
+        "chat_template_kwargs": {"other": 1, "enable_thinkng": 1},
+    }
     assert unread_names(Model, read(tmp_path, {"custom_id": "a", "body": body})) == ["other"]
 
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("temprature", "temperature"), ("Temperature", "temperature"), ("maxTokens", "max_tokens"), ("top-p", "top_p"),
-     ("max_new_tokens", "max_tokens"), ("max_completion_tokens", "max_tokens"),
-     ("repeat_penalty", "repetition_penalty"),
-     ("stop_sequences", "stop"), ("logprob", "logprobs"), ("topk", "top_k"), ("do_sample", "temperature"),
-     ("ignore_EOS", "ignore_eos"), ("n", "no setting of pdx"), ("response_format", "no setting of pdx")],
-)  # fmt: skip
+    [
+        ("temprature", "temperature"),
+        ("Temperature", "temperature"),
+        ("maxTokens", "max_tokens"),
+        ("top-p", "top_p"),
+        ("max_new_tokens", "max_tokens"),
+        ("max_completion_tokens", "max_tokens"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("stop_sequences", "stop"),
+        ("logprob", "logprobs"),
+        ("topk", "top_k"),
+        ("do_sample", "temperature"),
+        ("ignore_EOS", "ignore_eos"),
+        ("n", "no setting of pdx"),
+        ("response_format", "no setting of pdx"),
+    ],
+)
 def test_a_misspelt_setting_of_a_plain_row_is_refused_with_the_right_name(tmp_path, key, name):
     (request,) = read(tmp_path, {"prompt": "x", key: 5})
     with pytest.raises(RequestError, match=f"line 1: '{key}' is no setting.*{name}" if "no" not in name else name):
@@ -209,8 +276,23 @@ def test_openai_rows_are_not_for_generate(tmp_path):
 
 
 def test_keys_of_ones_own_and_nulls_stay(tmp_path):
-    own = {"id": 1, "tag": "a", "topic": "b", "source": "c", "token_ids": [1], "prompt_tokens": 3, "step": 4, "user": 2,
-           "metadata": {}, "label": 1, "text": "", "seed": None, "temperature": None, "messages": None, "n": 1}
+    own = {
+        "id": 1,
+        "tag": "a",
+        "topic": "b",
+        "source": "c",
+        "token_ids": [1],
+        "prompt_tokens": 3,
+        "step": 4,
+        "user": 2,
+        "metadata": {},
+        "label": 1,
+        "text": "",
+        "seed": None,
+        "temperature": None,
+        "messages": None,
+        "n": 1,
+    }
     (request,) = read(tmp_path, {"prompt": "x", **own})
     assert request.error is None
     assert request.options == SamplingOptions()
@@ -235,9 +317,14 @@ def test_a_file_of_all_kinds_is_answered_row_by_row(directory, tmp_path):
         return {"custom_id": name, "url": url, "body": start | {"max_tokens": 3, "ignore_eos": True} | body}
 
     rows = [
-        row("plain"), row("thinks", chat_template_kwargs={"enable_thinking": False}), row("two", n=2),
-        row("kwarg", chat_template_kwargs={"enable_thinkin": 1}), row("effort", reasoning_effort="low"),
-        row("top", logprobs=True, top_logprobs=4), row("text", TEXT, logprobs=2), row("ids", TEXT, prompt=[5, 6]),
+        row("plain"),
+        row("thinks", chat_template_kwargs={"enable_thinking": False}),
+        row("two", n=2),
+        row("kwarg", chat_template_kwargs={"enable_thinkin": 1}),
+        row("effort", reasoning_effort="low"),
+        row("top", logprobs=True, top_logprobs=4),
+        row("text", TEXT, logprobs=2),
+        row("ids", TEXT, prompt=[5, 6]),
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
@@ -258,4 +345,5 @@ def test_a_file_of_all_kinds_is_answered_row_by_row(directory, tmp_path):
     assert bodies["plain"]["choices"][0]["logprobs"] is None
     lists = bodies["text"]["choices"][0]["logprobs"]
     assert {name: len(x) for name, x in lists.items()} == dict.fromkeys(
-        ("tokens", "token_logprobs", "top_logprobs", "text_offset"), 3)  # fmt: skip
+        ("tokens", "token_logprobs", "top_logprobs", "text_offset"), 3
+    )

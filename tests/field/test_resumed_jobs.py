@@ -256,11 +256,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     nowhere = tmp_path / "nowhere"
     nowhere.symlink_to(tmp_path / "none" / "out")
     for path, says in (
-        (source, "is the file of requests"), (same, "is the file of requests"), (hard, "is the file of requests"),
-        (loop, "symbolic links"), (tmp_path, "is a directory"), (into_folder, "is a directory"),
-        (tmp_path / "none" / "out", "make it first"), (nowhere, "make it first"), (source / "out", "cannot be written"),
-        (tmp_path / ("x" * 300), "name too long"), (type(tmp_path)("/proc/out"), "cannot be written"),
-    ):  # fmt: skip
+        (source, "is the file of requests"),
+        (same, "is the file of requests"),
+        (hard, "is the file of requests"),
+        (loop, "symbolic links"),
+        (tmp_path, "is a directory"),
+        (into_folder, "is a directory"),
+        (tmp_path / "none" / "out", "make it first"),
+        (nowhere, "make it first"),
+        (source / "out", "cannot be written"),
+        (tmp_path / ("x" * 300), "name too long"),
+        (type(tmp_path)("/proc/out"), "cannot be written"),
+    ):
         with pytest.raises(RequestError, match=f"(?i){says}"):
             check_output(path, source)
     assert source.read_text() == "{}\n"

@@ -10,13 +10,25 @@ from pdx.config import RopeConfig
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.families import config_from_hf
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-         "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8, "num_key_value_heads": 2}
 GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "num_key_value_heads": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN_FACTOR = 0.1 * math.log(4.0) + 1
 
@@ -30,17 +42,37 @@ def rope(scaling, config=LLAMA, **changes) -> RopeConfig:
     return read(config, rope_scaling=scaling, **changes)[0].rope
 
 
-@pytest.mark.parametrize("nothing", [None, {}, {"type": "default"}, {"rope_type": "default"}, {"type": "default",
-                         "rope_type": "default"}, {"rope_type": "default", "rope_theta": 10000.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        None,
+        {},
+        {"type": "default"},
+        {"rope_type": "default"},
+        {"type": "default", "rope_type": "default"},
+        {"rope_type": "default", "rope_theta": 10000.0},
+    ],
+)
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_no_scaling_however_it_is_written(key, nothing):
     cfg, notes = read(**{key: nothing})
     assert (cfg.rope, cfg.max_context, notes) == (RopeConfig(10_000.0), 256, [])
 
 
-@pytest.mark.parametrize("extra", [{"finetuned": True}, {"finetuned": False}, {"type": "yarn"}, {"beta_fast": None},
-                                   {"attn_factor": 1.0}, {"attn_factor": 1}, {"extrapolation_factor": 1.0},
-                                   {"apply_yarn_scaling": True}, {"attention_factor": None}])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"finetuned": True},
+        {"finetuned": False},
+        {"type": "yarn"},
+        {"beta_fast": None},
+        {"attn_factor": 1.0},
+        {"attn_factor": 1},
+        {"extrapolation_factor": 1.0},
+        {"apply_yarn_scaling": True},
+        {"attention_factor": None},
+    ],
+)
 def test_extras_that_change_nothing(extra):
     cfg, notes = read(rope_scaling=YARN | extra)
     assert cfg == read(rope_scaling=YARN)[0]
@@ -96,13 +128,22 @@ def test_numbers_of_the_wrong_kind_are_named(key, value):
         read(rope_scaling=YARN | {key: value})
 
 
-@pytest.mark.parametrize("changes", [
-    {"rope_scaling": "yarn"}, {"rope_scaling": [YARN]}, {"rope_parameters": {"full_attention": "linear"}},
-    {"rope_theta": "10000"}, {"rope_scaling": YARN, "rope_theta": 1.0}, {"rope_scaling": YARN | {"rope_theta": 1}},
-    {"rope_scaling": LINEAR | {"factor": 1e308}}, {"rope_scaling": LINEAR | {"factor": 10**400}},
-    {"rope_scaling": YARN | {"original_max_position_embeddings": 10**400}}, {"original_max_position_embeddings": "64"},
-    {"rope_scaling": {"type": "yarn"}, "original_max_position_embeddings": [64]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": [YARN]},
+        {"rope_parameters": {"full_attention": "linear"}},
+        {"rope_theta": "10000"},
+        {"rope_scaling": YARN, "rope_theta": 1.0},
+        {"rope_scaling": YARN | {"rope_theta": 1}},
+        {"rope_scaling": LINEAR | {"factor": 1e308}},
+        {"rope_scaling": LINEAR | {"factor": 10**400}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 10**400}},
+        {"original_max_position_embeddings": "64"},
+        {"rope_scaling": {"type": "yarn"}, "original_max_position_embeddings": [64]},
+    ],
+)
 def test_other_shapes_and_numbers_end_in_a_sentence(changes):
     with pytest.raises(ModelFileError, match=r"config\.json: "):
         read(**changes)
@@ -156,8 +197,10 @@ def test_the_context_that_a_scaling_gives(scaling, config, context):
 
 
 def test_entries_per_layer_type():
-    both = {"full_attention": LINEAR | {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "default",
-                                                                                  "rope_theta": 1e4}}  # fmt: skip
+    both = {
+        "full_attention": LINEAR | {"rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
     cfg, _ = read(GEMMA3, rope_parameters=both)
     assert (cfg.rope, cfg.rope_window) == (RopeConfig(1e6, (4.0,) * 4), RopeConfig(1e4))
     old, _ = read(GEMMA3, rope_scaling=LINEAR, rope_theta=1e6, rope_local_base_freq=1e4)

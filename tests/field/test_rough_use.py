@@ -246,23 +246,26 @@ def test_lists_are_taken_as_arrays():
 TOKENS, LENGTHS, ACTIVE = np.full((B, 3), 5, np.int32), np.array([3, 2]), np.ones(B, bool)
 
 
-@pytest.mark.parametrize(("step", "arguments", "says"), [
-    ("prefill", (TOKENS[:, 0], LENGTHS), r"tokens must be whole numbers \[B, T\] = \[2, any\], not of shape \[2\]"),
-    ("prefill", (TOKENS.astype(float), LENGTHS), "tokens must be whole numbers .*, not float64"),
-    ("prefill", ([[5, 6], [7]], [2, 1]), "tokens must be whole numbers .*cannot be made an array"),
-    ("prefill", (TOKENS, [3]), r"lengths must be whole numbers \[B\] = \[2\], not of shape \[1\]"),
-    ("prefill", (TOKENS, [3, 1.5]), "lengths must be whole numbers .*, not float64"),
-    ("prefill", (TOKENS, [True, False]), "lengths must be whole numbers .*, not bool"),
-    ("prefill", (TOKENS + 200, LENGTHS), "tokens hold 205, but the model's tokens are 0 to 95"),
-    ("prefill", ([[5, 6], [7, -1]], [2, 2]), "tokens hold -1"),
-    ("verify", (TOKENS, LENGTHS[:, None]), r"lengths must be .* not of shape \[2, 1\]"),
-    ("decode_step", (TOKENS[:, :1], ACTIVE), r"tokens must be whole numbers \[B\] = \[2\], not of shape \[2, 1\]"),
-    ("decode_step", (TOKENS[:1, 0], ACTIVE), "tokens must be"),
-    ("decode_step", (TOKENS[:, 0], [1, 0]), "active must be bool .*, not int64"),
-    ("decode_step", (TOKENS[:, 0], [True]), r"active must be bool \[B\] = \[2\], not of shape \[1\]"),
-    ("decode_step", ([5, 96], ACTIVE), "tokens hold 96"),
-    ("decode_step", (None, ACTIVE), "tokens must be whole numbers .*, not object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "arguments", "says"),
+    [
+        ("prefill", (TOKENS[:, 0], LENGTHS), r"tokens must be whole numbers \[B, T\] = \[2, any\], not of shape \[2\]"),
+        ("prefill", (TOKENS.astype(float), LENGTHS), "tokens must be whole numbers .*, not float64"),
+        ("prefill", ([[5, 6], [7]], [2, 1]), "tokens must be whole numbers .*cannot be made an array"),
+        ("prefill", (TOKENS, [3]), r"lengths must be whole numbers \[B\] = \[2\], not of shape \[1\]"),
+        ("prefill", (TOKENS, [3, 1.5]), "lengths must be whole numbers .*, not float64"),
+        ("prefill", (TOKENS, [True, False]), "lengths must be whole numbers .*, not bool"),
+        ("prefill", (TOKENS + 200, LENGTHS), "tokens hold 205, but the model's tokens are 0 to 95"),
+        ("prefill", ([[5, 6], [7, -1]], [2, 2]), "tokens hold -1"),
+        ("verify", (TOKENS, LENGTHS[:, None]), r"lengths must be .* not of shape \[2, 1\]"),
+        ("decode_step", (TOKENS[:, :1], ACTIVE), r"tokens must be whole numbers \[B\] = \[2\], not of shape \[2, 1\]"),
+        ("decode_step", (TOKENS[:1, 0], ACTIVE), "tokens must be"),
+        ("decode_step", (TOKENS[:, 0], [1, 0]), "active must be bool .*, not int64"),
+        ("decode_step", (TOKENS[:, 0], [True]), r"active must be bool \[B\] = \[2\], not of shape \[1\]"),
+        ("decode_step", ([5, 96], ACTIVE), "tokens hold 96"),
+        ("decode_step", (None, ACTIVE), "tokens must be whole numbers .*, not object"),
+    ],
+)
 def test_arguments_of_steps_that_do_not_fit(step, arguments, says):
     cache = pdx.init_cache(LLAMA, B, 128)
     with pytest.raises(RequestError, match=says):
@@ -278,51 +281,64 @@ def decode_many(n=2, **settings):
     return pdx.decode_many(params(LLAMA), settings.pop("cfg", LLAMA), [5, 6], cache, sampling, n, **settings)
 
 
-@pytest.mark.parametrize(("call", "says"), [
-    (lambda: decode_many(0), "n is 0: it must be a whole number of at least 1"),
-    (lambda: decode_many(True), "n is True"),
-    (lambda: decode_many(2, steps=-1), "steps is -1: it must be a whole number"),
-    (lambda: decode_many(2, sampling=SamplingOptions()), "sampling is SamplingOptions: it must be what SamplingState"),
-    (lambda: decode_many(2, cache={"k": 1}), "cache is dict: it must be a DenseCache, which pdx.init_cache makes"),
-    (lambda: decode_many(2, cfg="llama"), "cfg is str: it must be a ModelConfig"),
-    (lambda: pdx.init_cache(LLAMA, 0, 128), "batch 0, .* must be at least 1"),
-    (lambda: pdx.init_cache(LLAMA, 1.5, 128), "batch is 1.5: it must be a whole number"),
-    (lambda: pdx.init_cache(LLAMA, 1, True), "capacity is True: it must be a whole number"),
-    (lambda: pdx.init_cache(LLAMA, 1, 128, dtype=jnp.int32), "of a cache is not one of f32, bf16, f16, int8"),
-    (lambda: pdx.init_cache(LLAMA, 1, 128, dtype="int4"), "'int4' of a cache is not one of"),
-    (lambda: pdx.init_cache(LLAMA, 1, 128, dtype=None), "None of a cache is not one of"),
-    (lambda: pdx.init_paged_cache(LLAMA, 2, dtype=bool), "of a cache is not one of"),
-    (lambda: pdx.init_paged_cache(LLAMA, 2.5), "pages is 2.5: it must be a whole number"),
-    (lambda: pdx.init_cache("llama", 1, 128), "cfg is str: it must be a ModelConfig"),
-    (lambda: pdx.load(5), "model is 5: it must be a name"),
-    (lambda: pdx.load(""), "the name is empty"),
-    (lambda: pdx.load(None), "model is None: it must be a name"),
-    (lambda: pdx.generate("smollm2", "hi"), "model is 'smollm2': it must be what pdx.load returns"),
-    (lambda: pdx.Engine("smollm2"), "model is str: it must be a .*Model"),
-    (lambda: EngineRequest("hi"), "prompt is 'hi': an EngineRequest takes token ids"),
-    (lambda: EngineRequest((1, 2.5)), "a token id of prompt is 2.5"),
-    (lambda: EngineRequest((1,), timeout_s=-1), "timeout_s is -1"),
-    (lambda: EngineRequest((1,), {"max_tokens": 3}), "options is .*: it must be SamplingOptions"),
-    (lambda: EngineRequest((1,), mask=[True]), "mask is .*: it must be a function"),
-    (lambda: pdx.EngineConfig(slots=True), "slots is True"),
-    (lambda: pdx.EngineConfig(overlap="no"), "overlap is 'no': it must be true or false"),
-    (lambda: pdx.EngineConfig(tpot_s=float("nan")), "tpot_s is nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: decode_many(0), "n is 0: it must be a whole number of at least 1"),
+        (lambda: decode_many(True), "n is True"),
+        (lambda: decode_many(2, steps=-1), "steps is -1: it must be a whole number"),
+        (
+            lambda: decode_many(2, sampling=SamplingOptions()),
+            "sampling is SamplingOptions: it must be what SamplingState",
+        ),
+        (lambda: decode_many(2, cache={"k": 1}), "cache is dict: it must be a DenseCache, which pdx.init_cache makes"),
+        (lambda: decode_many(2, cfg="llama"), "cfg is str: it must be a ModelConfig"),
+        (lambda: pdx.init_cache(LLAMA, 0, 128), "batch 0, .* must be at least 1"),
+        (lambda: pdx.init_cache(LLAMA, 1.5, 128), "batch is 1.5: it must be a whole number"),
+        (lambda: pdx.init_cache(LLAMA, 1, True), "capacity is True: it must be a whole number"),
+        (lambda: pdx.init_cache(LLAMA, 1, 128, dtype=jnp.int32), "of a cache is not one of f32, bf16, f16, int8"),
+        (lambda: pdx.init_cache(LLAMA, 1, 128, dtype="int4"), "'int4' of a cache is not one of"),
+        (lambda: pdx.init_cache(LLAMA, 1, 128, dtype=None), "None of a cache is not one of"),
+        (lambda: pdx.init_paged_cache(LLAMA, 2, dtype=bool), "of a cache is not one of"),
+        (lambda: pdx.init_paged_cache(LLAMA, 2.5), "pages is 2.5: it must be a whole number"),
+        (lambda: pdx.init_cache("llama", 1, 128), "cfg is str: it must be a ModelConfig"),
+        (lambda: pdx.load(5), "model is 5: it must be a name"),
+        (lambda: pdx.load(""), "the name is empty"),
+        (lambda: pdx.load(None), "model is None: it must be a name"),
+        (lambda: pdx.generate("smollm2", "hi"), "model is 'smollm2': it must be what pdx.load returns"),
+        (lambda: pdx.Engine("smollm2"), "model is str: it must be a .*Model"),
+        (lambda: EngineRequest("hi"), "prompt is 'hi': an EngineRequest takes token ids"),
+        (lambda: EngineRequest((1, 2.5)), "a token id of prompt is 2.5"),
+        (lambda: EngineRequest((1,), timeout_s=-1), "timeout_s is -1"),
+        (lambda: EngineRequest((1,), {"max_tokens": 3}), "options is .*: it must be SamplingOptions"),
+        (lambda: EngineRequest((1,), mask=[True]), "mask is .*: it must be a function"),
+        (lambda: pdx.EngineConfig(slots=True), "slots is True"),
+        (lambda: pdx.EngineConfig(overlap="no"), "overlap is 'no': it must be true or false"),
+        (lambda: pdx.EngineConfig(tpot_s=float("nan")), "tpot_s is nan"),
+    ],
+)
 def test_what_makes_no_sense_is_said_in_a_sentence(call, says):
     with pytest.raises(PdxError, match=says) as caught:
         call()
     assert isinstance(caught.value, RequestError | ModelNotFoundError)
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"max_token": 3}, "max_token is no setting: did you mean max_tokens"),
-    ({"capacity": "many"}, "capacity is 'many'"), ({"capacity": True}, "capacity is True"),
-    ({"batch_size": True}, "batch_size is True"), ({"batch_size": np.float32(2)}, r"batch_size is 2.0"),
-    ({"kv_dtype": jnp.int32}, "is not one of auto, f32, bf16, f16, int8"), ({"kv_dtype": 5}, "kv_dtype 5 is not one"),
-    ({"max_tokens": jnp.array(True)}, "max_tokens is True"), ({"temperature": np.bool_(True)}, "temperature is True"),
-    ({"logit_bias": {5: -float("inf"), 3: np.nan}}, "token 3"),
-    ({"logit_bias": dict.fromkeys(range(258), -float("inf"))}, "bans every token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_token": 3}, "max_token is no setting: did you mean max_tokens"),
+        ({"capacity": "many"}, "capacity is 'many'"),
+        ({"capacity": True}, "capacity is True"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"batch_size": np.float32(2)}, r"batch_size is 2.0"),
+        ({"kv_dtype": jnp.int32}, "is not one of auto, f32, bf16, f16, int8"),
+        ({"kv_dtype": 5}, "kv_dtype 5 is not one"),
+        ({"max_tokens": jnp.array(True)}, "max_tokens is True"),
+        ({"temperature": np.bool_(True)}, "temperature is True"),
+        ({"logit_bias": {5: -float("inf"), 3: np.nan}}, "token 3"),
+        ({"logit_bias": dict.fromkeys(range(258), -float("inf"))}, "bans every token"),
+    ],
+)
 def test_settings_of_generate_that_make_no_sense(model, settings, says):
     with pytest.raises(RequestError, match=says):
         pdx.generate(model, "hi", **settings)
@@ -332,9 +348,17 @@ def test_settings_of_generate_that_make_no_sense(model, settings, says):
     "scalar", [np.int32, np.int64, jnp.int32, lambda x: np.array(x)], ids=["int32", "int64", "jax", "array"]
 )
 def test_scalars_of_numpy_and_jax_are_numbers(model, expected, scalar):
-    settings = {"max_tokens": scalar(20), "top_k": scalar(5), "seed": scalar(3), "capacity": scalar(300),
-                "batch_size": scalar(2), "stop_token_ids": [scalar(257)], "temperature": np.float32(0),
-                "top_p": jnp.float32(0.5), "logit_bias": {np.int64(5): np.float16(0)}}  # fmt: skip
+    settings = {
+        "max_tokens": scalar(20),
+        "top_k": scalar(5),
+        "seed": scalar(3),
+        "capacity": scalar(300),
+        "batch_size": scalar(2),
+        "stop_token_ids": [scalar(257)],
+        "temperature": np.float32(0),
+        "top_p": jnp.float32(0.5),
+        "logit_bias": {np.int64(5): np.float16(0)},
+    }
     assert ids(pdx.generate(model, PROMPTS, ignore_eos=np.bool_(True), **settings)) == expected
     config = pdx.EngineConfig(slots=scalar(2), pages=[scalar(9)], memory_share=np.float32(0.5), overlap=np.bool_(False))
     assert config == pdx.EngineConfig(slots=2, pages=(9,), memory_share=0.5, overlap=False)

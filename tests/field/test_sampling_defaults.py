@@ -51,8 +51,14 @@ def test_a_setting_out_of_range_is_said_and_left(bad):
 
 def test_what_a_gguf_file_says():
     prefix = "general.sampling."
-    metadata = {f"{prefix}temp": np.float32(0.7), f"{prefix}top_k": np.int32(20), f"{prefix}top_p": np.float32(0.95),
-                f"{prefix}penalty_repeat": np.float32(1.05), f"{prefix}mirostat": np.int32(2), "general.name": "x"}
+    metadata = {
+        f"{prefix}temp": np.float32(0.7),
+        f"{prefix}top_k": np.int32(20),
+        f"{prefix}top_p": np.float32(0.95),
+        f"{prefix}penalty_repeat": np.float32(1.05),
+        f"{prefix}mirostat": np.int32(2),
+        "general.name": "x",
+    }
     found = from_gguf(metadata)
     assert found.settings == {"temperature": 0.7, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
     assert "mirostat" in found.notes[1]
@@ -75,15 +81,25 @@ def model(directory):
 
 def test_chats_of_a_batch_take_it_and_settings_that_are_given_win(tmp_path, model):
     chat = {"messages": [{"role": "user", "content": "x"}]}
-    rows = [chat, chat | {"temperature": 0}, {"custom_id": "a", "body": chat | {"top_k": 3, "temperature": None}},
-            {"prompt": "x"}, {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "x"}}]  # fmt: skip
+    rows = [
+        chat,
+        chat | {"temperature": 0},
+        {"custom_id": "a", "body": chat | {"top_k": 3, "temperature": None}},
+        {"prompt": "x"},
+        {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "x"}},
+    ]
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = {"top_p": 0.5}
     requests = batch_job.read(source, SamplingOptions(**asked), asked)
     settled = [batch_job.options_of(r, model) for r in requests]
     assert [(o.temperature, o.top_k, o.top_p) for o in settled] == [
-        (0.6, 20, 0.5), (0.0, 20, 0.5), (0.6, 3, 0.5), (0.0, 0, 0.5), (0.0, 0, 0.5)]  # fmt: skip
+        (0.6, 20, 0.5),
+        (0.0, 20, 0.5),
+        (0.6, 3, 0.5),
+        (0.0, 0, 0.5),
+        (0.0, 0, 0.5),
+    ]
 
 
 def test_the_chat_command_takes_it(directory, monkeypatch):

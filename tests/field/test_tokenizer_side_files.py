@@ -20,30 +20,82 @@ CASES = {
     "added_tokens.json, not in order": ({}, {"added_tokens.json": {"<y>": SIZE + 1, "<x>": SIZE}}),
     "added_tokens.json, named special": ({"extra_special_tokens": ["<x>"]}, {"added_tokens.json": {"<x>": SIZE}}),
     "added_tokens.json, known already": ({}, {"added_tokens.json": {SPECIAL[1]: 1, "<x>": SIZE}}),
-    "added_tokens.json beside a map": ({}, {
-        "added_tokens.json": {"<x>": SIZE, "<y>": SIZE + 1},
-        "special_tokens_map.json": {"extra_special_tokens": ["<x>"], "eos_token": SPECIAL[0]},
-    }),
+    "added_tokens.json beside a map": (
+        {},
+        {
+            "added_tokens.json": {"<x>": SIZE, "<y>": SIZE + 1},
+            "special_tokens_map.json": {"extra_special_tokens": ["<x>"], "eos_token": SPECIAL[0]},
+        },
+    ),
     "added_tokens_decoder rules": (
         {"added_tokens_decoder": {str(SIZE): {"content": "<x>", "special": True, "normalized": False}}},
         {"added_tokens.json": {"<y>": SIZE + 1}, "special_tokens_map.json": {"bos_token": "<y>"}},
     ),
     "decoder, lstrip and rstrip": (
-        {"added_tokens_decoder": {str(SIZE): {"content": "<x>", "lstrip": True, "rstrip": True, "special": True,
-                                              "normalized": False, "single_word": False}}}, {}),
+        {
+            "added_tokens_decoder": {
+                str(SIZE): {
+                    "content": "<x>",
+                    "lstrip": True,
+                    "rstrip": True,
+                    "special": True,
+                    "normalized": False,
+                    "single_word": False,
+                }
+            }
+        },
+        {},
+    ),
     "decoder, single_word and not special": (
-        {"added_tokens_decoder": {str(SIZE): {"content": "xy", "single_word": True, "normalized": True,
-                                              "lstrip": False, "rstrip": False, "special": False}}}, {}),
+        {
+            "added_tokens_decoder": {
+                str(SIZE): {
+                    "content": "xy",
+                    "single_word": True,
+                    "normalized": True,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "special": False,
+                }
+            }
+        },
+        {},
+    ),
     "additional_special_tokens": ({"additional_special_tokens": ["<x>", "<y>"]}, {}),
     "extra_special_tokens, objects": (
-        {"extra_special_tokens": [{"__type": "AddedToken", "content": "<x>", "lstrip": True, "rstrip": False,
-                                   "normalized": False, "single_word": False, "special": True}]}, {}),
+        {
+            "extra_special_tokens": [
+                {
+                    "__type": "AddedToken",
+                    "content": "<x>",
+                    "lstrip": True,
+                    "rstrip": False,
+                    "normalized": False,
+                    "single_word": False,
+                    "special": True,
+                }
+            ]
+        },
+        {},
+    ),
     "extra_special_tokens, names": ({"extra_special_tokens": {"image_token": "<x>", "video_token": "<y>"}}, {}),
     "a name of its own": ({"image_token": "<x>"}, {}),
-    "special_tokens_map.json, objects": ({}, {"special_tokens_map.json": {
-        "pad_token": {"content": "<x>", "lstrip": False, "rstrip": True, "normalized": False, "single_word": False}}}),
+    "special_tokens_map.json, objects": (
+        {},
+        {
+            "special_tokens_map.json": {
+                "pad_token": {
+                    "content": "<x>",
+                    "lstrip": False,
+                    "rstrip": True,
+                    "normalized": False,
+                    "single_word": False,
+                }
+            }
+        },
+    ),
     "split_special_tokens": ({"split_special_tokens": True}, {}),
-}  # fmt: skip
+}
 TEXTS = ["a<x>b", "a <x> b", "<x><y>", f"a{SPECIAL[1]}b {SPECIAL[2]}", "axyb xy", "<y >", ""]
 
 
@@ -141,10 +193,14 @@ def test_a_directory_without_tokenizer_json_says_what_to_do(names, tmp_path):
         (None, {"chat_template.json": {"chat_template": "P"}}, "P", "P"),
         (None, {"chat_template.json": {"chat_template": {"default": "P", "tool_use": "T"}}}, "P", "T"),
         ("I", {"chat_template.json": {"chat_template": "P"}}, "I", "I"),
-        (None, {"additional_chat_templates/default.jinja": "A", "additional_chat_templates/tool_use.jinja": "T"},
-         "A", "T"),
+        (
+            None,
+            {"additional_chat_templates/default.jinja": "A", "additional_chat_templates/tool_use.jinja": "T"},
+            "A",
+            "T",
+        ),
     ],
-)  # fmt: skip
+)
 def test_which_template_a_chat_takes(inline, files, plain, with_tools, tmp_path):
     tokenizer = Tokenizer.from_hf_dir(directory(tmp_path, {"chat_template": inline}, files))
     assert tokenizer.apply_chat_template(HI) == plain

@@ -26,12 +26,20 @@ def jax_needs(version: str, libtpu: str) -> list[str]:
     exactly = f"<={version},>={version}"
     return [
         f"Requires-Dist: jaxlib<={version},>=0.11.2",
-        "Provides-Extra: tpu", f'Requires-Dist: jaxlib{exactly}; extra == "tpu"',
+        "Provides-Extra: tpu",
+        f'Requires-Dist: jaxlib{exactly}; extra == "tpu"',
         f'Requires-Dist: libtpu=={libtpu}; extra == "tpu"',
-        *(line for n in ("12", "13") for local in ("", "-local") for line in (
-            f"Provides-Extra: cuda{n}{local}", f'Requires-Dist: jaxlib{exactly}; extra == "cuda{n}{local}"',
-            f'Requires-Dist: jax-cuda{n}-plugin{exactly}; extra == "cuda{n}{local}"')),
-    ]  # fmt: skip
+        *(
+            line
+            for n in ("12", "13")
+            for local in ("", "-local")
+            for line in (
+                f"Provides-Extra: cuda{n}{local}",
+                f'Requires-Dist: jaxlib{exactly}; extra == "cuda{n}{local}"',
+                f'Requires-Dist: jax-cuda{n}-plugin{exactly}; extra == "cuda{n}{local}"',
+            )
+        ),
+    ]
 
 
 def install(folder: Path, distributions: dict[str, str]) -> Path:
@@ -58,9 +66,13 @@ def only(tmp_path, monkeypatch):
                 raise metadata.PackageNotFoundError(name)
             return found
 
-        said = {"distribution": distribution, "version": lambda n: distribution(n).version,
-                "requires": lambda n: distribution(n).requires, "metadata": lambda n: distribution(n).metadata,
-                "PackageNotFoundError": metadata.PackageNotFoundError}  # fmt: skip
+        said = {
+            "distribution": distribution,
+            "version": lambda n: distribution(n).version,
+            "requires": lambda n: distribution(n).requires,
+            "metadata": lambda n: distribution(n).metadata,
+            "PackageNotFoundError": metadata.PackageNotFoundError,
+        }
         monkeypatch.setattr(versions, "metadata", types.SimpleNamespace(**said))
         files = {name.replace("-", "_") for name in distributions} - set(without_files)
         monkeypatch.setattr(versions, "find_spec", lambda name: name if name in files else None)
@@ -80,7 +92,7 @@ FIT = {
     "both": FITTING | {"libtpu": "0.0.50", "jax-cuda12-plugin": "0.12.0.1", "jax-cuda12-pjrt": "0.12.0.1"},
     "a build of its own": {"jax": "0.12.1.dev20261101", "jaxlib": "0.12.1.dev20261101+sha", "libtpu": "0.0.50.dev1"},
     "a jax that has no metadata": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FIT)
@@ -96,41 +108,80 @@ PLUGIN = {"jax-cuda12-plugin": "0.7.2", "jax-cuda12-pjrt": "0.7.2"}
 WITH_CUDA = {"nvidia-cuda-runtime-cu12": "12.8.90"}
 MISFITS = {
     # Colab's TPU runtime after an installation without the extra.
-    "libtpu left behind": (FITTING | {"libtpu": "0.0.21.1"}, r"libtpu 0\.0\.21\.1 .*libtpu==0\.0\.50\.\*",
-                           'pip install "jax[tpu]==0.12.0.1"'),
+    "libtpu left behind": (
+        FITTING | {"libtpu": "0.0.21.1"},
+        r"libtpu 0\.0\.21\.1 .*libtpu==0\.0\.50\.\*",
+        'pip install "jax[tpu]==0.12.0.1"',
+    ),
     "libtpu newer": (FITTING | {"libtpu": "0.0.51"}, r"libtpu 0\.0\.51 ", 'pip install "jax[tpu]==0.12.0.1"'),
     # TensorFlow's libtpu has the number of TensorFlow.
-    "libtpu of tensorflow-tpu": (FITTING | {"libtpu": "2.18.0"}, r"libtpu 2\.18\.0 ",
-                                 'pip install "jax[tpu]==0.12.0.1"'),
-    "libtpu-nightly": (FITTING | {"libtpu-nightly": "0.1.dev20240101", "libtpu": "0.0.50.1"}, "libtpu-nightly 0.1",
-                       'pip uninstall -y libtpu libtpu-nightly && pip install "jax[tpu]==0.12.0.1"'),
-    "jaxlib behind libtpu": (FITTING | {"jaxlib": "0.11.2", "libtpu": "0.0.50.1"}, r"jaxlib 0\.11\.2 .*libtpu",
-                             'pip install "jax[tpu]==0.12.0.1"'),
+    "libtpu of tensorflow-tpu": (
+        FITTING | {"libtpu": "2.18.0"},
+        r"libtpu 2\.18\.0 ",
+        'pip install "jax[tpu]==0.12.0.1"',
+    ),
+    "libtpu-nightly": (
+        FITTING | {"libtpu-nightly": "0.1.dev20240101", "libtpu": "0.0.50.1"},
+        "libtpu-nightly 0.1",
+        'pip uninstall -y libtpu libtpu-nightly && pip install "jax[tpu]==0.12.0.1"',
+    ),
+    "jaxlib behind libtpu": (
+        FITTING | {"jaxlib": "0.11.2", "libtpu": "0.0.50.1"},
+        r"jaxlib 0\.11\.2 .*libtpu",
+        'pip install "jax[tpu]==0.12.0.1"',
+    ),
     # Colab's GPU runtime, likewise.
-    "plugin left behind": (FITTING | PLUGIN | WITH_CUDA, r"jax-cuda12-plugin 0\.7\.2 .*jax-cuda12-pjrt 0\.7\.2",
-                           'pip install "jax[cuda12]==0.12.0.1"'),
-    "plugin over the machine's CUDA": (FITTING | PLUGIN, "jax-cuda12-plugin 0.7.2",
-                                       'pip install "jax[cuda12-local]==0.12.0.1"'),
-    "plugin newer than jaxlib": ({"jax": "0.12.0.1", "jaxlib": "0.12.0.1", "jax-cuda12-plugin": "0.12.2",
-                                  "jax-cuda12-pjrt": "0.12.2"}, r"plugin 0\.12\.2 ", "jax[cuda12-local]==0.12.0.1"),
-    "pjrt alone is older": (FITTING | {"jax-cuda12-plugin": "0.12.0.1", "jax-cuda12-pjrt": "0.12.0"},
-                            r"jax-cuda12-pjrt 0\.12\.0 .*jaxlib 0\.12\.0\.1", "jax[cuda12-local]==0.12.0.1"),
-    "plugin without pjrt": (FITTING | {"jax-cuda12-plugin": "0.12.0.1"}, "jax-cuda12-pjrt is not installed",
-                            "jax[cuda12-local]==0.12.0.1"),
-    "plugin of an old toolkit": (FITTING | {"jax-cuda11-plugin": "0.4.20"}, "jax-cuda11-plugin 0.4.20 .*no use",
-                                 "pip uninstall -y jax-cuda11-plugin"),
-    "jax too old": ({"jax": "0.7.2", "jaxlib": "0.7.2"}, r"jax 0\.7\.2 .*pdx needs jax>=0\.10\.2,<0\.13",
-                    'pip install "jax>=0.10.2,<0.13"'),
-    "Colab as it starts": ({"jax": "0.7.2", "jaxlib": "0.7.2", "libtpu": "0.0.21.1"}, r"jax 0\.7\.2 .*libtpu 0\.0\.21",
-                           'pip install "jax[tpu]>=0.10.2,<0.13"'),
+    "plugin left behind": (
+        FITTING | PLUGIN | WITH_CUDA,
+        r"jax-cuda12-plugin 0\.7\.2 .*jax-cuda12-pjrt 0\.7\.2",
+        'pip install "jax[cuda12]==0.12.0.1"',
+    ),
+    "plugin over the machine's CUDA": (
+        FITTING | PLUGIN,
+        "jax-cuda12-plugin 0.7.2",
+        'pip install "jax[cuda12-local]==0.12.0.1"',
+    ),
+    "plugin newer than jaxlib": (
+        {"jax": "0.12.0.1", "jaxlib": "0.12.0.1", "jax-cuda12-plugin": "0.12.2", "jax-cuda12-pjrt": "0.12.2"},
+        r"plugin 0\.12\.2 ",
+        "jax[cuda12-local]==0.12.0.1",
+    ),
+    "pjrt alone is older": (
+        FITTING | {"jax-cuda12-plugin": "0.12.0.1", "jax-cuda12-pjrt": "0.12.0"},
+        r"jax-cuda12-pjrt 0\.12\.0 .*jaxlib 0\.12\.0\.1",
+        "jax[cuda12-local]==0.12.0.1",
+    ),
+    "plugin without pjrt": (
+        FITTING | {"jax-cuda12-plugin": "0.12.0.1"},
+        "jax-cuda12-pjrt is not installed",
+        "jax[cuda12-local]==0.12.0.1",
+    ),
+    "plugin of an old toolkit": (
+        FITTING | {"jax-cuda11-plugin": "0.4.20"},
+        "jax-cuda11-plugin 0.4.20 .*no use",
+        "pip uninstall -y jax-cuda11-plugin",
+    ),
+    "jax too old": (
+        {"jax": "0.7.2", "jaxlib": "0.7.2"},
+        r"jax 0\.7\.2 .*pdx needs jax>=0\.10\.2,<0\.13",
+        'pip install "jax>=0.10.2,<0.13"',
+    ),
+    "Colab as it starts": (
+        {"jax": "0.7.2", "jaxlib": "0.7.2", "libtpu": "0.0.21.1"},
+        r"jax 0\.7\.2 .*libtpu 0\.0\.21",
+        'pip install "jax[tpu]>=0.10.2,<0.13"',
+    ),
     "jax too new": ({"jax": "0.13.0", "jaxlib": "0.13.0"}, r"jax 0\.13\.0 ", 'pip install "jax>=0.10.2,<0.13"'),
-    "jaxlib newer": (FITTING | {"jaxlib": "0.12.1"}, r"jaxlib 0\.12\.1 .*jaxlib<=0\.12\.0\.1",
-                     'pip install "jax==0.12.0.1"'),
+    "jaxlib newer": (
+        FITTING | {"jaxlib": "0.12.1"},
+        r"jaxlib 0\.12\.1 .*jaxlib<=0\.12\.0\.1",
+        'pip install "jax==0.12.0.1"',
+    ),
     "jaxlib older": (FITTING | {"jaxlib": "0.10.2"}, r"jaxlib 0\.10\.2 ", 'pip install "jax==0.12.0.1"'),
     "no jaxlib": ({"jax": "0.12.0.1"}, "jaxlib is not installed", 'pip install "jax==0.12.0.1"'),
     "no jax": ({}, "jax is not installed", 'pip install "jax>=0.10.2,<0.13"'),
     "no jax on a TPU": ({"libtpu": "0.0.21.1"}, "jax is not installed", 'pip install "jax[tpu]>=0.10.2,<0.13"'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MISFITS)
@@ -181,8 +232,14 @@ def test_the_bounds_are_those_of_the_package():
 
 def run(code: list[str], **env: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), env.pop("path")])
-    return subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": path} | env)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path} | env,
+    )
 
 
 @pytest.mark.parametrize("command", [["generate", "hi"], ["plan", "llama-3-8b"], ["bench", "load"], ["models"]])
@@ -203,9 +260,16 @@ def test_help_is_there_all_the_same(tmp_path):
     assert "--max-tokens" in done.stdout
 
 
-@pytest.mark.parametrize("statement", ["pdx.load", "pdx.forward", "from pdx.generation import generate",
-                                       "from pdx.report_text import device_name; device_name()",
-                                       "from pdx.compilation import enable_cache; enable_cache()"])  # fmt: skip
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "pdx.load",
+        "pdx.forward",
+        "from pdx.generation import generate",
+        "from pdx.report_text import device_name; device_name()",
+        "from pdx.compilation import enable_cache; enable_cache()",
+    ],
+)
 def test_python_stops_before_a_device_is_touched(tmp_path, statement):
     code = f"import pdx\ntry:\n    {statement}\nexcept pdx.PdxError as e:\n    print(type(e).__name__, e)"
     done = run(["-c", code], path=str(install(tmp_path, {"libtpu": "0.0.1"})))

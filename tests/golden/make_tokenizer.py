@@ -24,8 +24,10 @@ def main(directory: str) -> None:
     published = PreTrainedTokenizerFast(tokenizer_file=str(Path(directory) / "tokenizer.json"))
     texts = corpus(2000, seed=3, special=SPECIAL)
     texts = [text for text in texts[:260] + texts[-40:] if len(text) < 160]
-    rows = [{"text": text, "ids": ids, "decoded": published.decode(ids, skip_special_tokens=True)}
-            for text, ids in zip(texts, published(texts)["input_ids"], strict=True)]  # fmt: skip
+    rows = [
+        {"text": text, "ids": ids, "decoded": published.decode(ids, skip_special_tokens=True)}
+        for text, ids in zip(texts, published(texts)["input_ids"], strict=True)
+    ]
     for row in rows:
         if row["decoded"] == row["text"]:
             del row["decoded"]

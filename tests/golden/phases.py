@@ -48,9 +48,8 @@ def chunk_ends(
 
 
 def prefilled_then_decoded(
-    params: Params, cfg: ModelConfig, tokens: np.ndarray, lengths: tuple[int, ...], prompts: tuple[int, ...],
-    chunk: int,
-) -> list[np.ndarray]:  # fmt: skip
+    params: Params, cfg: ModelConfig, tokens: np.ndarray, lengths: tuple[int, ...], prompts: tuple[int, ...], chunk: int
+) -> list[np.ndarray]:
     """For each row, logits [length - prompt + 1, V]: behind its prompt, then behind each token decoded after it.
 
     Prompts are prefilled in one chunk; one of length 0 is decoded from its first token on.

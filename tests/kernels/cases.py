@@ -17,8 +17,19 @@ from tests.kernels import dense
 # Largest difference to float64 in units of the values, which are standard normal. bf16 keeps 8 bits: inputs are
 # rounded to it before both are computed, so what is left is the rounding of the weights and of the result.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 1e-5}
-STATIC = ("scale", "causal", "window", "softcap", "layout", "kv_heads", "value_dim", "return_lse", "implementation",
-          "interpret", "config")  # fmt: skip
+STATIC = (
+    "scale",
+    "causal",
+    "window",
+    "softcap",
+    "layout",
+    "kv_heads",
+    "value_dim",
+    "return_lse",
+    "implementation",
+    "interpret",
+    "config",
+)
 
 
 @cache
@@ -57,10 +68,18 @@ class Problem:
         case, drawn = self.case, self.drawn
         keys, values = drawn.histories()
         arguments = {
-            "q": drawn.q, "keys": keys, "values": values, "positions": case.positions,
-            "lengths": case.lengths, "scale": case.settings()["scale"], "window": case.window,
-            "softcap": case.softcap, "sinks": drawn.sinks, "tree": drawn.tree, "causal": case.causal,
-        }  # fmt: skip
+            "q": drawn.q,
+            "keys": keys,
+            "values": values,
+            "positions": case.positions,
+            "lengths": case.lengths,
+            "scale": case.settings()["scale"],
+            "window": case.window,
+            "softcap": case.softcap,
+            "sinks": drawn.sinks,
+            "tree": drawn.tree,
+            "causal": case.causal,
+        }
         return dense.attend(**arguments | changes)
 
     def check(self, out, lse=None) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 
 def attend(
-    q, keys, values, positions, lengths, *, scale, window=None, softcap=None, sinks=None, tree=None, causal=True,
-):  # fmt: skip
+    q, keys, values, positions, lengths, *, scale, window=None, softcap=None, sinks=None, tree=None, causal=True
+):
     """Attention of q [B, T, N, H] over histories [B, length, K, H], in float64.
 
     Returns [B, T, N, Hv] and the log-sum-exp [B, T, N]; zeros and -inf for queries outside a row.

@@ -64,13 +64,20 @@ class Problem:
         k, v = (to_layout(self.pools[name], layout) for name in ("k_pages", "v_pages"))
         scales = {name: self.pools[name] for name in ("k_scale", "v_scale")}
         return {
-            "q": self.q, "k_pages": jnp.asarray(k, case.stored), "v_pages": jnp.asarray(v, case.stored),
-            "block_tables": jnp.asarray(self.tables), "lengths": jnp.asarray(case.lengths, jnp.int32),
+            "q": self.q,
+            "k_pages": jnp.asarray(k, case.stored),
+            "v_pages": jnp.asarray(v, case.stored),
+            "block_tables": jnp.asarray(self.tables),
+            "lengths": jnp.asarray(case.lengths, jnp.int32),
             "query_starts": jnp.asarray(np.concatenate([[0], np.cumsum(case.queries)]), jnp.int32),
-            "scale": case.logit_scale, "window": case.window, "softcap": case.softcap,
+            "scale": case.logit_scale,
+            "window": case.window,
+            "softcap": case.softcap,
             "sinks": None if self.sinks is None else jnp.asarray(self.sinks),
-            "layout": layout, "kv_heads": case.kv_heads, "value_dim": case.value_size,
-        } | {name: None if x is None else jnp.asarray(pad_scale(x)) for name, x in scales.items()}  # fmt: skip
+            "layout": layout,
+            "kv_heads": case.kv_heads,
+            "value_dim": case.value_size,
+        } | {name: None if x is None else jnp.asarray(pad_scale(x)) for name, x in scales.items()}
 
     def wrong(self, **changes) -> np.ndarray:
         """The answer to another question."""
@@ -78,9 +85,17 @@ class Problem:
 
     def question(self) -> dict:
         case = self.case
-        return {"q": np.asarray(self.q, np.float64), "keys": self.keys, "values": self.values, "lengths": case.lengths,
-                "queries": case.queries, "scale": case.logit_scale, "window": case.window, "softcap": case.softcap,
-                "sinks": self.sinks}  # fmt: skip
+        return {
+            "q": np.asarray(self.q, np.float64),
+            "keys": self.keys,
+            "values": self.values,
+            "lengths": case.lengths,
+            "queries": case.queries,
+            "scale": case.logit_scale,
+            "window": case.window,
+            "softcap": case.softcap,
+            "sinks": self.sinks,
+        }
 
     @property
     def tolerance(self) -> float:

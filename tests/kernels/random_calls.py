@@ -140,8 +140,13 @@ def features(rng, causal: bool, most_window: int, heads: int) -> dict:
         sinks = (rng.standard_normal(heads) * 3).astype(np.float32)
         sinks[rng.random(heads) < 0.3] = -np.inf
     window = int(rng.integers(1, most_window + 1)) if causal and most_window > 0 and rng.random() < 0.4 else None
-    return {"scale": float(pick(rng, 0.05, 0.2, 0.35)), "softcap": pick(rng, None, None, 2.0, 30.0), "sinks": sinks,
-            "causal": causal, "window": window}  # fmt: skip
+    return {
+        "scale": float(pick(rng, 0.05, 0.2, 0.35)),
+        "softcap": pick(rng, None, None, 2.0, 30.0),
+        "sinks": sinks,
+        "causal": causal,
+        "window": window,
+    }
 
 
 def laid_out(x: np.ndarray, layout: str, dtype: str) -> jnp.ndarray:
@@ -209,19 +214,31 @@ def dense_call(rng, op: str, implementation: str) -> Attempt:
         return (r, j % slots) if j >= rows[r].length - slots else None
 
     arrays = memory(rows, (len(rows), slots), place, layout, kv_dtype) | {
-        "q": jnp.asarray(q, dtype), "starts": jnp.asarray([row.start for row in rows], jnp.int32),
+        "q": jnp.asarray(q, dtype),
+        "starts": jnp.asarray([row.start for row in rows], jnp.int32),
         "lengths": None if no_lengths else jnp.asarray([row.length for row in rows], jnp.int32),
         "sinks": None if call["sinks"] is None else jnp.asarray(call["sinks"]),
-        "tree": None if tree is None else jnp.asarray(tree)}  # fmt: skip
-    static = {"scale": call["scale"], "softcap": call["softcap"], "causal": causal, "window": call["window"],
-              "layout": layout, "kv_heads": kv_heads, "value_dim": sizes[1], "return_lse": True}  # fmt: skip
+        "tree": None if tree is None else jnp.asarray(tree),
+    }
+    static = {
+        "scale": call["scale"],
+        "softcap": call["softcap"],
+        "causal": causal,
+        "window": call["window"],
+        "layout": layout,
+        "kv_heads": kv_heads,
+        "value_dim": sizes[1],
+        "return_lse": True,
+    }
     check_rows(op, arrays["starts"], arrays["lengths"])
     config = dense_tiles(rng, op, implementation, arrays, static)
     if op != "reference":
         static |= {"implementation": implementation, "interpret": implementation != "xla", "config": config}
-    name = (f"{op} {implementation} {config or ''} S={slots} T={t} K={kv_heads} G={group} sizes={sizes} {dtype} "
-            f"{kv_dtype} lengths={[r.length for r in rows]} starts={[r.start for r in rows]} {call} "
-            f"tree={tree is not None} lengths given={not no_lengths}")  # fmt: skip
+    name = (
+        f"{op} {implementation} {config or ''} S={slots} T={t} K={kv_heads} G={group} sizes={sizes} {dtype} "
+        f"{kv_dtype} lengths={[r.length for r in rows]} starts={[r.start for r in rows]} {call} "
+        f"tree={tree is not None} lengths given={not no_lengths}"
+    )
     run = jax.jit(lambda arrays: DENSE[op](**arrays, **static))
     return Attempt(name, partial(run, arrays), answer, lse, real, dtype)
 
@@ -236,8 +253,9 @@ def dense_tiles(rng, op: str, implementation: str, arrays: dict, static: dict):
         return decode_gpu.Config(int(pick(rng, 16, 32)), int(rng.integers(1, 4)), int(pick(rng, 16, 32)))
     given = {name: arrays.get(name) for name in ("k_scale", "v_scale", "sinks", "tree")} | static
     del given["scale"]
-    call = describe(f"{op}_attention", *(arrays[x] for x in "qkv"), starts=arrays["starts"], lengths=arrays["lengths"],
-                    **given)  # fmt: skip
+    call = describe(
+        f"{op}_attention", *(arrays[x] for x in "qkv"), starts=arrays["starts"], lengths=arrays["lengths"], **given
+    )
     if op == "flash":
         block = int(pick(rng, *(n for n in (128, 256, 384) if call.slots % n == 0)))
         return flash_tpu.Config(int(pick(rng, 16, 32)), block, 128, ones=bool(rng.random() < 0.5))
@@ -281,13 +299,25 @@ def paged_call(rng, implementation: str) -> Attempt:
             answer[at], lse[at] = softmax_of(row, q[at], seen_by(row, i, call), call)
     arrays = memory(rows, (pages, page), place, layout, kv_dtype)
     arrays = {{"k": "k_pages", "v": "v_pages"}.get(name, name): x for name, x in arrays.items()} | {
-        "q": jnp.asarray(q, dtype), "block_tables": jnp.asarray(tables, jnp.int32),
-        "lengths": jnp.asarray(lengths, jnp.int32), "query_starts": jnp.asarray(starts, jnp.int32),
-        "sinks": None if call["sinks"] is None else jnp.asarray(call["sinks"])}  # fmt: skip
-    static = {"scale": call["scale"], "softcap": call["softcap"], "window": call["window"], "layout": layout,
-              "kv_heads": kv_heads, "value_dim": sizes[1], "return_lse": True}  # fmt: skip
-    name = (f"paged {implementation} page={page} width={width} K={kv_heads} G={group} sizes={sizes} {dtype} {kv_dtype} "
-            f"lengths={lengths} asked={asked} tokens={tokens} decode_rows={decode_rows} {call}")  # fmt: skip
+        "q": jnp.asarray(q, dtype),
+        "block_tables": jnp.asarray(tables, jnp.int32),
+        "lengths": jnp.asarray(lengths, jnp.int32),
+        "query_starts": jnp.asarray(starts, jnp.int32),
+        "sinks": None if call["sinks"] is None else jnp.asarray(call["sinks"]),
+    }
+    static = {
+        "scale": call["scale"],
+        "softcap": call["softcap"],
+        "window": call["window"],
+        "layout": layout,
+        "kv_heads": kv_heads,
+        "value_dim": sizes[1],
+        "return_lse": True,
+    }
+    name = (
+        f"paged {implementation} page={page} width={width} K={kv_heads} G={group} sizes={sizes} {dtype} {kv_dtype} "
+        f"lengths={lengths} asked={asked} tokens={tokens} decode_rows={decode_rows} {call}"
+    )
     op = paged_reference
     if implementation != "reference":
         hints = {"decode_rows": decode_rows, "max_queries": pick(rng, None, max(*asked, 1))}
@@ -300,8 +330,12 @@ def paged_call(rng, implementation: str) -> Attempt:
     return Attempt(name, partial(run, arrays), answer, lse, np.arange(tokens) < starts[-1], dtype)
 
 
-KINDS = ([("flash", x) for x in ("xla", "tpu", "gpu")] + [("decode", x) for x in ("xla", "tpu", "gpu")]
-         + [("paged", x) for x in ("reference", "xla", "tpu", "gpu")] + [("reference", "xla")])  # fmt: skip
+KINDS = (
+    [("flash", x) for x in ("xla", "tpu", "gpu")]
+    + [("decode", x) for x in ("xla", "tpu", "gpu")]
+    + [("paged", x) for x in ("reference", "xla", "tpu", "gpu")]
+    + [("reference", "xla")]
+)
 
 
 def draw(seed: int) -> Attempt:

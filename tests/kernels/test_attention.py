@@ -125,8 +125,11 @@ def some(rows):
 
     bf16's tolerance is too wide for one key more or less among a hundred.
     """
-    return [c for c in FEW + CHUNKS if "bf16" not in c.name
-            and any(n and rows(c, h, n) for h, n in zip(c.held, c.new, strict=True))]
+    return [
+        c
+        for c in FEW + CHUNKS
+        if "bf16" not in c.name and any(n and rows(c, h, n) for h, n in zip(c.held, c.new, strict=True))
+    ]
 
 
 RARE = decode_cases.FEATURES + flash_cases.FEATURES

@@ -14,9 +14,13 @@ OPS = {"flash_attention": flash_attention, "decode_attention": decode_attention}
 def arguments(b=2, t=2, n=4, kv_heads=2, slots=128, **changes):
     cache = jnp.zeros((b, kv_heads, slots, 8))
     return {
-        "q": jnp.zeros((b, t, n, 8)), "k": cache, "v": cache, "starts": jnp.ones(b, jnp.int32),
-        "lengths": jnp.full(b, 3, jnp.int32), "scale": 1.0,
-    } | changes  # fmt: skip
+        "q": jnp.zeros((b, t, n, 8)),
+        "k": cache,
+        "v": cache,
+        "starts": jnp.ones(b, jnp.int32),
+        "lengths": jnp.full(b, 3, jnp.int32),
+        "scale": 1.0,
+    } | changes
 
 
 INT32 = jnp.zeros((2, 2, 128, 8), jnp.int32)
@@ -44,7 +48,7 @@ WRONG = (
     ({"n": 0}, r"no axis may be empty, got q \(2, 2, 0, 8\)"),
     ({"kv_heads": 0}, r"no axis may be empty.* k \(2, 0, 128, 8\)"),
     ({"slots": 0}, r"no axis may be empty.* k \(2, 2, 0, 8\)"),
-)  # fmt: skip
+)
 
 
 # Of one query a row; what is wrong may stand anywhere in the message.
@@ -69,8 +73,11 @@ MISFITS = (
 )
 
 
-@pytest.mark.parametrize(("op", "wrong"), list(product(OPS, WRONG + tuple((c | {"t": 1}, s) for c, s in MISFITS))),
-                         ids=lambda x: x if isinstance(x, str) else x[1])  # fmt: skip
+@pytest.mark.parametrize(
+    ("op", "wrong"),
+    list(product(OPS, WRONG + tuple((c | {"t": 1}, s) for c, s in MISFITS))),
+    ids=lambda x: x if isinstance(x, str) else x[1],
+)
 def test_bad_arguments_are_named(op, wrong):
     changes, says = wrong
     with pytest.raises(ValueError, match=f"^{op}: {says}"):

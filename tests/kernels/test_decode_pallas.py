@@ -26,8 +26,12 @@ KERNELS = {
     "tpu": (tpu.attention, "folded", (SMALL, WIDE, SPLIT)),
     "gpu": (gpu.attention, "heads_last", (gpu.Config(16, row_block=16), gpu.Config(64, splits=3))),
 }
-RUNS = [(name, case, config) for name, (_, _, configs) in KERNELS.items() for config in configs
-        for case in (RING, LONG, INT8, TREE)]  # fmt: skip
+RUNS = [
+    (name, case, config)
+    for name, (_, _, configs) in KERNELS.items()
+    for config in configs
+    for case in (RING, LONG, INT8, TREE)
+]
 
 
 def call_of(case: Case, layout: str, **settings):
@@ -98,8 +102,10 @@ def test_a_split_row_ignores_its_neighbours(name):
     attention, layout, configs = KERNELS[name]
     problem = make(Case("two", (500, 600), (1, 1), 1, 640, head_dim=64), layout=layout)
     lengths = problem.arrays["lengths"]
-    both, alone = (np.asarray(problem.run(attention, config=configs[-1], interpret=True, lengths=x))
-                   for x in (lengths, lengths.at[1].set(0)))  # fmt: skip
+    both, alone = (
+        np.asarray(problem.run(attention, config=configs[-1], interpret=True, lengths=x))
+        for x in (lengths, lengths.at[1].set(0))
+    )
     np.testing.assert_array_equal(both[0], alone[0])
     assert both[1].any()
     assert not alone[1].any()
@@ -131,7 +137,10 @@ def fetched(monkeypatch, case: Case, config: tpu.Config) -> int:
     plan = tpu.plan_for(call, config, 1.0)
     arrays = case.abstract("folded")
     refs = dict.fromkeys(tpu_kernel.Refs.__dataclass_fields__) | {
-        "starts": np.array(case.held), "lengths": case.lengths, "arrived": SimpleNamespace(at=np.zeros((2, 4)))}
+        "starts": np.array(case.held),
+        "lengths": case.lengths,
+        "arrived": SimpleNamespace(at=np.zeros((2, 4))),
+    }
     for name, buffer in (("k", "k_buffer"), ("v", "v_buffer"), ("k_scale", "k_scales"), ("v_scale", "v_scales")):
         if name in arrays:
             shape, itemsize = arrays[name].shape, arrays[name].dtype.itemsize
@@ -169,8 +178,11 @@ def needed(case: Case) -> int:
     token = sum(arrays[x].shape[2] * arrays[x].dtype.itemsize for x in "kv")
     if case.quantized:
         token += 2 * 4 * arrays["k_scale"].shape[1]
-    tokens = [min(n, case.window - 1 + new) if case.window else n
-              for n, new in zip(case.lengths, case.new, strict=True) if new]  # fmt: skip
+    tokens = [
+        min(n, case.window - 1 + new) if case.window else n
+        for n, new in zip(case.lengths, case.new, strict=True)
+        if new
+    ]
     return token * sum(tokens)
 
 

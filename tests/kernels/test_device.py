@@ -30,8 +30,11 @@ from tests.paging import Desk
 
 pytestmark = pytest.mark.device
 DENSE = {"decode": (decode_attention, decode_cases.CASES), "flash": (flash_attention, flash_cases.CASES)}
-DENSE_RUNS = [pytest.param(op, case, id=f"{op}: {case.name}, T={case.queries}")
-              for op, (_, listed) in DENSE.items() for case in listed]  # fmt: skip
+DENSE_RUNS = [
+    pytest.param(op, case, id=f"{op}: {case.name}, T={case.queries}")
+    for op, (_, listed) in DENSE.items()
+    for case in listed
+]
 MODELS = {"llama": LLAMA, "nine": NINE, "gemma": GEMMA}
 
 

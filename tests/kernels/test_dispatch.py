@@ -17,9 +17,13 @@ EXPLAIN = {"flash_attention": explain_flash, "decode_attention": explain_decode}
 def arguments(**changes) -> dict:
     k = jnp.zeros((2, 2, 128, 8))
     return {
-        "q": jnp.zeros((2, 1, 4, 8)), "k": k, "v": k, "starts": jnp.zeros((2,), jnp.int32),
-        "lengths": jnp.ones((2,), jnp.int32), "scale": 1.0,
-    } | changes  # fmt: skip
+        "q": jnp.zeros((2, 1, 4, 8)),
+        "k": k,
+        "v": k,
+        "starts": jnp.zeros((2,), jnp.int32),
+        "lengths": jnp.ones((2,), jnp.int32),
+        "scale": 1.0,
+    } | changes
 
 
 def shape(op, given: dict, **settings) -> tuple[int, ...]:
@@ -69,17 +73,25 @@ def test_a_call_that_a_kernel_cannot_do():
 
 def test_a_kernel_for_another_platform_says_so():
     with pytest.raises(NotImplementedError, match=r"flash_attention: the tpu .*named by the caller.* traced for cpu"):
-        shape(flash_attention, arguments(k=jnp.zeros((2, 128, 128)), v=jnp.zeros((2, 128, 128))), layout="folded",
-              kv_heads=2, implementation="tpu")  # fmt: skip
+        shape(
+            flash_attention,
+            arguments(k=jnp.zeros((2, 128, 128)), v=jnp.zeros((2, 128, 128))),
+            layout="folded",
+            kv_heads=2,
+            implementation="tpu",
+        )
 
 
-@pytest.mark.parametrize(("device", "runs"), [
-    (SimpleNamespace(platform="gpu", device_kind="Tesla T4"), "xla"),
-    (SimpleNamespace(platform="gpu", device_kind="a card of tomorrow", compute_capability="7.0"), "xla"),
-    (SimpleNamespace(platform="gpu", device_kind="a card of tomorrow", compute_capability="12.0"), "gpu"),
-    (SimpleNamespace(platform="gpu", device_kind="a card of another make", compute_capability="gfx90a"), "gpu"),
-    (SimpleNamespace(platform="gpu", device_kind="NVIDIA L4"), "gpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "runs"),
+    [
+        (SimpleNamespace(platform="gpu", device_kind="Tesla T4"), "xla"),
+        (SimpleNamespace(platform="gpu", device_kind="a card of tomorrow", compute_capability="7.0"), "xla"),
+        (SimpleNamespace(platform="gpu", device_kind="a card of tomorrow", compute_capability="12.0"), "gpu"),
+        (SimpleNamespace(platform="gpu", device_kind="a card of another make", compute_capability="gfx90a"), "gpu"),
+        (SimpleNamespace(platform="gpu", device_kind="NVIDIA L4"), "gpu"),
+    ],
+)
 def test_a_gpu_older_than_pallas_gets_xla(device, runs, monkeypatch):
     monkeypatch.setattr(hardware, "_default_device", lambda: device)
     choice = explain_flash("auto")

@@ -31,16 +31,22 @@ def numbers(b, t, slots, heads=4, kv_heads=2, size=16, seed=0):
 
 def both(op, name, q, k, v, starts, lengths, config=None, interpret=True, **settings):
     """The op by an implementation and by the reference, each (out, lse); traced, so that no number is looked at."""
-    arrays = {"q": q, "k": k, "v": v, "starts": jnp.asarray(starts),
-              "lengths": None if lengths is None else jnp.asarray(lengths)}  # fmt: skip
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "starts": jnp.asarray(starts),
+        "lengths": None if lengths is None else jnp.asarray(lengths),
+    }
     settings = {"scale": 0.3, "return_lse": True} | settings
     plain = {x: None if arrays[x] is None else arrays[x].astype(jnp.int32) for x in ("starts", "lengths")}
 
     def run(arrays):
         laid = {x: to_layout(arrays[x], LAYOUT[name]) for x in "kv"}
         kernel = {} if name == "xla" else {"interpret": interpret, "config": config}
-        return DENSE[op](**arrays | laid, **settings, layout=LAYOUT[name], kv_heads=k.shape[2], implementation=name,
-                         **kernel)  # fmt: skip
+        return DENSE[op](
+            **arrays | laid, **settings, layout=LAYOUT[name], kv_heads=k.shape[2], implementation=name, **kernel
+        )
 
     return jax.jit(run)(arrays), reference_attention(**arrays | plain, **settings, layout="heads_last")
 
@@ -95,29 +101,41 @@ def test_blocks_of_the_tpu_decode_kernel_stay_inside_a_ring_that_they_do_not_div
     same(*both("decode", "tpu", q, k, v, [length - 3, 98], [length, 101], config=config, interpret=interpret))
 
 
-def pages(lengths, width, name, interpret, sinks=None, tables=None, traced=True, queries=None, kind="int32",
-          **settings):  # fmt: skip
+def pages(
+    lengths, width, name, interpret, sinks=None, tables=None, traced=True, queries=None, kind="int32", **settings
+):
     """Paged attention over pages of 16 by an implementation and by the reference, the last tokens of each row asked."""
     rng, rows = np.random.default_rng(0), len(lengths)
     queries = queries or [1] * rows
     tables = np.arange(rows * width).reshape(rows, width) if tables is None else tables
     arrays = {
         "q": jnp.asarray(rng.standard_normal((sum(queries), 4, 64)), jnp.float32),
-        "block_tables": jnp.asarray(tables, kind), "lengths": jnp.asarray(lengths, kind),
-        "query_starts": jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), kind), "sinks": sinks,
-    }  # fmt: skip
+        "block_tables": jnp.asarray(tables, kind),
+        "lengths": jnp.asarray(lengths, kind),
+        "query_starts": jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), kind),
+        "sinks": sinks,
+    }
     plain = {x: arrays[x].astype(jnp.int32) for x in ("block_tables", "lengths", "query_starts")}
     pool = jnp.asarray(rng.standard_normal((2, rows * width, 16, 2, 64)), jnp.float32)
     settings = {"scale": 0.2, "return_lse": True} | settings
 
     def run(arrays):
         k, v = (to_layout(x, LAYOUT[name]) for x in pool)
-        return paged_attention(**arrays, k_pages=k, v_pages=v, layout=LAYOUT[name], kv_heads=2, implementation=name,
-                               interpret=interpret, **settings)  # fmt: skip
+        return paged_attention(
+            **arrays,
+            k_pages=k,
+            v_pages=v,
+            layout=LAYOUT[name],
+            kv_heads=2,
+            implementation=name,
+            interpret=interpret,
+            **settings,
+        )
 
     found = jax.jit(run)(arrays) if traced else run(arrays)
-    return found, paged_reference(**arrays | plain, k_pages=pool[0], v_pages=pool[1], layout="heads_last", kv_heads=2,
-                                  **settings)  # fmt: skip
+    return found, paged_reference(
+        **arrays | plain, k_pages=pool[0], v_pages=pool[1], layout="heads_last", kv_heads=2, **settings
+    )
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -143,8 +161,9 @@ def test_pages_outside_of_the_pool_are_not_read(name):
 # --- more rows than a TPU's scalar memory
 
 
-@pytest.mark.parametrize(("module", "tree", "most"), [(decode_tpu, False, 98304), (decode_tpu, True, 1512),
-                                                      (flash_tpu, False, 98304)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "tree", "most"), [(decode_tpu, False, 98304), (decode_tpu, True, 1512), (flash_tpu, False, 98304)]
+)
 def test_more_rows_than_scalar_memory_holds_are_refused_by_the_tpu_kernels(module, tree, most):
     def call(rows):
         op = module.__name__.split(".")[1]
@@ -252,17 +271,24 @@ def test_rows_below_zero_are_refused(op, starts, lengths, says):
 
 def test_where_a_row_without_part_starts_is_not_looked_at():
     q, k, v = numbers(2, 2, 8)
-    out = flash_attention(q, k, v, starts=np.array([-7, 0], np.int32), lengths=jnp.asarray([0, 2]), scale=1.0,
-                          layout="heads_last")  # fmt: skip
+    out = flash_attention(
+        q, k, v, starts=np.array([-7, 0], np.int32), lengths=jnp.asarray([0, 2]), scale=1.0, layout="heads_last"
+    )
     np.testing.assert_array_equal(np.asarray(out)[0], 0)
 
 
 def packed(**changes):
     pool = jnp.zeros((5, 16, 2, 8))
     return {
-        "q": jnp.zeros((6, 2, 8)), "k_pages": pool, "v_pages": pool, "block_tables": np.array([[0, 1], [2, 3]]),
-        "lengths": np.array([20, 30]), "query_starts": np.array([0, 2, 6]), "scale": 1.0, "layout": "heads_last",
-    } | changes  # fmt: skip
+        "q": jnp.zeros((6, 2, 8)),
+        "k_pages": pool,
+        "v_pages": pool,
+        "block_tables": np.array([[0, 1], [2, 3]]),
+        "lengths": np.array([20, 30]),
+        "query_starts": np.array([0, 2, 6]),
+        "scale": 1.0,
+        "layout": "heads_last",
+    } | changes
 
 
 PACKED_WRONG = (

@@ -29,14 +29,23 @@ CASES = (
     Case("ragged chunks", (300, 0, 0, 71), (60, 60, 0, 5), 60, 512, group=3, head_dim=64),
     Case("a window over many blocks", (390, 0), (70, 33), 70, 512, window=150, head_dim=64),
     Case("a ring that wrapped, tiles across its seam", (1000, 200, 0), (60, 60, 9), 60, 256, window=190, head_dim=64),
-    Case("three KV heads in lanes of two, sinks", (300, 2), (40, 40), 40, 512, kv_heads=3, group=3, head_dim=64,
-         sinks=True),
+    Case(
+        "three KV heads in lanes of two, sinks",
+        (300, 2),
+        (40, 40),
+        40,
+        512,
+        kv_heads=3,
+        group=3,
+        head_dim=64,
+        sinks=True,
+    ),
     Case("no mask but the rows' ends", (300, 2), (40, 40), 40, 512, causal=False, head_dim=64),
     Case("values of 128 behind keys of 192", (300, 2), (40, 17), 40, 512, kv_heads=3, head_dim=192, value_dim=128),
     Case("a tree over two blocks", (250, 2), (40, 17), 40, 512, tree=True, window=200, head_dim=64),
     Case("int8, soft cap", (300, 2), (40, 17), 40, 512, kv_dtype="int8", kv_heads=3, softcap=5.0, head_dim=64),
     Case("bf16, sixteen to one", (300, 2), (40, 17), 40, 512, kv_heads=1, group=16, head_dim=80, dtype="bfloat16"),
-)  # fmt: skip
+)
 RUNS = [(name, config, case) for name, configs in TILES.items() for config in configs for case in CASES]
 
 
@@ -81,8 +90,9 @@ def test_a_race_would_be_seen(monkeypatch):
     settings = {"implementation": "tpu", "interpret": TWO_CORES, "config": tpu.Config(64, 128, 128)}
 
     def attempt():
-        jax.block_until_ready(jax.jit(lambda q: flash_attention(**problem.arguments(q=q), **settings))(
-            problem.arrays["q"]))  # fmt: skip
+        jax.block_until_ready(
+            jax.jit(lambda q: flash_attention(**problem.arguments(q=q), **settings))(problem.arrays["q"])
+        )
         assert not interpreter.races.races_found, "RACE DETECTED"
 
     with pytest.raises((AssertionError, RuntimeError), match="RACE DETECTED"):  # noted or raised, by version
@@ -120,10 +130,16 @@ BIG = Case("full rows", (0, 0), (512, 512), 512, 512, kv_heads=3, head_dim=64, d
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"held": (512, 512), "slots": 1024}, {"window": 100}, {"kv_dtype": "int8"}, {"causal": False},
-     {"head_dim": 192, "value_dim": 128}],
+    [
+        {},
+        {"held": (512, 512), "slots": 1024},
+        {"window": 100},
+        {"kv_dtype": "int8"},
+        {"causal": False},
+        {"head_dim": 192, "value_dim": 128},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_cost_is_what_the_grid_moves(changes):
     case = replace(BIG, **changes)
     config = tpu.Config(64, 128, 128)
@@ -157,12 +173,15 @@ def test_garbage_in_blocks_that_nobody_sees_is_harmless():
         problem.check(problem.run(flash_attention, k=k, v=v, implementation=name, interpret=True, config=configs[0]))
 
 
-@pytest.mark.parametrize(("name", "make_config", "says"), [
-    ("tpu", lambda: tpu.Config(16, 384, 128), "block_k must divide"),
-    ("tpu", lambda: tpu.Config(16, 256, 96), "block_k must divide"),
-    ("tpu", lambda: tpu.Config(20, 256, 128), "multiple of 16"),
-    ("gpu", lambda: gpu.Config(48, 16), "power of two"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "make_config", "says"),
+    [
+        ("tpu", lambda: tpu.Config(16, 384, 128), "block_k must divide"),
+        ("tpu", lambda: tpu.Config(16, 256, 96), "block_k must divide"),
+        ("tpu", lambda: tpu.Config(20, 256, 128), "multiple of 16"),
+        ("gpu", lambda: gpu.Config(48, 16), "power of two"),
+    ],
+)
 def test_tiles_that_do_not_fit_are_named(name, make_config, says):
     problem = make(Case("small", (60,), (2,), 2, 256), layout=LAYOUT[name])
     with pytest.raises(ValueError, match=says):
@@ -186,4 +205,5 @@ def test_a_derivative_is_refused(name):
     problem = make(Case("small", (60,), (2,), 2, 128), layout=LAYOUT[name])
     with pytest.raises(NotImplementedError, match="no derivative: use reference_attention"):
         jax.grad(lambda q: flash_attention(**problem.arguments(q=q), implementation=name, interpret=True).sum())(
-            problem.arrays["q"])
+            problem.arrays["q"]
+        )

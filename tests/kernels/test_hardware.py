@@ -23,8 +23,19 @@ def test_every_chip_is_whole(name):
 
 
 # The table of shared facts: peak over bandwidth, times half the bytes of a weight (bf16; fp16 on the T4).
-CRITICAL_BATCH = {"v4": 229, "v5e": 240, "v5p": 166, "v6e": 560, "7x": 313, "t4": 203, "l4": 403, "a100": 153,
-                  "h100": 295, "h200": 206, "b200": 281}  # fmt: skip
+CRITICAL_BATCH = {
+    "v4": 229,
+    "v5e": 240,
+    "v5p": 166,
+    "v6e": 560,
+    "7x": 313,
+    "t4": 203,
+    "l4": 403,
+    "a100": 153,
+    "h100": 295,
+    "h200": 206,
+    "b200": 281,
+}
 
 
 @pytest.mark.parametrize("name", CRITICAL_BATCH)
@@ -79,8 +90,10 @@ def test_detect_sees_the_device_and_the_abstract_mesh():
 
 
 def test_importing_the_table_starts_no_backend():
-    code = ("import pallas_kernels.hardware as h; from jax._src import xla_bridge; "
-            "assert h.chip('v5e'); assert not xla_bridge._backends, xla_bridge._backends")  # fmt: skip
+    code = (
+        "import pallas_kernels.hardware as h; from jax._src import xla_bridge; "
+        "assert h.chip('v5e'); assert not xla_bridge._backends, xla_bridge._backends"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

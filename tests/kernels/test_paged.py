@@ -17,8 +17,20 @@ from tests.kernels.paged import make
 pytestmark = pytest.mark.thin(5)
 
 LAYOUTS = ("folded", "heads_last", "heads_first")
-STATIC = ("scale", "window", "softcap", "layout", "kv_heads", "value_dim", "decode_rows", "max_queries", "return_lse",
-          "implementation", "interpret", "config")  # fmt: skip
+STATIC = (
+    "scale",
+    "window",
+    "softcap",
+    "layout",
+    "kv_heads",
+    "value_dim",
+    "decode_rows",
+    "max_queries",
+    "return_lse",
+    "implementation",
+    "interpret",
+    "config",
+)
 make_once = cache(make)
 
 
@@ -175,20 +187,25 @@ def test_chunks_equal_the_whole():
     whole = make(Case("whole", (60,), (30,)))
     tables = np.repeat(whole.tables, 3, axis=0)
     parts = whole.arguments("folded") | {
-        "block_tables": jnp.asarray(tables), "lengths": jnp.asarray([40, 41, 60], jnp.int32),
+        "block_tables": jnp.asarray(tables),
+        "lengths": jnp.asarray([40, 41, 60], jnp.int32),
         "query_starts": jnp.asarray([0, 10, 11, 30], jnp.int32),
-    }  # fmt: skip
+    }
     whole.check(jitted(paged_attention)(**parts, implementation="xla"))
 
 
 @st.composite
 def drawn(draw):
     """A few compiled shapes; lengths, pages and their sharing are values."""
-    shape = draw(st.sampled_from([
-        {"page": 8, "group": 3, "kv_heads": 1, "head_dim": 8, "window": None},
-        {"page": 16, "group": 1, "kv_heads": 2, "head_dim": 8, "window": 19, "softcap": 3.0},
-        {"page": 4, "group": 2, "kv_heads": 2, "head_dim": 8, "window": None, "sinks": True},
-    ]))  # fmt: skip
+    shape = draw(
+        st.sampled_from(
+            [
+                {"page": 8, "group": 3, "kv_heads": 1, "head_dim": 8, "window": None},
+                {"page": 16, "group": 1, "kv_heads": 2, "head_dim": 8, "window": 19, "softcap": 3.0},
+                {"page": 4, "group": 2, "kv_heads": 2, "head_dim": 8, "window": None, "sinks": True},
+            ]
+        )
+    )
     rows = draw(st.tuples(*[st.tuples(st.integers(0, 50), st.integers(0, 9))] * 4))
     lengths = tuple(n for n, _ in rows)
     queries = tuple(min(n, q) for n, q in rows)
@@ -212,10 +229,16 @@ def test_any_rows_agree_with_float64(problem):
 def arguments(**changes):
     pages = jnp.zeros((4, 16, 128))
     return {
-        "q": jnp.zeros((3, 4, 64)), "k_pages": pages, "v_pages": pages, "block_tables": jnp.zeros((2, 2), jnp.int32),
-        "lengths": jnp.ones(2, jnp.int32), "query_starts": jnp.arange(3, dtype=jnp.int32), "scale": 1.0,
-        "layout": "folded", "kv_heads": 2,
-    } | changes  # fmt: skip
+        "q": jnp.zeros((3, 4, 64)),
+        "k_pages": pages,
+        "v_pages": pages,
+        "block_tables": jnp.zeros((2, 2), jnp.int32),
+        "lengths": jnp.ones(2, jnp.int32),
+        "query_starts": jnp.arange(3, dtype=jnp.int32),
+        "scale": 1.0,
+        "layout": "folded",
+        "kv_heads": 2,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -255,12 +278,14 @@ def arguments(**changes):
         ({"block_tables": jnp.zeros((2, 0), jnp.int32)}, r"no axis may be empty.*block_tables \(2, 0\)"),
         ({"block_tables": jnp.zeros((0, 2), jnp.int32)}, r"no axis may be empty.*block_tables \(0, 2\)"),
         ({"kv_heads": 0}, "no multiple of 0"),
-        ({x: jnp.zeros((4, 16, 0, 64)) for x in ("k_pages", "v_pages")} | {"layout": "heads_last", "kv_heads": None},
-         r"no axis may be empty.*k_pages \(4, 16, 0, 64\)"),
+        (
+            {x: jnp.zeros((4, 16, 0, 64)) for x in ("k_pages", "v_pages")} | {"layout": "heads_last", "kv_heads": None},
+            r"no axis may be empty.*k_pages \(4, 16, 0, 64\)",
+        ),
         ({"implementation": "cuda"}, "'cuda' is not one of"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(changes, says):
     with pytest.raises(ValueError, match=says):
         paged_attention(**arguments(**changes))
@@ -275,7 +300,9 @@ def test_a_derivative_is_refused(wrap, hints):
 
 
 def test_the_result_has_the_values_size():
-    shape = jax.eval_shape(partial(paged_attention, scale=1.0, layout="heads_last"),
-                           *[jnp.zeros(s) for s in ((3, 4, 64), (4, 16, 2, 64), (4, 16, 2, 32))],
-                           **{k: arguments()[k] for k in ("block_tables", "lengths", "query_starts")})  # fmt: skip
+    shape = jax.eval_shape(
+        partial(paged_attention, scale=1.0, layout="heads_last"),
+        *[jnp.zeros(s) for s in ((3, 4, 64), (4, 16, 2, 64), (4, 16, 2, 32))],
+        **{k: arguments()[k] for k in ("block_tables", "lengths", "query_starts")},
+    )
     assert shape.shape == (3, 4, 32)

@@ -36,8 +36,11 @@ def small_tiles(name, case):
 
 # An interpreted kernel takes seconds to compile, the TPU's most: of its cases every third runs by default, all with
 # `slow`.
-RUNS = [pytest.param(name, case, id=f"{name}-{case.name}", marks=pytest.mark.slow if name == "tpu" and i % 3 else [])
-        for name in LAYOUT for i, case in enumerate(CASES)]  # fmt: skip
+RUNS = [
+    pytest.param(name, case, id=f"{name}-{case.name}", marks=pytest.mark.slow if name == "tpu" and i % 3 else [])
+    for name in LAYOUT
+    for i, case in enumerate(CASES)
+]
 
 
 @pytest.mark.parametrize(("name", "case"), RUNS)
@@ -141,10 +144,27 @@ def call_of(case, layout="folded"):
     pages = sum(-(-n // case.page) for n in case.lengths) + case.spare
     most = min(case.max_queries or case.packed, case.packed)
     rows = len(case.lengths)
-    return Call(case.packed, case.kv_heads * case.group, case.kv_heads, case.head_dim, case.value_size, rows,
-                case.table_width, pages, case.page, round_up(case.kv_heads, SUBLANES) if case.stored == "int8" else 0,
-                case.dtype, case.stored, layout, case.window, case.softcap, case.sinks, False,
-                rows if most == 1 else case.decode_rows, most)  # fmt: skip
+    return Call(
+        case.packed,
+        case.kv_heads * case.group,
+        case.kv_heads,
+        case.head_dim,
+        case.value_size,
+        rows,
+        case.table_width,
+        pages,
+        case.page,
+        round_up(case.kv_heads, SUBLANES) if case.stored == "int8" else 0,
+        case.dtype,
+        case.stored,
+        layout,
+        case.window,
+        case.softcap,
+        case.sinks,
+        False,
+        rows if most == 1 else case.decode_rows,
+        most,
+    )
 
 
 def walked_bytes(call, config, starts, lengths) -> int:
@@ -166,9 +186,7 @@ def walked_bytes(call, config, starts, lengths) -> int:
 def test_tpu_moves_what_it_says(case, name):
     call, on = call_of(case), chip(name)
     starts, lengths = full_rows(call)
-    for (part, rows), tiles in zip(
-        tpu.parts(call), tpu.tiles_of(call, tpu.heuristic(call, on), on), strict=True
-    ):
+    for (part, rows), tiles in zip(tpu.parts(call), tpu.tiles_of(call, tpu.heuristic(call, on), on), strict=True):
         given = starts[rows.start : rows.stop + 1], lengths[rows]
         estimate = tpu.cost(part, tiles, *given).bytes_accessed
         assert abs(walked_bytes(part, tiles, *given) / estimate - 1) < 0.05

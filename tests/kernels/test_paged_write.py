@@ -27,7 +27,8 @@ def pools(rng, dtype, page=PAGE):
     shapes = [(PAGES, page, HEADS, SIZE), (PAGES, page, HEADS, VALUE)]
     if dtype == "int8":
         return [rng.integers(-127, 128, s).astype(np.int8) for s in shapes] + [
-            rng.random((PAGES, HEADS, page)).astype(np.float32) for _ in shapes]
+            rng.random((PAGES, HEADS, page)).astype(np.float32) for _ in shapes
+        ]
     return [rng.standard_normal(s).astype(jnp.dtype(dtype)) for s in shapes]
 
 
@@ -94,8 +95,11 @@ def test_xla(name, dtype):
         check(run(before, new, slots, layout, implementation="xla"), after, layout)
     if name != "all dropped":
         with pytest.raises(AssertionError):
-            check(run(before, new, [s + 1 for s in slots if s < 190] + [0] * sum(s >= 190 for s in slots), "folded"),
-                  after, "folded")  # fmt: skip
+            check(
+                run(before, new, [s + 1 for s in slots if s < 190] + [0] * sum(s >= 190 for s in slots), "folded"),
+                after,
+                "folded",
+            )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -155,8 +159,14 @@ def test_quantize_kv_rounds_halves_to_even():
 )
 def test_bad_arguments_are_named(changes, says):
     pages = jnp.zeros((4, 32, 128))
-    given_ = {"k_pages": pages, "v_pages": pages, "k": jnp.zeros((2, 2, 64)), "v": jnp.zeros((2, 2, 64)),
-              "slots": jnp.asarray([0, 1]), "layout": "folded"}  # fmt: skip
+    given_ = {
+        "k_pages": pages,
+        "v_pages": pages,
+        "k": jnp.zeros((2, 2, 64)),
+        "v": jnp.zeros((2, 2, 64)),
+        "slots": jnp.asarray([0, 1]),
+        "layout": "folded",
+    }
     with pytest.raises(ValueError, match=says):
         write_pages(**given_ | changes)
 
@@ -195,9 +205,17 @@ def test_tpu_writes_more_tokens_than_one_run_takes(monkeypatch, count):
     before, new = pools(rng, "int8", 128), tokens(rng, count, "int8")
     arrays = [jnp.asarray(to_layout(x, "folded")) for x in before[:2]]
     scales = [jnp.asarray(pad_scale(x)) for x in before[2:]]
-    runs = str(jax.make_jaxpr(partial(write_pages, layout="folded", implementation="tpu", interpret=True))(
-        *arrays, *map(jnp.asarray, new[:2]), slots=jnp.asarray(slots), k_scale=scales[0], v_scale=scales[1],
-        new_k_scale=jnp.asarray(new[2]), new_v_scale=jnp.asarray(new[3]))).count("name=write_pages")  # fmt: skip
+    runs = str(
+        jax.make_jaxpr(partial(write_pages, layout="folded", implementation="tpu", interpret=True))(
+            *arrays,
+            *map(jnp.asarray, new[:2]),
+            slots=jnp.asarray(slots),
+            k_scale=scales[0],
+            v_scale=scales[1],
+            new_k_scale=jnp.asarray(new[2]),
+            new_v_scale=jnp.asarray(new[3]),
+        )
+    ).count("name=write_pages")
     assert runs == -(-count // 32)
     caller.cache_clear()
     found = run(before, new, slots, "folded", implementation="tpu", interpret=True)

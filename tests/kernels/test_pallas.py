@@ -25,10 +25,16 @@ KERNELS = [(op, name) for op, (_, api, _) in OPS.items() for name in api.IMPLEME
 # An interpreted kernel takes seconds to compile: of the ordinary cases every fourth runs by default, all with `slow`.
 FEATURES = decode_cases.FEATURES + flash_cases.FEATURES
 RUNS = [
-    pytest.param(op, name, case, id=f"{op} {name}: {case.name}, T={case.queries}",
-                 marks=[] if i % 4 == 0 or case in FEATURES else pytest.mark.slow)
-    for op, name in KERNELS for i, case in enumerate(OPS[op][2])
-]  # fmt: skip
+    pytest.param(
+        op,
+        name,
+        case,
+        id=f"{op} {name}: {case.name}, T={case.queries}",
+        marks=[] if i % 4 == 0 or case in FEATURES else pytest.mark.slow,
+    )
+    for op, name in KERNELS
+    for i, case in enumerate(OPS[op][2])
+]
 
 
 def refusal(op, name, problem) -> str | None:

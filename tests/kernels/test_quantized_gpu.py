@@ -20,10 +20,23 @@ pytestmark = pytest.mark.thin(5)
 
 LARGE = problems.problems("quantized_matmul", "gpu", large_only=True)
 # Rows, outputs, columns of SmolLM2 135M and Gemma 3 270M, and sizes that no tile divides.
-SHAPES = ((1, 192, 576), (3, 576, 192), (5, 1536, 576), (2, 576, 1536), (7, 640, 2048), (4, 2048, 640), (17, 100, 96),
-          (70, 72, 160))  # fmt: skip
-KINDS = {"W8A16": {}, "W8A16, groups of 32": {"group": 32}, "W8A8": {"activations": "int8"},
-         "W4A16": {"bits": 4}, "W4A16, affine of 32": {"bits": 4, "group": 32, "symmetric": False}}  # fmt: skip
+SHAPES = (
+    (1, 192, 576),
+    (3, 576, 192),
+    (5, 1536, 576),
+    (2, 576, 1536),
+    (7, 640, 2048),
+    (4, 2048, 640),
+    (17, 100, 96),
+    (70, 72, 160),
+)
+KINDS = {
+    "W8A16": {},
+    "W8A16, groups of 32": {"group": 32},
+    "W8A8": {"activations": "int8"},
+    "W4A16": {"bits": 4},
+    "W4A16, affine of 32": {"bits": 4, "group": 32, "symmetric": False},
+}
 CALL = Call(8, 256, 384, 1, 8, False, False, "bfloat16")
 
 
@@ -107,15 +120,18 @@ def test_tiles_suit_their_chips(problem, chip):
         assert all(gpu.misfit(problem.call, c) is None for c in others)
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"dtype": "float64"}, "bfloat16, float16 or float32, not float64"),
-    ({"columns": 240, "groups": 5}, "groups of multiples of 32, not of 48"),
-    ({"bits": 4, "columns": 63}, "bytes of two values"),
-    ({"out": 1 << 20, "columns": 4096}, "elements of the matrix do not fit the 32 bits"),
-    ({"rows": 1 << 22, "columns": 1024}, "elements of the activations do not fit"),
-    ({"rows": 1 << 20, "out": 1 << 14}, "elements of the results do not fit"),
-    ({"out": 1 << 20, "columns": 64}, "at most 1048560 outputs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dtype": "float64"}, "bfloat16, float16 or float32, not float64"),
+        ({"columns": 240, "groups": 5}, "groups of multiples of 32, not of 48"),
+        ({"bits": 4, "columns": 63}, "bytes of two values"),
+        ({"out": 1 << 20, "columns": 4096}, "elements of the matrix do not fit the 32 bits"),
+        ({"rows": 1 << 22, "columns": 1024}, "elements of the activations do not fit"),
+        ({"rows": 1 << 20, "out": 1 << 14}, "elements of the results do not fit"),
+        ({"out": 1 << 20, "columns": 64}, "at most 1048560 outputs"),
+    ],
+)
 def test_refusals_give_the_reason(changes, says):
     call = replace(CALL, **changes)
     assert says in gpu.supported(call)
@@ -130,10 +146,13 @@ def test_int4_counts_bytes_towards_the_offsets():
     assert explain("auto", "gpu", CALL).implementation == "gpu"
 
 
-@pytest.mark.parametrize(("config", "says"), [
-    (gpu.Config(16, 64, 128), "block_in must be one of 32, 64"),
-    (gpu.Config(16, 64, 64, splits=10), "fewer than 10 steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (gpu.Config(16, 64, 128), "block_in must be one of 32, 64"),
+        (gpu.Config(16, 64, 64, splits=10), "fewer than 10 steps"),
+    ],
+)
 def test_configs_that_do_not_suit_are_refused(config, says):
     x, w = draw(1, 64, 576, group=64)
     with pytest.raises(ValueError, match=says):

@@ -101,8 +101,9 @@ def test_integers_are_equal_bit_for_bit():
     call = Call(6, 256, 384, 1, 8, False, True, "float32")
     for kernel, configs in ((tpu, [None]), (gpu, [None, gpu.Config(16, 32, 64, splits=4), gpu.Config(16, 64, 128)])):
         for config in configs:
-            y = kernel.matmul(x, values, ones, rows, call=call, out_dtype=jnp.dtype(jnp.float32), config=config,
-                              interpret=True)  # fmt: skip
+            y = kernel.matmul(
+                x, values, ones, rows, call=call, out_dtype=jnp.dtype(jnp.float32), config=config, interpret=True
+            )
             assert (np.asarray(y) == exact).all()
 
 
@@ -145,15 +146,18 @@ def test_blocks_keep_their_values():
         from_blocks(values + 8, scales, bits=4)
 
 
-@pytest.mark.parametrize(("parts", "says"), [
-    ({"scales": None}, "needs scales"),
-    ({"values": jnp.zeros((8, 64))}, "holds int8 or int4"),
-    ({"scales": jnp.zeros((2, 7))}, "scales \\[in/g, out\\]"),
-    ({"scales": jnp.zeros((3, 8))}, "3 groups do not divide the 64"),
-    ({"offsets": jnp.zeros((1, 8))}, "must be of one shape"),
-    ({"activations": "int8"}, "symmetric, with one scale"),
-    ({"activations": "int4"}, "not one of float, int8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"scales": None}, "needs scales"),
+        ({"values": jnp.zeros((8, 64))}, "holds int8 or int4"),
+        ({"scales": jnp.zeros((2, 7))}, "scales \\[in/g, out\\]"),
+        ({"scales": jnp.zeros((3, 8))}, "3 groups do not divide the 64"),
+        ({"offsets": jnp.zeros((1, 8))}, "must be of one shape"),
+        ({"activations": "int8"}, "symmetric, with one scale"),
+        ({"activations": "int4"}, "not one of float, int8"),
+    ],
+)
 def test_parts_that_do_not_fit_are_refused(parts, says):
     whole = {"values": jnp.zeros((8, 64), jnp.int8), "scales": jnp.zeros((2, 8)), "offsets": None}
     with pytest.raises(ValueError, match=says):

@@ -12,8 +12,13 @@ from pallas_kernels import problems, static, targets, traffic
 from pallas_kernels.targets import Target
 
 CHIPS = {"tpu": "v5e", "gpu": "a100"}
-LARGE = [(op, platform, p.name) for platform in CHIPS for op in problems.ops(platform)
-         for p in problems.problems(op, platform, large_only=True) if not p.unsupported]  # fmt: skip
+LARGE = [
+    (op, platform, p.name)
+    for platform in CHIPS
+    for op in problems.ops(platform)
+    for p in problems.problems(op, platform, large_only=True)
+    if not p.unsupported
+]
 
 
 def counted(op, platform, name, full):
@@ -60,8 +65,12 @@ def test_every_problem_has_a_name_of_its_own(op):
 
 def test_int8_by_int8_is_held_against_the_peak_of_int8():
     cases = problems.problems("quantized_matmul", "tpu", "prompt", large_only=True)
-    wide, narrow = (static.facts(next(p for p in cases if p.name == f"llama gate, {kind}, prompt"), Target.get("v5e"),
-                                 compile=False) for kind in ("W8A16", "W8A8"))  # fmt: skip
+    wide, narrow = (
+        static.facts(
+            next(p for p in cases if p.name == f"llama gate, {kind}, prompt"), Target.get("v5e"), compile=False
+        )
+        for kind in ("W8A16", "W8A8")
+    )
     assert narrow["floor_cycles"] == pytest.approx(wide["floor_cycles"] / 2, rel=0.01)
 
 

@@ -124,10 +124,17 @@ def test_slices_that_exist(name):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("v5e:3", "has no slice 3.*such as v5e:2x4"), ("v5e:9x9", "no slice 9x9"), ("v5e:2x", "no slice 2x"),
-     ("v6e:2x2x2", "two axes"), ("v5p:2x2", "three axes.*such as v5p:2x2x2"), ("v4:2x2x0", "no slice 2x2x0"),
-     ("h100:0", "write h100:8"), ("h100:2x4", "write h100:8")],
-)  # fmt: skip
+    [
+        ("v5e:3", "has no slice 3.*such as v5e:2x4"),
+        ("v5e:9x9", "no slice 9x9"),
+        ("v5e:2x", "no slice 2x"),
+        ("v6e:2x2x2", "two axes"),
+        ("v5p:2x2", "three axes.*such as v5p:2x2x2"),
+        ("v4:2x2x0", "no slice 2x2x0"),
+        ("h100:0", "write h100:8"),
+        ("h100:2x4", "write h100:8"),
+    ],
+)
 def test_slices_that_do_not_exist_are_refused(name, says):
     with pytest.raises(ValueError, match=says):
         Target.get(name)

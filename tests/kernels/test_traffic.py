@@ -25,11 +25,14 @@ def test_a_block_counts_when_its_index_changes():
 
     def fn(x, y):
         return pl.pallas_call(
-            kernel, out_shape=shape(32, 128), grid=(4, 2),
+            kernel,
+            out_shape=shape(32, 128),
+            grid=(4, 2),
             in_specs=[pl.BlockSpec((8, 128), lambda i, j: (i, j)), pl.BlockSpec((8, 128), lambda i, j: (0, 0))],
             out_specs=pl.BlockSpec((8, 128), lambda i, j: (i, 0)),
-            cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=13 * BLOCK), name="add",
-        )(x, y)  # fmt: skip
+            cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=13 * BLOCK),
+            name="add",
+        )(x, y)
 
     counted = count(fn, X, X)
     (call,) = counted.calls
@@ -45,9 +48,13 @@ def test_blocks_that_come_back_are_fetched_again():
         o[...] = x[...]
 
     def fn(x):
-        return pl.pallas_call(kernel, out_shape=shape(8, 128), grid=(6,),
-                              in_specs=[pl.BlockSpec((8, 128), lambda i: (i % 2, 0))],
-                              out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)))(x)  # fmt: skip
+        return pl.pallas_call(
+            kernel,
+            out_shape=shape(8, 128),
+            grid=(6,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i: (i % 2, 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+        )(x)
 
     assert count(fn, X).bytes == 7 * BLOCK
 
@@ -57,9 +64,13 @@ def test_blocks_are_clipped_to_the_array_and_half_bytes_count_half():
         o[...] = x[...].astype(jnp.float32)
 
     def fn(x):
-        return pl.pallas_call(kernel, out_shape=shape(100, 128), grid=(2,),
-                              in_specs=[pl.BlockSpec((64, 128), lambda i: (i, 0))],
-                              out_specs=pl.BlockSpec((64, 128), lambda i: (i, 0)))(x)  # fmt: skip
+        return pl.pallas_call(
+            kernel,
+            out_shape=shape(100, 128),
+            grid=(2,),
+            in_specs=[pl.BlockSpec((64, 128), lambda i: (i, 0))],
+            out_specs=pl.BlockSpec((64, 128), lambda i: (i, 0)),
+        )(x)
 
     assert count(fn, shape(100, 128, dtype=jnp.int4)).bytes == 100 * 128 // 2 + 100 * 128 * 4
 
@@ -75,11 +86,15 @@ def test_index_maps_clamped_by_scalar_prefetch():
             return b, jnp.minimum(i, jnp.maximum(lengths[b] - 1, 0) // 8), 0
 
         return pl.pallas_call(
-            kernel, out_shape=shape(8, 8),
+            kernel,
+            out_shape=shape(8, 8),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1, grid=(4, 4), in_specs=[pl.BlockSpec((1, 8, 128), clamped)],
-                out_specs=pl.BlockSpec((8, 8), lambda b, i, lengths: (0, 0))),
-        )(lengths * 2, x)  # fmt: skip
+                num_scalar_prefetch=1,
+                grid=(4, 4),
+                in_specs=[pl.BlockSpec((1, 8, 128), clamped)],
+                out_specs=pl.BlockSpec((8, 8), lambda b, i, lengths: (0, 0)),
+            ),
+        )(lengths * 2, x)
 
     lengths = np.array([16, 1, 0, 4], np.int32)  # doubled: 4, 1, 0 and 1 blocks; the empty row still fetches its first
     counted = count(fn, lengths, shape(4, 32, 128))
@@ -122,14 +137,20 @@ def paged(lengths, tables, q, pages):
         count[0] = count[0] + n
 
     return pl.pallas_call(
-        kernel, out_shape=shape(24, 8),
+        kernel,
+        out_shape=shape(24, 8),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(3,),
+            num_scalar_prefetch=2,
+            grid=(3,),
             in_specs=[pl.BlockSpec((8, 128), lambda r, *_: (r, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=pl.BlockSpec((8, 8), lambda r, *_: (r, 0)),
-            scratch_shapes=[pltpu.VMEM((2, 8, 128), jnp.float32), pltpu.SMEM((1,), jnp.int32),
-                            pltpu.SemaphoreType.DMA((2,))]),
-    )(lengths, tables, q, pages)  # fmt: skip
+            scratch_shapes=[
+                pltpu.VMEM((2, 8, 128), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+    )(lengths, tables, q, pages)
 
 
 def test_manual_dmas_in_a_loop_with_dynamic_bounds():
@@ -151,9 +172,13 @@ def test_dmas_of_parts_and_between_two_places_in_hbm():
             pltpu.make_async_copy(x.at[pl.ds(i * 8, 8), pl.ds(0, 128)], o.at[pl.ds(0, 8)], sem).start()
 
     def fn(x):
-        return pl.pallas_call(kernel, out_shape=shape(32, 128), in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-                              out_specs=pl.BlockSpec(memory_space=pl.ANY),
-                              scratch_shapes=[pltpu.SemaphoreType.DMA(())])(x)  # fmt: skip
+        return pl.pallas_call(
+            kernel,
+            out_shape=shape(32, 128),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[pltpu.SemaphoreType.DMA(())],
+        )(x)
 
     assert count(fn, X).bytes == 3 * 2 * BLOCK
 
@@ -167,9 +192,13 @@ def test_what_depends_on_an_axis_is_run_again_and_the_rest_is_not():
             o[...] = jnp.dot(x[...], x[...].T)
 
     def fn(x):
-        return pl.pallas_call(kernel, out_shape=shape(8, 8), grid=(1000, 4),
-                              in_specs=[pl.BlockSpec((8, 128), lambda b, i: (0, 0))],
-                              out_specs=pl.BlockSpec((8, 8), lambda b, i: (0, 0)))(x)  # fmt: skip
+        return pl.pallas_call(
+            kernel,
+            out_shape=shape(8, 8),
+            grid=(1000, 4),
+            in_specs=[pl.BlockSpec((8, 128), lambda b, i: (0, 0))],
+            out_specs=pl.BlockSpec((8, 8), lambda b, i: (0, 0)),
+        )(x)
 
     assert count(fn, X).flops == 3000 * 2 * 8 * 8 * 128
 
@@ -201,8 +230,9 @@ def test_gpu_loads_and_stores_count_without_masked_lanes():
         o[row] = jax.lax.fori_loop(0, pl.cdiv(n, 16), body, jnp.zeros((16, 64), jnp.float32)).sum(axis=0)
 
     def fn(lengths, x):
-        return pl.pallas_call(kernel, out_shape=shape(3, 64), grid=(3,),
-                              compiler_params=plgpu.CompilerParams(num_warps=4))(lengths, x)  # fmt: skip
+        return pl.pallas_call(
+            kernel, out_shape=shape(3, 64), grid=(3,), compiler_params=plgpu.CompilerParams(num_warps=4)
+        )(lengths, x)
 
     lengths = np.array([5, 0, 33], np.int32)
     counted = count(fn, lengths, shape(3, 64, 64), platform="gpu")
@@ -210,7 +240,8 @@ def test_gpu_loads_and_stores_count_without_masked_lanes():
 
 
 def test_every_dot_of_a_program_is_found():
-    jaxpr = jax.make_jaxpr(paged)(jnp.zeros(3, jnp.int32), jnp.zeros((3, 4), jnp.int32), jnp.zeros((24, 128)),
-                                  jnp.zeros((16, 8, 128)))  # fmt: skip
+    jaxpr = jax.make_jaxpr(paged)(
+        jnp.zeros(3, jnp.int32), jnp.zeros((3, 4), jnp.int32), jnp.zeros((24, 128)), jnp.zeros((16, 8, 128))
+    )
     (dot,) = dots(jaxpr)
     assert "HIGHEST" in str(dot.params["precision"])

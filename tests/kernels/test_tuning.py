@@ -101,9 +101,18 @@ def entry_of(**config) -> str:
         (entry_of(block=100), f"{KEY!r}.*a multiple of 128"),
         (entry_of(block="128"), f"{KEY!r}.*remove the entry, or tune again"),
     ],
-    ids=["no JSON", "a list", "no ops", "ops a list", "entries a list", "no config", "an old field", "a wrong value",
-         "a wrong type"],
-)  # fmt: skip
+    ids=[
+        "no JSON",
+        "a list",
+        "no ops",
+        "ops a list",
+        "entries a list",
+        "no config",
+        "an old field",
+        "a wrong value",
+        "a wrong type",
+    ],
+)
 def test_a_table_that_cannot_be_read_is_named(monkeypatch, tmp_path, text, says):
     be_on(monkeypatch, "v5e")
     (tmp_path / "v5e.json").write_text(text)
@@ -215,10 +224,13 @@ def test_without_a_device_candidates_are_ranked_by_static_figures_and_it_is_said
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [("flash_attention --target v5e:3", "v5e has no slice 3"), ("nosuch", "no op 'nosuch'; there are flash"),
-     ("flash_attention --target v5e --case zzz", "'zzz' in its name; there are 'Llama 3 8B, bf16, no mask'")],
+    [
+        ("flash_attention --target v5e:3", "v5e has no slice 3"),
+        ("nosuch", "no op 'nosuch'; there are flash"),
+        ("flash_attention --target v5e --case zzz", "'zzz' in its name; there are 'Llama 3 8B, bf16, no mask'"),
+    ],
     ids=["slice", "op", "case"],
-)  # fmt: skip
+)
 def test_what_is_not_there_is_told_with_what_there_is(arguments, says):
     with pytest.raises(SystemExit, match=says):
         tuning.main(arguments.split())

@@ -17,17 +17,25 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {
 @pytest.mark.parametrize(
     ("template", "messages"),
     [
-        *((REASONING, [USER, {"role": "assistant", "content": "b", name: "R"}])
-          for name in ("reasoning", "reasoning_content", "thinking")),
+        *(
+            (REASONING, [USER, {"role": "assistant", "content": "b", name: "R"}])
+            for name in ("reasoning", "reasoning_content", "thinking")
+        ),
         (REASONING, [USER, {"role": "assistant", "content": "b", "reasoning": "1", "thinking": "2"}]),
         (REASONING, [USER, {"role": "assistant", "content": "b", "reasoning": "1", "reasoning_content": "3"}]),
         (PARTS, [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}]),
         (PARTS, [USER]),
-        (CALLS, [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                 {"role": "tool", "content": "x", "tool_call_id": "c1", "name": "f"}]),
+        (
+            CALLS,
+            [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "x", "tool_call_id": "c1", "name": "f"},
+            ],
+        ),
         (NULL, [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]),
     ],
-)  # fmt: skip
+)
 def test_chats_are_rendered_as_by_transformers(template, messages):
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -38,9 +38,14 @@ def pair(request, tmp_path_factory):
     model = pdx.load(directory, dtype="float32")
     tokens = tiny.tokens_of(LENGTHS, model.config.vocab_size)
     return SimpleNamespace(
-        name=request.param, directory=directory, theirs=theirs, params=model.params, cfg=model.config, tokens=tokens,
+        name=request.param,
+        directory=directory,
+        theirs=theirs,
+        params=model.params,
+        cfg=model.config,
+        tokens=tokens,
         reference=tiny.whole_logits(theirs, tokens, LENGTHS),
-    )  # fmt: skip
+    )
 
 
 def test_the_reference_is_worth_comparing(pair):
@@ -60,7 +65,8 @@ def test_the_windows_wrap(pair):
 def test_published_and_saved_configurations_are_one(pair):
     """config.json as published models carry it, and as transformers writes it today."""
     (pair.directory / "published" / "model.safetensors").write_bytes(
-        (pair.directory / "model.safetensors").read_bytes())  # fmt: skip
+        (pair.directory / "model.safetensors").read_bytes()
+    )
     assert pdx.load(pair.directory / "published", dtype="float32").config == pair.cfg
 
 
@@ -70,8 +76,10 @@ def test_prefill_agrees_at_every_position(pair, measured):
     ends = phases.chunk_ends(pair.params, pair.cfg, pair.tokens, LENGTHS, CHUNK)
     assert len(ends) == sum(-(-n // CHUNK) for n in LENGTHS)
     prefill = max(float(np.abs(logits - pair.reference[row][at]).max()) for row, at, logits in ends)
-    measured(f"{pair.name:14} largest logit difference: one pass {whole:.1e}, chunks {chunked:.1e}, "
-             f"prefill {prefill:.1e} (logits up to {max(np.abs(r).max() for r in pair.reference):.1f})")
+    measured(
+        f"{pair.name:14} largest logit difference: one pass {whole:.1e}, chunks {chunked:.1e}, "
+        f"prefill {prefill:.1e} (logits up to {max(np.abs(r).max() for r in pair.reference):.1f})"
+    )
     assert max(whole, chunked, prefill) < TOLERANCE
 
 
@@ -91,12 +99,21 @@ def test_hidden_states_agree(pair):
     import torch
 
     layers = tuple(range(pair.cfg.num_layers + 1))
-    ours = phases.whole_forward(pair.params, pair.cfg, jnp.asarray(pair.tokens), lengths=jnp.asarray(LENGTHS),
-                                logits="none", hidden_layers=layers)  # fmt: skip
+    ours = phases.whole_forward(
+        pair.params,
+        pair.cfg,
+        jnp.asarray(pair.tokens),
+        lengths=jnp.asarray(LENGTHS),
+        logits="none",
+        hidden_layers=layers,
+    )
     for row, n in enumerate(LENGTHS):
         with torch.inference_mode():
-            out = pair.theirs.model(torch.from_numpy(pair.tokens[row : row + 1, :n].astype(np.int64)),
-                                    output_hidden_states=True, use_cache=False)  # fmt: skip
+            out = pair.theirs.model(
+                torch.from_numpy(pair.tokens[row : row + 1, :n].astype(np.int64)),
+                output_hidden_states=True,
+                use_cache=False,
+            )
         # transformers hands out the last one behind the final norm.
         stream = [*(ours.hidden[i] for i in layers[:-1]), ours.final_hidden]
         for mine, theirs in zip(stream, out.hidden_states, strict=True):
@@ -157,22 +174,22 @@ CONTROLS: dict[str, dict[str, Control]] = {
     "llama2": EVERY | SILU | UNTIED,
     "llama31": EVERY | SILU | SCALING,
     "llama_linear": EVERY | SILU | SCALING,
-    "llama_bias": EVERY | SILU | QKV_BIAS | {
-        f"{x} bias": _without(f"{x}_bias") for x in ("o", "gate", "up", "down")
-    },
+    "llama_bias": EVERY | SILU | QKV_BIAS | {f"{x} bias": _without(f"{x}_bias") for x in ("o", "gate", "up", "down")},
     "smollm2": EVERY | SILU,
     "mistral": EVERY | SILU | WINDOW,
     "qwen2": EVERY | SILU | QKV_BIAS,
     "qwen2_window": EVERY | SILU | QKV_BIAS | WINDOW | MIXED | UNTIED,
     "qwen3": EVERY | SILU | QK_NORM,
     "qwen3_yarn": EVERY | SILU | QK_NORM | SCALING | {"yarn's factor on cos and sin": _rope(attention_factor=1.0)},
-    "gemma2": EVERY | GELU | WINDOW | MIXED | GEMMA | {
-        "attention soft cap": _config(attn_softcap=None),
-        "logit soft cap": _config(logit_softcap=None),
-    },
+    "gemma2": EVERY
+    | GELU
+    | WINDOW
+    | MIXED
+    | GEMMA
+    | {"attention soft cap": _config(attn_softcap=None), "logit soft cap": _config(logit_softcap=None)},
     "gemma3": EVERY | GELU | WINDOW | MIXED | GEMMA | QK_NORM | LOCAL,
     "gemma3_linear": EVERY | GELU | WINDOW | MIXED | GEMMA | QK_NORM | LOCAL | SCALING,
-}  # fmt: skip
+}
 
 
 def test_each_feature_matters(pair, measured):

@@ -16,8 +16,13 @@ from tests.test_families import inverse_frequencies
 pytestmark = pytest.mark.parity
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 SCALINGS = {
     "finetuned": {"rope_scaling": YARN | {"finetuned": True}},
     "type alone": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
@@ -31,7 +36,7 @@ SCALINGS = {
     "default with a factor": {"rope_scaling": {"rope_type": "default", "factor": 8.0}},
     "sections of images": {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [4, 2, 2]}},
     "empty": {"rope_scaling": {}},
-}  # fmt: skip
+}
 LENGTHS = (70, 9)
 
 
@@ -70,15 +75,19 @@ def test_a_head_that_differs_and_old_buffers(tmp_path, measured):
     path = tmp_path / "model.safetensors"
     content = load_file(path)
     head = content["model.embed_tokens.weight"][::-1].copy()
-    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
-               "model.rotary_emb.inv_freq": np.ones(4, np.float32)}  # fmt: skip
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "model.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
     save_file(content | buffers | {"lm_head.weight": head}, path, metadata={"format": "pt"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager", dtype="float32").eval()  # fmt: skip
+        tmp_path, attn_implementation="eager", dtype="float32"
+    ).eval()
     model = pdx.load(tmp_path, dtype="f32")
     tokens = tiny.tokens_of(LENGTHS, model.config.vocab_size)
-    found = difference(phases.whole(model.params, model.config, tokens, LENGTHS),
-                       tiny.whole_logits(theirs, tokens, LENGTHS))  # fmt: skip
+    found = difference(
+        phases.whole(model.params, model.config, tokens, LENGTHS), tiny.whole_logits(theirs, tokens, LENGTHS)
+    )
     measured(f"an untied head and old buffers: {found:.1e}")
     assert not model.config.tie_embeddings
     assert found < TOLERANCE

@@ -31,8 +31,10 @@ def compare(config: dict, kind: Kind | None, directory) -> tuple[float, float]:
     tokens = tiny.tokens_of(LENGTHS, model.config.vocab_size)
     reference = tiny.whole_logits(theirs, tokens, LENGTHS)
     steps = prefilled_then_decoded(model.params, model.config, tokens, LENGTHS, PROMPTS, chunk=max(PROMPTS))
-    return (difference(whole(model.params, model.config, tokens, LENGTHS), reference),
-            difference(steps, [r[n - 1 :] for r, n in zip(reference, PROMPTS, strict=True)]))  # fmt: skip
+    return (
+        difference(whole(model.params, model.config, tokens, LENGTHS), reference),
+        difference(steps, [r[n - 1 :] for r, n in zip(reference, PROMPTS, strict=True)]),
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

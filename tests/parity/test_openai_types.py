@@ -89,8 +89,15 @@ def test_every_kind_of_message_is_read():
     from pdx.errors import RequestError
 
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    values = {"content": "x", "name": "n", "tool_calls": [call], "tool_call_id": "c", "refusal": "no",
-              "function_call": {"name": "f", "arguments": "{}"}, "audio": {"id": "a"}}  # fmt: skip
+    values = {
+        "content": "x",
+        "name": "n",
+        "tool_calls": [call],
+        "tool_call_id": "c",
+        "refusal": "no",
+        "function_call": {"name": "f", "arguments": "{}"},
+        "audio": {"id": "a"},
+    }
     traits = Traits("{{ messages }}", lambda messages: str(messages))
     for kind in params.ChatCompletionMessageParam.__args__:
         (role,) = get_args(get_type_hints(kind)["role"])

@@ -81,13 +81,17 @@ def test_greedy_tokens_are_those_of_transformers(pair, measured):
         stop = int(np.flatnonzero([*(reference.gaps < TIE), True])[0])
         if key in generated and generated[key][:stop] != reference.tokens[:stop].tolist():
             wrong.append((key, "generate"))
-        measured(f"{pair.name} {key}: {len(prompts[key])} + {TOKENS} tokens, {len(differ)} differ ({len(tied)} ties), "
-                 f"logits within {np.abs(ours[key] - reference.logits).max():.1e}, smallest gap "
-                 f"{reference.gaps.min():.1e}: {pair.model.tokenizer.decode(reference.tokens)[:60]!r}")
+        measured(
+            f"{pair.name} {key}: {len(prompts[key])} + {TOKENS} tokens, {len(differ)} differ ({len(tied)} ties), "
+            f"logits within {np.abs(ours[key] - reference.logits).max():.1e}, smallest gap "
+            f"{reference.gaps.min():.1e}: {pair.model.tokenizer.decode(reference.tokens)[:60]!r}"
+        )
     largest = difference(list(ours.values()), [t.logits for t in theirs.values()])
     near = sum(int((t.gaps < TIE).sum()) for t in theirs.values())
-    measured(f"{pair.name}: {len(prompts)} prompts, {len(prompts) * TOKENS} greedy tokens, {len(wrong)} wrong, "
-             f"{ties} ties parted ({near} steps had a gap below {TIE}); largest logit difference {largest:.1e}")
+    measured(
+        f"{pair.name}: {len(prompts)} prompts, {len(prompts) * TOKENS} greedy tokens, {len(wrong)} wrong, "
+        f"{ties} ties parted ({near} steps had a gap below {TIE}); largest logit difference {largest:.1e}"
+    )
     assert not wrong
     assert near < 0.02 * len(prompts) * TOKENS, "so many ties would excuse anything"
 
@@ -98,14 +102,17 @@ def test_perplexity_is_that_of_transformers(pair, measured):
     cache = init_cache(pair.model.config, *windows.shape, chunk=CHUNK)
     full, parts = np.full(len(windows), CHUNK), []
     for start in range(0, windows.shape[1], CHUNK):
-        logits, cache = verify(pair.model.params, pair.model.config, jnp.asarray(windows[:, start : start + CHUNK]),
-                               full, cache)  # fmt: skip
+        logits, cache = verify(
+            pair.model.params, pair.model.config, jnp.asarray(windows[:, start : start + CHUNK]), full, cache
+        )
         parts.append(real.nats(np.asarray(logits), windows[:, start + 1 : start + CHUNK + 1]))
     ours = np.concatenate(parts, axis=1)
     mine, reference = (float(np.exp(x.mean(dtype=np.float64))) for x in (ours, theirs))
-    measured(f"{pair.name}: perplexity over {theirs.size} tokens in windows of {windows.shape[1]}: pdx {mine:.5f}, "
-             f"transformers {reference:.5f} ({abs(mine / reference - 1):.1e} apart; "
-             f"token by token up to {np.abs(ours - theirs).max():.1e} nats)")
+    measured(
+        f"{pair.name}: perplexity over {theirs.size} tokens in windows of {windows.shape[1]}: pdx {mine:.5f}, "
+        f"transformers {reference:.5f} ({abs(mine / reference - 1):.1e} apart; "
+        f"token by token up to {np.abs(ours - theirs).max():.1e} nats)"
+    )
     assert ours.shape == theirs.shape
     assert abs(mine / reference - 1) < PERPLEXITY
 

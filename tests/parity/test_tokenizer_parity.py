@@ -126,10 +126,17 @@ def model_proto(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sentencepiece")
     lines = [line for text in _training_text() for line in text.split("\n") if line and "\0" not in line]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=2000, model_type="bpe",
-        byte_fallback=True, character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        user_defined_symbols=["<b>", "\u2581\u2581", "\u2581\u2581\u2581"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=2000,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<b>", "\u2581\u2581", "\u2581\u2581\u2581"],
+        minloglevel=2,
+    )
     return folder / "tokenizer.model"
 
 

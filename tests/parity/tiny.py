@@ -31,62 +31,110 @@ _COMMON = {
     "torch_dtype": "float32",
 }
 _LLAMA = _COMMON | {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rope_theta": 10_000.0,
-    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+}
 _QWEN2 = _COMMON | {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": WINDOW, "max_window_layers": 2,
-}  # fmt: skip
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": WINDOW,
+    "max_window_layers": 2,
+}
 _QWEN3 = _COMMON | {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rope_theta": 1_000_000.0,
-    "head_dim": 32, "tie_word_embeddings": True, "attention_bias": False, "rope_scaling": None,
-    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 2,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "rope_theta": 1_000_000.0,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 2,
+}
 _GEMMA3 = _COMMON | {
-    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "rope_theta": 1_000_000.0,
-    "rope_local_base_freq": 10_000.0, "rope_scaling": None, "attention_bias": False, "attn_logit_softcapping": None,
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 32,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": WINDOW,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
-}  # fmt: skip
+}
 
 PUBLISHED: dict[str, dict] = {
     "llama2": _LLAMA | {"num_key_value_heads": 4},
-    "llama31": _LLAMA | {
+    "llama31": _LLAMA
+    | {
         "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": ORIGINAL_CONTEXT,
-        },
+        }
     },
     "llama_linear": _LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama_bias": _LLAMA | {"attention_bias": True, "mlp_bias": True},
-    "smollm2": _LLAMA | {
-        "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    "smollm2": _LLAMA
+    | {
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
         "rope_theta": 100_000.0,
     },
-    "mistral": _COMMON | {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "head_dim": 32,
-        "rope_theta": 10_000.0, "sliding_window": WINDOW, "tie_word_embeddings": False,
+    "mistral": _COMMON
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "head_dim": 32,
+        "rope_theta": 10_000.0,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": False,
     },
     "qwen2": _QWEN2,
     "qwen2_window": _QWEN2 | {"use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": False},
     "qwen3": _QWEN3,
-    "qwen3_yarn": _QWEN3 | {
+    "qwen3_yarn": _QWEN3
+    | {
         "rope_theta": 10_000.0,
-        "rope_scaling": {
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL_CONTEXT,
-        },
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL_CONTEXT},
     },
-    "gemma2": _COMMON | {
-        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_act": "gelu_pytorch_tanh", "head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": WINDOW,
-        "rope_theta": 10_000.0, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+    "gemma2": _COMMON
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": WINDOW,
+        "rope_theta": 10_000.0,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
     },
     "gemma3": _GEMMA3 | {"num_hidden_layers": 6},
-    "gemma3_linear": _GEMMA3 | {
-        "sliding_window_pattern": 2, "rope_theta": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
-}  # fmt: skip
+    "gemma3_linear": _GEMMA3
+    | {"sliding_window_pattern": 2, "rope_theta": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+}
 
 
 def uses_offset_norms(config: dict) -> bool:

@@ -24,9 +24,15 @@ ACCELERATORS = ("tpu", "gpu")
 
 
 def compare(
-    ops: Sequence[str] = (), *, shapes: str | None = None, targets: Sequence[str] | None = None,
-    model: str = "smollm2-135m-instruct", rounds: int = ROUNDS, cycles: bool = False, progress: Report = silent,
-) -> Comparison:  # fmt: skip
+    ops: Sequence[str] = (),
+    *,
+    shapes: str | None = None,
+    targets: Sequence[str] | None = None,
+    model: str = "smollm2-135m-instruct",
+    rounds: int = ROUNDS,
+    cycles: bool = False,
+    progress: Report = silent,
+) -> Comparison:
     """Measure on this process' device, and compile for those asked for.
 
     Args:
@@ -46,19 +52,25 @@ def compare(
     named = selection.ops(ops)
     platform = measure.platform()
     cases = selection.chosen(named, shapes, platform)
-    wanted = selection.check_targets(targets if targets is not None else
-                                     () if platform in ACCELERATORS else selection.TARGETS)  # fmt: skip
+    wanted = selection.check_targets(
+        targets if targets is not None else () if platform in ACCELERATORS else selection.TARGETS
+    )
     subject = Subject(model, jnp.dtype(default_dtype(jax.devices()[0])).name) if selection.STEPS in named else None
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
     chip, source = ceiling.of_this_device()
     found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
     if platform not in ACCELERATORS:
-        found.notes.insert(0, f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
-                              "interpreted, where a case is small enough.")  # fmt: skip
+        found.notes.insert(
+            0,
+            f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
+            "interpreted, where a case is small enough.",
+        )
     if jax.config.jax_compilation_cache_dir:
-        found.notes.append(f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}: one that is found "
-                           "there takes less than compile says.")  # fmt: skip
+        found.notes.append(
+            f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}: one that is found "
+            "there takes less than compile says."
+        )
     total = len(cases) + len(phases)
     for i, (op, case) in enumerate(cases):
         progress("measuring", i, total)

@@ -30,14 +30,26 @@ def measured(megabytes: int = 512, side: int = SIDE) -> Chip:
     times = interleaved({"read": read, "float32": lambda: once(f32), "int8": lambda: once(int8)}, RUNS)
     rate = {name: 2 * side**3 / times[name].best / 1e12 for name in ("float32", "int8")}
     device = jax.devices()[0]
-    return Chip(device_name(every=False), device.platform, (device.device_kind,), bf16_tflops=None,
-                int8_tops=rate["int8"], hbm_gbps=read.bytes_read / times["read"].best / 1e9, hbm_gib=0.0,
-                cores=os.cpu_count() or 1, clock_ghz=0.0, f32_tflops=rate["float32"])  # fmt: skip
+    return Chip(
+        device_name(every=False),
+        device.platform,
+        (device.device_kind,),
+        bf16_tflops=None,
+        int8_tops=rate["int8"],
+        hbm_gbps=read.bytes_read / times["read"].best / 1e9,
+        hbm_gib=0.0,
+        cores=os.cpu_count() or 1,
+        clock_ghz=0.0,
+        f32_tflops=rate["float32"],
+    )
 
 
 def _product(side: int, dtype):
     a = jnp.ones((side, side), dtype)
     wide = jnp.int32 if dtype == jnp.int8 else None
-    product = jax.jit(lambda a, b: lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST,
-                                                   preferred_element_type=wide))  # fmt: skip
+    product = jax.jit(
+        lambda a, b: lax.dot_general(
+            a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=wide
+        )
+    )
     return lambda: product(a, a)

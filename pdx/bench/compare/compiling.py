@@ -34,21 +34,34 @@ def compiled(op: str, case: Any, path: str, target: Target) -> Row:
         problem = problem.as_projected()  # as `static.facts` compiles the kernel
         c = target.compile(problem.fn(), *problem.arguments(), donate_argnums=problem.donate_argnums)
         flops = None if " while(" in c.text else c.cost.get("flops")  # of a loop XLA counts one turn
-        return replace(row, rung=COMPILED, ran=what_ran(c.text), compile_seconds=c.seconds,
-                       temp_bytes=c.memory["temp"], moved_bytes=xla_bytes(c.text),
-                       done_flops=None if flops is None else int(flops))  # fmt: skip
+        return replace(
+            row,
+            rung=COMPILED,
+            ran=what_ran(c.text),
+            compile_seconds=c.seconds,
+            temp_bytes=c.memory["temp"],
+            moved_bytes=xla_bytes(c.text),
+            done_flops=None if flops is None else int(flops),
+        )
     with target.tracing():
         if refused := problem.unsupported:
             return replace(row, note=refused)
     facts = static.facts(problem, target)
     kernels = facts["kernels"]
-    return replace(row, rung=COMPILED, ran=kernels_said(facts["pallas_calls"]), compile_seconds=facts["seconds"],
-                   temp_bytes=facts["temp"], moved_bytes=facts["bytes"], done_flops=facts["flops"],
-                   vmem_bytes=facts["vmem_bytes"] if chip.platform == "tpu" else None,
-                   shared_bytes=max((k["shared_bytes"] for k in kernels), default=None),
-                   registers=max((k["registers"] for k in kernels), default=None),
-                   spill_bytes=sum(k["spill_bytes"] for k in kernels) if kernels else None,
-                   note="" if not facts["dynamic"] else DYNAMIC)  # fmt: skip
+    return replace(
+        row,
+        rung=COMPILED,
+        ran=kernels_said(facts["pallas_calls"]),
+        compile_seconds=facts["seconds"],
+        temp_bytes=facts["temp"],
+        moved_bytes=facts["bytes"],
+        done_flops=facts["flops"],
+        vmem_bytes=facts["vmem_bytes"] if chip.platform == "tpu" else None,
+        shared_bytes=max((k["shared_bytes"] for k in kernels), default=None),
+        registers=max((k["registers"] for k in kernels), default=None),
+        spill_bytes=sum(k["spill_bytes"] for k in kernels) if kernels else None,
+        note="" if not facts["dynamic"] else DYNAMIC,
+    )
 
 
 # Instructions that read and write nothing themselves.
@@ -78,11 +91,23 @@ def compiled_step(subject: Subject, shape: Shape, path: str, chip: Chip, target:
     """A whole step, compiled in this process."""
     row = replace(step_row(subject, shape, chip, target), path=path)
     c = aot.compile_step(
-        "prefill" if shape.phase == "prefill" else "decode_step", subject.config(), target, batch=shape.batch,
-        capacity=shape.capacity, tokens=shape.tokens, dtype=subject.dtype, kernels=path,
-    )  # fmt: skip
-    return replace(row, rung=COMPILED, ran=what_ran(c.text), compile_seconds=c.seconds, temp_bytes=c.memory["temp"],
-                   vmem_bytes=c.vmem_bytes if chip.platform == "tpu" else None)  # fmt: skip
+        "prefill" if shape.phase == "prefill" else "decode_step",
+        subject.config(),
+        target,
+        batch=shape.batch,
+        capacity=shape.capacity,
+        tokens=shape.tokens,
+        dtype=subject.dtype,
+        kernels=path,
+    )
+    return replace(
+        row,
+        rung=COMPILED,
+        ran=what_ran(c.text),
+        compile_seconds=c.seconds,
+        temp_bytes=c.memory["temp"],
+        vmem_bytes=c.vmem_bytes if chip.platform == "tpu" else None,
+    )
 
 
 def _child(order: dict[str, Any]) -> None:

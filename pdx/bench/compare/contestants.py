@@ -91,8 +91,13 @@ def _dense_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestan
     if platform == "gpu" and decode:
         from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
-        yield Contestant("jax Pallas gqa", lambda q, k, v, n: gqa(q, k, v, kv_seq_len=n, sm_scale=scale), q[:, 0],
-                         (k, v, arrays["lengths"]), lambda out: out[:, None])  # fmt: skip
+        yield Contestant(
+            "jax Pallas gqa",
+            lambda q, k, v, n: gqa(q, k, v, kv_seq_len=n, sm_scale=scale),
+            q[:, 0],
+            (k, v, arrays["lengths"]),
+            lambda out: out[:, None],
+        )
     if platform in ("tpu", "gpu") and square and not case.window:
         yield _square_kernel(case, q, k, v, platform, scale)
 
@@ -107,8 +112,13 @@ def _square_kernel(case: Any, q, k, v, platform: str, scale: float) -> Contestan
     from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
     turned = [x.transpose(0, 2, 1, 3) for x in (q, k, v)]
-    return Contestant("jax Pallas flash", lambda q, k, v: flash_attention(q, k, v, causal=case.causal, sm_scale=scale),
-                      turned[0], tuple(turned[1:]), lambda out: out.transpose(0, 2, 1, 3))  # fmt: skip
+    return Contestant(
+        "jax Pallas flash",
+        lambda q, k, v: flash_attention(q, k, v, causal=case.causal, sm_scale=scale),
+        turned[0],
+        tuple(turned[1:]),
+        lambda out: out.transpose(0, 2, 1, 3),
+    )
 
 
 def _paged_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
@@ -125,19 +135,30 @@ def _paged_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestan
         rows = jnp.array([len(case.lengths)], jnp.int32)
 
         def run(q, pages, lengths, tables, starts, rows):
-            return ragged_paged_attention(q, pages, lengths, tables, starts, rows, sm_scale=scale,
-                                          sliding_window=case.window, soft_cap=case.softcap)  # fmt: skip
+            return ragged_paged_attention(
+                q,
+                pages,
+                lengths,
+                tables,
+                starts,
+                rows,
+                sm_scale=scale,
+                sliding_window=case.window,
+                soft_cap=case.softcap,
+            )
 
         yield Contestant("jax Pallas ragged", run, arrays["q"], (pages, lengths, tables, arrays["query_starts"], rows))
     elif case.max_queries == 1 and not case.window:
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
         def run(q, k, v, tables, lengths):  # it has no scale of its own
-            return paged_attention((q * scale).astype(q.dtype), k, v, tables, lengths,
-                                   attn_logits_soft_cap=case.softcap)  # fmt: skip
+            return paged_attention(
+                (q * scale).astype(q.dtype), k, v, tables, lengths, attn_logits_soft_cap=case.softcap
+            )
 
-        yield Contestant("jax Pallas paged", run, arrays["q"], (k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3),
-                                                                tables, lengths))  # fmt: skip
+        yield Contestant(
+            "jax Pallas paged", run, arrays["q"], (k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), tables, lengths)
+        )
 
 
 def _plain(case: Any) -> bool:

@@ -87,8 +87,7 @@ def _dense(case, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     def part(arrays, row, q, start):
         own = {n: jax.lax.dynamic_slice_in_dim(arrays[n], row, 1) for n in by_row}
         own = {"lengths": None} | own | {"starts": own["starts"] + start}
-        return attention(q.astype(jnp.float32), **own, **settings,
-                         **({"sinks": arrays["sinks"]} if case.sinks else {}))  # fmt: skip
+        return attention(q.astype(jnp.float32), **own, **settings, **({"sinks": arrays["sinks"]} if case.sinks else {}))
 
     out = np.zeros((rows, t, case.heads, case.value_dim or case.head_dim), np.float32)
     for row in np.flatnonzero(case.new):
@@ -101,17 +100,26 @@ def _dense(case, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
 def _paged(case, arrays: Mapping[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
     """Each row by itself, its pages laid side by side as a dense cache."""
     out = np.zeros((case.packed, case.kv_heads * case.group, case.value_size), np.float32)
-    settings = {"scale": case.logit_scale, "window": case.window, "softcap": case.softcap,
-                "sinks": arrays.get("sinks"), "layout": "heads_last"}  # fmt: skip
+    settings = {
+        "scale": case.logit_scale,
+        "window": case.window,
+        "softcap": case.softcap,
+        "sinks": arrays.get("sinks"),
+        "layout": "heads_last",
+    }
     at = 0
-    run = jax.jit(lambda q, k, v, starts, lengths, scales: attention(
-        q.astype(jnp.float32), k, v, starts=starts, lengths=lengths, **scales, **settings))  # fmt: skip
+    run = jax.jit(
+        lambda q, k, v, starts, lengths, scales: attention(
+            q.astype(jnp.float32), k, v, starts=starts, lengths=lengths, **scales, **settings
+        )
+    )
     for row, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
         if n:
             pages = arrays["block_tables"][row, : -(-length // case.page)]
             k, v = (arrays[x][pages].reshape(1, -1, *arrays[x].shape[2:]) for x in ("k_pages", "v_pages"))
-            scales = {x: jnp.concatenate(list(arrays[x][pages]), -1)[None] for x in ("k_scale", "v_scale")
-                      if x in arrays}  # fmt: skip
+            scales = {
+                x: jnp.concatenate(list(arrays[x][pages]), -1)[None] for x in ("k_scale", "v_scale") if x in arrays
+            }
             lengths = jnp.array([length], jnp.int32)
             out[at : at + n] = run(arrays["q"][None, at : at + n], k, v, lengths - n, lengths, scales)[0]
             at += n

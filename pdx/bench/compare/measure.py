@@ -40,16 +40,27 @@ def case_rows(op: str, case: Any, chip: Chip, device: str, rounds: int, targets:
     auto = chosen_by_auto(op, problems.OPS[op](case, "xla", layout_of(platform)), platform)
     rows = [replace(r, auto=r.path == auto) for r in rows]
     if platform not in ("tpu", "gpu"):
-        rows[1:1] = [interpreted(op, case, arrays, right, replace(base, path=f"{PALLAS} {name}"), targets)
-                     for name in ("tpu", "gpu")]  # fmt: skip
+        rows[1:1] = [
+            interpreted(op, case, arrays, right, replace(base, path=f"{PALLAS} {name}"), targets)
+            for name in ("tpu", "gpu")
+        ]
     return rows
 
 
 def start_row(problem: Problem, chip: Chip, device: str) -> Row:
     """What is known of a case before anything runs."""
     needed = problem.flops_needed, problem.bytes_needed
-    return Row(problem.op, problem.name, "", device, NOT_RUN, dtype=problem.multiplied, flops=needed[0],
-               bytes=needed[1], **limits(chip, *needed, problem.multiplied))  # fmt: skip
+    return Row(
+        problem.op,
+        problem.name,
+        "",
+        device,
+        NOT_RUN,
+        dtype=problem.multiplied,
+        flops=needed[0],
+        bytes=needed[1],
+        **limits(chip, *needed, problem.multiplied),
+    )
 
 
 def platform() -> str:
@@ -82,8 +93,14 @@ def compete(found: list[Contestant], base: Row, right: tuple[np.ndarray, np.ndar
         except Exception as error:  # another kernel's limits are as many as there are kernels: say them and go on
             rows[c.path] = replace(row, note=reason(error))
             continue
-        rows[c.path] = replace(row, rung=MEASURED, ran=what_ran(loop.text), max_error=worst, relative_error=relative,
-                               compile_seconds=loop.compile_seconds)  # fmt: skip
+        rows[c.path] = replace(
+            row,
+            rung=MEASURED,
+            ran=what_ran(loop.text),
+            max_error=worst,
+            relative_error=relative,
+            compile_seconds=loop.compile_seconds,
+        )
         loops[c.path] = loop
     for path, row in timed(loops, rounds).items():
         rows[path] = replace(rows[path], **row)
@@ -105,8 +122,12 @@ def timed(loops: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, d
             found[name] = {"note": "shorter than what this machine's clock and other work let see"}
             continue
         low, high = timing.quartiles
-        found[name] = {"seconds": timing.median, "low": max(low, 0.0), "high": high,
-                       "dispatch_seconds": loops[name].dispatch.median}  # fmt: skip
+        found[name] = {
+            "seconds": timing.median,
+            "low": max(low, 0.0),
+            "high": high,
+            "dispatch_seconds": loops[name].dispatch.median,
+        }
     return found
 
 

@@ -37,14 +37,25 @@ def picture(found: Comparison):
     _roofs(axes, found, points)
     ops, paths = (list(dict.fromkeys(getattr(r, name) for r in points)) for name in ("op", "path"))
     for r in points:
-        axes.plot(r.flops / r.bytes, r.tflop_per_s, MARKERS[paths.index(r.path) % len(MARKERS)],
-                  color=f"C{ops.index(r.op) % 10}", markersize=8, alpha=0.8)  # fmt: skip
+        axes.plot(
+            r.flops / r.bytes,
+            r.tflop_per_s,
+            MARKERS[paths.index(r.path) % len(MARKERS)],
+            color=f"C{ops.index(r.op) % 10}",
+            markersize=8,
+            alpha=0.8,
+        )
     for i, op in enumerate(ops):
         axes.plot([], [], "s", color=f"C{i % 10}", label=op)
     for i, path in enumerate(paths):
         axes.plot([], [], MARKERS[i % len(MARKERS)], color="grey", label=path)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that the case needs", ylabel="TFLOP/s",
-             title=f"{found.device}: measured, under its roofline ({found.ceiling})")  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOPs a byte that the case needs",
+        ylabel="TFLOP/s",
+        title=f"{found.device}: measured, under its roofline ({found.ceiling})",
+    )
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(True, which="major", alpha=0.3)
     return figure

@@ -131,14 +131,26 @@ class Comparison:
             base = next((r for r in rows if r.path == XLA and r.seconds and not r.wrong), None)
             for row in rows:
                 if base is not None and row is not base and row.seconds:
-                    found.append({"op": op, "case": case, "path": row.path, "over_xla": base.seconds / row.seconds,
-                                  "verdict": verdict(row, base)})  # fmt: skip
+                    found.append(
+                        {
+                            "op": op,
+                            "case": case,
+                            "path": row.path,
+                            "over_xla": base.seconds / row.seconds,
+                            "verdict": verdict(row, base),
+                        }
+                    )
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        return {"device": self.device, "ceiling": asdict(self.chip) | {"from": self.ceiling},
-                "versions": self.versions, "rows": [r.to_dict() for r in self.rows], "verdicts": self.verdicts(),
-                "notes": self.notes}  # fmt: skip
+        return {
+            "device": self.device,
+            "ceiling": asdict(self.chip) | {"from": self.ceiling},
+            "versions": self.versions,
+            "rows": [r.to_dict() for r in self.rows],
+            "verdicts": self.verdicts(),
+            "notes": self.notes,
+        }
 
     def write_csv(self, file: Path) -> None:
         """One line a row, every field of `Row` a column."""

@@ -16,7 +16,7 @@ ON_CPU = {
     "decode_attention": ("SmolLM2 135M, float32", "SmolLM2 135M, f32"),
     "paged_attention": ("one KV head of 256", "smollm2 mixed"),
     "quantized_matmul": ("W8A16, groups of 32", "llama gate, W8A16, f32", "llama gate, W8A8, decode"),
-}  # fmt: skip
+}
 # Of the static figures where there is no accelerator and none is named: the TPU that Colab lends.
 TARGETS = ("v5e",)
 

@@ -14,9 +14,12 @@ def show(found: Comparison, console: Console | None = None) -> None:
     console = console or Console(width=screen())
     chip = found.chip
     versions = ", ".join(f"{k} {v}" for k, v in found.versions.items())
-    _say(console, f"[bold]{found.device}[/bold], {versions}; roofline: {chip.hbm_gbps:.1f} GB/s, "
-                  + ", ".join(f"{chip.tflops(t):.3g} TFLOP/s {t}" for t in ("float32", "bfloat16", "int8"))
-                  + f" ({found.ceiling})")  # fmt: skip
+    _say(
+        console,
+        f"[bold]{found.device}[/bold], {versions}; roofline: {chip.hbm_gbps:.1f} GB/s, "
+        + ", ".join(f"{chip.tflops(t):.3g} TFLOP/s {t}" for t in ("float32", "bfloat16", "int8"))
+        + f" ({found.ceiling})",
+    )
     for note in found.notes:
         _say(console, escape(note))
     here = [r for r in found.rows if r.device == found.device]
@@ -41,8 +44,9 @@ def _measured(found: Comparison, op: str, rows: list[Row], console: Console) -> 
     for case in dict.fromkeys(r.case for r in rows):
         lines.append([escape(case)])
         for r in (r for r in rows if r.case == case):
-            lines.append([f"  {r.path}{'*' if r.auto else ''}", *_times(r), _against(r, over.get((case, r.path))),
-                          escape(r.ran)])  # fmt: skip
+            lines.append(
+                [f"  {r.path}{'*' if r.auto else ''}", *_times(r), _against(r, over.get((case, r.path))), escape(r.ran)]
+            )
     Table([f"[bold]{op}[/bold]", *TIMES], lines, left=("ran",)).show(console)
     _notes(rows, console)
 
@@ -53,8 +57,16 @@ def _times(r: Row) -> list[str]:
     if r.rung != MEASURED or r.seconds is None:
         return ["-", "", "", "", "", "", error, _s(r.compile_seconds)]
     spread = (r.high - r.low) / 2 / r.seconds
-    return [_time(r.seconds), f"{spread:.0%}", _time(r.dispatch_seconds), f"{r.gb_per_s:.1f}",
-            f"{r.tflop_per_s:.3g}", f"{r.of_roofline:.0%} {r.bound[:3]}", error, _s(r.compile_seconds)]  # fmt: skip
+    return [
+        _time(r.seconds),
+        f"{spread:.0%}",
+        _time(r.dispatch_seconds),
+        f"{r.gb_per_s:.1f}",
+        f"{r.tflop_per_s:.3g}",
+        f"{r.of_roofline:.0%} {r.bound[:3]}",
+        error,
+        _s(r.compile_seconds),
+    ]
 
 
 def _against(r: Row, said: dict | None) -> str:
@@ -90,8 +102,17 @@ def _figures(r: Row) -> list[str]:
     else:
         memory = "" if r.vmem_bytes is None else f"{r.vmem_bytes / 2**20:.1f} MiB"
     cycles = "" if r.cycles is None else f"{r.cycles:,}"
-    return [*moved, *done, _time(r.roofline_seconds), r.bound[:3], memory, _mega(r.temp_bytes), cycles,
-            _s(r.compile_seconds), escape(r.ran)]  # fmt: skip
+    return [
+        *moved,
+        *done,
+        _time(r.roofline_seconds),
+        r.bound[:3],
+        memory,
+        _mega(r.temp_bytes),
+        cycles,
+        _s(r.compile_seconds),
+        escape(r.ran),
+    ]
 
 
 def _notes(rows: list[Row], console: Console) -> None:

@@ -26,8 +26,14 @@ MARK = "COMPARE "  # begins a line of the process that holds a row
 Case = tuple[str, Any]
 
 
-def rows(name: str, cases: Sequence[Case], subject: Subject | None, shapes: Sequence[Shape], cycles: bool,
-         told: Callable[[str], None] = lambda what: None) -> list[Row]:  # fmt: skip
+def rows(
+    name: str,
+    cases: Sequence[Case],
+    subject: Subject | None,
+    shapes: Sequence[Shape],
+    cycles: bool,
+    told: Callable[[str], None] = lambda what: None,
+) -> list[Row]:
     """Rows for one target. Without its compiler what is counted: of kernels, and by the cost model of steps.
 
     Args:
@@ -40,19 +46,28 @@ def rows(name: str, cases: Sequence[Case], subject: Subject | None, shapes: Sequ
     """
     target = Target.get(name)
     if (why := targets.missing(name)) is not None:
-        return [*(counted(op, case, target, why, told) for op, case in cases),
-                *(replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
-                  for shape in (shapes if subject else ()))]  # fmt: skip
+        return [
+            *(counted(op, case, target, why, told) for op, case in cases),
+            *(
+                replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
+                for shape in (shapes if subject else ())
+            ),
+        ]
     wanted = [(op, case.name, path) for op, case in cases for path in (PALLAS, XLA)]
-    order = {"target": name, "ops": wanted, "steps": [asdict(s) for s in shapes] if subject else [],
-             "subject": asdict(subject) if subject else None}  # fmt: skip
+    order = {
+        "target": name,
+        "ops": wanted,
+        "steps": [asdict(s) for s in shapes] if subject else [],
+        "subject": asdict(subject) if subject else None,
+    }
     found = list(_in_a_process(order, told))
     missing = len(wanted) + 2 * len(order["steps"]) - len(found)
     if missing and not found:
         raise RequestError(f"the compiler for {name} ended before it gave anything: leave {name} out of --targets")
     if missing:
-        found[-1] = replace(found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are "
-                                                    "missing.".strip())
+        found[-1] = replace(
+            found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are missing.".strip()
+        )
     return [with_cycles(row, target, told) if cycles else row for row in found]
 
 
@@ -86,8 +101,9 @@ def with_cycles(row: Row, target: Target, told: Callable[[str], None]) -> Row:
 def _in_a_process(order: dict[str, Any], told: Callable[[str], None]) -> Iterator[Row]:
     command = [sys.executable, "-m", "pdx.bench.compare.compiling"]
     environment = os.environ | targets.environment() | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL) as child:  # fmt: skip
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
         child.stdin.write(json.dumps(order))
         child.stdin.close()
         for line in child.stdout:

@@ -73,8 +73,17 @@ def shapes_for(platform: str, cfg: ModelConfig) -> list[Shape]:
 def step_row(subject: Subject, shape: Shape, chip: Chip, device: str) -> Row:
     """What the cost model says of a step."""
     cost = getattr(subject.setup(), shape.phase)(shape.batch, shape.tokens)
-    row = Row(shape.phase, f"{subject.model}, {shape.name}", "", device, NOT_RUN, dtype=subject.dtype,
-              flops=cost.flops, bytes=cost.bytes, **limits(chip, cost.flops, cost.bytes, subject.dtype))  # fmt: skip
+    row = Row(
+        shape.phase,
+        f"{subject.model}, {shape.name}",
+        "",
+        device,
+        NOT_RUN,
+        dtype=subject.dtype,
+        flops=cost.flops,
+        bytes=cost.bytes,
+        **limits(chip, cost.flops, cost.bytes, subject.dtype),
+    )
     return replace(row, roofline_seconds=cost.seconds(chip), bound=cost.bound(chip))
 
 
@@ -87,8 +96,9 @@ def parameters(subject: Subject) -> Params:
     return load(subject.model, dtype=jnp.dtype(subject.dtype)).params
 
 
-def rows(subject: Subject, params: Params, shape: Shape, chip: Chip, device: str, rounds: int,
-         targets: tuple[str, ...] = ()) -> list[Row]:  # fmt: skip
+def rows(
+    subject: Subject, params: Params, shape: Shape, chip: Chip, device: str, rounds: int, targets: tuple[str, ...] = ()
+) -> list[Row]:
     """A step with each kind of kernels, in turn; on a device without Pallas kernels only with XLA's."""
     cfg, base = subject.config(), step_row(subject, shape, chip, device)
     right = expected(cfg, params, shape)
@@ -106,9 +116,15 @@ def rows(subject: Subject, params: Params, shape: Shape, chip: Chip, device: str
             found[path] = replace(row, note=reason(error))
             continue
         worst, relative = errors(loop.state[1], right, np.ones(shape.batch, bool))
-        found[path] = replace(row, rung=MEASURED, ran=what_ran(loop.text), auto=path == _auto(chip.platform),
-                              max_error=worst, relative_error=relative,
-                              compile_seconds=loop.compile_seconds)  # fmt: skip
+        found[path] = replace(
+            row,
+            rung=MEASURED,
+            ran=what_ran(loop.text),
+            auto=path == _auto(chip.platform),
+            max_error=worst,
+            relative_error=relative,
+            compile_seconds=loop.compile_seconds,
+        )
         loops[path] = loop
     for path, times in timed(loops, rounds).items():
         found[path] = replace(found[path], **times)
