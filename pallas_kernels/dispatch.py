@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Literal, get_args
 
 import pallas_kernels.compat  # noqa: F401 (it imports what must be there before anything is traced)
-from pallas_kernels.checks import Call
+from pallas_kernels.attention.call import Call
 from pallas_kernels.hardware import platform_of, without_pallas
 
 Implementation = Literal["auto", "xla", "tpu", "gpu"]

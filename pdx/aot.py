@@ -1,6 +1,6 @@
 """Compile the steps for a chip that is not here: does it fit, what does it move, which kernels does it run?
 
-The real compilers (libtpu; XLA and ptxas for GPUs) run on a CPU; `pallas_kernels.targets` says what they need to be
+The real compilers (libtpu; XLA and ptxas for GPUs) run on a CPU; `pallas_kernels.analysis.targets` says what must be
 installed and what the environment must hold before jax starts. Nothing here is a measured time.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.targets import Compiled, Target
+from pallas_kernels.analysis.targets import Compiled, Target
 from pdx import steps
 from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
 from pdx.cache.paged import paged_cache_specs
@@ -55,7 +55,7 @@ def compile_step(
 
     Raises:
       ValueError: an unknown step or target, a policy that does not fit the model.
-      pallas_kernels.targets.CompilerMissing: the target's compiler is not installed.
+      pallas_kernels.analysis.targets.CompilerMissing: the target's compiler is not installed.
       NotImplementedError: a Pallas kernel that does not take this model.
       jax.errors.JaxRuntimeError: what the compiler refuses: too little memory, for one.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels import problems
+from pallas_kernels.analysis import problems
 from pallas_kernels.hardware import Chip
 from pdx.bench.compare import contestants, exact
 from pdx.bench.compare.device_time import Loop

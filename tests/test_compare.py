@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hlo, problems
-from pallas_kernels.chain import chained, fed, start
+from pallas_kernels.analysis import hlo, problems
+from pallas_kernels.analysis.timing_loop import chained, fed, start
 from pdx.bench.compare import contestants, device_time, exact, measure
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.rows import Comparison, Row, verdict

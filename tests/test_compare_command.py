@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels import problems, targets
+from pallas_kernels.analysis import problems, targets
 from pdx.bench import compare as comparing
 from pdx.bench.compare import ceiling, plot, selection, static, steps
 from pdx.bench.compare.compiling import xla_bytes

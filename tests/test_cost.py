@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pdx
+from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.targets import Target
+from pallas_kernels.analysis.traffic import multiplied
 from pallas_kernels.hardware import chip
-from pallas_kernels.problems import nbytes
-from pallas_kernels.targets import Target
-from pallas_kernels.traffic import multiplied
 from pdx import aot, cost, known, steps, tradeoffs
 from pdx.cache.dense import cache_specs
 from pdx.cost import Setup, visible_pairs

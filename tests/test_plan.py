@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels import hardware, targets
+from pallas_kernels import hardware
+from pallas_kernels.analysis import targets
 from pdx import known, plan
 from pdx.cli import app
 from pdx.cost import Setup

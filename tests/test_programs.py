@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis.targets import Target
 from pdx import steps
 from pdx.cache.dense import cache_specs, default_layout, init_cache
 from pdx.cache.paged import init_paged_cache

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import pdx
-from pallas_kernels import hlo
+from pallas_kernels.analysis import hlo
 from pdx import steps
 from pdx.cache.dense import cache_specs, stored_heads
 from pdx.cache.paged import paged_cache_specs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dense
-from pallas_kernels.checks import Call
+from pallas_kernels.attention import entry
+from pallas_kernels.attention.call import Call
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
 
@@ -56,7 +56,7 @@ def decode_attention(
         raise ValueError(
             f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: use flash_attention"
         )
-    return dense.attend(
+    return entry.attend(
         "decode_attention",
         IMPLEMENTATIONS,
         q,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.attention_cases import Case
+from pallas_kernels.attention.cases import Case
 
 # Rows and rings. Prefill attention takes these too.
 FEW = (

@@ -16,9 +16,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels import hardware
-from pallas_kernels.checks import Call, describe
+from pallas_kernels.attention.call import Call, describe
+from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body, padded
-from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import Layout

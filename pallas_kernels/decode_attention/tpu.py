@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.checks import Call, describe
-from pallas_kernels.decode_attention.merge import merge
+from pallas_kernels.attention.call import Call, describe
+from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, Layout, fold, folded_width, round_up, unfold

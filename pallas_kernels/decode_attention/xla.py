@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pallas_kernels.blocked import blocked_attention
-from pallas_kernels.checks import Call
+from pallas_kernels.attention.blocked import blocked_attention
+from pallas_kernels.attention.call import Call
 from pallas_kernels.hardware import platform_of
 
 # What a step reads too much is at most one block a row; smaller ones pay in loop overhead.

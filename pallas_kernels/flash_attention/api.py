@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dense
-from pallas_kernels.checks import Call
+from pallas_kernels.attention import entry
+from pallas_kernels.attention.call import Call
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
 from pallas_kernels.layouts import Layout
 
@@ -81,7 +81,7 @@ def flash_attention(
 
     Source: Dao et al. 2022 (FlashAttention); the meaning is `reference.attention`.
     """
-    return dense.attend(
+    return entry.attend(
         "flash_attention",
         IMPLEMENTATIONS,
         q,

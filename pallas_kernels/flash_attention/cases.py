@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.attention_cases import Case
+from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention.cases import FEW
 
 # A chunk of a prompt. The XLA path's blocks are 256 queries by at most 256 keys.

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.checks import Call, describe
+from pallas_kernels.attention.call import Call, describe
 from pallas_kernels.flash_attention.gpu_kernel import Plan, Refs, body
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip

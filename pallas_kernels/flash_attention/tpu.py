@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.checks import Call, describe
+from pallas_kernels.attention.call import Call, describe
 from pallas_kernels.flash_attention.tpu_kernel import Plan, body
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip, detect

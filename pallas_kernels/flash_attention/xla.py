@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pallas_kernels.blocked import blocked_attention
-from pallas_kernels.checks import Call
+from pallas_kernels.attention.blocked import blocked_attention
+from pallas_kernels.attention.call import Call
 from pallas_kernels.hardware import platform_of
 
 # At 1024 tokens on a CPU, blocks of 256 keys were a little faster than blocks of 128.

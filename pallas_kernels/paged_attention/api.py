@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_scale
+from pallas_kernels.attention.call import check_scale
 from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
 from pallas_kernels.layouts import Layout, as_int32
 from pallas_kernels.masking import sink_logits

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_arrays, check_softcap, check_whole
+from pallas_kernels.attention.call import check_arrays, check_softcap, check_whole
 from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
 
 # Where a running maximum starts, and a masked logit: so far below it that its weight exp(MASKED - START) is exactly

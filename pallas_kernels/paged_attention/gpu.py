@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import hardware
-from pallas_kernels.decode_attention.merge import merge
+from pallas_kernels.attention.merge import merge
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.paged_attention import plan as plans

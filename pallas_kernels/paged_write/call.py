@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_array
+from pallas_kernels.attention.call import check_array
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.call import check_layout, check_pages, check_scales, page_size
 

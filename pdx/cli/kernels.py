@@ -29,7 +29,8 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """Choose a kernel's tiles: measured on a real device, else ranked by what its compiler says."""
-    from pallas_kernels import targets, tiles, tuning
+    from pallas_kernels import tiles
+    from pallas_kernels.analysis import targets, tuning
 
     if not write:
         refuse_without_effect(context, "tables are written with --write", "folder")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pallas_kernels import targets
+from pallas_kernels.analysis import targets
 from pallas_kernels.hardware import Chip
 from pdx import aot
 from pdx.config import ModelConfig
@@ -66,7 +66,7 @@ class CompiledStep:
 
 
 def target(chip: Chip, chips: int) -> str:
-    """The name of so many chips for `pallas_kernels.targets`. Raises RequestError for a slice there is not."""
+    """The name of so many chips for `pallas_kernels.analysis.targets`. Raises RequestError for a slice there is not."""
     if chips == 1:
         return chip.name
     if chip.platform == "gpu":

@@ -10,8 +10,8 @@ from functools import cache
 
 import jax
 
-from pallas_kernels import hlo, problems, traffic
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis import hlo, problems, traffic
+from pallas_kernels.analysis.targets import Target
 
 
 @cache

@@ -10,9 +10,10 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hlo, paged_attention, quantize_kv, write_pages
+from pallas_kernels import paged_attention, quantize_kv, write_pages
+from pallas_kernels.analysis import hlo
+from pallas_kernels.analysis.targets import Target
 from pallas_kernels.layouts import cache_shape, round_up
-from pallas_kernels.targets import Target
 from pdx.cache.paged import copy_pages, paged_cache_specs
 from pdx.config import ModelConfig
 from pdx.sharding import is_spec

@@ -1,7 +1,7 @@
 """Tables of docs/kernels.md from what was found.
 
 `python -m tests.aot.report FILE ...`: a `.jsonl` is what PDX_AOT_REPORT kept of `pytest -m aot`, a `.json` what
-`python -m pallas_kernels.static OP --target NAME --json` printed.
+`python -m pallas_kernels.analysis.static OP --target NAME --json` printed.
 """
 
 import json
@@ -9,8 +9,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from pallas_kernels import targets
-from pallas_kernels.static import ratios
+from pallas_kernels.analysis import targets
+from pallas_kernels.analysis.static import ratios
 
 MIB, KIB = 2**20, 2**10
 

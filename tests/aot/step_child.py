@@ -9,9 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hlo
-from pallas_kernels.problems import nbytes
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis import hlo
+from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.targets import Target
 from pdx import aot
 from pdx.cache.dense import default_layout
 from pdx.config import ModelConfig, RopeConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from pallas_kernels import problems, targets
+from pallas_kernels.analysis import problems, targets
 
 pytestmark = pytest.mark.aot
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels import targets
+from pallas_kernels.analysis import targets
 from pdx.cli import app
 
 pytestmark = pytest.mark.aot

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels import targets
+from pallas_kernels.analysis import targets
 
 pytestmark = pytest.mark.aot
 ROOT = Path(__file__).parents[2]

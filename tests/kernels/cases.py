@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention_cases import Case, Drawn, draw
+from pallas_kernels.attention.cases import Case, Drawn, draw
 from pallas_kernels.layouts import Layout
 from tests.kernels import dense
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention
-from pallas_kernels.checks import describe
+from pallas_kernels.attention.call import describe
 from pallas_kernels.decode_attention import gpu as decode_gpu
 from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.flash_attention import gpu as flash_gpu

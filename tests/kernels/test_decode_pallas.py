@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention_cases import Case
-from pallas_kernels.checks import describe
+from pallas_kernels.attention.call import describe
+from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_kernel
 from pallas_kernels.hardware import chip
 from tests.kernels.cases import make

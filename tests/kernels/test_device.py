@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention, flash_attention, hardware, problems
+from pallas_kernels import decode_attention, flash_attention, hardware
+from pallas_kernels.analysis import problems
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.paged_attention import cases as paged_cases

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention, write_pages
-from pallas_kernels.checks import Call
+from pallas_kernels.attention.call import Call
 from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.flash_attention import tpu as flash_tpu

@@ -11,8 +11,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import flash_attention
-from pallas_kernels.attention_cases import Case
-from pallas_kernels.checks import describe
+from pallas_kernels.attention.call import describe
+from pallas_kernels.attention.cases import Case
 from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.hardware import CHIPS
 from tests.kernels.cases import make

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import hlo
+from pallas_kernels.analysis import hlo
 
 # Shortened from what libtpu 0.0.50 compiled for v5e: a kernel over an array whose last axis is no multiple of 128,
 # a pad, a dot, a prefetched weight, and an update in place.

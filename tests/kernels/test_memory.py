@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocked, decode_attention, flash_attention, reference_attention
-from pallas_kernels.attention_cases import Case
+from pallas_kernels import decode_attention, flash_attention, reference_attention
+from pallas_kernels.attention import blocked
+from pallas_kernels.attention.cases import Case
 from tests.kernels.cases import make
 
 pytestmark = pytest.mark.thin(3)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention, flash_attention, reference_attention
-from pallas_kernels.attention_cases import Case
-from pallas_kernels.checks import describe
+from pallas_kernels.attention.call import describe
+from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.flash_attention import api as flash_api

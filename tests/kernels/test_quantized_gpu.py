@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import problems, traffic
+from pallas_kernels.analysis import problems, traffic
+from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.targets import GPUS, Target
 from pallas_kernels.hardware import CHIPS
-from pallas_kernels.problems import nbytes
 from pallas_kernels.quant_array import QuantArray, quantize
 from pallas_kernels.quantized_matmul import gpu, xla
 from pallas_kernels.quantized_matmul.api import explain, quantized_matmul
 from pallas_kernels.quantized_matmul.call import Call
-from pallas_kernels.targets import GPUS, Target
 from tests.kernels.test_quantized_matmul import TOLERANCE, error, expected
 
 pytestmark = pytest.mark.thin(5)

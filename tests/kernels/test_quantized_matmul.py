@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import problems, quant_array, traffic
+from pallas_kernels import quant_array
+from pallas_kernels.analysis import problems, traffic
+from pallas_kernels.analysis.targets import Target
 from pallas_kernels.quant_array import QuantArray, dequantize, from_blocks, quantize, quantize_rows, take_rows
 from pallas_kernels.quantized_matmul import gpu, tpu, xla
 from pallas_kernels.quantized_matmul.api import explain, quantized_matmul
 from pallas_kernels.quantized_matmul.call import Call
 from pallas_kernels.quantized_matmul.cases import CASES
-from pallas_kernels.targets import Target
 
 pytestmark = pytest.mark.thin(5)
 

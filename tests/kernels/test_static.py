@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from pallas_kernels import problems, static, targets, traffic
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis import problems, static, targets, traffic
+from pallas_kernels.analysis.targets import Target
 
 CHIPS = {"tpu": "v5e", "gpu": "a100"}
 LARGE = [
@@ -167,7 +167,16 @@ def test_a_case_that_no_kernel_takes_is_refused(monkeypatch):
 def test_the_command_prints_a_table():
     if why := targets.missing("v5e"):
         pytest.skip(why)
-    command = [sys.executable, "-m", "pallas_kernels.static", "decode_attention", "--target", "v5e", "--case", "draft"]
+    command = [
+        sys.executable,
+        "-m",
+        "pallas_kernels.analysis.static",
+        "decode_attention",
+        "--target",
+        "v5e",
+        "--case",
+        "draft",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nothing here was measured" in done.stdout

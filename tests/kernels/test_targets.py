@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels import ptx, targets
-from pallas_kernels.targets import CompilerMissing, Target
+from pallas_kernels.analysis import ptx, targets
+from pallas_kernels.analysis.targets import CompilerMissing, Target
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels.hardware import detect
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis.targets import Target
 
 def matmul(x, y, platform, rows):
     def kernel(x, y, o):

@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.scalars import UnknownControl
-from pallas_kernels.traffic import count, dots
+from pallas_kernels.analysis.scalars import UnknownControl
+from pallas_kernels.analysis.traffic import count, dots
 
 BLOCK = 8 * 128 * 4  # bytes of one f32 block of these tests
 X = jax.ShapeDtypeStruct((32, 256), jnp.float32)

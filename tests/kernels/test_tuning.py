@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import hardware, problems, static, tiles, tuning
+from pallas_kernels import hardware, tiles
+from pallas_kernels.analysis import problems, static, tuning
+from pallas_kernels.analysis.tuning import Candidate
 from pallas_kernels.hardware import chip
-from pallas_kernels.tuning import Candidate
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def test_without_a_device_candidates_are_ranked_by_static_figures_and_it_is_said
     monkeypatch.setattr(static, "row", row)
     monkeypatch.setenv(tiles.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(tuning.jax, "__version__", "test")
-    monkeypatch.setattr("pallas_kernels.targets.missing", lambda name: None)
+    monkeypatch.setattr("pallas_kernels.analysis.targets.missing", lambda name: None)
     tuning.main(["decode_attention", "--target", "v5e", "--case", problem.name, "--write"])
     said = capsys.readouterr().out.splitlines()
     assert "ranked by static figures: nothing was measured" in said[0]
@@ -239,7 +240,7 @@ def test_what_is_not_there_is_told_with_what_there_is(arguments, says):
 def test_a_case_without_any_working_candidate_fails(monkeypatch, capsys):
     name = "one query head a KV head"
     monkeypatch.setattr(static, "row", lambda *a: {"error": "RESOURCE_EXHAUSTED: too much VMEM\nmore"})
-    monkeypatch.setattr("pallas_kernels.targets.missing", lambda name: None)
+    monkeypatch.setattr("pallas_kernels.analysis.targets.missing", lambda name: None)
     with pytest.raises(SystemExit, match=f"v5e: no candidate works for {name} .RESOURCE_EXHAUSTED: too much VMEM.$"):
         tuning.main(["decode_attention", "--target", "v5e", "--case", name, "--write"])
     assert "kept" not in capsys.readouterr().out

@@ -36,10 +36,10 @@ def compare(
     """Measure on this process' device, and compile for those asked for.
 
     Args:
-      ops: of `pallas_kernels.problems`, and `steps` for prefill and decode of a whole model; none: all.
+      ops: of `pallas_kernels.analysis.problems`, and `steps` for prefill and decode of a whole model; none: all.
       shapes: `all`, or part of a case's name; None: `selection`'s default.
-      targets: chips to give static figures for, as `pallas_kernels.targets` names them; None: `selection.TARGETS`
-        where there is no accelerator, else none.
+      targets: chips to give static figures for, as `pallas_kernels.analysis.targets` names them; None:
+        `selection.TARGETS` where there is no accelerator, else none.
       model: whose steps: anything that `pdx.load` takes, or a shape of `configs/`, which gets random weights.
       rounds: how often each contestant of a case is timed; they take turns.
       cycles: the compilers' static cycles too: a process and a compilation a kernel.

@@ -1,7 +1,8 @@
 """Cases and steps compiled for one target, a JSON object a line: `static` starts this in a process of its own.
 
 `python -m pdx.bench.compare.compiling` reads what it is to compile from standard input, and needs the environment that
-`pallas_kernels.targets.environment` describes. The figures are those of `pallas_kernels.static` and `pdx.aot`.
+`pallas_kernels.analysis.targets.environment` describes. The figures are those of `pallas_kernels.analysis.static` and
+`pdx.aot`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from pallas_kernels import hlo, problems, static
+from pallas_kernels.analysis import hlo, problems, static
+from pallas_kernels.analysis.targets import Target
 from pallas_kernels.hardware import Chip
-from pallas_kernels.targets import Target
 from pdx import aot
 from pdx.bench.compare.measure import kernels_said, reason, start_row, what_ran
 from pdx.bench.compare.rows import COMPILED, NOT_RUN, PALLAS, XLA, Row

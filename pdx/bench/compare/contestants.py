@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import problems
-from pallas_kernels.problems import Problem
+from pallas_kernels.analysis import problems
+from pallas_kernels.analysis.problems import Problem
 from pdx.bench.compare.exact import Arrays, laid
 from pdx.bench.compare.rows import PALLAS, XLA
 

@@ -6,7 +6,8 @@ difference, is the time of a turn, and what a launch costs cancels. A loop of no
 A GPU's host asks the device before each turn of such a loop whether there is another, some tens of microseconds, which
 no difference cancels; a loop of a known length it only asks to run. Short calls are therefore repeated there in blocks
 of a known length.
-What is fed back is one value (`pallas_kernels.chain`); the whole result is the loop's own, so none of it is left out.
+What is fed back is one value (`pallas_kernels.analysis.timing_loop`); the whole result is the loop's own, so none of it
+is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.chain import Turn
+from pallas_kernels.analysis.timing_loop import Turn
 from pallas_kernels.hardware import platform_of
 from pdx.bench.timing import Timing
 

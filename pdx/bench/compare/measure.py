@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels import hardware, hlo, problems
-from pallas_kernels.chain import chained, start
+from pallas_kernels import hardware
+from pallas_kernels.analysis import hlo, problems
+from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.timing_loop import chained, start
 from pallas_kernels.hardware import Chip
-from pallas_kernels.problems import Problem
 from pdx.bench.compare.contestants import Contestant, of_problem, ours, peers
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.exact import answer, draw, errors

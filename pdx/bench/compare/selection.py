@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels import problems, targets
+from pallas_kernels.analysis import problems, targets
 from pdx.errors import RequestError
 
 STEPS = "steps"

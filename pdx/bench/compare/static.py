@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from pallas_kernels import problems, static, targets
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis import problems, static, targets
+from pallas_kernels.analysis.targets import Target
 from pdx.bench.compare.measure import reason, start_row
 from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row

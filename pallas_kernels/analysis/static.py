@@ -1,6 +1,7 @@
 """What can be said of an op's kernels without their chip.
 
-    python -m pallas_kernels.static decode_attention --target v5e [--case NAME] [--small] [--json] [--config A=1,B=2]
+    python -m pallas_kernels.analysis.static decode_attention --target v5e [--case NAME] [--small] [--json]
+        [--config A=1,B=2]
 
 For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
 hold, and over those as they are stored: on a TPU K*H is rounded up to whole lanes, and packed queries have padding
@@ -10,7 +11,7 @@ without loops of dynamic length, the compiler's static cycles, over them those a
 matrix units, of which heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it.
 These are static figures, not times.
 
-    python -m pallas_kernels.static decode_attention --summary [--target v5e]
+    python -m pallas_kernels.analysis.static decode_attention --summary [--target v5e]
 
 A line a target: the worst and the median of the bytes moved over those needed, and over those as they are stored.
 """
@@ -26,11 +27,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
-from pallas_kernels import hlo, peers, problems, targets, traffic
-from pallas_kernels.problems import Problem
-from pallas_kernels.targets import Target
+from pallas_kernels.analysis import hlo, jax_kernels, problems, targets, traffic
+from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.targets import Target
 
 _MARK = "STATIC "
 
@@ -105,7 +107,7 @@ def cycles(
         command = [
             sys.executable,
             "-m",
-            "pallas_kernels.static",
+            "pallas_kernels.analysis.static",
             problem.op,
             "--target",
             target.name,
@@ -160,7 +162,7 @@ def table(
     by_name = {p.name: p for p in taken(op, known, case, small, exact)}
     if (why := targets.missing(target)) is not None:
         raise targets.CompilerMissing(why)
-    command = [sys.executable, "-m", "pallas_kernels.static", op, "--target", target, "--child", "facts"]
+    command = [sys.executable, "-m", "pallas_kernels.analysis.static", op, "--target", target, "--child", "facts"]
     command += ["--exact" if exact else "--case", case] if case else []
     command += ["--config", config] if config else []
     command += ["--small"] if small else []
@@ -173,7 +175,7 @@ def table(
             problem = by_name[found["case"]]
             found["cycles"] = cycles(problem, known, config)
             if peer:
-                found["peer"] = {str(t): cycles(problem, known, peer=t) for t in peers.JAX_FLASH_TILES}
+                found["peer"] = {str(t): cycles(problem, known, peer=t) for t in jax_kernels.JAX_FLASH_TILES}
     return rows
 
 
@@ -206,7 +208,7 @@ def taken(op: str, target: Target, case: str | None = None, small: bool = False,
 
 
 def _environment(profile: str | None = None) -> dict[str, str]:
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     return os.environ | targets.environment(profile=profile) | {"XLA_FLAGS": "", "PYTHONPATH": paths}
 
@@ -249,7 +251,7 @@ def _child(args: argparse.Namespace) -> None:
             elif args.child == "cycles":
                 row |= _compiled(problem, target, config)
             else:
-                fn, arguments = peers.jax_flash(problem, tuple(map(int, args.child.split(","))))
+                fn, arguments = jax_kernels.jax_flash(problem, tuple(map(int, args.child.split(","))))
                 row["cycles"] = sum(hlo.estimated_cycles(target.compile(fn, *arguments).text).values()) or None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"
@@ -325,7 +327,9 @@ HEADER = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.static", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.analysis.static", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("op", help=f"one of {', '.join(problems.ops())}")
     parser.add_argument("--target", help=f"{', '.join(targets.NAMES)}; slices such as v5e:2x4")
     parser.add_argument("--case", help="only cases whose name holds this")

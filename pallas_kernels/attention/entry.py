@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-from pallas_kernels.checks import check_scale, describe
+from pallas_kernels.attention.call import check_scale, describe
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.layouts import as_int32

@@ -27,7 +27,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from pallas_kernels import compat, hlo, ptx
+from pallas_kernels import compat
+from pallas_kernels.analysis import hlo, ptx
 from pallas_kernels.hardware import Chip, chip
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
@@ -172,7 +173,7 @@ class Target:
         if lacking:
             raise RuntimeError(
                 f"{', '.join(lacking)} must be set before jax starts: run this in a process that was started with "
-                f"the variables of pallas_kernels.targets.environment()"
+                f"the variables of pallas_kernels.analysis.targets.environment()"
             )
         name = f"{'tpu7x' if self.chip.name == '7x' else self.chip.name}:{self.topology}"
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **compat.topology_arguments("tpu"))

@@ -112,7 +112,7 @@ def nbytes(x: jax.ShapeDtypeStruct) -> int:
 
 def _dense(op: str) -> Callable:
     def make(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
-        from pallas_kernels.checks import describe
+        from pallas_kernels.attention.call import describe
 
         layout = layout or LAYOUT[implementation]
         arrays, settings = case.abstract(layout), case.settings(layout)

@@ -1,6 +1,6 @@
 """Making the tables of tiles that `tiles.resolve` reads.
 
-    python -m pallas_kernels.tuning decode_attention --target v5e [--case NAME] [--write] [--folder DIR]
+    python -m pallas_kernels.analysis.tuning decode_attention --target v5e [--case NAME] [--write] [--folder DIR]
 
 measures on the device if this process has that chip. Elsewhere it ranks candidates by what compiles, the compiler's
 static cycles (where a kernel has them) and the bytes moved, and says so: such an entry's `rung` is "static", and a
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import hardware, tiles
-from pallas_kernels.chain import chained, start
+from pallas_kernels.analysis.timing_loop import chained, start
 from pallas_kernels.hardware import Chip
 from pallas_kernels.tiles import bucket
 
@@ -133,7 +133,7 @@ def _measured(problem: Any) -> Callable[[Any], Candidate]:
 
 
 def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
-    from pallas_kernels import static
+    from pallas_kernels.analysis import static
 
     chip = hardware.chip(target.partition(":")[0])
 
@@ -179,9 +179,11 @@ def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Pa
 
 
 def main(argv: list[str] | None = None) -> None:
-    from pallas_kernels import targets
+    from pallas_kernels.analysis import targets
 
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tuning", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.analysis.tuning", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("op")
     parser.add_argument("--target", help="rank for this chip; without it, measure on this process' device")
     parser.add_argument("--case", help="only cases whose name holds this; else all of real size")
@@ -213,7 +215,7 @@ def run(
       ValueError: no such op, chip or case, no chip here and no target, or a case none of whose candidates works.
       targets.CompilerMissing: ranking needs a compiler that is not installed.
     """
-    from pallas_kernels import problems, targets
+    from pallas_kernels.analysis import problems, targets
 
     there = problems.cases(op, large_only=case is None)
     here = hardware.detect()

@@ -19,7 +19,7 @@ from jax import tree_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from pallas_kernels import compat
-from pallas_kernels.evaluate import evaluator
+from pallas_kernels.analysis.equations import evaluator
 
 LISTENED = ("dma_start", "dot_general", "masked_load", "masked_swap", "get", "swap", "addupdate", "pallas_call")
 NOTHING = frozenset()

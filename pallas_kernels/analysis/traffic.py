@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax import tree_util
 
-from pallas_kernels.scalars import NOTHING, Interpreter, Known, Ref, UnknownControl, inside, scratch, space_of
+from pallas_kernels.analysis.scalars import NOTHING, Interpreter, Known, Ref, UnknownControl, inside, scratch, space_of
 
 _FAR = ("any", "hbm", "default", "gmem")  # memory of the device, when a DMA or a GPU kernel names it
 
