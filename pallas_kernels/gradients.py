@@ -17,8 +17,13 @@ _REASONS = {
 }
 
 
+def has_derivative(op: str, platform: str) -> bool:
+    """Whether an implementation for `platform` may have one: kernels for a TPU or a GPU have none."""
+    return op not in _REASONS or (platform == "any" and op != "paged_attention")
+
+
 def raising_under_grad(function: Callable, op: str) -> Callable:
-    """`function`, with NotImplementedError in place of a derivative. Its arguments are arrays or None."""
+    """`function`, with NotImplementedError in place of a derivative. Its arguments are pytrees of arrays."""
     wrapped = jax.custom_jvp(function)
 
     @wrapped.defjvp

@@ -2,7 +2,8 @@
 
 An op's package has `cases.py` with `CASES` (small, for every test) and `LARGE` (real sizes, for compilers and
 counts). A case has `.name` and `.smoke` (bool, False if absent); what its arrays are is said here, op by op:
-`OPS[op](case, implementation)` gives a `Problem`. A new op needs its cases and an entry in OPS, nothing else.
+`OPS[op](case, implementation)` gives a `Problem`. A new op needs its cases and an entry in OPS, nothing else; a new
+implementation of an op needs nothing: it is found in the op's folder, or given as a module or function.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.util import find_spec
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import Op
+from pallas_kernels.implementation import refusal
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, round_up
 
-LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
 # Ops that are compiled between projections; the queries of decode are small.
 PROJECTED = ("flash_attention", "paged_attention")
 
@@ -33,7 +33,7 @@ class Problem:
     op: str
     name: str
     smoke: bool
-    implementation: str
+    implementation: Any  # its name, or a user's own
     arrays: Mapping[str, jax.ShapeDtypeStruct]
     scalars: Mapping[str, np.ndarray]  # values of some of the arrays: lengths, tables
     full: Mapping[str, np.ndarray]  # the same for full rows, which a CostEstimate speaks of
@@ -47,13 +47,14 @@ class Problem:
     case: Any = None  # of the op's cases.py
 
     @property
-    def module(self) -> ModuleType:
-        return import_module(f"pallas_kernels.{self.op}.{self.implementation}")
+    def module(self) -> Any:
+        """The implementation itself, see `pallas_kernels.implementation`."""
+        return implementation(self.op, self.implementation)
 
     @property
     def unsupported(self) -> str | None:
         """Why the implementation refuses this call, None if it does not."""
-        return self.module.supported(self.call)
+        return refusal(self.module, self.call)
 
     @property
     def cache_bytes(self) -> int:
@@ -111,14 +112,12 @@ def nbytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _dense(op: str) -> Callable:
-    def make(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
-        from pallas_kernels.attention.call import describe
+    def make(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
+        from pallas_kernels.attention.call import make_call
 
-        layout = layout or LAYOUT[implementation]
+        layout = layout or layout_of(op, implementation)
         arrays, settings = case.abstract(layout), case.settings(layout)
-        described = {k: v for k, v in settings.items() if k != "scale"}
-        absent = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree"))
-        call = describe(op, **absent | arrays, **described, return_lse=False)
+        call = make_call(op, arrays, **settings)
         function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
 
         def run(values, config, interpret=False):
@@ -177,12 +176,12 @@ def _dense_needs(case: Any) -> tuple[int, int, int]:
     return tokens, queries, pairs
 
 
-def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
+def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
     from pallas_kernels.paged_attention.api import paged_attention
     from pallas_kernels.paged_attention.call import make_call
-    from pallas_kernels.paged_attention.plan import full_rows
+    from pallas_kernels.paged_attention.pieces import full_rows
 
-    layout, rows, width = layout or LAYOUT[implementation], len(case.lengths), case.table_width
+    layout, rows, width = layout or layout_of("paged_attention", implementation), len(case.lengths), case.table_width
     # As the op's tests draw them: every row's own pages, and spare ones.
     pages = sum(-(-n // case.page) for n in case.lengths) + case.spare
     dtype, kv = jnp.dtype(case.dtype), jnp.dtype(case.stored)
@@ -209,9 +208,7 @@ def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Prob
         "decode_rows": case.decode_rows,
         "max_queries": case.max_queries,
     }
-    absent = dict.fromkeys(("sinks", "k_scale", "v_scale"))
-    named = {k: v for k, v in (absent | arrays).items() if k not in ("q", "k_pages", "v_pages")}
-    call = make_call(*(arrays[n] for n in ("q", "k_pages", "v_pages")), **named, **settings, return_lse=False)
+    call = make_call(arrays, **settings, scale=case.logit_scale)
 
     def run(values, config, interpret=False):
         q, k, v, *rest = values.values()
@@ -282,7 +279,7 @@ def _stored(call: Any, tokens: int, queries: int) -> int:
     return held + queries * call.heads * sum(sizes) * jnp.dtype(call.dtype).itemsize
 
 
-def _matmul(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
+def _matmul(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
     from pallas_kernels.quant_array import DTYPES, QuantArray
     from pallas_kernels.quantized_matmul.api import quantized_matmul
     from pallas_kernels.quantized_matmul.call import make_call
@@ -333,25 +330,38 @@ OPS: dict[str, Callable[..., Problem]] = {
 }
 
 
+def op_of(op: str) -> Op:
+    """The op with its implementations."""
+    return import_module(f"pallas_kernels.{op}.api").OP
+
+
 def implementations(op: str) -> tuple[str, ...]:
     """What the op has, `xla` first."""
-    return tuple(import_module(f"pallas_kernels.{op}.api").IMPLEMENTATIONS)
+    return tuple(op_of(op).implementations)
 
 
-def ops(implementation: str | None = None) -> list[str]:
-    """The ops that are here, or those that have the implementation."""
-    here = [op for op in OPS if find_spec("pallas_kernels") and _exists(f"pallas_kernels.{op}")]
-    return [op for op in here if implementation is None or implementation in implementations(op)]
+def implementation(op: str, given: Any) -> Any:
+    """An implementation by name, or a user's module or function as one."""
+    return op_of(op).implementations[given] if isinstance(given, str) else op_of(op).implementation(given)
 
 
-def _exists(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def layout_of(op: str, given: Any) -> Layout:
+    """The layout that an implementation reads: its first, or the op's default where it reads all of them."""
+    return (getattr(implementation(op, given), "LAYOUTS", None) or ("heads_first",))[0]
 
 
-def problems(op: str, implementation: str, name: str | None = None, large_only: bool = False) -> list[Problem]:
+def for_platform(op: str, platform: str) -> list[str]:
+    """The names of an op's implementations for a platform, the one that `auto` takes first."""
+    found = op_of(op).implementations
+    return [name for name in found if found.platform(name) == platform]
+
+
+def ops(platform: str | None = None) -> list[str]:
+    """The ops with cases, or those that have a kernel for a platform."""
+    return [op for op in OPS if platform is None or for_platform(op, platform)]
+
+
+def problems(op: str, implementation: Any, name: str | None = None, large_only: bool = False) -> list[Problem]:
     """The problems of an op for an implementation, real sizes first.
 
     Args:
