@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pallas_kernels.analysis import problems
 from pallas_kernels.hardware import Chip
-from pdx.bench.compare import contestants, exact
+from pdx.bench.compare import contestants, expected
 from pdx.bench.compare.device_time import Loop
 
 CPU = Chip("cpu", "cpu", ("cpu",), None, 0.2, 20.0, 1.0, 2, 0.0, 0.1)
@@ -24,7 +24,7 @@ def case_of(op, name=None):
 def contestant(op, arrays=None):
     case = case_of(op)
     problem = problems.OPS[op](case, "xla", "heads_last")
-    return next(contestants.ours(op, case, arrays or exact.draw(problem), "cpu"))
+    return next(contestants.ours(op, case, arrays or expected.draw(problem), "cpu"))
 
 
 really_run = Loop.run

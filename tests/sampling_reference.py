@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 
 
 def adjust(logits: np.ndarray, options: SamplingOptions, prompt=(), output=()) -> np.ndarray:

@@ -10,11 +10,11 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from pdx import batch_job
 from pdx.cli import app
+from pdx.clients import batch_job
 from pdx.errors import RequestError
-from pdx.prompts import encode
-from pdx.sampling_options import SamplingOptions
+from pdx.generation.prompts import encode
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 
 ENGINE = ("--slots", "3", "--token-budget", "24", "--max-tokens", "6")

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdx.cache.dense import LayerCache, cache_specs, init_cache, layer_slots
+from pdx.cache.dense import cache_specs, init_cache
+from pdx.cache.layer import LayerCache
 from pdx.cache.rows import TokenRows
 from pdx.errors import ContextLengthError
+from pdx.shapes import layer_slots
 from pdx.sharding import is_spec
 from tests.history import CAPACITY, CHUNK, DRAFT, History, history_of
 from tests.models import ALL, GEMMA, LLAMA, leaves_equal, snapshot

@@ -9,13 +9,12 @@ from typer.testing import CliRunner
 import pdx
 from pallas_kernels import QuantArray
 from pallas_kernels.quant_array import dequantize, quantize
-from pdx import calibration, texts
 from pdx.bench.quality import evaluate
-from pdx.calibration import calibrate, quantize_model
+from pdx.calibration import calibrate, layerwise, quantize_model, stdlib_texts
+from pdx.calibration.rounding import gptq, grid, searched
 from pdx.cli import app
 from pdx.errors import RequestError
 from pdx.quant import Kind, parse_kind
-from pdx.rounding import gptq, grid, searched
 from tests import models, tiny_model
 
 KINDS = ["int8", "int4:g32", "int4:g32:affine", "int4:g64"]
@@ -90,11 +89,11 @@ def test_scaling_alone_changes_nothing(cfg, kind, monkeypatch):
     params = pdx.init_params(cfg, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (3, 24), np.int32)
     policy = "int8" if kind == "int8" else "none,*.q_proj=int8,*.o_proj=int8,*.up_proj=int8,*.down_proj=int8"
-    monkeypatch.setattr(calibration, "EXPONENTS", (1.0,))
+    monkeypatch.setattr(layerwise, "EXPONENTS", (1.0,))
     if kind == "none":  # scales as for int8, nothing rounded
-        monkeypatch.setattr(calibration, "searched", lambda w, squares, kind, dtype: w)
-        monkeypatch.setattr(calibration, "rounded", lambda params, kinds: params)
-        monkeypatch.setattr(calibration, "_best_scale", lambda x, weights, shared: shared_sizes(x, shared))
+        monkeypatch.setattr(layerwise, "searched", lambda w, squares, kind, dtype: w)
+        monkeypatch.setattr(layerwise, "rounded", lambda params, kinds: params)
+        monkeypatch.setattr(layerwise, "_best_scale", lambda x, weights, shared: shared_sizes(x, shared))
     scaled = calibrate(params, cfg, policy + ",embed=none,lm_head=none", tokens, "awq")
     assert not np.allclose(scaled["layers"][0]["attn_norm"], params["layers"][0]["attn_norm"], rtol=1e-2)
     exact, got = (pdx.forward(p, cfg, tokens).logits for p in (params, scaled))
@@ -163,8 +162,8 @@ def test_what_makes_no_sense_is_refused(directory):
 
 @pytest.mark.slow
 def test_the_texts_are_long_and_apart():
-    first, second = texts.evaluation(), texts.calibration()
+    first, second = stdlib_texts.evaluation(), stdlib_texts.calibration()
     assert min(len(first), len(second)) > 100_000
     lines = {line for line in first.splitlines() if len(line) > 60}
     assert sum(line in lines for line in second.splitlines()) < 10
-    assert texts.calibration() == second
+    assert stdlib_texts.calibration() == second

@@ -5,9 +5,9 @@ import io
 import pytest
 
 import pdx
-from pdx.chat import Chat, converse, turn_summary
+from pdx.clients.chat import Chat, converse, turn_summary
 from pdx.errors import ContextLengthError
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pallas_kernels import hardware
-from pdx import chips, cost
-from pdx.chips import MeasuredChip
+from pdx import cost
 from pdx.cli import app
-from pdx.cost import Setup
+from pdx.cost import Setup, chips
+from pdx.cost.chips import MeasuredChip
+from pdx.cost.measured_rates import Rates, Surface
 from pdx.errors import RequestError
-from pdx.rates import Rates, Surface
 from tests import models
 
 DESCRIBED = 'platform = "gpu"\nhbm_gbps = 500\nhbm_gib = 24.0\nf32_tflops = 40\nbf16_tflops = 80\n'

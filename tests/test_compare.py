@@ -11,10 +11,10 @@ import pytest
 
 from pallas_kernels.analysis import hlo, problems
 from pallas_kernels.analysis.timing_loop import chained, fed, start
-from pdx.bench.compare import contestants, device_time, exact, measure
+from pdx.bench.compare import contestants, device_time, expected, measure
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.rows import Comparison, Row, verdict
-from pdx.bench.compare.show import show
+from pdx.bench.compare.terminal import show
 from pdx.bench.timing import Timing
 from tests.compare_cases import CPU, NAMES, case_of, contestant, really_run, tell_the_time
 
@@ -160,18 +160,18 @@ def test_xla_and_the_interpreted_kernels_are_right_and_zeros_are_not(op):
         assert 0 <= row.relative_error < 1e-4
         assert not row.wrong
     problem = problems.OPS[op](case, "xla", "heads_last")
-    right, real = exact.answer(problem, exact.draw(problem))
-    assert exact.errors(jnp.zeros(right.shape), right, real)[1] == 1.0
+    right, real = expected.answer(problem, expected.draw(problem))
+    assert expected.errors(jnp.zeros(right.shape), right, real)[1] == 1.0
 
 
 @pytest.mark.parametrize(("value", "error"), [(0.0, 1.0), (float("nan"), None)])
 def test_a_wrong_implementation_is_found_and_wins_nothing(value, error):
     op = "quantized_matmul"
     problem = problems.OPS[op](case_of(op), "xla", "heads_last")
-    arrays = exact.draw(problem)
+    arrays = expected.draw(problem)
     c = contestant(op, arrays)
     broken = replace(c, path="pallas", fn=lambda *a: jnp.full_like(c.fn(*a), value))
-    rows = measure.compete([c, broken], measure.start_row(problem, CPU, "cpu"), exact.answer(problem, arrays), 1)
+    rows = measure.compete([c, broken], measure.start_row(problem, CPU, "cpu"), expected.answer(problem, arrays), 1)
     by_path = {r.path: r for r in rows}
     assert by_path["pallas"].wrong
     assert not by_path["xla"].wrong
@@ -195,9 +195,9 @@ FEATURES = (
 def test_what_is_right_is_known_for_rarer_features(op, name):
     case = case_of(op, name)
     problem = problems.OPS[op](case, "xla", "heads_last")
-    arrays = exact.draw(problem)
+    arrays = expected.draw(problem)
     c = contestants.of_problem("xla", problems.OPS[op](case, "xla"), arrays)
-    _, relative = exact.errors(jax.jit(c.fn)(c.x, *c.held), *exact.answer(problem, arrays))
+    _, relative = expected.errors(jax.jit(c.fn)(c.x, *c.held), *expected.answer(problem, arrays))
     assert relative < (3e-2 if "bf16" in name or name.startswith("W8A8") else 1e-4)
 
 
@@ -205,11 +205,11 @@ def test_what_is_right_is_known_for_rarer_features(op, name):
 def test_pieces_change_nothing(monkeypatch, pieces):
     for op, name in (("flash_attention", "chunk behind a context"), ("quantized_matmul", "W4A16, affine")):
         problem = problems.OPS[op](case_of(op, name), "xla", "heads_last")
-        arrays = exact.draw(problem)
-        whole, real = exact.answer(problem, arrays)
+        arrays = expected.draw(problem)
+        whole, real = expected.answer(problem, arrays)
         with monkeypatch.context() as m:
-            m.setattr(exact, "PIECE_BYTES", pieces)
-            np.testing.assert_allclose(exact.answer(problem, arrays)[0][real], whole[real], rtol=1e-4, atol=1e-5)
+            m.setattr(expected, "PIECE_BYTES", pieces)
+            np.testing.assert_allclose(expected.answer(problem, arrays)[0][real], whole[real], rtol=1e-4, atol=1e-5)
 
 
 def test_a_slower_implementation_is_shown_as_slower(capsys, monkeypatch):
@@ -230,10 +230,12 @@ def test_a_slower_implementation_is_shown_as_slower(capsys, monkeypatch):
     monkeypatch.setattr(Loop, "run", really_run)
     monkeypatch.setattr(device_time, "time", SimpleNamespace(perf_counter=clock))
     problem = problems.OPS["quantized_matmul"](case_of("quantized_matmul"), "xla", "heads_last")
-    arrays = exact.draw(problem)
+    arrays = expected.draw(problem)
     c = contestant("quantized_matmul", arrays)
     contestants_here = [replace(c, fn=once), replace(c, path="pallas", fn=often)]
-    rows = measure.compete(contestants_here, measure.start_row(problem, CPU, "cpu"), exact.answer(problem, arrays), 3)
+    rows = measure.compete(
+        contestants_here, measure.start_row(problem, CPU, "cpu"), expected.answer(problem, arrays), 3
+    )
     assert [r.seconds for r in rows] == pytest.approx([1e-3, 4e-3])
     found = Comparison("cpu", CPU, "told", {}, list(rows))
     (said,) = found.verdicts()
@@ -278,7 +280,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
 def test_a_contestant_that_fails_says_why_and_the_others_go_on():
     c = contestant("quantized_matmul")
     problem = problems.OPS["quantized_matmul"](case_of("quantized_matmul"), "xla", "heads_last")
-    arrays = exact.draw(problem)
+    arrays = expected.draw(problem)
 
     def refused(*_):
         raise NotImplementedError("no tiles of 7")
@@ -286,7 +288,7 @@ def test_a_contestant_that_fails_says_why_and_the_others_go_on():
     rows = measure.compete(
         [replace(c, path="pallas", fn=refused), c],
         measure.start_row(problem, CPU, "cpu"),
-        exact.answer(problem, arrays),
+        expected.answer(problem, arrays),
         1,
     )
     by_path = {r.path: r for r in rows}
@@ -307,9 +309,9 @@ def test_a_contestant_that_fails_says_why_and_the_others_go_on():
 def test_jax_nn_stands_beside_cases_that_it_can_express_and_is_right(op, name):
     case = case_of(op, name)
     problem = problems.OPS[op](case, "xla", "heads_last")
-    arrays = exact.draw(problem)
+    arrays = expected.draw(problem)
     (peer,) = [c for c in contestants.peers(op, case, arrays, "cpu") if c.path == "jax.nn"]
-    _, relative = exact.errors(peer.result(peer.fn(peer.x, *peer.held)), *exact.answer(problem, arrays))
+    _, relative = expected.errors(peer.result(peer.fn(peer.x, *peer.held)), *expected.answer(problem, arrays))
     assert relative < 1e-4
 
 
@@ -326,7 +328,7 @@ def test_jax_nn_stands_beside_cases_that_it_can_express_and_is_right(op, name):
 def test_jax_nn_does_not_stand_beside_what_it_cannot_express(op, name):
     case = case_of(op, name)
     assert not contestants.expressible(case)
-    assert list(contestants.peers(op, case, exact.draw(problems.OPS[op](case, "xla", "heads_last")), "cpu")) == []
+    assert list(contestants.peers(op, case, expected.draw(problems.OPS[op](case, "xla", "heads_last")), "cpu")) == []
 
 
 def test_jax_nn_does_a_whole_prompt():
@@ -341,7 +343,7 @@ def test_jax_nn_does_a_whole_prompt():
         window=20,
     )
     problem = problems.OPS["flash_attention"](case, "xla", "heads_last")
-    arrays = exact.draw(problem)
+    arrays = expected.draw(problem)
     (peer,) = [c for c in contestants.peers("flash_attention", case, arrays, "cpu") if c.path == "jax.nn"]
-    _, relative = exact.errors(peer.fn(peer.x, *peer.held), *exact.answer(problem, arrays))
+    _, relative = expected.errors(peer.fn(peer.x, *peer.held), *expected.answer(problem, arrays))
     assert relative < 1e-4

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from pallas_kernels.analysis import problems, targets
 from pdx.bench import compare as comparing
-from pdx.bench.compare import ceiling, plot, selection, static, steps
-from pdx.bench.compare.compiling import xla_bytes
+from pdx.bench.compare import absent_chips, ceiling, plot, selection, steps
+from pdx.bench.compare.compile_process import xla_bytes
 from pdx.bench.compare.rows import COLUMNS, Row
 from pdx.bench.compare.steps import Shape, Subject
 from pdx.cli import app
@@ -131,20 +131,20 @@ def test_the_tables_fit_and_say_what_is_missing(small, monkeypatch):
 
 
 def test_only_the_static_part_is_counted_for_targets(small, monkeypatch):
-    monkeypatch.setattr(static, "_in_a_process", lambda *_: pytest.fail("a compiler was started"))
-    rows = static.rows("h100", [("decode_attention", case_of("decode_attention"))], None, [], True)
+    monkeypatch.setattr(absent_chips, "_in_a_process", lambda *_: pytest.fail("a compiler was started"))
+    rows = absent_chips.rows("h100", [("decode_attention", case_of("decode_attention"))], None, [], True)
     assert [(r.path, r.rung, r.device) for r in rows] == [("pallas", "counted", "h100")]
 
 
 def test_a_compiler_that_ends_leaves_what_it_gave_and_says_so(monkeypatch):
     monkeypatch.setattr(targets, "missing", lambda name: None)
     given = [Row("decode_attention", "a", "pallas", "v5e", "compiled")]
-    monkeypatch.setattr(static, "_in_a_process", lambda order, told: iter(given))
-    (row,) = static.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
+    monkeypatch.setattr(absent_chips, "_in_a_process", lambda order, told: iter(given))
+    (row,) = absent_chips.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
     assert "The compiler ended here: 1 more are missing" in row.note
     given.clear()
     with pytest.raises(RequestError, match="the compiler for v5e ended"):
-        static.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
+        absent_chips.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
 
 
 def test_bytes_of_an_xla_program_are_those_that_its_fusions_read_and_write():
@@ -217,7 +217,7 @@ def test_cases_and_steps_are_compiled(target):
         pytest.skip(why)
     cases = [("decode_attention", case_of("decode_attention")), ("quantized_matmul", case_of("quantized_matmul"))]
     shapes = [Shape("decode", 1, 128)]
-    rows = static.rows(target, cases, Subject("smollm2-135m", "bfloat16"), shapes, True)
+    rows = absent_chips.rows(target, cases, Subject("smollm2-135m", "bfloat16"), shapes, True)
     both = [*(op for op, _ in cases), "decode"]
     assert [(r.op, r.path, r.rung) for r in rows] == [(op, p, "compiled") for op in both for p in ("pallas", "xla")]
     for row in rows:
@@ -233,7 +233,7 @@ def test_cases_and_steps_are_compiled(target):
 def test_steps_without_a_compiler_have_what_the_cost_model_says(monkeypatch):
     monkeypatch.setattr(targets, "missing", lambda name: "pip install X")
     subject, shape = Subject("smollm2-135m", "bfloat16"), Shape("decode", 8, 128)
-    (row,) = static.rows("v5e", [], subject, [shape], False)
+    (row,) = absent_chips.rows("v5e", [], subject, [shape], False)
     assert (row.op, row.rung, row.note) == ("decode", "counted", "pip install X")
     cost = subject.setup().decode(8, 128)
     assert (row.flops, row.bytes, row.seconds) == (cost.flops, cost.bytes, None)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pdx.completion import Row, TokenLogprobs
+from pdx.generation.completion import Row, TokenLogprobs
 from pdx.metrics import RequestTiming
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 
 
 class Letters:

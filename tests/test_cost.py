@@ -14,11 +14,12 @@ from pallas_kernels.analysis.problems import nbytes
 from pallas_kernels.analysis.targets import Target
 from pallas_kernels.analysis.traffic import multiplied
 from pallas_kernels.hardware import chip
-from pdx import aot, cost, known, steps, tradeoffs
+from pdx import aot, cost, steps
 from pdx.cache.dense import cache_specs
-from pdx.cost import Setup, visible_pairs
-from pdx.matrices import Experts, Latent
+from pdx.cost import Setup, tradeoffs, visible_pairs
+from pdx.cost.model_matrices import Experts, Latent
 from pdx.model import param_specs
+from pdx.plan import published
 from pdx.quant import Policy, quantized_specs
 from pdx.sharding import is_spec
 from tests import models
@@ -348,7 +349,7 @@ def test_the_largest_chunk_keeps_the_objective():
     assert tradeoffs.largest_chunk(setup, v5e, 8, 2048, 60.0) == 2048
 
 
-MIXTRAL = known.shape("mixtral-8x7b").setup()
+MIXTRAL = published.shape("mixtral-8x7b").setup()
 
 
 def test_experts_are_read_as_they_are_picked():
@@ -390,7 +391,7 @@ def test_latent_attention_by_its_two_orders():
     assert latent.attention_flops(128, 4096, 4095) == 2 * 4096 * 128 * (512 + 64 + 512)
     # A whole prompt: heads of 192 and 128, nothing held to be made again.
     assert latent.attention_flops(128, 4096 * 4097 // 2, 0) == 4096 * 4097 * 128 * (192 + 128)
-    v3 = known.shape("deepseek-v3").setup()
+    v3 = published.shape("deepseek-v3").setup()
     assert v3.cache_bytes(1, 1) == 61 * 1152  # 70 KB a token, which the report gives
     with pytest.raises(ValueError, match="one of 1 to 2"):
         Experts(2, 3, 8)

@@ -8,6 +8,7 @@ import pytest
 
 import pdx
 from pdx.bench import engine_figures
+from pdx.bench.engine_runs import full_rate
 from pdx.errors import RequestError
 from pdx.metrics import ServedTiming
 from tests import tiny_model
@@ -73,4 +74,4 @@ def test_tokens_while_all_slots_were_taken():
         ServedTiming(3, 3.5, 5.5, queue_s=2.0, gaps_s=(1.0, 1.0)),
     ]
     done = [SimpleNamespace(timing=t) for t in timings]
-    assert engine_figures._full_rate(done, 2) == 3 / 1.5
+    assert full_rate(done, 2) == 3 / 1.5

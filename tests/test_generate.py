@@ -10,9 +10,9 @@ import pytest
 
 import pdx
 from pdx.errors import ContextLengthError, RequestError
-from pdx.generation import requests_of
-from pdx.generator import Generator
-from pdx.sampling_options import SamplingOptions
+from pdx.generation.generator import Generator
+from pdx.generation.offline import requests_of
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 
 pytestmark = pytest.mark.thin(3)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import pdx
-from pdx.bench import load, load_report, workload
-from pdx.bench.workload import Arriving, Lengths, Load, Prompts
+from pdx.bench import load
+from pdx.bench.load import page, workload
+from pdx.bench.load.workload import Arriving, Lengths, Load, Prompts
 from pdx.cli import app
 from pdx.engine.config import EngineConfig
 from pdx.errors import ContextLengthError, EngineError, QueueFullError, RequestError
@@ -242,12 +243,12 @@ def test_a_result_counts_what_was_finished():
 
 
 def test_the_report_says_what_must_be_known(tmp_path):
-    table = load_report.table([result(side="slots 1"), result(side="slots 8")]).markdown().splitlines()
+    table = page.table([result(side="slots 1"), result(side="slots 8")]).markdown().splitlines()
     assert table[0].startswith("| settings | load |")
     assert table[2].startswith("| slots 1 | 2 req/s | 2/3 | 1.0 | 5.0 | 375 / 498 | 500 / 500 | 745 / 750 |")
     assert "0.25 (33%)" in table[3]
-    assert load_report.table([result()]).markdown().startswith("| load |")
-    said = " ".join(load_report.notes([result()]))
+    assert page.table([result()]).markdown().startswith("| load |")
+    said = " ".join(page.notes([result()]))
     for text in (
         "1 of 3 requests failed: QueueFullError: full",
         "200 ms late",
@@ -256,18 +257,18 @@ def test_the_report_says_what_must_be_known(tmp_path):
         "gave their pages up 2 times",
     ):
         assert text in said, text
-    assert load_report.notes([result(served=(load.Served(1, 0.0, ServedTiming(1, 0.1, 0.1)),), counted={})]) == []
+    assert page.notes([result(served=(load.Served(1, 0.0, ServedTiming(1, 0.1, 0.1)),), counted={})]) == []
 
 
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "load.png"
-    load_report.check_plot(file)
-    load_report.plot([result(side=s, pressure=p) for s in ("a", "b") for p in (1.0, 2.0)], file, "title")
+    page.check_plot(file)
+    page.plot([result(side=s, pressure=p) for s in ("a", "b") for p in (1.0, 2.0)], file, "title")
     assert file.read_bytes().startswith(b"\x89PNG")
     for wrong, says in (("load.txt", "must end in one of"), ("none/load.png", "no such folder")):
         with pytest.raises(RequestError, match=says):
-            load_report.check_plot(tmp_path / wrong)
+            page.check_plot(tmp_path / wrong)
 
 
 # Who sends when: an engine that is a counter.
@@ -356,7 +357,7 @@ def test_a_request_that_no_engine_could_serve_is_refused_before_the_first_one():
 
 
 def test_all_combinations_of_what_varies():
-    found = load.sides(EngineConfig(), None, ["chunked_prefill=on,off", "slots=1,4", "quantize=none,int8"])
+    found = load.variants(EngineConfig(), None, ["chunked_prefill=on,off", "slots=1,4", "quantize=none,int8"])
     assert len(found) == 8
     first, last = found[0], found[-1]
     assert (first.name, first.config, first.quantize) == (
@@ -365,8 +366,10 @@ def test_all_combinations_of_what_varies():
         None,
     )
     assert (last.config, last.quantize) == (EngineConfig(chunked_prefill=False, slots=4), "int8")
-    assert load.sides(EngineConfig(slots=2), "w8a8", []) == [load.Side("", EngineConfig(slots=2), "w8a8")]
-    typed = load.sides(EngineConfig(), None, ["tpot_s=0.5", "token_budget=auto", "policy=shortest", "kv_dtype=int8"])[0]
+    assert load.variants(EngineConfig(slots=2), "w8a8", []) == [load.Variant("", EngineConfig(slots=2), "w8a8")]
+    typed = load.variants(
+        EngineConfig(), None, ["tpot_s=0.5", "token_budget=auto", "policy=shortest", "kv_dtype=int8"]
+    )[0]
     assert typed.config == EngineConfig(tpot_s=0.5, policy="shortest", kv_dtype="int8")
 
 
@@ -384,7 +387,7 @@ def test_all_combinations_of_what_varies():
 )
 def test_what_cannot_vary_is_refused(vary, says):
     with pytest.raises(RequestError, match=says):
-        load.sides(EngineConfig(), None, [vary])
+        load.variants(EngineConfig(), None, [vary])
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +399,7 @@ def test_settings_side_by_side_on_a_real_engine(directory, capsys):
     model = pdx.load(directory)
     shared = Prompts.of(model, shared=40)
     asked = [workload.make("closed", 2, 6, Lengths.parse("48"), Lengths.parse("uniform:2:5"), shared)]
-    each = load.sides(EngineConfig(slots=2, token_budget=16), None, ["prefix_cache=on,off"])
+    each = load.variants(EngineConfig(slots=2, token_budget=16), None, ["prefix_cache=on,off"])
     on, off = load.compare({None: model}, each, asked, Objectives(ttft_s=1e3))
     for found in (on, off):
         assert [t.tokens for t in found.timings] == [r.output_tokens for r in asked[0].requests]

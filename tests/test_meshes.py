@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 import pdx
 from pdx.cli import app
 from pdx.errors import RequestError
+from pdx.installation.devices import device_name
 from pdx.meshes import as_mesh, make_mesh, no_ambient_mesh
 from pdx.model import param_specs
-from pdx.report_text import device_name
 from pdx.sharding import place
 from tests import tiny_model
 from tests.models import LLAMA, close, params, tokens

@@ -7,11 +7,11 @@ from typer.testing import CliRunner
 
 from pallas_kernels import hardware
 from pallas_kernels.analysis import targets
-from pdx import known, plan
+from pdx import plan
 from pdx.cli import app
 from pdx.cost import Setup
 from pdx.errors import ModelFileError, ModelNotFoundError, RequestError, UnsupportedModelError
-from pdx.plan import compiled, text
+from pdx.plan import compiled, published, text
 from pdx.weights.opening import open_model
 from pdx.weights.resolve import resolve
 
@@ -49,41 +49,41 @@ def run(*arguments):
 
 
 def test_every_shape_has_the_parameters_that_are_published():
-    assert set(known.names()) == set(PUBLISHED)
+    assert set(published.names()) == set(PUBLISHED)
     for name, billions in PUBLISHED.items():
-        shape = known.shape(name)
+        shape = published.shape(name)
         every, _ = shape.setup().parameters
         assert every / 1e9 == pytest.approx(billions, rel=0.015 if shape.runs else 0.01), name
 
 
 def test_every_mixture_has_the_active_parameters_that_are_published():
     for name, billions in ACTIVE.items():
-        shape = known.shape(name)
+        shape = published.shape(name)
         active = shape.setup().parameters[1]
         active += 0 if name.startswith("gpt") else shape.config.vocab_size * shape.config.d_model
         assert active / 1e9 == pytest.approx(billions, rel=0.02), name
 
 
 def test_every_shape_can_be_planned_with():
-    for name in known.names():
+    for name in published.names():
         for quantize in (None, "int8", "int4"):
-            found = plan.make(name, known.shape(name), "v5e-8", quantize=quantize, kv_dtype="int8", batch=4)
+            found = plan.make(name, published.shape(name), "v5e-8", quantize=quantize, kv_dtype="int8", batch=4)
             assert found.to_dict()["decode"]["bound"] == "memory", name
             assert 0 < found.tpot < found.e2e
     for name in ("gpt-oss-20b", "gpt-oss-120b"):  # as published: MXFP4 experts, 12.8 and 60.8 GiB on disk
-        stored = known.shape(name).setup(quantize="stored")
+        stored = published.shape(name).setup(quantize="stored")
         assert sum(stored.weights.values()) / 2**30 == pytest.approx({"20b": 12.8, "120b": 60.8}[name[8:]], rel=0.01)
 
 
 def test_a_shape_that_does_not_run_says_so():
     with pytest.raises(UnsupportedModelError, match="cannot run yet"):
-        known.config("mixtral-8x7b")
+        published.config("mixtral-8x7b")
     with pytest.raises(RequestError, match="`stored` is what a file holds"):
-        plan.make("mixtral-8x7b", known.shape("mixtral-8x7b"), "v5e", quantize="stored")
+        plan.make("mixtral-8x7b", published.shape("mixtral-8x7b"), "v5e", quantize="stored")
     with pytest.raises(RequestError, match="names no layer"):
-        plan.make("mixtral-8x7b", known.shape("mixtral-8x7b"), "v5e", quantize="int8,*.v2_proj=int4")
+        plan.make("mixtral-8x7b", published.shape("mixtral-8x7b"), "v5e", quantize="int8,*.v2_proj=int4")
     with pytest.raises(RequestError, match="do not divide rows of 2880"):
-        plan.make("gpt-oss-20b", known.shape("gpt-oss-20b"), "v5e", quantize="int4:g128")
+        plan.make("gpt-oss-20b", published.shape("gpt-oss-20b"), "v5e", quantize="int4:g128")
     done = run("deepseek-v3", "--chip", "h200-8", "--compile")
     assert isinstance(done.exception, UnsupportedModelError)
     assert "cannot run experts yet" in str(done.exception)
@@ -93,7 +93,7 @@ def test_a_shape_that_does_not_run_says_so():
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "model"), [("smollm2-135m", "smollm2-135m-instruct"), ("gemma-3-270m",) * 2])
 def test_a_shape_is_that_of_the_model(name, model):
-    shape, real = Setup(known.config(name)), Setup(open_model(resolve(model)).config)
+    shape, real = Setup(published.config(name)), Setup(open_model(resolve(model)).config)
     assert shape.weights == real.weights
     assert shape.decode(3, 1500).bytes_by_part == real.decode(3, 1500).bytes_by_part
     assert shape.prefill(2, 700) == real.prefill(2, 700)
@@ -154,7 +154,7 @@ def test_chips_are_compiled_for_as_slices(chip, chips, name):
 
 
 def test_what_a_compiler_says_is_read(monkeypatch):
-    found = plan.make("llama-3-8b", known.shape("llama-3-8b"), "v5e", batch=8)
+    found = plan.make("llama-3-8b", published.shape("llama-3-8b"), "v5e", batch=8)
     memory = {"argument": 7, "output": 2, "temp": 1, "alias": 2, "code": 0}
     answers = {
         "prefill": {"memory": memory, "accessed": 30e9, "seconds": 2.0},
@@ -181,11 +181,11 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(targets, "_installed", lambda module: False)
     for chip, says in (("v5e", "aot-tpu"), ("h100", "aot-gpu"), ("t4", "no Pallas compiler")):
         with pytest.raises(RequestError, match=says):
-            compiled.compiled(plan.make("smollm2-135m", known.shape("smollm2-135m"), chip))
+            compiled.compiled(plan.make("smollm2-135m", published.shape("smollm2-135m"), chip))
 
 
 def test_what_does_not_fit_is_told_what_would():
-    found = plan.make("llama-3-8b", known.config("llama-3-8b"), "v5e", batch=8)
+    found = plan.make("llama-3-8b", published.config("llama-3-8b"), "v5e", batch=8)
     assert not found.fits
     first = plan.advice(found)[0]
     assert "does not fit" in first
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_told_what_would():
 
 def test_advice_follows_the_numbers():
     def said(**settings):
-        return " ".join(plan.advice(plan.make("llama-3-8b", known.config("llama-3-8b"), "h100", **settings)))
+        return " ".join(plan.advice(plan.make("llama-3-8b", published.config("llama-3-8b"), "h100", **settings)))
 
     assert "A larger batch" in said(batch=1)
     assert "A larger batch" not in said(batch=200, quantize="int8", kv_dtype="int8")
@@ -217,7 +217,7 @@ def test_the_table_is_on_one_screen():
 
 def test_types_have_the_names_of_the_other_commands():
     def stored(chip, **types):
-        setup = plan.make("smollm2-135m", known.shape("smollm2-135m"), chip, **types).setup
+        setup = plan.make("smollm2-135m", published.shape("smollm2-135m"), chip, **types).setup
         return setup.dtype, setup.kv_dtype
 
     assert stored("v5e") == stored("v5e", dtype="bf16", kv_dtype="auto") == ("bfloat16", None)
@@ -228,7 +228,7 @@ def test_types_have_the_names_of_the_other_commands():
 
 def test_lengths_that_are_not_said_follow_from_the_others():
     def lengths(**given):
-        found = plan.make("smollm2-135m", known.shape("smollm2-135m"), "v5e", **given)
+        found = plan.make("smollm2-135m", published.shape("smollm2-135m"), "v5e", **given)
         return found.prompt, found.context, found.output_tokens
 
     assert lengths() == (1024, 2048, 256)
@@ -238,7 +238,7 @@ def test_lengths_that_are_not_said_follow_from_the_others():
 
 
 def test_bad_requests_are_refused(tmp_path):
-    cfg = known.config("smollm2-135m")
+    cfg = published.config("smollm2-135m")
     for settings, says in (
         ({"on": "v9"}, "it has v4, v5e"),
         ({"on": "v5e", "batch": 0}, "must be at least 1"),
@@ -259,8 +259,8 @@ def test_bad_requests_are_refused(tmp_path):
         with pytest.raises(RequestError, match=says):
             plan.make("smollm2-135m", cfg, **settings)
     with pytest.raises(ModelNotFoundError, match="did you mean llama-3-8b"):
-        known.config("llama-3-9b")
+        published.config("llama-3-9b")
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("d_model = 3\nwindow = 3\n")
     with pytest.raises(ModelFileError, match="not the shape of a model"):
-        known.config(wrong)
+        published.config(wrong)

@@ -13,11 +13,12 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels.analysis.targets import Target
 from pdx import steps
-from pdx.cache.dense import cache_specs, default_layout, init_cache
+from pdx.cache.dense import cache_specs, init_cache
+from pdx.cache.layer import default_layout
 from pdx.cache.paged import init_paged_cache
 from pdx.config import ModelConfig
 from pdx.model import forward, param_specs
-from pdx.sampling import SamplingOptions, SamplingState
+from pdx.sampling.sampler import SamplingOptions, SamplingState
 from pdx.sharding import is_spec
 from tests.models import ALL, GEMMA, LLAMA, params, tokens
 from tests.programs import aliased_parameters, check_in_place, equations
@@ -79,7 +80,9 @@ def test_the_cache_is_updated_in_place(step):
 def test_a_cache_that_is_copied_is_noticed():
     calls, cache, _ = arguments(REAL)
     _, (weights, cfg, ids, active, _, kernels) = calls["decode"]
-    kept = jax.jit(steps._step, static_argnames=("cfg", "kernels")).lower(weights, cfg, ids, active, cache, kernels)
+    kept = jax.jit(steps.dense._step, static_argnames=("cfg", "kernels")).lower(
+        weights, cfg, ids, active, cache, kernels
+    )
     with pytest.raises(AssertionError, match="not reused"):
         check_in_place(kept.compile(), "cache", cache)
 

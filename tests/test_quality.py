@@ -9,9 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import pdx
-from pdx import texts
 from pdx.bench.quality import evaluate, windows
-from pdx.calibration import quantize_model
+from pdx.calibration import quantize_model, stdlib_texts
 from pdx.cli import app
 from pdx.errors import RequestError
 from tests import tiny_model
@@ -148,7 +147,7 @@ def smollm2():
 
 
 def real(model, plain, **settings):
-    return evaluate(model, plain, texts.evaluation(), max_tokens=1024, **settings)
+    return evaluate(model, plain, stdlib_texts.evaluation(), max_tokens=1024, **settings)
 
 
 @pytest.mark.slow
@@ -170,6 +169,6 @@ def test_smollm2_keeps_its_quality_in_int8(smollm2):
 @pytest.mark.real
 def test_gptq_closes_most_of_what_rounding_loses(smollm2):
     nearest = real(pdx.load(smollm2.path, quantize="int4:g64"), smollm2)
-    better = real(quantize_model(smollm2, "int4:g64", texts.calibration(), "gptq", sequences=8), smollm2)
+    better = real(quantize_model(smollm2, "int4:g64", stdlib_texts.calibration(), "gptq", sequences=8), smollm2)
     assert better.kl < 0.5 * nearest.kl
     assert better.top1_agreement > nearest.top1_agreement

@@ -10,22 +10,23 @@ import pytest
 from typer.testing import CliRunner
 
 import pdx
-from pdx import chips, steps
-from pdx.bench import calibrate, pitfalls, report, report_page, rows, served
-from pdx.bench.lab import Side, Stand, some_ids
-from pdx.bench.rows import Lab
+from pdx import steps
+from pdx.bench import calibrate, report
+from pdx.bench.report import batching, optimizations, page, pitfalls
+from pdx.bench.report.optimizations import Experiment
+from pdx.bench.report.verdicts import CLAIMS, Comparison, judge
+from pdx.bench.timed_work import ModelUnderTest, TimedWork, some_ids
 from pdx.bench.timing import Timing
-from pdx.bench.verdicts import CLAIMS, Comparison, judge
-from pdx.chips import MeasuredChip
 from pdx.cli import app
-from pdx.cost import Setup
+from pdx.cost import Setup, chips
+from pdx.cost.chips import MeasuredChip
+from pdx.cost.measured_rates import Rates, Surface
 from pdx.errors import PdxError, RequestError
-from pdx.rates import Rates, Surface
 from pdx.weights.loaded import Model
 from tests import models, tiny_model
 
 SETUP = Setup(models.LLAMA, "float32")
-SIZES = dataclasses.replace(rows.QUICK, prompts=(16,), batches=(1,))
+SIZES = dataclasses.replace(optimizations.QUICK, prompts=(16,), batches=(1,))
 
 
 def chip(rate: float) -> MeasuredChip:
@@ -35,8 +36,8 @@ def chip(rate: float) -> MeasuredChip:
     return MeasuredChip("here", "cpu", ("cpu",), 0.1, 0.2, 20.0, 16.0, 2, 1.0, 0.15, rates=rates)
 
 
-def side(tokens: float = 1, setup: Setup = SETUP, phase: str = "decode") -> Side:
-    return Side("a load", phase, lambda: Timing((1.0,)), tokens, setup, lambda s: [s.decode(1, 100)])
+def side(tokens: float = 1, setup: Setup = SETUP, phase: str = "decode") -> TimedWork:
+    return TimedWork("a load", phase, lambda: Timing((1.0,)), tokens, setup, lambda s: [s.decode(1, 100)])
 
 
 def found(claim: str, off: list[float], on: list[float], **of):
@@ -86,7 +87,7 @@ def test_why_names_the_bound_and_how_near_it_came():
 
 
 def test_every_claim_of_the_table_is_measured_or_said_not_to_be():
-    names = [row.name for row in rows.ROWS]
+    names = [row.name for row in optimizations.ROWS]
     assert len(names) == len(set(names))
     for words in (
         "larger batch",
@@ -101,50 +102,52 @@ def test_every_claim_of_the_table_is_measured_or_said_not_to_be():
     ):
         assert any(words in name for name in names), words
     with pytest.raises(ValueError, match="no claim 'enormous'"):
-        rows.row("x", prefill="no", decode="enormous")
+        optimizations.row("x", prefill="no", decode="enormous")
     assert all(low < high for low, high in CLAIMS.values())
 
 
 def test_a_feature_adds_its_row(monkeypatch):
-    monkeypatch.setattr(rows, "ROWS", [])
+    monkeypatch.setattr(optimizations, "ROWS", [])
 
-    @rows.row("nothing", prefill="no", decode="huge")
-    def nothing(lab):
+    @optimizations.row("nothing", prefill="no", decode="huge")
+    def nothing(experiment):
         yield Comparison(side(), side())
-        raise rows.NotBuilt("the prefill of it")
+        raise optimizations.NotBuilt("the prefill of it")
 
-    seen = rows.measure(rows.ROWS[0], Lab(None, chip(1e9), SIZES), {})
+    seen = optimizations.measure(optimizations.ROWS[0], Experiment(None, chip(1e9), SIZES), {})
     assert (seen.verdict, seen.why) == ("not built", "the prefill of it")
     assert [f.verdict for f in seen.findings] == ["does not hold"]
 
 
 @pytest.fixture(scope="module")
-def stand():
-    return Stand(models.LLAMA, models.params(models.LLAMA), np.dtype("float32"))
+def model():
+    return ModelUnderTest(models.LLAMA, models.params(models.LLAMA), np.dtype("float32"))
 
 
-def lab_of(stand: Stand) -> Lab:
-    return Lab(Model(stand.params, stand.cfg, "tiny", Path(), stand.dtype), chip(1e9), SIZES)
+def experiment_of(model: ModelUnderTest) -> Experiment:
+    return Experiment(Model(model.params, model.cfg, "tiny", Path(), model.dtype), chip(1e9), SIZES)
 
 
-def test_repeated_heads_say_the_same(stand):
-    whole = lab_of(stand).multihead
+def test_repeated_heads_say_the_same(model):
+    whole = experiment_of(model).multihead
     assert whole.cfg.num_kv_heads == whole.cfg.num_heads
-    rows._same(whole, stand)
+    optimizations._same(whole, model)
     wrong = jax.tree.map(lambda x: -x, whole.params)
     with pytest.raises(PdxError, match="must say the same"):
-        rows._same(dataclasses.replace(whole, params=wrong), stand)
-    outcome = rows.measure(next(r for r in rows.ROWS if r.name.startswith("GQA")), lab_of(whole), {})
+        optimizations._same(dataclasses.replace(whole, params=wrong), model)
+    outcome = optimizations.measure(
+        next(r for r in optimizations.ROWS if r.name.startswith("GQA")), experiment_of(whole), {}
+    )
     assert outcome.verdict == "not applicable here"
 
 
-def test_dense_attention_is_the_same_function(stand):
-    ids = some_ids(stand.cfg, 2, 24)
+def test_dense_attention_is_the_same_function(model):
+    ids = some_ids(model.cfg, 2, 24)
     found = []
     for kernels in ("auto", "dense"):
-        cache = dataclasses.replace(stand, kernels=kernels).cache(2, 128)
-        logits, cache = steps.prefill(stand.params, stand.cfg, ids, np.array([24, 9]), cache, kernels=kernels)
-        step, _ = steps.decode_step(stand.params, stand.cfg, ids[:, 0], np.array([True, True]), cache, kernels=kernels)
+        cache = dataclasses.replace(model, kernels=kernels).cache(2, 128)
+        logits, cache = steps.prefill(model.params, model.cfg, ids, np.array([24, 9]), cache, kernels=kernels)
+        step, _ = steps.decode_step(model.params, model.cfg, ids[:, 0], np.array([True, True]), cache, kernels=kernels)
         found.append((logits, step))
     models.close(found[0][0], found[1][0])
     models.close(found[0][1], found[1][1])
@@ -168,11 +171,11 @@ def seen(directory):
     chosen = ["larger batch", "continuous batching", "chunked prefill", "speculative decoding"]
     model, here = pdx.load(directory), chip(1e9)
     found = report.run(model, here, {"v5e": chips.chip("v5e")}, SIZES, only=chosen)
-    return dataclasses.replace(found, pitfalls=pitfalls.run(Lab(model, here, SIZES)))
+    return dataclasses.replace(found, pitfalls=pitfalls.run(Experiment(model, here, SIZES)))
 
 
 def test_answers_are_of_mixed_length():
-    lengths = served.mixed_lengths(400, 16)
+    lengths = batching.mixed_lengths(400, 16)
     assert len(lengths) == 400
     assert np.mean(lengths) == pytest.approx(16, rel=0.05)
     assert np.median(lengths) == pytest.approx(16 * np.log(2), rel=0.1)
@@ -183,7 +186,7 @@ def test_answers_are_of_mixed_length():
 def test_slots_are_filled_as_they_fall_free():
     """Every token of every request has its step, behind those before it; never more rows than slots."""
     prompt, outputs, slots = 5, [3, 1, 4, 1, 2], 2
-    seen = list(served._schedule(prompt, outputs, slots))
+    seen = list(batching._schedule(prompt, outputs, slots))
     assert seen == [
         [(5, 0), (5, 0)],  # the first two; the second ends at once
         [(1, 5), (5, 0)],
@@ -216,15 +219,15 @@ def test_errors_are_those_of_the_predictions(seen, directory):
     said = dataclasses.replace
     right = said(seen, points=tuple(said(p, predicted_s=p.measured.median * 1.1) for p in seen.points))
     assert right.error("prefill") == right.error("decode") == pytest.approx(0.1)
-    assert "TTFT 10% off (median of 1 loads; 1 of them within 25%, the worst +10%)" in report_page.errors(right)
+    assert "TTFT 10% off (median of 1 loads; 1 of them within 25%, the worst +10%)" in page.errors(right)
 
 
 def test_a_chip_with_wrong_figures_is_far_off(directory):
     far = report.run(pdx.load(directory), chip(1e4), {}, SIZES, only=[])
     assert far.error("decode") > 10
-    assert "0 of them within 25%" in report_page.errors(far)
+    assert "0 of them within 25%" in page.errors(far)
     assert far.pitfalls is None
-    assert "Pitfalls" not in report_page.to_markdown(far, [])
+    assert "Pitfalls" not in page.to_markdown(far, [])
 
 
 def test_it_is_written(seen, tmp_path):
@@ -256,7 +259,7 @@ def test_it_is_written(seen, tmp_path):
     assert set(batch["findings"][0]["predicted"]) == {"here", "v5e"}
     assert spec["verdict"] == "not built"
     assert [f["phase"] for f in chunked["findings"]] == ["prefill", "decode"]
-    table = report_page.table(seen)
+    table = page.table(seen)
     assert {len(line) for line in table.rows} == {len(table.head)}
 
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from pdx.errors import RequestError
-from pdx.sampling import SamplingOptions, SamplingState, filtered_logits, sample
-from pdx.sampling_filters import CANDIDATES, GROUP
+from pdx.sampling.filters import CANDIDATES, GROUP
+from pdx.sampling.sampler import SamplingOptions, SamplingState, filtered_logits, sample
 from tests import sampling_reference as reference
 from tests.sampling_reference import PENALTIES, SETTINGS, mixed_batch
 

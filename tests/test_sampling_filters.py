@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pdx.sampling import SamplingState, filtered_logits
-from pdx.sampling_filters import CANDIDATES, GROUP, candidates, pad
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.filters import CANDIDATES, GROUP, candidates, pad
+from pdx.sampling.options import SamplingOptions
+from pdx.sampling.sampler import SamplingState, filtered_logits
 from tests import sampling_reference as reference
 
 SMALL, LARGE = 40, 20_000  # one group; more groups than candidates, and not a multiple of a group

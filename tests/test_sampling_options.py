@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from pdx.errors import RequestError
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 
 NAN, INF = float("nan"), float("inf")
 
@@ -92,5 +92,5 @@ def test_the_given_bias_is_not_shared():
 
 
 def test_options_do_not_import_jax():
-    code = "import sys, pdx.sampling_options; sys.exit('jax' in sys.modules)"
+    code = "import sys, pdx.sampling.options; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pdx.sampling import SamplingOptions, SamplingState, sample
-from pdx.sampling_filters import CANDIDATES, GROUP
+from pdx.sampling.filters import CANDIDATES, GROUP
+from pdx.sampling.sampler import SamplingOptions, SamplingState, sample
 from pdx.sharding import make_mesh, place_rows
 from tests.sampling_reference import SETTINGS, mixed_batch
 

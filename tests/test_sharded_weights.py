@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec as P
 import pdx
 from pallas_kernels.analysis import hlo
 from pdx import steps
-from pdx.cache.dense import cache_specs, stored_heads
+from pdx.cache.dense import cache_specs
+from pdx.cache.layer import stored_heads
 from pdx.cache.paged import paged_cache_specs
 from pdx.engine import sizing
+from pdx.generation.programs import Programs
 from pdx.model import forward, param_specs
-from pdx.programs import Programs
 from pdx.quant import Policy, quantize_params, quantized_specs
 from pdx.sharding import is_spec, make_mesh, place, replicated
 from tests import tiny_model

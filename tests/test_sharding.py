@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from pdx import steps
 from pdx.cache.dense import cache_specs, init_cache
 from pdx.model import param_specs
-from pdx.sampling import SamplingOptions, SamplingState
+from pdx.sampling.sampler import SamplingOptions, SamplingState
 from pdx.sharding import ArraySpec, is_spec, make_mesh, mesh_axis, parse_mesh, place, place_rows, replicated
 from tests.models import GEMMA, LLAMA, NINE, QWEN, close, params, tokens
 from tests.programs import aliased_parameters

@@ -10,7 +10,7 @@ import pytest
 from pdx import steps
 from pdx.cache.dense import init_cache
 from pdx.errors import ContextLengthError
-from pdx.sampling import SamplingOptions, SamplingState
+from pdx.sampling.sampler import SamplingOptions, SamplingState
 from tests.history import CHUNK, DRAFT, history_of
 from tests.models import ALL, GEMMA, LLAMA, QWEN, bits, close, leaves_equal, params, snapshot, tokens
 

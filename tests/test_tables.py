@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pdx.tables import Table, blocks, screen
+from pdx.io.tables import Table, blocks, screen
 
 WORDS = st.lists(st.integers(1, 12).map(lambda n: "abcdefghijkl"[:n]), min_size=1, max_size=4).map(" ".join)
 

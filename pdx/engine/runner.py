@@ -19,10 +19,10 @@ from pdx.cache.rows import PackedRows
 from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
+from pdx.generation.programs import Programs
 from pdx.layers.attention import explain_mixed, layout_for
-from pdx.programs import Programs
-from pdx.sampling import NO_TOKEN, SampleOutput, SamplingState, sample
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
+from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sharding import constrain_rows, place_rows
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent

@@ -15,7 +15,7 @@ import pdx
 from pdx.engine.engine import Engine
 from pdx.engine.request import EngineRequest
 from pdx.errors import ContextLengthError, EngineError, QueueFullError, RequestError
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 
 WORDS = ["a", "rain", "of ", "the long road", ", and", "\n", "Zürich", "12", "!"]

@@ -12,7 +12,7 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.request import EngineRequest, Status
 from pdx.engine.scheduler import Scheduler
 from pdx.errors import ContextLengthError, QueueFullError, RequestError
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from tests.engine.fake_device import END, VOCAB, FakeDevice, alone, check_pages
 
 CONTEXT = 40

@@ -13,9 +13,9 @@ import typer
 from typer.testing import CliRunner
 
 import pdx
-from pdx import outputs
 from pdx.cli import app, errors
 from pdx.errors import ModelFileError, PdxError, RequestError
+from pdx.io import outputs
 from pdx.weights import checkpoint
 from tests import tiny_model
 
@@ -196,7 +196,9 @@ def test_an_interrupted_checkpoint_leaves_nothing_and_a_killed_one_goes_at_the_n
     held = tmp_path / ".held.unfinished"
     held.mkdir()
     (tmp_path / ".mine").mkdir()
-    code = "import sys; from pathlib import Path; from pdx.outputs import locked\nwith locked(Path(sys.argv[1]), ''):"
+    code = (
+        "import sys; from pathlib import Path; from pdx.io.outputs import locked\nwith locked(Path(sys.argv[1]), ''):"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", f"{code}\n print(flush=True); input()", tmp_path / "held"],
         stdin=subprocess.PIPE,

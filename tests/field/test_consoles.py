@@ -10,12 +10,12 @@ import types
 import pytest
 
 import pdx
-from pdx import texts
-from pdx.chat import Chat, check_template, converse, typed
 from pdx.cli import app, streams
 from pdx.cli.app import main
+from pdx.clients.chat import Chat, check_template, converse, typed
 from pdx.errors import EngineError, RequestError
-from pdx.sampling_options import SamplingOptions
+from pdx.io import inputs
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 
 HARD = "é — 你好 🎉 \ud83d"  # one of cp1252, one not, two outside, one outside the basic plane, half a pair
@@ -148,14 +148,14 @@ def test_what_is_no_text_is_refused_in_a_sentence(monkeypatch, tmp_path, data):
     with pytest.raises(RequestError, match=f"standard input: .*{NO_TEXT[data]}"):
         streams.read_prompt()
     (tmp_path / "file").write_bytes(data)
-    for read in (texts.read, texts.lines):
+    for read in (inputs.read, inputs.lines):
         with pytest.raises(RequestError, match=NO_TEXT[data]):
             read(tmp_path / "file")
 
 
 def test_a_text_file_may_begin_with_a_mark(tmp_path):
     (tmp_path / "file").write_bytes(b"\xef\xbb\xbfone\ntwo")
-    assert texts.lines(tmp_path / "file") == ["one", "two"]
+    assert inputs.lines(tmp_path / "file") == ["one", "two"]
 
 
 def test_a_line_that_is_no_text_is_passed_over_in_a_chat(monkeypatch, capsys):

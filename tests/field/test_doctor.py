@@ -101,7 +101,7 @@ def test_releases_that_do_not_fit_are_named_and_the_device_left_alone(tmp_path):
 
 
 def test_a_device_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
-    from pdx.doctor import examine
+    from pdx.installation.doctor import examine
 
     monkeypatch.setenv("PYTHONPATH", broken_jax(tmp_path, "import time\ntime.sleep(100)"))
     found = examine(timeout_s=1)

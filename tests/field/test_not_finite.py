@@ -11,14 +11,15 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import pdx
-from pdx import batch_file, strict_json
-from pdx.chat import Chat, converse
 from pdx.cli import app
-from pdx.completion import TokenLogprobs
+from pdx.clients import batch_file
+from pdx.clients.chat import Chat, converse
 from pdx.errors import EngineError, NotFiniteError, RequestError
-from pdx.report_text import completion_fields
-from pdx.sampling import NO_TOKEN, sample
-from pdx.sampling_options import SamplingOptions
+from pdx.generation.completion import TokenLogprobs
+from pdx.generation.results import completion_fields
+from pdx.io import strict_json
+from pdx.sampling.options import SamplingOptions
+from pdx.sampling.sampler import NO_TOKEN, sample
 from tests import tiny_model
 
 INF, NAN = float("inf"), float("nan")

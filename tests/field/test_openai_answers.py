@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from pdx.batch_file import Request
-from pdx.completion import Completion, TokenLogprobs
+from pdx.clients.batch_file import Request
+from pdx.clients.openai_answers import answered, failed
+from pdx.generation.completion import Completion, TokenLogprobs
 from pdx.metrics import RequestTiming
-from pdx.openai_answers import answered, failed
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from pdx.tokenizer import Tokenizer
 from tests import tiny_model
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pdx import batch_file, batch_job, openai_rows
+from pdx.clients import batch_file, batch_job, openai_rows
 from pdx.errors import RequestError
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -229,7 +229,7 @@ def test_half_a_surrogate_pair_fails_its_row_and_the_answer_can_be_written(tmp_p
 
 
 def test_the_note_names_only_what_is_passed_over(tmp_path):
-    from pdx.batch_file import unread_names
+    from pdx.clients.batch_file import unread_names
 
     class Model:
         class tokenizer:

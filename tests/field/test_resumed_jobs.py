@@ -9,11 +9,12 @@ import types
 
 import pytest
 
-from pdx import batch_job, outputs
-from pdx.batch_file import check_output
+from pdx.clients import batch_job
+from pdx.clients.batch_file import check_output
+from pdx.clients.journal import InOrder, Journal, path_of
 from pdx.errors import EngineError, RequestError
-from pdx.journal import InOrder, Journal, path_of
-from pdx.sampling_options import SamplingOptions
+from pdx.io import outputs
+from pdx.sampling.options import SamplingOptions
 
 JOB = {"requests": "a", "kv_dtype": "float32"}
 

@@ -13,8 +13,8 @@ import pdx
 from pdx.cache.idle import IdleCaches
 from pdx.engine.request import EngineRequest
 from pdx.errors import DonatedError, EngineError, ModelNotFoundError, PdxError, RequestError
-from pdx.generator import _KEPT, MOST_GENERATORS, Generator, generator
-from pdx.sampling_options import SamplingOptions
+from pdx.generation.generator import _KEPT, MOST_GENERATORS, Generator, generator
+from pdx.sampling.options import SamplingOptions
 from tests import tiny_model
 from tests.models import LLAMA, params
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import pdx
-from pdx import batch_job
-from pdx.sampling_defaults import from_generation_config, from_gguf
-from pdx.sampling_options import SamplingOptions
+from pdx.clients import batch_job
+from pdx.sampling.defaults import from_generation_config, from_gguf
+from pdx.sampling.options import SamplingOptions
 from pdx.weights.checkpoint import save
 from tests import tiny_model
 
@@ -108,7 +108,7 @@ def test_the_chat_command_takes_it(directory, monkeypatch):
     from pdx.cli import app
 
     seen = []
-    monkeypatch.setattr("pdx.chat.converse", lambda chat, lines, out: seen.append(chat.options))
+    monkeypatch.setattr("pdx.clients.chat.converse", lambda chat, lines, out: seen.append(chat.options))
     for given in ((), ("--temperature", "0")):
         done = CliRunner().invoke(app, ["chat", "-m", str(directory), "--seed", "1", *given])
         assert done.exit_code == 0, done.output

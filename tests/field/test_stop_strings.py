@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from pdx.completion import Row, TokenLogprobs, first_stop
-from pdx.sampling_options import SamplingOptions
+from pdx.generation.completion import Row, TokenLogprobs, first_stop
+from pdx.sampling.options import SamplingOptions
 
 
 class Pieces:

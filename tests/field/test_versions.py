@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pdx import versions
 from pdx.errors import PdxError, VersionError
+from pdx.installation import versions
 
 ROOT = Path(__file__).parents[2]
 FITTING = {"jax": "0.12.0.1", "jaxlib": "0.12.0.1"}
@@ -266,8 +266,8 @@ def test_help_is_there_all_the_same(tmp_path):
         "pdx.load",
         "pdx.forward",
         "from pdx.generation import generate",
-        "from pdx.report_text import device_name; device_name()",
-        "from pdx.compilation import enable_cache; enable_cache()",
+        "from pdx.installation.devices import device_name; device_name()",
+        "from pdx.installation.compilation_cache import enable_cache; enable_cache()",
     ],
 )
 def test_python_stops_before_a_device_is_touched(tmp_path, statement):
@@ -277,6 +277,6 @@ def test_python_stops_before_a_device_is_touched(tmp_path, statement):
 
 
 def test_versions_are_read_without_jax():
-    done = run(["-c", "import sys, pdx.versions as v; v.misfits(); print('jax' in sys.modules)"], path="")
+    done = run(["-c", "import sys, pdx.installation.versions as v; v.misfits(); print('jax' in sys.modules)"], path="")
     assert done.stdout == "False\n"
     assert issubclass(VersionError, PdxError)
