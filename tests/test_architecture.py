@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.imports import LAYERS, PACKAGES, imports, layer, violations
+from tests.support.imports import LAYERS, PACKAGES, imports, layer, violations
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -14,7 +14,7 @@ from pdx.sampling.options import SamplingOptions
 from pdx.tokenizer import Tokenizer
 from pdx.tokenizer.messages import check_messages, template_messages
 from pdx.tokenizer.traits import Traits
-from tests import tiny_model
+from tests.support import tiny_model
 
 pytest.importorskip("openai", reason="the openai package is not installed: pip install 'pdx-inference[parity]'")
 pytestmark = pytest.mark.parity
