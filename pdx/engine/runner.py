@@ -204,7 +204,7 @@ def _step(params, cache, last, host, cfg, shape, decode_rows, max_queries, kerne
     tokens, sources, lengths, starts, logit_rows, tables = jnp.split(host, ends)
     tokens = jnp.where(sources >= 0, last[jnp.maximum(sources, 0)], tokens)
     rows = PackedRows.packed(t, tables.reshape(groups, r, -1), lengths, starts, decode_rows, max_queries)
-    logits, cache = steps.mixed(params, cfg, tokens, rows, cache, kernels)
+    logits, cache = steps.packed.mixed(params, cfg, tokens, rows, cache, kernels)
     return logits[logit_rows], cache
 
 

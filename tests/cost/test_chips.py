@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pallas_kernels import hardware
-from pdx import cost
 from pdx.cli import app
-from pdx.cost import Setup, chips
+from pdx.cost import Setup, chips, model_matrices
 from pdx.cost.chips import MeasuredChip
 from pdx.cost.measured_rates import Rates, Surface
 from pdx.errors import RequestError
@@ -136,8 +135,8 @@ def test_a_step_takes_what_its_pieces_take():
     setup = Setup(models.LLAMA, "float32")
     chip = measured(products={"float32": FLAT}, decode_attention={"float32": FLAT}, rest=FLAT)
     step = setup.decode(2, 100)
-    count = sum(m.size for m in cost.matrices(models.LLAMA) if m.part != "embedding")
-    width = sum(m.out + m.columns for m in cost.matrices(models.LLAMA) if m.name.startswith("layers")) / 2
+    count = sum(m.size for m in model_matrices.matrices(models.LLAMA) if m.part != "embedding")
+    width = sum(m.out + m.columns for m in model_matrices.matrices(models.LLAMA) if m.name.startswith("layers")) / 2
     parts = chip.rates.parts(step.work)
     assert parts["products"] == pytest.approx(count / 2e9)
     assert parts["attention"] == pytest.approx(step.bytes_by_part["kv read"] / 2e9)
