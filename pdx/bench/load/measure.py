@@ -35,7 +35,7 @@ class Served:
 class LoadResult:
     """One load on one engine. All seconds are from the first request's submission to the last one's end."""
 
-    side: str
+    settings: str
     load: str
     pressure: float
     duration_s: float
@@ -88,7 +88,7 @@ class LoadResult:
     def to_dict(self) -> dict[str, Any]:
         errors = sorted({s.error for s in self.served if s.error is not None})
         return {
-            "settings": self.side,
+            "settings": self.settings,
             "load": self.load,
             "pressure": self.pressure,
             "duration_s": self.duration_s,
@@ -112,7 +112,7 @@ def run(
     load: Load,
     objectives: Objectives | None = None,
     *,
-    side: str = "",
+    settings: str = "",
     sampling: SamplingOptions | None = None,
     report: Report = silent,
 ) -> LoadResult:
@@ -131,7 +131,7 @@ def run(
         EngineRequest(r.prompt, dataclasses.replace(sampling, max_tokens=r.output_tokens, ignore_eos=True))
         for r in load.requests
     ]
-    label, done = f"{side or 'engine'}: {load.name}", itertools.count(1)
+    label, done = f"{settings or 'engine'}: {load.name}", itertools.count(1)
     report(label, 0, len(requests))
     tick = lambda: report(label, next(done), len(requests))  # noqa: E731
     before, start = engine.metrics(), time.perf_counter()
@@ -141,7 +141,7 @@ def run(
         served = _by_clock(engine, load.requests, requests, start, tick)
     duration = time.perf_counter() - start
     return LoadResult(
-        side,
+        settings,
         load.name,
         load.pressure,
         duration,

@@ -29,16 +29,16 @@ HEAD = (
 
 
 def table(results: Sequence[LoadResult]) -> Table:
-    """A row for each load on each side; without settings to tell apart, their column is left out."""
-    has_sides = any(r.side for r in results)
-    head, *rows = [line if has_sides else line[1:] for line in (HEAD, *map(_cells, results))]
-    return Table(head, rows, keys=1 + has_sides)
+    """A row for each load and settings; without settings to tell apart, their column is left out."""
+    has_settings = any(r.settings for r in results)
+    head, *rows = [line if has_settings else line[1:] for line in (HEAD, *map(_cells, results))]
+    return Table(head, rows, keys=1 + has_settings)
 
 
 def _cells(r: LoadResult) -> tuple[str, ...]:
     spread = r.spreads()
     return (
-        r.side,
+        r.settings,
         r.load,
         f"{len(r.timings)}/{len(r.served)}",
         f"{r.output_tokens_per_s:.1f}",
@@ -61,7 +61,7 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
     """What a reader of the table must know: failures, a late load generator, compilations, prefix hits."""
     said = []
     for r in results:
-        name = f"{r.side + ', ' if r.side else ''}{r.load}"
+        name = f"{r.settings + ', ' if r.settings else ''}{r.load}"
         for error in sorted({s.error for s in r.served if s.error}):
             count = sum(s.error == error for s in r.served)
             said.append(f"{name}: {count} of {len(r.served)} requests failed: {error}")
@@ -80,21 +80,23 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
 
 def plot(results: Sequence[LoadResult], file: Path, title: str = "") -> None:
     """Median and 99th percentile of TTFT and TPOT against output tokens a second, and goodput against the load; a
-    colour a side. Raises RequestError where it cannot be written."""
+    colour for each settings. Raises RequestError where it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     ttft, tpot, good = figure.subplots(1, 3)
-    for number, side in enumerate(dict.fromkeys(r.side for r in results)):
-        points = sorted((r for r in results if r.side == side), key=lambda r: r.pressure)
+    for number, settings in enumerate(dict.fromkeys(r.settings for r in results)):
+        points = sorted((r for r in results if r.settings == settings), key=lambda r: r.pressure)
         colour, rate = f"C{number}", [r.output_tokens_per_s for r in points]
         for axes, name in ((ttft, "ttft"), (tpot, "tpot")):
             spreads = [r.spreads()[name] for r in points]
-            axes.plot(rate, [s.p50 * 1e3 for s in spreads], "o-", color=colour, label=f"{side} median".strip())
-            axes.plot(rate, [s.p99 * 1e3 for s in spreads], "^:", color=colour, label=f"{side} 99%".strip())
+            axes.plot(rate, [s.p50 * 1e3 for s in spreads], "o-", color=colour, label=f"{settings} median".strip())
+            axes.plot(rate, [s.p99 * 1e3 for s in spreads], "^:", color=colour, label=f"{settings} 99%".strip())
             for r, s in zip(points, spreads, strict=True):
                 axes.annotate(r.load, (r.output_tokens_per_s, s.p50 * 1e3), fontsize=7, color=colour)
-        good.plot([r.pressure for r in points], [r.goodput for r in points], "o-", color=colour, label=side or "engine")
+        good.plot(
+            [r.pressure for r in points], [r.goodput for r in points], "o-", color=colour, label=settings or "engine"
+        )
     for axes, name, limit in (
         (ttft, "TTFT", results[0].objectives.ttft_s),
         (tpot, "TPOT", results[0].objectives.tpot_s),

@@ -102,5 +102,5 @@ def compare(
             engines.append((variant, stack.enter_context(engine)))
         for load in loads:
             for variant, engine in engines:
-                results.append(run(engine, load, objectives, side=variant.name, sampling=sampling, report=report))
+                results.append(run(engine, load, objectives, settings=variant.name, sampling=sampling, report=report))
     return results

@@ -47,7 +47,7 @@ def result(**changes):
     timings = [ServedTiming(3, 0.25, 1.25, queue_s=0.1, gaps_s=(0.25, 0.75)), ServedTiming(1, 0.5, 0.5)]
     served = (*(load.Served(10, 0.0, t) for t in timings), load.Served(7, 0.2, error="QueueFullError: full"))
     fields = {
-        "side": "",
+        "settings": "",
         "load": "2 req/s",
         "pressure": 2.0,
         "duration_s": 4.0,
@@ -73,7 +73,7 @@ def test_a_result_counts_what_was_finished():
 
 
 def test_the_report_says_what_must_be_known(tmp_path):
-    table = page.table([result(side="slots 1"), result(side="slots 8")]).markdown().splitlines()
+    table = page.table([result(settings="slots 1"), result(settings="slots 8")]).markdown().splitlines()
     assert table[0].startswith("| settings | load |")
     assert table[2].startswith("| slots 1 | 2 req/s | 2/3 | 1.0 | 5.0 | 375 / 498 | 500 / 500 | 745 / 750 |")
     assert "0.25 (33%)" in table[3]
@@ -94,7 +94,7 @@ def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "load.png"
     page.check_plot(file)
-    page.plot([result(side=s, pressure=p) for s in ("a", "b") for p in (1.0, 2.0)], file, "title")
+    page.plot([result(settings=s, pressure=p) for s in ("a", "b") for p in (1.0, 2.0)], file, "title")
     assert file.read_bytes().startswith(b"\x89PNG")
     for wrong, says in (("load.txt", "must end in one of"), ("none/load.png", "no such folder")):
         with pytest.raises(RequestError, match=says):
@@ -166,7 +166,7 @@ def test_clients_never_have_more_than_one_request_each(clients):
 
 def test_requests_come_by_the_clock_whatever_becomes_of_the_others():
     engine, asked = FakeEngine(refuse=(3,), break_down=(5, 6)), made("burst", 2000.0)
-    found = load.run(engine, asked, Objectives(ttft_s=1.0), side="x")
+    found = load.run(engine, asked, Objectives(ttft_s=1.0), settings="x")
     assert [r.prompt for r in engine.seen] == [r.prompt for r in asked.requests]
     assert all(r.options.ignore_eos for r in engine.seen)
     assert (len(found.served), found.failed) == (24, 3)
