@@ -69,7 +69,7 @@ whole = next(metadata.distributions(name="pdx-inference"), None) is not None
 whole = whole and (runtime != "tpu" or before["libtpu"])
 whole = whole and (runtime != "gpu" or before["jax-cuda12-plugin"] or before["jax-cuda13-plugin"])
 if whole and not SOURCE and importlib.util.find_spec("pdx"):
-    versions = importlib.import_module("pdx.versions")
+    versions = importlib.import_module("pdx.installation.versions")
     whole = all(misfit.restart for misfit in versions.misfits())
 if SOURCE or not whole:
     if requirement is None:
@@ -90,7 +90,7 @@ stale = [n for n in ("jax", "jaxlib", "numpy") if n in sys.modules and sys.modul
 if stale or ("jax" in sys.modules and after != before):
     raise SystemExit("Restart the runtime (Colab: Runtime > Restart session), then run from the first cell on.")
 
-from pdx import versions  # noqa: E402
+from pdx.installation import versions  # noqa: E402
 
 if misfits := versions.misfits():
     raise SystemExit(versions.message(misfits))

@@ -27,8 +27,8 @@ _WHERE = {
     "decode_many": "pdx.steps",
     "verify": "pdx.steps",
     "mixed_step": "pdx.steps",
-    "SamplingOptions": "pdx.sampling_options",
-    "SamplingState": "pdx.sampling",
+    "SamplingOptions": "pdx.sampling.options",
+    "SamplingState": "pdx.sampling.sampler",
     "Tokenizer": "pdx.tokenizer",
     "generate": "pdx.generation",
     "stream": "pdx.generation",
@@ -44,7 +44,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'pdx' has no attribute {name!r}")
     if name != "PdxError":
         # Before jax is imported: with a libtpu of another release the process would end without a word.
-        import_module("pdx.versions").check()
+        import_module("pdx.installation.versions").check()
     value = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

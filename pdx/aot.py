@@ -14,12 +14,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.analysis.targets import Compiled, Target
 from pdx import steps
-from pdx.cache.dense import DEFAULT_CHUNK, cache_specs, default_layout
+from pdx.cache.dense import cache_specs
+from pdx.cache.layer import default_layout
 from pdx.cache.paged import paged_cache_specs
 from pdx.config import ModelConfig
 from pdx.meshes import make_mesh, on_own_mesh
 from pdx.model import param_specs
 from pdx.quant import Policy, quantized_specs
+from pdx.shapes import DEFAULT_CHUNK
 from pdx.sharding import ArraySpec, is_spec
 
 Step = Literal["prefill", "decode_step", "verify", "mixed_step"]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pdx.cache.dense import DenseCache, LayerCache
+from pdx.cache.dense import DenseCache
 from pdx.cache.given import as_new_lengths, check_cache, whole_numbers
+from pdx.cache.layer import LayerCache
 from pdx.cache.paged import PagedCache
 from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig

@@ -137,7 +137,7 @@ class Policy:
     def __bool__(self) -> bool:
         return any(kind is not None for _, kind in self.rules)
 
-    def counted(self, layers: int) -> Policy:
+    def resolve_layers(self, layers: int) -> Policy:
         """The same with layers that are counted from the end, `layers.-1.*`, counted from the start."""
 
         def from_start(pattern: str) -> str:
@@ -151,7 +151,7 @@ class Policy:
             return None
         return next((kind for pattern, kind in reversed(self.rules) if fnmatchcase(name, pattern)), None)
 
-    def settled(self, stored: Callable[[str], Kind | None], names: list[str]) -> Policy:
+    def resolve_stored(self, stored: Callable[[str], Kind | None], names: list[str]) -> Policy:
         """The same with `stored` replaced, name by name, by what the file holds there (None: floats)."""
         matrices = dict.fromkeys(("embed", "lm_head", *names))
         asked = [n for n in matrices if self.kind(n) == STORED]
@@ -193,9 +193,9 @@ def quantized_specs(specs: dict, policy: Policy) -> dict:
 
     Raises:
       RequestError: a pattern that names no layer, a group size that does not divide a matrix, a `stored` that no file
-        has settled.
+        has resolved.
     """
-    policy = policy.counted(len(specs["layers"]))
+    policy = policy.resolve_layers(len(specs["layers"]))
     if any(kind == STORED for _, kind in policy.rules):
         raise RequestError("`stored` is what a file holds: ask for it as the model is loaded")
     leaves, tree = jax.tree_util.tree_flatten_with_path(_with_head(specs, policy), is_leaf=is_spec)
@@ -248,7 +248,7 @@ def quantized(w: Float[Array, "out in"], kind: Kind, dtype: str) -> QuantArray:
 def check_policy(params: dict, policy: str | Path | Policy) -> tuple[dict, dict[str, Kind]]:
     """Parameters with a head of its own if it is to be stored otherwise than a tied embedding, and the kinds of those
     that the policy names. Raises RequestError as `quantized_specs`, before anything is computed."""
-    policy = Policy.parse(policy).counted(len(params["layers"]))
+    policy = Policy.parse(policy).resolve_layers(len(params["layers"]))
     params = _with_head(params, policy)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
     if done := [name_of(path) for path, x in leaves if isinstance(x, QuantArray)]:

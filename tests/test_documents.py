@@ -17,7 +17,7 @@ def functional_api() -> str:
 
 
 def test_the_api_is_shown_in_ten_lines():
-    assert len(functional_api().strip().splitlines()) <= 10
+    assert len([line for line in functional_api().splitlines() if line.strip()]) <= 10
 
 
 @pytest.mark.slow

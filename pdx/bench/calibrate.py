@@ -23,15 +23,15 @@ from pallas_kernels.decode_attention.api import MAX_QUERIES
 from pallas_kernels.hardware import Chip, of_kind
 from pallas_kernels.masking import precision_of
 from pdx.bench import device
-from pdx.bench.lab import Stand
+from pdx.bench.timed_work import ModelUnderTest
 from pdx.bench.timing import Timing, interleaved, once, read_bandwidth
-from pdx.chips import MeasuredChip
 from pdx.config import ModelConfig
 from pdx.cost import Setup
+from pdx.cost.chips import MeasuredChip
+from pdx.cost.measured_rates import Rates, Surface
 from pdx.layers.linear import linear
 from pdx.model import init_params
 from pdx.quant import parse_kind, quantized
-from pdx.rates import Rates, Surface
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
 
@@ -255,7 +255,7 @@ def _attention(plan: Plan, dtype, kv: str, batch: int, new: int, seen: int) -> f
     cost = one.decode(batch, seen) if few else one.prefill(batch, new, seen - new)
     count = max(2, min(16, int(plan.stream_mb * 1e6 / cost.bytes_by_part["kv read"]))) if few else 1
     cfg, op = dataclasses.replace(one.cfg, num_layers=count, windows=()), decode_attention if few else flash_attention
-    cache = Stand(cfg, None, dtype, kv_dtype=kv).cache(batch, seen, seen)
+    cache = ModelUnderTest(cfg, None, dtype, kv_dtype=kv).cache(batch, seen, seen)
     starts = jnp.full(batch, seen - new)
 
     @jax.jit
@@ -281,10 +281,10 @@ def _attention(plan: Plan, dtype, kv: str, batch: int, new: int, seen: int) -> f
 
 def _steps(plan: Plan, dtype):
     """Tokens, cost and work of a few steps of the made-up transformer."""
-    stand = Stand(plan.model, init_params(plan.model, jax.random.key(5), dtype), dtype)
+    model = ModelUnderTest(plan.model, init_params(plan.model, jax.random.key(5), dtype), dtype)
     for rows in plan.decode_rows:
-        side = stand.decode(rows, 128)
-        yield rows, side.costs()[0], side.work
+        timed = model.decode(rows, 128)
+        yield rows, timed.costs()[0], timed.work
     for tokens in plan.prefill_tokens:
-        side = stand.prefill(1, tokens)
-        yield tokens, side.costs()[0], side.work
+        timed = model.prefill(1, tokens)
+        yield tokens, timed.costs()[0], timed.work

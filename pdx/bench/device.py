@@ -8,7 +8,7 @@ import re
 
 import jax
 
-from pdx.report_text import device_name
+from pdx.installation.devices import device_name
 
 
 def machine() -> str:

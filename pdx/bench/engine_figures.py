@@ -15,51 +15,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import accumulate
 from statistics import median
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.hardware import Chip
-from pdx import steps
+from pdx.bench.engine_runs import Sizes, bare_loop, full_rate, interrupted, request_of, serve, start_engine, this_device
+from pdx.bench.load.workload import Lengths, Prompts
 from pdx.bench.peer import transformers_or_reason
-from pdx.bench.timing import Timing, interleaved, matmul_rate, once, read_bandwidth
-from pdx.bench.workload import Lengths, Prompts
-from pdx.cache.dense import init_cache
-from pdx.completion import Completion
+from pdx.bench.timing import Timing, interleaved, matmul_rate, read_bandwidth
 from pdx.cost import Setup
-from pdx.engine.config import EngineConfig
-from pdx.engine.engine import Engine
-from pdx.engine.request import EngineRequest
 from pdx.errors import RequestError
-from pdx.layers.attention import layout_for
+from pdx.io.tables import Table
 from pdx.quant import Policy
-from pdx.sampling_options import SamplingOptions
-from pdx.shapes import round_up
-from pdx.tables import Table
 from pdx.weights.load import Model
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large the loads are; those of the targets unless a test asks for less."""
-
-    slots: int = 8
-    prompt: int = 32
-    budget: int | None = None  # tokens of a step; None: the engine's own choice
-    context: int = 2048  # of every engine, so that they share programs
-    outputs: str = "uniform:64:256"
-    requests: int = 24
-    alone: int = 2  # requests of that load that one slot is given
-    steps: int = 160  # of a bare loop at most: as many as an answer has on average, so that contexts are alike
-    long_prompt: int = 2000
-    before: int = 8  # tokens that each request has had when the long prompt comes
-    prefix: int = 1000
-    own: int = 24  # tokens of a prompt behind a shared prefix
-    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -129,20 +99,22 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
     """All requests at once, decode-heavy, of mixed length, greedy."""
     prompts, rng = Prompts.of(model), np.random.default_rng(0)
     outputs = Lengths.parse(sizes.outputs).sample(rng, sizes.requests)
-    requests = [_request(prompts.cut(sizes.prompt), n) for n in outputs]
+    requests = [request_of(prompts.cut(sizes.prompt), n) for n in outputs]
     mean = sum(outputs) / len(outputs)
     full: list[float] = []
     bandwidth, multiply = read_bandwidth(), matmul_rate()
     with ExitStack() as stack:
-        many, one = (stack.enter_context(_engine(model, sizes, slots=s, prefix_cache=False)) for s in (sizes.slots, 1))
+        many, one = (
+            stack.enter_context(start_engine(model, sizes, slots=s, prefix_cache=False)) for s in (sizes.slots, 1)
+        )
 
         def served() -> Timing:
-            done, seconds = _serve(many, requests)
-            full.append(_full_rate(done, sizes.slots))
+            done, seconds = serve(many, requests)
+            full.append(full_rate(done, sizes.slots))
             return Timing((seconds,)).per(sum(outputs))
 
         def alone() -> Timing:
-            done, seconds = _serve(one, requests[: sizes.alone])
+            done, seconds = serve(one, requests[: sizes.alone])
             return Timing((seconds,)).per(sum(len(c.token_ids) for c in done))
 
         contestants = {
@@ -185,7 +157,7 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
             1.5,
             seen={"engine tok/s": rate, "transformers tok/s": static},
         )
-    chip = _chip(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
+    chip = this_device(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
     setup = Setup(model.config, jnp.dtype(model.dtype).name, Policy.of(model.params))
     context = sizes.prompt + int(mean) // 2
     floors = {batch: setup.decode(batch, context).seconds(chip) for batch in (1, sizes.slots)}
@@ -209,12 +181,12 @@ def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
     first: dict[bool, list[float]] = {True: [], False: []}
     with ExitStack() as stack:
         engines = {
-            chunked: stack.enter_context(_engine(model, sizes, slots=sizes.slots, chunked_prefill=chunked))
+            chunked: stack.enter_context(start_engine(model, sizes, slots=sizes.slots, chunked_prefill=chunked))
             for chunked in worst
         }
         for _ in range(sizes.rounds + 1):
             for chunked, engine in engines.items():
-                gap_s, ttft_s = _interrupted(engine, prompts, sizes)
+                gap_s, ttft_s = interrupted(engine, prompts, sizes)
                 worst[chunked].append(gap_s)
                 first[chunked].append(ttft_s)
     on, off = (median(worst[chunked][1:]) for chunked in (True, False))
@@ -236,11 +208,11 @@ def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
 def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
     """Two prompts with a common beginning, one after the other."""
     cold, warm, hits = [], [], []
-    with _engine(model, sizes, slots=sizes.slots) as engine:
+    with start_engine(model, sizes, slots=sizes.slots) as engine:
         for seed in range(sizes.rounds + 2):
             prompts = Prompts.of(model, seed + 1, shared=sizes.prefix)
             first, second = (
-                engine.submit(_request(prompts.cut(sizes.prefix + sizes.own), 8)).result() for _ in range(2)
+                engine.submit(request_of(prompts.cut(sizes.prefix + sizes.own), 8)).result() for _ in range(2)
             )
             cold.append(first.timing.ttft_s)
             warm.append(second.timing.ttft_s)
@@ -258,10 +230,10 @@ def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
 def overhead(model: Model, sizes: Sizes) -> Iterator[Figure]:
     """One request on an engine of one slot."""
     prompts = Prompts.of(model)
-    with _engine(model, sizes, slots=1, prefix_cache=False) as engine:
+    with start_engine(model, sizes, slots=1, prefix_cache=False) as engine:
 
         def served() -> Timing:
-            done = engine.submit(_request(prompts.cut(sizes.prompt), sizes.steps)).result()
+            done = engine.submit(request_of(prompts.cut(sizes.prompt), sizes.steps)).result()
             return Timing((done.timing.tpot_s,))
 
         loop = bare_loop(model, 1, sizes.prompt, sizes.steps)
@@ -284,85 +256,3 @@ FIGURES: dict[str, Callable[..., Iterator[Figure]]] = {
     "prefix": prefix,
     "overhead": overhead,
 }
-
-
-def bare_loop(model: Model, batch: int, prompt: int, count: int) -> Callable[[], Timing]:
-    """A contestant: `decode_step` and argmax in a plain Python loop over a dense cache; seconds a step."""
-    capacity = round_up(prompt + count + 1, 128)
-    state = {
-        "cache": init_cache(
-            model.config, batch, capacity, chunk=prompt, dtype=model.dtype, mesh=model.mesh, layout=layout_for("auto")
-        )
-    }
-    ids = np.arange(batch * prompt, dtype=np.int32).reshape(batch, -1) % 1000 % model.config.vocab_size
-    active, best = jnp.ones(batch, bool), jax.jit(lambda logits: jnp.argmax(logits, -1).astype(jnp.int32))
-
-    def loop():
-        for _ in range(count):
-            logits, state["cache"] = steps.decode_step(
-                model.params, model.config, state["tokens"], active, state["cache"], check=False
-            )
-            state["tokens"] = best(logits)
-        return state["tokens"]
-
-    def work() -> Timing:
-        cache = jax.block_until_ready(state["cache"].truncate(np.zeros(batch, np.int32)))
-        lengths = np.full(batch, prompt, np.int32)
-        logits, state["cache"] = steps.prefill(model.params, model.config, ids, lengths, cache, check=False)
-        state["tokens"] = jax.block_until_ready(best(logits))
-        return once(loop).per(count)
-
-    return work
-
-
-def _engine(model: Model, sizes: Sizes, **settings) -> Engine:
-    context = min(sizes.context, model.config.max_context)
-    return Engine(model, EngineConfig(max_context=context, token_budget=sizes.budget, **settings))
-
-
-def _request(prompt: tuple[int, ...], tokens: int) -> EngineRequest:
-    return EngineRequest(prompt, SamplingOptions(max_tokens=tokens, ignore_eos=True))
-
-
-def _serve(engine: Engine, requests: Sequence[EngineRequest]) -> tuple[list[Completion], float]:
-    done: list[Completion] = []
-    seconds = once(lambda: done.extend(engine.generate(list(requests)))).median
-    return done, seconds
-
-
-def _full_rate(done: Sequence[Completion], slots: int) -> float:
-    """Tokens a second from when all slots were first taken until the last request got its slot."""
-    admitted = sorted(c.timing.queue_s for c in done)
-    begin, end = admitted[slots - 1], admitted[-1]
-    times = [t for c in done for t in accumulate((c.timing.ttft_s, *c.timing.gaps_s))]
-    return sum(begin < t <= end for t in times) / (end - begin)
-
-
-def _interrupted(engine: Engine, prompts: Prompts, sizes: Sizes) -> tuple[float, float]:
-    """Seconds of the longest gap between two tokens of the requests that decode, and TTFT of the long prompt."""
-    answer = engine.config.max_context - 16  # longer than the long prompt will take
-    decoding = [engine.submit(_request(prompts.cut(16), answer)) for _ in range(sizes.slots - 1)]
-    for stream in decoding:
-        for _ in range(sizes.before):
-            next(stream)
-    long = engine.submit(_request(prompts.cut(sizes.long_prompt), 4)).result()
-    for stream in decoding:
-        stream.cancel()
-    return max(max(stream.result().timing.gaps_s[sizes.before - 1 :]) for stream in decoding), long.timing.ttft_s
-
-
-def _chip(bytes_per_s: float, flops_per_s: float) -> Chip:
-    """This device, as it was during the run, for the cost model."""
-    tflops = flops_per_s / 1e12
-    return Chip(
-        name="this device",
-        platform=jax.default_backend(),
-        kinds=(),
-        bf16_tflops=tflops,
-        int8_tops=None,
-        hbm_gbps=bytes_per_s / 1e9,
-        hbm_gib=0.0,
-        cores=1,
-        clock_ghz=0.0,
-        f32_tflops=tflops,
-    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdx.errors import PdxError
-from pdx.tables import Table
+from pdx.io.tables import Table
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,20 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pdx import steps
 from pdx.bench.device import machine
 from pdx.bench.peer import llama_cpp_or_reason, transformers_or_reason
-from pdx.bench.timing import Timing, interleaved, matmul_rate, once, read_bandwidth
-from pdx.cache.dense import DenseCache, init_cache
+from pdx.bench.phase_work import DECODE_CONTEXT, DECODE_TOKENS, decode_work, prefill_work
+from pdx.bench.timing import Timing, interleaved, matmul_rate, read_bandwidth
 from pdx.cost import Setup
-from pdx.generator import DEFAULT_CHUNK
-from pdx.layers.attention import layout_for
-from pdx.sampling import SamplingState
-from pdx.sampling_options import SamplingOptions
-from pdx.tables import Table
+from pdx.io.tables import Table
+from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
 
 LLAMA = "llama.cpp, as the file stores it"
 ROUNDS = 5
-DECODE_TOKENS = 32
 PEER_DECODE_TOKENS = 12
-DECODE_CONTEXT = 64
 SAMPLED = SamplingOptions(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02, repetition_penalty=1.1, seed=1)
 
 
@@ -247,94 +240,6 @@ def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
     read = bandwidth.bytes_read / times["read"].median / 1e9
     extra = times["large"].median / times["small"].median - 1
     return _decode_line(model, 1, f"batch 1, capacity {large} ({extra:+.0%} against 256)", times["large"], read, None)
-
-
-def prefill_work(
-    model: Model,
-    batch: int,
-    tokens: int,
-    kernels: str = "auto",
-    *,
-    chunk: int = DEFAULT_CHUNK,
-    kv_dtype=None,
-    capacity: int | None = None,
-) -> Callable[[], Timing]:
-    """A contestant: `batch` prompts of `tokens` tokens into an empty cache; seconds until their logits are there."""
-    state = {"cache": _cache(model, batch, capacity or max(tokens, 256), kernels, kv_dtype)}
-    chunk = min(tokens, chunk)
-    ids = np.arange(batch * tokens, dtype=np.int32).reshape(batch, -1) % 1000 + 100
-
-    def feed():
-        for at in range(0, tokens, chunk):
-            part = ids[:, at : at + chunk]
-            logits, state["cache"] = steps.prefill(
-                model.params,
-                model.config,
-                part,
-                np.full(batch, part.shape[1], np.int32),
-                state["cache"],
-                kernels=kernels,
-                check=False,
-            )
-        return logits
-
-    def work() -> Timing:
-        state["cache"] = _emptied(state["cache"])
-        return once(feed)
-
-    return work
-
-
-def decode_work(
-    model: Model, batch: int, kernels: str = "auto", options: SamplingOptions | None = None, capacity: int = 256
-) -> Callable[[], Timing]:
-    """A contestant: greedy (or sampled) decoding of `batch` rows behind a prompt; seconds a step."""
-    vocab = model.config.vocab_size
-    state: dict[str, Any] = {
-        "cache": _cache(model, batch, capacity, kernels),
-        "sampling": SamplingState.create([options or SamplingOptions()] * batch, vocab, batch=batch),
-    }
-    ids = np.arange(batch * DECODE_CONTEXT, dtype=np.int32).reshape(batch, -1) % 1000 + 100
-
-    def many():
-        out = steps.decode_many(
-            model.params,
-            model.config,
-            state["tokens"],
-            state["cache"],
-            state["sampling"],
-            DECODE_TOKENS,
-            kernels=kernels,
-            check=False,
-        )
-        state["cache"], state["sampling"] = out.cache, out.sampling
-        return out.tokens
-
-    def work() -> Timing:
-        lengths = np.full(batch, DECODE_CONTEXT, np.int32)
-        logits, state["cache"] = steps.prefill(
-            model.params, model.config, ids, lengths, _emptied(state["cache"]), kernels=kernels, check=False
-        )
-        state["tokens"] = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
-        return once(many).per(DECODE_TOKENS)
-
-    return work
-
-
-def _cache(model: Model, batch: int, capacity: int, kernels: str, kv_dtype=None) -> DenseCache:
-    return init_cache(
-        model.config,
-        batch,
-        capacity,
-        chunk=DEFAULT_CHUNK,
-        dtype=kv_dtype or model.dtype,
-        mesh=model.mesh,
-        layout=layout_for(kernels),
-    )
-
-
-def _emptied(cache: DenseCache) -> DenseCache:
-    return jax.block_until_ready(cache.truncate(np.zeros(cache.batch, np.int32)))
 
 
 def _step_bytes(model: Model, batch: int) -> float:

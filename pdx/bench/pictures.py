@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdx import outputs
 from pdx.errors import RequestError
+from pdx.io import outputs
 
 
 def require() -> None:

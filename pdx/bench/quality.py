@@ -14,7 +14,7 @@ import numpy as np
 from pdx import steps
 from pdx.cache.dense import init_cache
 from pdx.errors import NotFiniteError, RequestError
-from pdx.generator import cache_dtype
+from pdx.generation.generator import cache_dtype
 from pdx.layers.attention import layout_for
 from pdx.weights.loaded import Model
 

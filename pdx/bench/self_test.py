@@ -26,8 +26,8 @@ from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_write import api as write_pages
 from pallas_kernels.quantized_matmul import api as quantized_matmul
 from pdx.cache.dense import init_cache
-from pdx.compilation import enable_cache
 from pdx.config import ModelConfig
+from pdx.installation.compilation_cache import enable_cache
 from pdx.layers.attention import layout_for
 from pdx.model import param_specs
 from pdx.sharding import is_spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdx.bench.model import decode_work, prefill_work
+from pdx.bench.phase_work import decode_work, prefill_work
 from pdx.bench.timing import interleaved
 from pdx.weights.load import Model
 

@@ -7,97 +7,25 @@ same ring that never wraps. How keys and values lie in memory is the device's ma
 
 from __future__ import annotations
 
-import math
-from contextlib import suppress
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from pallas_kernels import quantize_kv, write_pages
-from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis
+from pallas_kernels.layouts import Layout
 from pdx.arguments import integer
 from pdx.cache.given import as_new_lengths, check_alive, whole_numbers
-from pdx.cache.rows import PackedRows, TokenRows
+from pdx.cache.layer import LayerCache, cache_dtype, default_layout, layer_specs, zeros
+from pdx.cache.rows import TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
 from pdx.meshes import as_mesh, on_own_mesh
 from pdx.shapes import DEFAULT_CHUNK, SLOT_MULTIPLE, layer_slots, round_up
-from pdx.sharding import ArraySpec, constrain, is_spec, mesh_axis, row_spec
-
-CACHE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "int8": jnp.int8}
-
-
-@struct.dataclass
-class LayerCache:
-    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all (see `stored_heads`).
-
-    The first axis, `row_axis`, is the batch of a dense cache or the pages of a paged one: a row of a dense cache is a
-    page of its slots. In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and
-    probabilities with: nothing is dequantized in memory.
-    """
-
-    k: Array
-    v: Array
-    k_scale: Array | None = None
-    v_scale: Array | None = None
-    layout: Layout = struct.field(pytree_node=False, default="heads_first")
-    kv_heads: int = struct.field(pytree_node=False, default=1)
-    row_axis: Literal["batch", "pages"] = struct.field(pytree_node=False, default="batch")
-
-    @property
-    def slots(self) -> int:
-        """Tokens of a row, or of a page."""
-        return self.k.shape[slot_axis(self.layout)]
-
-    @property
-    def scales(self) -> dict[str, Array]:
-        """The scales of int8 keys and values as the attention ops take them; else nothing."""
-        return {} if self.k_scale is None else {"k_scale": self.k_scale, "v_scale": self.v_scale}
-
-    def specs(self) -> LayerCache:
-        """What the leaves are, as declared."""
-        found = {
-            n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.row_axis)
-            for n, x in (("k", self.k), ("v", self.v))
-        }
-        found |= {name: _scale_spec(x.shape, self.kv_heads, self.row_axis) for name, x in self.scales.items()}
-        return self.replace(**found)
-
-    def append(
-        self,
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        rows: TokenRows | PackedRows,
-        implementation: str = "auto",
-        interpret: bool = False,
-    ) -> LayerCache:
-        """Write the tokens of a call where `rows` says they belong; padding costs no write.
-
-        On a mesh this is called on each device's own heads (`layers.attention`). `implementation`: see
-        `pallas_kernels.write_pages`.
-        """
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        scales = {}
-        if self.scales:
-            (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
-            scales = self.scales | {"new_k_scale": k_scale, "new_v_scale": v_scale}
-        written = write_pages(
-            self.k,
-            self.v,
-            k.astype(self.k.dtype),
-            v.astype(self.v.dtype),
-            slots=rows.slots(self.slots),
-            layout=self.layout,
-            **scales,
-            implementation=implementation,
-            interpret=interpret,
-        )
-        return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
+from pdx.sharding import ArraySpec, constrain, is_spec, row_spec
 
 
 @struct.dataclass
@@ -205,72 +133,6 @@ class DenseCache:
                 )
 
 
-def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int, row_axis: str) -> ArraySpec:
-    """Keys or values of a layer. In `folded`, heads are dealt out whole, each device's rounded up to whole lanes."""
-    axes = {
-        "heads_first": (row_axis, "kv_heads", None, None),
-        "heads_last": (row_axis, None, "kv_heads", None),
-        "folded": (row_axis, None, "kv_heads"),
-    }[layout]
-    units = (*shape[:2], kv_heads) if layout == "folded" else None
-    return ArraySpec(shape, axes, dtype, units=units, init="zeros")
-
-
-def _scale_spec(shape: tuple[int, ...], kv_heads: int, row_axis: str) -> ArraySpec:
-    """Scales of int8 keys or values: dealt out as the heads are, each device's rounded up."""
-    units = (shape[0], kv_heads, shape[2])
-    return ArraySpec(shape, (row_axis, "kv_heads", None), jnp.float32, units=units, init="zeros")
-
-
-def stored_heads(cfg: ModelConfig, mesh: Mesh | None) -> int:
-    """KV heads that a cache on `mesh` holds.
-
-    Where query heads divide over `model` and KV heads do not, each KV head is stored several times in a row, so that
-    every device has a copy of those that its query heads attend to, and no others.
-    """
-    ways = mesh.shape["model"] if mesh is not None else 1
-    return math.lcm(cfg.num_kv_heads, ways) if cfg.num_heads % ways == 0 else cfg.num_kv_heads
-
-
-def layer_specs(
-    cfg: ModelConfig,
-    count: int,
-    slots: int,
-    row_axis: Literal["batch", "pages"],
-    *,
-    dtype,
-    mesh: Mesh | None,
-    layout: Layout,
-) -> LayerCache:
-    """One layer of `count` rows (or pages) of `slots` tokens, as declared: its leaves are `ArraySpec`s."""
-    heads = stored_heads(cfg, mesh)
-    axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
-    shards = mesh.shape[axis] if axis else 1
-    shape = cache_shape(layout, count, slots, heads, cfg.head_dim)
-    if layout == "folded":
-        shape = (*shape[:2], shards * folded_width(heads // shards, cfg.head_dim))
-    spec = _spec(shape, dtype, layout, heads, row_axis)
-    if jnp.dtype(dtype) != jnp.int8:
-        return LayerCache(spec, spec, layout=layout, kv_heads=heads, row_axis=row_axis)
-    padded = round_up(heads // shards, SUBLANES) * shards if layout == "folded" else heads
-    scale = _scale_spec((count, padded, slots), heads, row_axis)
-    return LayerCache(spec, spec, scale, scale, layout, heads, row_axis)
-
-
-def default_layout(platform: str | None = None) -> Layout:
-    """What the attention of a platform (None: JAX's default backend) reads without a copy."""
-    return {"tpu": "folded", "gpu": "heads_last"}.get(platform or jax.default_backend(), "heads_first")
-
-
-def cache_dtype(dtype) -> jnp.dtype:
-    """The type of keys and values: one of `CACHE_DTYPES`, by name or as a jax or numpy type. Raises RequestError."""
-    with suppress(TypeError):  # what is no type at all
-        found = jnp.dtype(CACHE_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
-        if dtype is not None and found in map(jnp.dtype, CACHE_DTYPES.values()):
-            return found
-    raise RequestError(f"dtype {dtype!r} of a cache is not one of {', '.join(CACHE_DTYPES)}")
-
-
 def cache_specs(
     cfg: ModelConfig,
     batch: int,
@@ -324,12 +186,3 @@ def init_cache(
     """
     specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout)
     return zeros(specs, specs.mesh)
-
-
-def zeros(specs, mesh: Mesh | None):
-    """A cache as declared by `specs`, empty."""
-
-    def leaf(spec: ArraySpec):
-        return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding(mesh) if mesh else None)
-
-    return jax.tree.map(leaf, specs, is_leaf=is_spec)

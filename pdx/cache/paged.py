@@ -21,8 +21,8 @@ from jaxtyping import Array, Int
 from pallas_kernels.hardware import platform_of
 from pallas_kernels.layouts import Layout
 from pdx.arguments import integer
-from pdx.cache.dense import LayerCache, cache_dtype, default_layout, layer_specs, zeros
 from pdx.cache.given import check_cache, whole_numbers
+from pdx.cache.layer import LayerCache, cache_dtype, default_layout, layer_specs, zeros
 from pdx.cache.rows import PackedRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError

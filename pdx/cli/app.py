@@ -20,7 +20,7 @@ class Commands(TyperGroup):
     def resolve_command(self, context, arguments):
         name, command, rest = super().resolve_command(context, arguments)
         if name != "doctor" and "--help" not in rest:
-            from pdx.versions import check
+            from pdx.installation.versions import check
 
             check()
         return name, command, rest
@@ -101,7 +101,7 @@ def refuse_without_effect(context: typer.Context, why: str, *names: str) -> None
 
 
 def print_table(table, as_markdown: bool) -> None:
-    """A `pdx.tables.Table` for the screen, or as Markdown."""
+    """A `pdx.io.tables.Table` for the screen, or as Markdown."""
     if as_markdown:
         print(table.markdown())
     else:
@@ -109,7 +109,7 @@ def print_table(table, as_markdown: bool) -> None:
 
 
 def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = None):
-    from pdx.compilation import enable_cache
+    from pdx.installation.compilation_cache import enable_cache
     from pdx.weights.load import load
     from pdx.weights.progress import still
 
@@ -123,7 +123,7 @@ def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = 
 
 def check_names(kernels: str = "auto", kv_dtype: str = "auto", *quantize: str | None) -> None:
     """Raise, before a model is loaded, what these choices would raise after it."""
-    from pdx.generator import cache_dtype
+    from pdx.generation.generator import cache_dtype
     from pdx.layers.attention import explain
     from pdx.quant import Policy
 

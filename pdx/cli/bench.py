@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -22,6 +21,7 @@ from pdx.cli.app import (
     load_model,
     print_table,
 )
+from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
 
@@ -103,12 +103,13 @@ def eval_ppl(
     """Perplexity over a text, and KL divergence and top-1 agreement against the unquantized model."""
     import dataclasses
 
-    from pdx import texts
     from pdx.bench import quality
+    from pdx.calibration import stdlib_texts
+    from pdx.io import inputs
     from pdx.quant import quantize_params
     from pdx.weights.progress import still
 
-    text = texts.read(file, texts.evaluation)
+    text = inputs.read(file, stdlib_texts.evaluation)
     check_names(kernels, kv_dtype, quantize)
     plain = load_model(reference or model, dtype, None)
     if reference is not None:

@@ -13,7 +13,7 @@ from pdx.cli.app import JsonOption, app
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Check versions, devices, kernels, memory and caches, and compare Pallas with XLA on the device."""
-    from pdx.doctor import examine, text
+    from pdx.installation.doctor import examine, text
 
     if not as_json and sys.stderr.isatty():
         print("asking the device, which takes about ten seconds", file=sys.stderr)

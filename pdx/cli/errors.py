@@ -21,9 +21,9 @@ from typing import Any
 
 import typer
 
-from pdx import outputs
 from pdx.cli import streams
 from pdx.errors import PdxError
+from pdx.io import outputs
 
 DEBUG = "--debug"
 # typer brings its own copy of click, or depends on it: its errors are found through a public name.

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pdx import strict_json
 from pdx.cli import streams
 from pdx.cli.app import (
     DtypeOption,
@@ -24,6 +23,7 @@ from pdx.cli.app import (
     refuse_without_effect,
 )
 from pdx.errors import RequestError
+from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
 
@@ -59,7 +59,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate text and report TTFT, TPOT and E2E apart."""
-    from pdx.sampling_options import SamplingOptions
+    from pdx.sampling.options import SamplingOptions
 
     settings = {
         "max_tokens": max_tokens,
@@ -99,7 +99,7 @@ def generate(
         raise RequestError("--logprobs are reported in the object that --json prints: add --json")
     run = {"kernels": kernels, "kv_dtype": kv_dtype}
     if prompts is not None:
-        from pdx import batch_file
+        from pdx.clients import batch_file
 
         requests = batch_file.read(prompts, options)
         batch_file.check_output(output, prompts)
@@ -119,8 +119,7 @@ def generate(
 
 
 def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
-    from pdx import report_text
-    from pdx.generation import stream
+    from pdx.generation import results, stream
     from pdx.weights.progress import patiently
 
     completion, held = None, ""
@@ -139,9 +138,9 @@ def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
             sys.stdout.write(held)
             sys.stdout.flush()
     if as_json:
-        fields = report_text.completion_fields(completion, run["kernels"], model.mesh)
+        fields = results.completion_fields(completion, run["kernels"], model.mesh)
         print(strict_json.dumps(fields, ensure_ascii=False))
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
-    print(report_text.summary(completion, run["kernels"], model.mesh), file=sys.stderr)
+    print(results.summary(completion, run["kernels"], model.mesh), file=sys.stderr)

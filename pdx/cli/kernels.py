@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pdx import outputs, strict_json
 from pdx.cli.app import JsonOption, ModelOption, app, refuse_without_effect
 from pdx.errors import RequestError
+from pdx.io import outputs, strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
 
@@ -71,7 +71,7 @@ def compare(
     """XLA's path against the Pallas kernel and other people's: each op, and the whole prefill and decode steps."""
     from pdx.bench import compare as comparing
     from pdx.bench.compare import plot as plotting
-    from pdx.bench.compare.show import show
+    from pdx.bench.compare.terminal import show
     from pdx.weights.progress import progress_bar
 
     if op and "steps" not in op:

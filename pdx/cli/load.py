@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from pdx import strict_json
 from pdx.cli.app import (
     DtypeOption,
     JsonOption,
@@ -25,6 +24,7 @@ from pdx.cli.app import (
 )
 from pdx.cli.serving import ProfileOption, SlotsOption, TokenBudgetOption, engine_config
 from pdx.errors import RequestError
+from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
 LENGTHS = "128, uniform:LOW:HIGH, normal:MEAN:SD, lognormal:MEDIAN:SIGMA or zipf:LOW:HIGH:EXPONENT"
@@ -83,10 +83,11 @@ def bench_load(
     as_markdown: MarkdownOption = False,
 ) -> None:
     """The engine under load: TTFT, TPOT, E2E, throughput and goodput, over rates and settings side by side."""
-    from pdx.bench import load, load_report, workload
+    from pdx.bench import load
+    from pdx.bench.load import page, workload
+    from pdx.installation.devices import device_name
     from pdx.metrics import Objectives
-    from pdx.report_text import device_name
-    from pdx.sampling_options import SamplingOptions
+    from pdx.sampling.options import SamplingOptions
 
     if trace is not None:
         refuse_without_effect(context, "the trace says how long prompts and answers are", "prompt_len", "output_len")
@@ -96,11 +97,11 @@ def bench_load(
     lengths = workload.Lengths.parse(prompt_len), workload.Lengths.parse(output_len)
     objectives = Objectives(*(None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot, slo_e2e)))
     base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget)
-    each = load.sides(base, quantize, vary or ())
+    each = load.variants(base, quantize, vary or ())
     for side in each:
         check_names(side.config.kernels, side.config.kv_dtype, side.quantize)
     if plot:
-        load_report.check_plot(plot)
+        page.check_plot(plot)
     sampling = SamplingOptions(temperature=temperature, seed=seed)
 
     models = {stored: load_model(model, dtype, mesh, stored) for stored in dict.fromkeys(s.quantize for s in each)}
@@ -121,10 +122,10 @@ def bench_load(
         print(
             f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests a load, {loads[0].process}\n"
         )
-        print_table(load_report.table(results), as_markdown)
-        print("\n".join(["", *load_report.notes(results)]))
+        print_table(page.table(results), as_markdown)
+        print("\n".join(["", *page.notes(results)]))
     if plot:
-        load_report.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
+        page.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
 
 
 def _pressures(arrival: str, rate, clients, trace: Path | None) -> list[float]:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pdx import strict_json
 from pdx.cli.app import DtypeOption, JsonOption, QuantizeOption, app, load_model, refuse_without_effect
 from pdx.errors import RequestError
+from pdx.io import strict_json
 
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List what is built in, what is in the cache, and what can be loaded."""
-    from pdx import report_text
     from pdx.weights.listing import list_models
 
     rows = list_models()
     if as_json:
         print(strict_json.dumps({"models": rows}, indent=2))
     else:
-        report_text.print_models(rows)
+        _print_models(rows)
 
 
 @app.command()
@@ -58,7 +57,8 @@ def quantize(
 ) -> None:
     """Quantize a model, with a calibration text if need be, and save it as a checkpoint."""
     from pdx import calibration as calibrating
-    from pdx import texts
+    from pdx.calibration import stdlib_texts
+    from pdx.io import inputs
     from pdx.quant import Policy
     from pdx.weights.checkpoint import reserved
     from pdx.weights.progress import progress_bar
@@ -68,7 +68,7 @@ def quantize(
     calibrating.check_method(method)
     if method == "rtn":
         refuse_without_effect(context, "rtn rounds to the nearest and looks at no text", "calibration", "sequences")
-    text = texts.read(calibration, texts.calibration) if method != "rtn" else ""
+    text = inputs.read(calibration, stdlib_texts.calibration) if method != "rtn" else ""
     with reserved(directory):
         if method == "rtn":
             done = load_model(model, dtype, None, policy)
@@ -92,3 +92,21 @@ def _save(model, directory: Path, as_json: bool) -> None:
         print(strict_json.dumps({"model": model.name, "directory": str(directory), "size_bytes": size}))
     else:
         print(f"saved {model.name} to {directory}", file=sys.stderr)
+
+
+def _print_models(rows: list[dict[str, Any]]) -> None:
+    """A table of what `pdx models` knows."""
+    from rich.markup import escape
+
+    from pdx.io.tables import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[escape(_cell(row.get(column))) for column in columns] for row in rows]
+    Table(columns, cells, left=set(columns) - {"size_mb"}).show()
+    print("also: a .gguf file, a Hugging Face directory (safetensors), a hub id,\nor a checkpoint of `pdx convert`")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)

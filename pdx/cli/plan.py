@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pdx import strict_json
 from pdx.cli.app import JsonOption, QuantizeOption, app
+from pdx.io import strict_json
 
 
 @app.command()
@@ -36,8 +36,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Does a model fit a chip, how fast can it be there, and what should be switched on?"""
-    from pdx import known
     from pdx import plan as planning
+    from pdx.plan import published
     from pdx.plan.compiled import compiled
     from pdx.plan.text import show
     from pdx.weights.progress import still
@@ -45,7 +45,7 @@ def plan(
     ttft, tpot = (None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot))
     found = planning.make(
         model,
-        known.shape(model),
+        published.shape(model),
         on,
         quantize=quantize,
         kv_dtype=kv_dtype,

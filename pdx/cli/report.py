@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pdx import strict_json
 from pdx.cli.app import DtypeOption, JsonOption, ModelOption, app, load_model
+from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
 
@@ -22,10 +22,11 @@ def calibrate(
     import dataclasses
     import shlex
 
-    from pdx import chips, outputs
     from pdx.bench.calibrate import calibrate as measure
     from pdx.bench.device import slug
-    from pdx.compilation import enable_cache
+    from pdx.cost import chips
+    from pdx.installation.compilation_cache import enable_cache
+    from pdx.io import outputs
     from pdx.weights.progress import progress_bar
 
     target = out or chips.file_of(name or slug())
@@ -73,13 +74,14 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Measure and predict each optimization on this device, prefill and decode apart: which pays where, and why?"""
-    from pdx import chips, outputs
     from pdx.bench import calibrate as calibration
     from pdx.bench import report as reporting
-    from pdx.bench import report_page
     from pdx.bench.device import slug
-    from pdx.bench.rows import QUICK
+    from pdx.bench.report import page
+    from pdx.bench.report.optimizations import QUICK
+    from pdx.cost import chips
     from pdx.errors import RequestError
+    from pdx.io import outputs
     from pdx.weights.progress import progress_bar
 
     others = {name: chips.chip(name) for name in predict or ("v5e", "h100")}
@@ -96,7 +98,7 @@ def report(
                 chips.save(here)
         found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
     if not as_json:  # before files are written: a disk that is full by now costs no result
-        report_page.show(found)
+        page.show(found)
     try:
         files = [str(file) for file in reporting.write(found, out)]
     except OSError:

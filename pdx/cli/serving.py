@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from pdx import strict_json
 from pdx.cli import streams
 from pdx.cli.app import (
     DtypeOption,
@@ -26,6 +25,7 @@ from pdx.cli.app import (
     load_model,
 )
 from pdx.errors import RequestError
+from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
 ProfileOption = Annotated[str | None, typer.Option("--engine", help="A profile of configs/engines/ or a TOML file.")]
@@ -80,10 +80,10 @@ def chat(
     ] = False,
 ) -> None:
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
-    from pdx.chat import Chat, check_template, converse, typed
+    from pdx.clients.chat import Chat, check_template, converse, typed
+    from pdx.generation.results import completion_fields
     from pdx.layers.attention import explain_mixed
-    from pdx.report_text import completion_fields
-    from pdx.sampling_options import SamplingOptions
+    from pdx.sampling.options import SamplingOptions
 
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
@@ -139,10 +139,10 @@ def batch(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a file of requests with continuous batching. Interrupted, the same command goes on where it was."""
-    from pdx import batch_job
-    from pdx.batch_file import check_output, unread_names
-    from pdx.outputs import is_ordinary, locked
-    from pdx.sampling_options import SamplingOptions
+    from pdx.clients import batch_job
+    from pdx.clients.batch_file import check_output, unread_names
+    from pdx.io.outputs import is_ordinary, locked
+    from pdx.sampling.options import SamplingOptions
 
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)

@@ -16,8 +16,8 @@ import select
 import sys
 from contextlib import suppress
 
-from pdx import texts
 from pdx.errors import RequestError
+from pdx.io import inputs
 
 OUTPUT = "standard output"
 ESCAPING = "pdx.json_escape"
@@ -108,7 +108,7 @@ def read_prompt() -> str:
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise RequestError(f"standard input cannot be read: {error.strerror}") from None
-    text = texts.decode(data, "standard input", encoding())
+    text = inputs.decode(data, "standard input", encoding())
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from pdx.arguments import boolean, integer, number
-from pdx.configs import folders
 from pdx.errors import RequestError
-from pdx.sampling_options import MAX_LOGPROBS
+from pdx.installation.paths import config_folders
+from pdx.sampling.options import MAX_LOGPROBS
 from pdx.shapes import round_up
 
 Policy = Literal["fcfs", "priority", "shortest"]
@@ -110,7 +110,8 @@ class EngineConfig:
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
         """A profile by name (`configs/engines/NAME.toml`) or file, with changes. Raises RequestError."""
-        file = next((f for folder in folders() if (f := folder / "engines" / f"{name}.toml").is_file()), Path(name))
+        profiles = (folder / "engines" / f"{name}.toml" for folder in config_folders())
+        file = next((f for f in profiles if f.is_file()), Path(name))
         try:
             fields = tomllib.loads(file.read_text(encoding="utf-8")) | changes
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -158,4 +159,4 @@ class EngineConfig:
 
 def profiles() -> list[str]:
     """Names of all engine profiles, sorted."""
-    return sorted({file.stem for folder in folders() for file in (folder / "engines").glob("*.toml")})
+    return sorted({file.stem for folder in config_folders() for file in (folder / "engines").glob("*.toml")})

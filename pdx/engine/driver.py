@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from pdx.completion import TokenLogprobs, not_finite
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence, Status
 from pdx.engine.runner import Runner
@@ -26,7 +25,8 @@ from pdx.engine.scheduler import Output, Scheduler
 from pdx.engine.stats import Stats
 from pdx.engine.stream import ClientError, RequestStream
 from pdx.errors import EngineError, RequestError
-from pdx.sampling import NO_TOKEN
+from pdx.generation.completion import TokenLogprobs, not_finite
+from pdx.sampling.sampler import NO_TOKEN
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
-from pdx.completion import Completion, Row
 from pdx.engine.config import EngineConfig
 from pdx.engine.driver import Driver
 from pdx.engine.request import EngineRequest
@@ -35,12 +34,13 @@ from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import settle
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
-from pdx.generation import ends_of
-from pdx.generator import cache_dtype
+from pdx.generation.completion import Completion, Row
+from pdx.generation.generator import cache_dtype
+from pdx.generation.offline import ends_of
+from pdx.generation.prompts import Prompt, as_list, check_bias, encode, options_with, spread
 from pdx.meshes import on_own_mesh
 from pdx.metrics import EngineMetrics
-from pdx.prompts import Prompt, as_list, check_bias, encode, options_with, spread
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 

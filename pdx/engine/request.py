@@ -10,7 +10,7 @@ from typing import Any
 
 from pdx.arguments import integer, number
 from pdx.errors import RequestError
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 
 
 @dataclass(frozen=True)

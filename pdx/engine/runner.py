@@ -19,10 +19,10 @@ from pdx.cache.rows import PackedRows
 from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
+from pdx.generation.programs import Programs
 from pdx.layers.attention import explain_mixed, layout_for
-from pdx.programs import Programs
-from pdx.sampling import NO_TOKEN, SampleOutput, SamplingState, sample
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
+from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sharding import constrain_rows, place_rows
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
@@ -204,7 +204,7 @@ def _step(params, cache, last, host, cfg, shape, decode_rows, max_queries, kerne
     tokens, sources, lengths, starts, logit_rows, tables = jnp.split(host, ends)
     tokens = jnp.where(sources >= 0, last[jnp.maximum(sources, 0)], tokens)
     rows = PackedRows.packed(t, tables.reshape(groups, r, -1), lengths, starts, decode_rows, max_queries)
-    logits, cache = steps.mixed(params, cfg, tokens, rows, cache, kernels)
+    logits, cache = steps.packed.mixed(params, cfg, tokens, rows, cache, kernels)
     return logits[logit_rows], cache
 
 

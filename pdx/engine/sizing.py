@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from pallas_kernels.hardware import detect
 from pdx.cache.paged import PAGE_SIZES, PagedCache, page_groups, paged_cache_specs
 from pdx.cost import Setup
+from pdx.cost.tradeoffs import largest_chunk
 from pdx.engine.config import EngineConfig
 from pdx.engine.memory import demand
 from pdx.errors import RequestError
 from pdx.layers.attention import layout_for
 from pdx.quant import Policy
-from pdx.tradeoffs import largest_chunk
 from pdx.weights.load import Model
 
 # Without a chip in the table there is no cost model to ask: small steps, as a CPU's prefill rate is reached early.

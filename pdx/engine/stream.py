@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-from pdx.completion import Completion, Row, TokenLogprobs
 from pdx.engine.request import Sequence
 from pdx.errors import EngineError
+from pdx.generation.completion import Completion, Row, TokenLogprobs
 from pdx.metrics import ServedTiming
 
 

@@ -17,7 +17,7 @@ from pallas_kernels.decode_attention.api import explain as explain_decode
 from pallas_kernels.flash_attention.api import explain as explain_flash
 from pallas_kernels.layouts import Layout
 from pallas_kernels.paged_attention.api import explain as explain_paged
-from pdx.cache.dense import LayerCache, default_layout
+from pdx.cache.layer import LayerCache, default_layout
 from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError

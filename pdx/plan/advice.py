@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdx import cost, tradeoffs
+from pdx import cost
+from pdx.cost import tradeoffs
 from pdx.plan.figures import Plan
 
 DRAFT, DRAFT_COST = 4, 0.1  # a draft of four tokens by a model of a tenth of the cost

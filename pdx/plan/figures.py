@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import Any
 
 from pallas_kernels.hardware import Chip
-from pdx import cost, tradeoffs
-from pdx.cache.dense import default_layout
-from pdx.chips import MeasuredChip, chip
+from pdx import cost
+from pdx.cache.layer import default_layout
 from pdx.config import ModelConfig
-from pdx.cost import Setup
+from pdx.cost import Setup, tradeoffs
+from pdx.cost.chips import MeasuredChip, chip
 from pdx.errors import RequestError
-from pdx.known import Shape
 from pdx.metrics import Objectives
 from pdx.model import param_specs
+from pdx.plan.published import Shape
 from pdx.quant import STORED, Policy, quantized_specs
 from pdx.shapes import DEFAULT_CHUNK
 from pdx.sharding import ArraySpec

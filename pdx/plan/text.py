@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pdx import cost
+from pdx.io.tables import Table, screen
 from pdx.plan.advice import advice
 from pdx.plan.compiled import CompiledStep
 from pdx.plan.figures import Plan
-from pdx.tables import Table, screen
 
 GIB = 2**30
 

@@ -25,9 +25,9 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import QuantArray
-from pdx import outputs
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
+from pdx.io import outputs
 from pdx.quant import Kind, kind_of
 from pdx.weights.arrays import aligned_empty, converted
 from pdx.weights.loaded import Model

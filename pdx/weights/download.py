@@ -20,17 +20,12 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from pdx.compilation import home
 from pdx.errors import DownloadError
+from pdx.installation.paths import models_home
 from pdx.weights.builtin import Builtin, Part
 from pdx.weights.progress import Report, progress_bar
 
 _BLOCK = 1 << 20
-
-
-def models_home() -> Path:
-    """The folder of downloaded models and of checkpoints that are known by name."""
-    return home() / "models"
 
 
 def cached_path(model: Builtin) -> Path:

@@ -8,8 +8,9 @@ from typing import Any
 
 from pdx.errors import PdxError
 from pdx.families import family_of_hf
+from pdx.installation.paths import models_home
 from pdx.weights.builtin import BUILTIN, DEFAULT_MODEL
-from pdx.weights.download import cached_path, is_cached, models_home
+from pdx.weights.download import cached_path, is_cached
 from pdx.weights.resolve import CHECKPOINT_FILE, kind_of, known_names
 from pdx.weights.safetensors_file import has_weights
 

@@ -80,7 +80,7 @@ def load(
         if not 1 <= max_context <= cfg.max_context:
             raise ContextLengthError(f"max_context {max_context}: this model's context is 1 to {cfg.max_context}")
         cfg = dataclasses.replace(cfg, max_context=max_context)
-    specs, policy = _declared(opened, cfg, dtype, Policy.parse(quantize).counted(cfg.num_layers))
+    specs, policy = _declared(opened, cfg, dtype, Policy.parse(quantize).resolve_layers(cfg.num_layers))
     params = _read_params(opened, specs, policy, where, progress)
     notes = [*opened.terms, *opened.notes, *opened.sampling.notes]
     if mesh is not None:
@@ -118,7 +118,7 @@ def _declared(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) -
             )
         if sources["lm_head"] != sources["embed"]:
             specs["lm_head"] = specs.get("lm_head", specs["embed"])
-    policy = policy.settled(held.get, list(held))
+    policy = policy.resolve_stored(held.get, list(held))
     return (quantized_specs(specs, policy) if policy else specs), policy
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import QuantArray
-from pdx import sampling_defaults
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families import config_from_gguf, config_from_hf, family_of_hf
 from pdx.families.common import Names, QuantizedFile, Source, TensorFile
 from pdx.families.passed_over import is_buffer, part_of, parts_said, told_to_be
-from pdx.sampling_defaults import Recommended
+from pdx.sampling import defaults
+from pdx.sampling.defaults import Recommended
 from pdx.tokenizer import Tokenizer
 from pdx.tokenizer.settings import read_json
 from pdx.weights.arrays import nonfinite
@@ -77,7 +77,7 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
         tokenizer,
         license,
         notes=tuple(notes),
-        sampling=sampling_defaults.from_gguf(file.metadata),
+        sampling=defaults.from_gguf(file.metadata),
     )
 
 
@@ -98,7 +98,7 @@ def _open_hf(files: ModelFiles) -> OpenModel:
         )
         cfg = dataclasses.replace(cfg, tie_embeddings=False)
         source = _by_names(family.hf_names, cfg, file)
-    recommended = sampling_defaults.from_generation_config(read_json(files.path / "generation_config.json"))
+    recommended = defaults.from_generation_config(read_json(files.path / "generation_config.json"))
     return OpenModel(
         file,
         cfg,
@@ -120,7 +120,7 @@ def _open_checkpoint(files: ModelFiles) -> OpenModel:
         partial(Tokenizer.load, files.path / "tokenizer"),
         saved.license,
         saved.terms,
-        sampling=sampling_defaults.from_saved(saved.sampling),
+        sampling=defaults.from_saved(saved.sampling),
     )
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 
 from pdx.errors import DownloadError, ModelNotFoundError
 from pdx.families.passed_over import MERGE
+from pdx.installation.paths import models_home
 from pdx.weights.builtin import BUILTIN
-from pdx.weights.download import ensure, models_home
+from pdx.weights.download import ensure
 from pdx.weights.progress import Report
 from pdx.weights.safetensors_file import PICKLED, has_weights
 

@@ -13,7 +13,7 @@ from pallas_kernels.analysis import hlo
 from pallas_kernels.analysis.problems import nbytes
 from pallas_kernels.analysis.targets import Target
 from pdx import aot
-from pdx.cache.dense import default_layout
+from pdx.cache.layer import default_layout
 from pdx.config import ModelConfig, RopeConfig
 from pdx.cost import Setup
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import hardware
-from pdx import known
 from pdx.engine import sizing
 from pdx.engine.config import EngineConfig, profiles
 from pdx.errors import RequestError
 from pdx.model import param_specs
+from pdx.plan import published
 from pdx.quant import Policy, quantized_specs
 from pdx.weights.load import Model
 
@@ -65,7 +65,7 @@ def test_ladders():
 
 
 def test_the_budget_on_a_chip_knows_how_the_weights_are_stored(monkeypatch):
-    cfg = known.config("llama-3-8b")
+    cfg = published.config("llama-3-8b")
     specs = param_specs(cfg, jnp.bfloat16)
     monkeypatch.setattr(sizing, "detect", lambda: hardware.chip("v5e"))
     config = EngineConfig(slots=8, max_context=4096, tpot_s=0.015)

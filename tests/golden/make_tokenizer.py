@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.corpus import corpus
+from tests.support.corpus import corpus
 
 GOLDEN = Path(__file__).with_name("tokenizer_gemma3.json")
 SPECIAL = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<unused7>", "<table>", "<mask>")

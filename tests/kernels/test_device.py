@@ -26,8 +26,8 @@ from tests.kernels.paged import make as make_paged
 from tests.kernels.test_paged import run as run_paged
 from tests.kernels.test_pallas import refusal
 from tests.kernels.test_quantized_matmul import TOLERANCE, drawn, error, expected
-from tests.models import GEMMA, LLAMA, NINE, params, tokens
-from tests.paging import Desk
+from tests.support.models import GEMMA, LLAMA, NINE, params, tokens
+from tests.support.paging import Desk
 
 pytestmark = pytest.mark.device
 DENSE = {"decode": (decode_attention, decode_cases.CASES), "flash": (flash_attention, flash_cases.CASES)}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tokenizer_fixtures import tokenizer_of
+from tests.support.tokenizer_fixtures import tokenizer_of
 
 pytestmark = pytest.mark.parity
 

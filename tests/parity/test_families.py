@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 import pdx
-from pdx.cache.dense import layer_slots
 from pdx.config import ModelConfig
 from pdx.model import Params, forward
-from pdx.shapes import round_up
+from pdx.shapes import layer_slots, round_up
 from tests.golden import phases
 from tests.golden.phases import TOLERANCE, difference
 from tests.parity import tiny

@@ -8,10 +8,10 @@ from safetensors.numpy import load_file, save_file
 
 import pdx
 from pdx.families import config_from_hf
+from tests.families.test_families import inverse_frequencies
 from tests.golden import phases
 from tests.golden.phases import TOLERANCE, difference
 from tests.parity import tiny
-from tests.test_families import inverse_frequencies
 
 pytestmark = pytest.mark.parity
 

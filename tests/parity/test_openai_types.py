@@ -5,16 +5,16 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from pdx import openai_rows
-from pdx.batch_file import Request
-from pdx.completion import Completion, TokenLogprobs
+from pdx.clients import openai_rows
+from pdx.clients.batch_file import Request
+from pdx.clients.openai_answers import answered
+from pdx.generation.completion import Completion, TokenLogprobs
 from pdx.metrics import RequestTiming
-from pdx.openai_answers import answered
-from pdx.sampling_options import SamplingOptions
+from pdx.sampling.options import SamplingOptions
 from pdx.tokenizer import Tokenizer
 from pdx.tokenizer.messages import check_messages, template_messages
 from pdx.tokenizer.traits import Traits
-from tests import tiny_model
+from tests.support import tiny_model
 
 pytest.importorskip("openai", reason="the openai package is not installed: pip install 'pdx-inference[parity]'")
 pytestmark = pytest.mark.parity

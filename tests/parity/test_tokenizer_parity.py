@@ -8,8 +8,8 @@ import re
 import pytest
 
 from pdx.tokenizer import Tokenizer
-from tests.corpus import CODE, SCRIPTS, WORDS, corpus
-from tests.tokenizer_fixtures import CHATML, SPECIAL, USER_DEFINED, byte_level, byte_level_metadata
+from tests.support.corpus import CODE, SCRIPTS, WORDS, corpus
+from tests.support.tokenizer_fixtures import CHATML, SPECIAL, USER_DEFINED, byte_level, byte_level_metadata
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")

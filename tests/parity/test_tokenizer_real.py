@@ -20,9 +20,9 @@ import pytest
 from pdx.tokenizer import Tokenizer
 from pdx.weights.gguf_file import GgufFile
 from pdx.weights.resolve import resolve
-from tests.corpus import corpus
 from tests.golden.make_tokenizer import GOLDEN
 from tests.parity.test_tokenizer_parity import COUNT, compare, report
+from tests.support.corpus import corpus
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")

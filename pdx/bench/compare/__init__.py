@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pdx.bench.compare import ceiling, contestants, measure, selection, static, steps
+from pdx.bench.compare import absent_chips, ceiling, contestants, measure, selection, steps
 from pdx.bench.compare.rows import Comparison, Row
 from pdx.bench.compare.steps import Subject
-from pdx.report_text import device_name
+from pdx.installation.devices import device_name
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
 
@@ -98,6 +98,6 @@ def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, p
         progress(f"compiling for {target}", min(done, total), total)
 
     progress(f"compiling for {target}", 0, total)
-    rows = static.rows(target, cases, subject, phases, cycles, told)
+    rows = absent_chips.rows(target, cases, subject, phases, cycles, told)
     progress(f"compiling for {target}", total, total)
     return rows

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels import hardware
 from pallas_kernels.hardware import Chip
 from pdx.bench.timing import interleaved, once, read_bandwidth
-from pdx.report_text import device_name
+from pdx.installation.devices import device_name
 
 RUNS = 5
 SIDE = 2048  # of the square matrices whose product is timed

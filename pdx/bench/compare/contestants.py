@@ -17,7 +17,7 @@ import numpy as np
 
 from pallas_kernels.analysis import problems
 from pallas_kernels.analysis.problems import Problem
-from pdx.bench.compare.exact import Arrays, laid
+from pdx.bench.compare.expected import Arrays, laid
 from pdx.bench.compare.rows import PALLAS, XLA
 
 

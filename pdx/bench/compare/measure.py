@@ -16,7 +16,7 @@ from pallas_kernels.analysis.timing_loop import chained, start
 from pallas_kernels.hardware import Chip
 from pdx.bench.compare.contestants import Contestant, of_problem, ours, peers
 from pdx.bench.compare.device_time import Loop
-from pdx.bench.compare.exact import answer, draw, errors
+from pdx.bench.compare.expected import answer, draw, errors
 from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.bench.timing import Timing, interleaved
 

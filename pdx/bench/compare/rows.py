@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.hardware import Chip
-from pdx import outputs
+from pdx.io import outputs
 
 XLA, PALLAS = "xla", "pallas"
 # Largest error over the largest right value, by the types that are multiplied and stored.

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.hardware import Chip
-from pdx import known, steps
+from pdx import steps
 from pdx.bench.compare.device_time import Loop
-from pdx.bench.compare.exact import errors
+from pdx.bench.compare.expected import errors
 from pdx.bench.compare.measure import FRESH, not_here, reason, timed, what_ran
 from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.cache.dense import init_cache
@@ -23,6 +23,7 @@ from pdx.config import ModelConfig
 from pdx.cost import Setup
 from pdx.layers.attention import layout_for
 from pdx.model import Params, forward, init_params
+from pdx.plan import published
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Subject:
     dtype: str
 
     def config(self) -> ModelConfig:
-        return known.config(self.model)
+        return published.config(self.model)
 
     def setup(self) -> Setup:
         return Setup(self.config(), self.dtype)
@@ -89,7 +90,7 @@ def step_row(subject: Subject, shape: Shape, chip: Chip, device: str) -> Row:
 
 def parameters(subject: Subject) -> Params:
     """Of a model that can be loaded; random ones for a mere shape of `configs/`."""
-    if subject.model in known.names():
+    if subject.model in published.names():
         return init_params(subject.config(), jax.random.key(0), jnp.dtype(subject.dtype))
     from pdx.weights.load import load
 

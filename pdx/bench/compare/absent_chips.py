@@ -1,0 +1,113 @@
+"""The same cases and steps for chips that are not here: what kernels move and compute, and what compilers say.
+
+A target's compiler runs in a process of its own (`compile_process`), which it can end. Without a compiler, what can be
+counted from grids and index maps is left. Nothing here is a measured time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from pallas_kernels.analysis import problems, static, targets
+from pallas_kernels.analysis.targets import Target
+from pdx.bench.compare.measure import reason, start_row
+from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
+from pdx.bench.compare.steps import Shape, Subject, step_row
+from pdx.errors import RequestError
+
+MARK = "COMPARE "  # begins a line of the process that holds a row
+
+Case = tuple[str, Any]
+
+
+def rows(
+    name: str,
+    cases: Sequence[Case],
+    subject: Subject | None,
+    shapes: Sequence[Shape],
+    cycles: bool,
+    told: Callable[[str], None] = lambda what: None,
+) -> list[Row]:
+    """Rows for one target. Without its compiler what is counted: of kernels, and by the cost model of steps.
+
+    Args:
+      subject, shapes: a model and the steps of it to compile; None: no steps.
+      cycles: ask for the compiler's static cycles too, which takes a process and a compilation a kernel.
+      told: called with the name of each thing that is done.
+
+    Raises:
+      RequestError: the compiler ended before it gave anything.
+    """
+    target = Target.get(name)
+    if (why := targets.missing(name)) is not None:
+        return [
+            *(counted(op, case, target, why, told) for op, case in cases),
+            *(
+                replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
+                for shape in (shapes if subject else ())
+            ),
+        ]
+    wanted = [(op, case.name, path) for op, case in cases for path in (PALLAS, XLA)]
+    order = {
+        "target": name,
+        "ops": wanted,
+        "steps": [asdict(s) for s in shapes] if subject else [],
+        "subject": asdict(subject) if subject else None,
+    }
+    found = list(_in_a_process(order, told))
+    missing = len(wanted) + 2 * len(order["steps"]) - len(found)
+    if missing and not found:
+        raise RequestError(f"the compiler for {name} ended before it gave anything: leave {name} out of --targets")
+    if missing:
+        found[-1] = replace(
+            found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are missing.".strip()
+        )
+    return [with_cycles(row, target, told) if cycles else row for row in found]
+
+
+def counted(op: str, case: Any, target: Target, why: str, told: Callable[[str], None]) -> Row:
+    """A kernel's row from its grid and index maps alone."""
+    told(f"{target.name}: {op}, {case.name}")
+    problem = problems.OPS[op](case, target.chip.platform)
+    row = replace(start_row(problem, target.chip, target.name), path=PALLAS)
+    try:
+        with target.tracing():
+            if refused := problem.unsupported:
+                return replace(row, note=refused)
+        facts = static.facts(problem, target, compile=False)
+    except Exception as error:
+        return replace(row, note=reason(error))
+    return replace(row, rung=COUNTED, moved_bytes=facts["bytes"], done_flops=facts["flops"], note=why)
+
+
+def with_cycles(row: Row, target: Target, told: Callable[[str], None]) -> Row:
+    """The row with the compiler's static cycles, where a kernel has no loops of dynamic length."""
+    if row.path != PALLAS or row.rung != COMPILED or row.op not in problems.OPS or row.note:
+        return row
+    told(f"{target.name}: cycles of {row.op}, {row.case}")
+    problem = next(p for p in problems.problems(row.op, target.chip.platform) if p.name == row.case)
+    cycles = static.cycles(problem, target)
+    if not cycles:
+        return row
+    return replace(row, cycles=cycles, cycle_seconds=cycles / target.chip.devices / (target.chip.clock_ghz * 1e9))
+
+
+def _in_a_process(order: dict[str, Any], told: Callable[[str], None]) -> Iterator[Row]:
+    command = [sys.executable, "-m", "pdx.bench.compare.compile_process"]
+    environment = os.environ | targets.environment() | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        child.stdin.write(json.dumps(order))
+        child.stdin.close()
+        for line in child.stdout:
+            if line.startswith(MARK):
+                row = Row(**json.loads(line.removeprefix(MARK)))
+                told(f"{row.device}: {row.op}, {row.case}, {row.path}")
+                yield row

@@ -1,0 +1,136 @@
+"""Cases and steps compiled for one target, a JSON object a line: `absent_chips` starts this in a process of its own.
+
+`python -m pdx.bench.compare.compile_process` reads what it is to compile from standard input, and needs the environment
+that `pallas_kernels.analysis.targets.environment` describes. The figures are those of
+`pallas_kernels.analysis.static` and `pdx.aot`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from pallas_kernels.analysis import hlo, problems, static
+from pallas_kernels.analysis.targets import Target
+from pallas_kernels.hardware import Chip
+from pdx import aot
+from pdx.bench.compare.absent_chips import MARK
+from pdx.bench.compare.measure import kernels_said, reason, start_row, what_ran
+from pdx.bench.compare.rows import COMPILED, NOT_RUN, PALLAS, XLA, Row
+from pdx.bench.compare.steps import Shape, Subject, step_row
+
+DYNAMIC = "loops of dynamic length: no static cycles"
+
+
+def compiled(op: str, case: Any, path: str, target: Target) -> Row:
+    """One path of a case, compiled in this process."""
+    chip = target.chip
+    layout = problems.LAYOUT[chip.platform]
+    problem = problems.OPS[op](case, chip.platform if path == PALLAS else "xla", layout)
+    row = replace(start_row(problem, chip, target.name), path=path)
+    if path == XLA:
+        problem = problem.as_projected()  # as `static.facts` compiles the kernel
+        c = target.compile(problem.fn(), *problem.arguments(), donate_argnums=problem.donate_argnums)
+        flops = None if " while(" in c.text else c.cost.get("flops")  # of a loop XLA counts one turn
+        return replace(
+            row,
+            rung=COMPILED,
+            ran=what_ran(c.text),
+            compile_seconds=c.seconds,
+            temp_bytes=c.memory["temp"],
+            moved_bytes=xla_bytes(c.text),
+            done_flops=None if flops is None else int(flops),
+        )
+    with target.tracing():
+        if refused := problem.unsupported:
+            return replace(row, note=refused)
+    facts = static.facts(problem, target)
+    kernels = facts["kernels"]
+    return replace(
+        row,
+        rung=COMPILED,
+        ran=kernels_said(facts["pallas_calls"]),
+        compile_seconds=facts["seconds"],
+        temp_bytes=facts["temp"],
+        moved_bytes=facts["bytes"],
+        done_flops=facts["flops"],
+        vmem_bytes=facts["vmem_bytes"] if chip.platform == "tpu" else None,
+        shared_bytes=max((k["shared_bytes"] for k in kernels), default=None),
+        registers=max((k["registers"] for k in kernels), default=None),
+        spill_bytes=sum(k["spill_bytes"] for k in kernels) if kernels else None,
+        note="" if not facts["dynamic"] else DYNAMIC,
+    )
+
+
+# Instructions that read and write nothing themselves.
+_NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done")
+
+
+def xla_bytes(text: str) -> int | None:
+    """What a program's instructions read and write in HBM, fusions as a whole; None where it has loops, whose turns
+    are data. XLA's own "bytes accessed" also counts what passes inside a fusion."""
+    module = hlo.Module(text)
+    body = module.computations[module.entry]
+    if any(i.opcode in ("while", "conditional", "call") for i in module.instructions()):
+        return None
+
+    def size(i: hlo.Instruction) -> int:
+        shapes = i.shapes[:1] if i.opcode.endswith("-start") else i.shapes
+        return sum(s.bytes for s in shapes if s.memory_space == 0)
+
+    found = 0
+    for i in body.values():
+        if i.opcode not in _NAMES:
+            found += size(i) + sum(size(body[name]) for name in i.operands if name in body)
+    return found
+
+
+def compiled_step(subject: Subject, shape: Shape, path: str, chip: Chip, target: str) -> Row:
+    """A whole step, compiled in this process."""
+    row = replace(step_row(subject, shape, chip, target), path=path)
+    c = aot.compile_step(
+        "prefill" if shape.phase == "prefill" else "decode_step",
+        subject.config(),
+        target,
+        batch=shape.batch,
+        capacity=shape.capacity,
+        tokens=shape.tokens,
+        dtype=subject.dtype,
+        kernels=path,
+    )
+    return replace(
+        row,
+        rung=COMPILED,
+        ran=what_ran(c.text),
+        compile_seconds=c.seconds,
+        temp_bytes=c.memory["temp"],
+        vmem_bytes=c.vmem_bytes if chip.platform == "tpu" else None,
+    )
+
+
+def _child(order: dict[str, Any]) -> None:
+    target = Target.get(order["target"])
+    for op, name, path in order["ops"]:
+        case = next(c for c in problems.cases(op) if c.name == name)
+        empty = replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=path)
+        _say(lambda op=op, case=case, path=path: compiled(op, case, path, target), empty)
+    for values in order["steps"]:
+        subject, shape = Subject(**order["subject"]), Shape(**values)
+        for path in (PALLAS, XLA):
+            empty = replace(step_row(subject, shape, target.chip, target.name), path=path)
+            _say(lambda a=subject, b=shape, path=path: compiled_step(a, b, path, target.chip, target.name), empty)
+
+
+def _say(make: Callable[[], Row], empty: Row) -> None:
+    try:
+        row = make()
+    except Exception as error:  # what the compiler refuses: the others go on
+        row = replace(empty, rung=NOT_RUN, note=reason(error))
+    print(MARK + json.dumps(asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    _child(json.load(sys.stdin))

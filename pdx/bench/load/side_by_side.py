@@ -1,0 +1,106 @@
+"""Engines with different settings under the same loads.
+
+Every load is given to each of them in turn, with the same prompts at the same times, so that a machine that slows down
+slows all of them down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from pdx.bench.load.measure import LoadResult, check_fits, run
+from pdx.bench.load.workload import Load
+from pdx.engine.config import EngineConfig
+from pdx.engine.engine import Engine
+from pdx.errors import RequestError
+from pdx.metrics import Objectives
+from pdx.sampling.options import SamplingOptions
+from pdx.shapes import round_up
+from pdx.weights.load import Model
+from pdx.weights.progress import progress_bar
+
+# What `--vary` may set beside the engine's own settings.
+MODEL_SETTINGS = ("quantize",)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An engine's settings under a name; `quantize` is the model's."""
+
+    name: str
+    config: EngineConfig
+    quantize: str | None = None
+
+
+def variants(base: EngineConfig, quantize: str | None, vary: Iterable[str]) -> list[Variant]:
+    """All combinations of what varies: `chunked_prefill=on,off`, `slots=1,4,8`, `kv_dtype=auto,int8`,
+    `quantize=none,int8`, or any other setting of an engine. Raises RequestError."""
+    axes: dict[str, list[tuple[str, Any]]] = {}
+    types = {f.name: f.type for f in dataclasses.fields(EngineConfig)}
+    for text in vary:
+        name, _, values = text.partition("=")
+        if name not in types and name not in MODEL_SETTINGS:
+            raise RequestError(f"{name!r} is no setting of an engine: there are {', '.join([*types, *MODEL_SETTINGS])}")
+        if not values or name in axes:
+            raise RequestError(f"--vary {text}: give it once, with its values, such as {name}=A,B")
+        axes[name] = [(value, _value(name, types.get(name, "str"), value)) for value in values.split(",")]
+    found = []
+    for combination in itertools.product(*axes.values()):
+        changes = {name: value for name, (_, value) in zip(axes, combination, strict=True)}
+        label = ", ".join(f"{name} {text}" for name, (text, _) in zip(axes, combination, strict=True))
+        stored = changes.pop("quantize", quantize)
+        found.append(Variant(label, dataclasses.replace(base, **changes), stored))
+    return found
+
+
+def _value(name: str, kind: str, text: str) -> Any:
+    """A setting's value as its type has it."""
+    if "str" in kind or kind == "Policy":
+        return None if name == "quantize" and text in ("none", "off") else text
+    try:
+        if kind == "bool":
+            return {"on": True, "true": True, "off": False, "false": False}[text]
+        if "None" in kind and text in ("none", "auto"):
+            return None
+        return float(text) if kind.startswith("float") else int(text)
+    except (KeyError, ValueError):
+        wanted = "on or off" if kind == "bool" else "a number"
+        raise RequestError(f"{name}={text}: it must be {wanted}") from None
+
+
+def compare(
+    models: Mapping[str | None, Model],
+    each: Sequence[Variant],
+    loads: Sequence[Load],
+    objectives: Objectives | None = None,
+    *,
+    sampling: SamplingOptions | None = None,
+) -> list[LoadResult]:
+    """Every load on every variant, one load after the other, the variants in turn. Progress goes to standard error.
+
+    Args:
+      models: by the way their weights are stored, as the variants ask for.
+    """
+    longest = max(load.longest for load in loads)
+    for variant in each:
+        check_fits(longest, variant.config.max_context or models[variant.quantize].config.max_context)
+    results: list[LoadResult] = []
+    with ExitStack() as stack, progress_bar(unit="requests") as report:
+        engines = []
+        for variant in each:
+            model = models[variant.quantize]
+            context = variant.config.max_context or min(round_up(longest, 128), model.config.max_context)
+            share = variant.config.memory_share / len(each)
+            config = dataclasses.replace(variant.config, max_context=context, memory_share=share)
+            engine = Engine(model, config)
+            engine.start(lambda label, at, total, name=variant.name: report(f"{name}: {label}".lstrip(": "), at, total))
+            engines.append((variant, stack.enter_context(engine)))
+        for load in loads:
+            for variant, engine in engines:
+                results.append(run(engine, load, objectives, settings=variant.name, sampling=sampling, report=report))
+    return results

@@ -1,0 +1,29 @@
+"""What a phase costs: FLOPs, bytes and seconds, predicted from a configuration and a chip; and the chips."""
+
+from pdx.cost.phases import (
+    RESERVE,
+    Cost,
+    Phase,
+    Setup,
+    best_batch,
+    critical_batch,
+    end_to_end,
+    largest_batch,
+    largest_context,
+    room,
+    visible_pairs,
+)
+
+__all__ = [
+    "RESERVE",
+    "Cost",
+    "Phase",
+    "Setup",
+    "best_batch",
+    "critical_batch",
+    "end_to_end",
+    "largest_batch",
+    "largest_context",
+    "room",
+    "visible_pairs",
+]

@@ -1,0 +1,68 @@
+"""How a completion is told: the summary for a terminal, the fields of `--json`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pdx.generation.completion import Completion, json_logprob
+from pdx.installation.devices import device_name
+from pdx.metrics import ServedTiming
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def kernel_paths(kernels: str) -> dict[str, str]:
+    """Which attention path each phase took, and why."""
+    from pdx.layers.attention import explain
+
+    return explain(kernels)
+
+
+def completion_fields(
+    completion: Completion, kernels: str | dict[str, str], mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """The object of `--json`, and what an output row gains. `kernels`: the choice, or the paths taken."""
+    timing = completion.timing
+    fields: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+        "finish_reason": completion.finish_reason,
+        "ttft_s": timing.ttft_s,
+        "tpot_s": timing.tpot_s,
+        "e2e_s": timing.e2e_s,
+        "compile_s": completion.compile_s,
+        "device": device_name(mesh=mesh),
+        "kernels": kernel_paths(kernels) if isinstance(kernels, str) else kernels,
+    }
+    if isinstance(timing, ServedTiming):
+        fields |= {"queue_s": timing.queue_s, "hit_tokens": timing.hit_tokens, "preemptions": timing.preemptions}
+    if completion.logprobs is not None:
+        fields["logprobs"] = [
+            {
+                "token_id": t.token_id,
+                "logprob": json_logprob(t.logprob),
+                "top": [[token, json_logprob(value)] for token, value in t.top],
+            }
+            for t in completion.logprobs
+        ]
+    return fields
+
+
+def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> str:
+    """Lines for standard error behind the text."""
+    timing, prompt = completion.timing, completion.prompt_tokens
+    decode = "only one token"
+    if timing.tpot_s is not None:
+        decode = f"TPOT {timing.tpot_s * 1e3:.1f} ms = {1 / timing.tpot_s:.1f} tok/s"
+    paths = kernel_paths(kernels)
+    return "\n".join(
+        [
+            f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
+            f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
+            f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
+            f"device   {device_name(mesh=mesh)}; {paths['prefill']}; {paths['decode']}",
+        ]
+    )

@@ -1,0 +1,40 @@
+"""The persistent compilation cache: on by default, in pdx's own folder, and easily switched off."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pdx.installation.paths import home
+from pdx.installation.versions import check
+
+OFF = ("0", "off", "no", "false")
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept, by the environment; None: nowhere. Imports no jax."""
+    wanted = os.environ.get("PDX_COMPILATION_CACHE", "")
+    if wanted.lower() in OFF and wanted:
+        return None
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or wanted or home() / "xla")
+
+
+def enable_cache() -> Path | None:
+    """Switch JAX's persistent compilation cache on, unless the user has set one up or switched it off.
+
+    `PDX_COMPILATION_CACHE` is a folder, or `off`; a cache that JAX was told of already
+    (`JAX_COMPILATION_CACHE_DIR`) is left alone. Returns the folder in use, None if there is none.
+    """
+    check()
+    import jax
+
+    folder = cache_folder()
+    if folder is None:
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs count too: a step is made of a few of them, and each costs a second start-up time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder

@@ -1,0 +1,326 @@
+"""From logits to tokens: one pure function for a batch in which every row has settings of its own.
+
+The settings apply in this order, which is that of Hugging Face transformers:
+
+1. repetition penalty (prompt and output), then presence and frequency penalties (output only);
+2. logit bias, so that it is added as given;
+3. temperature; at 0 the best token is taken here and nothing below matters;
+4. top-k, then top-p over the probabilities that top-k leaves, then min-p.
+
+Top-k keeps exactly k tokens and top-p the smallest set of mass >= p, at least one token; equal logits
+count lower ids first. min-p compares with the best token, so its place after top-p only decides which
+tokens top-p counts: all that top-k leaves.
+
+All settings are arrays, so one compiled program serves every mix of them. What costs something stands
+under a `lax.cond` on whether any row asks for it: a step of plain greedy rows runs an argmax and no more.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from pdx.errors import RequestError
+from pdx.meshes import on_own_mesh
+from pdx.sampling.filters import CANDIDATES, GROUP, Boundary, best, candidates, first_k, nucleus, pad, take_group
+from pdx.sampling.options import MAX_LOGIT_BIAS, SamplingOptions
+
+__all__ = ["SampleOutput", "SamplingOptions", "SamplingState", "filtered_logits", "sample"]
+
+# Colder than this and f32 logits a rounding error apart are told apart: it is greedy in all but name.
+COLDEST = 1e-6
+# The token of a row that has none: see `sample`.
+NO_TOKEN = -1
+# What f32 can hold: settings beyond it, or a penalty that would round to 0, are taken as these.
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+
+@struct.dataclass
+class SamplingState:
+    """The settings of a batch and what its rows have seen, on the device: the same tree whatever the settings.
+
+    5 bytes a row and token of vocabulary (10 MB for 8 rows of 262144). Rows without a request are greedy.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+    seeds: UInt[Array, "B 2"]
+    bias_ids: Int[Array, "B M"]  # V where there is no entry; entries come first
+    bias_values: Float[Array, "B M"]
+    output_counts: Int[Array, "B V"]
+    in_prompt: Bool[Array, "B V"]
+    logprobs: Bool[Array, " B"]
+
+    @classmethod
+    @on_own_mesh
+    def create(
+        cls,
+        options: Sequence[SamplingOptions],
+        vocab_size: int,
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+        outputs: Sequence[Sequence[int]] | None = None,
+        batch: int | None = None,
+        on_host: bool = False,
+    ) -> SamplingState:
+        """The state of `batch` rows (as many as options by default), the first of which have a request.
+
+        Args:
+          prompts: the token ids of each prompt, for the repetition penalty.
+          outputs: what each request has generated already, when it goes on in another batch.
+          on_host: as numpy arrays: whoever may not wait for the device hands these to a program.
+
+        Raises:
+          RequestError: a prompt, output or logit bias names a token outside the vocabulary.
+          ValueError: more options than rows, or another number of prompts or outputs than of options.
+        """
+        batch = len(options) if batch is None else batch
+        if len(options) > batch:
+            raise ValueError(f"{len(options)} requests do not fit a batch of {batch} rows")
+        rows = [*options, *[SamplingOptions(seed=0)] * (batch - len(options))]
+
+        def column(values, dtype):
+            return np.array(list(values), dtype)
+
+        def setting(name):
+            return column((min(getattr(o, name), LARGEST) for o in rows), np.float32)
+
+        seeds = [secrets.randbits(64) if o.seed is None else o.seed for o in rows]
+        bias_ids, bias_values = _bias_arrays(rows, vocab_size)
+        in_prompt, output_counts = np.zeros((batch, vocab_size), bool), np.zeros((batch, vocab_size), np.int32)
+        for row, ids in _histories("prompts", prompts, options, vocab_size):
+            in_prompt[row, ids] = True
+        for row, ids in _histories("outputs", outputs, options, vocab_size):
+            np.add.at(output_counts[row], ids, 1)
+        made = cls(
+            temperature=setting("temperature"),
+            top_k=column((o.top_k if o.top_k < vocab_size else 0 for o in rows), np.int32),
+            top_p=setting("top_p"),
+            min_p=setting("min_p"),
+            repetition=np.maximum(setting("repetition_penalty"), np.float32(SMALLEST)),
+            presence=setting("presence_penalty"),
+            frequency=setting("frequency_penalty"),
+            seeds=column(([seed >> 32, seed & 0xFFFFFFFF] for seed in seeds), np.uint32).reshape(batch, 2),
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+            output_counts=output_counts,
+            in_prompt=in_prompt,
+            logprobs=column((o.logprobs is not None for o in rows), bool),
+        )
+        return made if on_host else jax.tree.map(jnp.asarray, made)
+
+    def observe(self, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> SamplingState:
+        """The state after `tokens` were emitted in the rows that are active; in place where it is donated."""
+        counts = self.output_counts
+        # A negative token is none, and an index past the end is dropped.
+        column = jnp.where(active & (tokens >= 0), tokens, counts.shape[1])
+        return self.replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
+
+    def put(self, row: int | Int[Array, ""], one: SamplingState) -> SamplingState:
+        """The state with row `row` replaced by the only row of `one`."""
+        return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, row, 0), self, one)
+
+
+@struct.dataclass
+class SampleOutput:
+    """One token a row. Where a row did not ask for log-probabilities they are inf, and the ids -1."""
+
+    tokens: Int[Array, " B"]
+    logprob: Float[Array, " B"]
+    top_ids: Int[Array, "B n"]
+    top_logprobs: Float[Array, "B n"]
+
+
+@partial(jax.jit, static_argnames=("num_logprobs", "mark_broken"))
+def sample(
+    logits: Float[Array, "B V"],
+    state: SamplingState,
+    positions: Int[Array, " B"],
+    *,
+    num_logprobs: int = 0,
+    allowed: Bool[Array, "B V"] | None = None,
+    mark_broken: bool = False,
+) -> SampleOutput:
+    """Choose the next token of every row.
+
+    A row depends on its own logits, settings, seed and position, and on nothing else: not on its slot, its
+    neighbours or the batch size. The token is the one `filtered_logits` gives at random, by two Gumbel
+    draws: a group of 128 tokens by its total mass, then a token in it. A row whose best logit is not
+    finite (NaN, or every token banned) is not drawn: it gets the argmax, a token id in any case, or -1 with
+    `mark_broken`.
+
+    Args:
+      positions: where in its sequence the token of each row will stand.
+      num_logprobs: the width n of the alternatives reported (static, at most 64).
+      allowed: tokens that may be chosen, at least one a row; the others are banned, behind penalties and bias.
+      mark_broken: give -1 (`NO_TOKEN`) to rows with a NaN or +inf among their logits, or with nothing but -inf, so that
+        no token of theirs passes for an answer (static). It costs no pass over the logits, except with `allowed`.
+
+    Returns:
+      Tokens int32. Log-probabilities are those of the logits as given, before any setting.
+    """
+    most = min(CANDIDATES, logits.shape[1])
+    if not 0 <= num_logprobs <= most:
+        raise ValueError(f"num_logprobs is {num_logprobs}: it must be from 0 to {most}")
+    logits = logits.astype(jnp.float32)
+
+    def choose() -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+        x = _adjusted(logits, state)
+        x = pad(x if allowed is None else jnp.where(allowed, x, -jnp.inf))
+        top, token = best(x)
+        drawn = _is_drawn(state, top)
+        return top, lax.cond(
+            jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token
+        )
+
+    if allowed is None:
+        plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
+        top, tokens = lax.cond(plain, lambda: best(pad(logits)), choose)
+    else:
+        top, tokens = choose()
+    tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)
+    out = SampleOutput(tokens, *_logprobs(logits, tokens, state.logprobs, num_logprobs))
+    if not mark_broken:
+        return out
+    finite = jnp.isfinite(top)
+    if allowed is not None:  # a mask may hide a NaN
+        finite &= jnp.isfinite(logits.max(-1))
+    return out.replace(tokens=jnp.where(finite, tokens, NO_TOKEN))
+
+
+@jax.jit
+def filtered_logits(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+    """The logits whose softmax is the distribution `sample` draws from: f32, -inf for tokens dropped.
+
+    Greedy rows keep their one token.
+    """
+    x = pad(_adjusted(logits.astype(jnp.float32), state))
+    top, token = best(x)
+    drawn = _is_drawn(state, top)
+    kept = _weights(x, top, state)[1]
+    kept = jnp.where(drawn[:, None], kept, jnp.arange(x.shape[1]) == token[:, None])
+    scale = jnp.where(drawn, _inverse_temperature(state), 1.0)
+    return jnp.where(kept, x * scale[:, None], -jnp.inf)[:, : logits.shape[1]]
+
+
+def _is_adjusted(state: SamplingState) -> Bool[Array, " B"]:
+    penalized = (state.repetition != 1) | (state.presence != 0) | (state.frequency != 0)
+    return penalized | (state.bias_ids[:, 0] < state.output_counts.shape[1])
+
+
+def _adjusted(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+    """Penalties, then bias. A row without them keeps its logits bit for bit.
+
+    Without a `lax.cond`: a branch that returns [B, V] costs a copy of the logits even where it is not taken.
+    """
+    count = state.output_counts
+    repetition = jnp.where((count > 0) | state.in_prompt, state.repetition[:, None], 1.0)
+    x = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    x -= state.frequency[:, None] * count + jnp.where(count > 0, state.presence[:, None], 0.0)
+    return x.at[jnp.arange(x.shape[0])[:, None], state.bias_ids].add(state.bias_values, mode="drop")
+
+
+def _is_drawn(state: SamplingState, top: Float[Array, " B"]) -> Bool[Array, " B"]:
+    return (state.temperature > 0) & jnp.isfinite(top)
+
+
+def _inverse_temperature(state: SamplingState) -> Float[Array, " B"]:
+    return 1 / jnp.maximum(state.temperature, COLDEST)
+
+
+def _weights(x, top, state: SamplingState) -> tuple[Float[Array, "B W"], Bool[Array, "B W"]]:
+    """Probabilities relative to the best token's, of the padded logits, and which tokens the filters keep."""
+    drawn, rows = _is_drawn(state, top), x.shape[0]
+    by_k, by_p = drawn & (state.top_k > 0), drawn & (state.top_p < 1)
+    everything = Boundary.everything(rows)
+
+    def weigh(logits):
+        return jnp.exp((logits - jnp.where(drawn, top, 0.0)[:, None]) * _inverse_temperature(state)[:, None])
+
+    k = lax.cond(jnp.any(by_k), lambda: first_k(x, state.top_k, by_k), lambda: everything)
+    # -1 and not 0, so that the weights alone tell what top-k dropped: a pass over the logits less.
+    weights = jnp.where(k.keeps(x), weigh(x), -1.0)
+    least = weigh(k.value[:, None])[:, 0] * (1 - 1e-6)  # an exp of another shape may round otherwise
+    p = lax.cond(jnp.any(by_p), lambda: nucleus(weights, state.top_p, by_p, least), lambda: everything)
+    return weights, p.keeps(weights) & (weights >= state.min_p[:, None])
+
+
+def _draw(x, top, state: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    """A token from what the filters leave, by the Gumbel-max trick on groups and then inside one.
+
+    Noise per group and per place in it is 100 times less of it than per token, and unlike an inverse CDF
+    it keeps the choice where it is when all logits move by a rounding error.
+    """
+    weights, kept = _weights(x, top, state)
+    groups = jnp.where(kept, weights, 0.0).reshape(x.shape[0], -1, GROUP)
+    count = groups.shape[1]
+
+    def noise(seed, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        # "high": with 23 random bits no token below 1e-7 would ever be chosen.
+        return jax.random.gumbel(key, (count + GROUP,), mode="high")
+
+    drawn = jax.vmap(noise)(state.seeds, positions)
+    group = jnp.argmax(jnp.log(groups.sum(-1)) + drawn[:, :count], axis=-1)
+    return group * GROUP + jnp.argmax(jnp.log(take_group(groups, group)) + drawn[:, count:], axis=-1)
+
+
+def _logprobs(logits, tokens, asked: Bool[Array, " B"], n: int):
+    """Log-probabilities of the chosen tokens, and ids and log-probabilities of the n best."""
+    rows = logits.shape[0]
+
+    # inf is no log-probability, and unlike NaN it does not trip `jax_debug_nans`.
+    def compute():
+        norm = jax.nn.logsumexp(logits, axis=1)
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - norm
+        values, ids = (a[:, :n] for a in candidates(pad(logits), max(n, 1)))
+        return (
+            jnp.where(asked, chosen, jnp.inf),
+            jnp.where(asked[:, None], ids, -1),
+            jnp.where(asked[:, None], values - norm[:, None], jnp.inf),
+        )
+
+    def nothing():
+        return jnp.full(rows, jnp.inf), jnp.full((rows, n), -1, jnp.int32), jnp.full((rows, n), jnp.inf)
+
+    return lax.cond(jnp.any(asked), compute, nothing)
+
+
+def _bias_arrays(rows: Sequence[SamplingOptions], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.full((len(rows), MAX_LOGIT_BIAS), vocab_size, np.int32)
+    values = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
+    for row, options in enumerate(rows):
+        bias = options.logit_bias or {}
+        _check_ids("logit_bias", list(bias), vocab_size)
+        ids[row, : len(bias)] = list(bias)
+        values[row, : len(bias)] = [v if v == -np.inf else min(max(v, -LARGEST), LARGEST) for v in bias.values()]
+    return ids, values
+
+
+def _histories(name: str, given, options: Sequence[SamplingOptions], vocab_size: int):
+    if given is None:
+        return
+    if len(given) != len(options):
+        raise ValueError(f"{len(given)} {name} for {len(options)} requests")
+    for row, ids in enumerate(given):
+        _check_ids(name, ids, vocab_size)
+        yield row, np.asarray(ids, np.int64)
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"{name} names token {wrong}, but the model's tokens are 0 to {vocab_size - 1}")

@@ -1,1 +1,0 @@
-"""What users of systems like this one report, as tests: a file a kind."""
