@@ -34,15 +34,16 @@ def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
     """The parameters as declared: a tree of `ArraySpec`, one dict a layer (a list, not a stack).
 
     Matrices are stored ``[out, in]``. Norm weights are the factor itself, in f32: families that publish
-    an offset from one (Gemma) have it added when they are loaded.
+    an offset from one (Gemma) have it added when they are loaded. The cost model counts what is declared here, by
+    `part`.
     """
     d, f, n, k, h = cfg.d_model, cfg.d_ff, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
     def norm(size):
-        return ArraySpec((size,), (None,), jnp.float32, init="ones")
+        return ArraySpec((size,), (None,), jnp.float32, init="ones", part="norms")
 
     def bias(size, axis=None, units=None):
-        return ArraySpec((size,), (axis,), dtype, units=units, init="zeros")
+        return ArraySpec((size,), (axis,), dtype, units=units, init="zeros", part="biases")
 
     def one_layer() -> Params:
         p = {"attn_norm": norm(d), "mlp_norm": norm(d)} | projections(cfg, dtype)
@@ -61,12 +62,12 @@ def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
         return p
 
     specs: Params = {
-        "embed": ArraySpec((cfg.vocab_size, d), ("vocab", None), dtype),
+        "embed": ArraySpec((cfg.vocab_size, d), ("vocab", None), dtype, part="embedding"),
         "layers": [one_layer() for _ in range(cfg.num_layers)],
         "final_norm": norm(d),
     }
     if not cfg.tie_embeddings:
-        specs["lm_head"] = ArraySpec((cfg.vocab_size, d), ("vocab", None), dtype)
+        specs["lm_head"] = ArraySpec((cfg.vocab_size, d), ("vocab", None), dtype, part="head")
     return specs
 
 

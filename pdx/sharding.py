@@ -49,7 +49,8 @@ class ArraySpec:
 
     `axes` names the logical meaning of each dimension (None: never sharded). `units` says in how many
     indivisible pieces a dimension comes, where that is not its size: a projection of N heads of H has
-    N*H rows, but only whole heads may be dealt out.
+    N*H rows, but only whole heads may be dealt out. `part` is what the cost model calls the group that a
+    parameter belongs to (`pdx.cost.model_matrices.PARTS`).
     """
 
     shape: tuple[int, ...]
@@ -57,6 +58,7 @@ class ArraySpec:
     dtype: Any
     units: tuple[int, ...] | None = None
     init: str = "normal"  # normal | ones | zeros
+    part: str = ""
 
     def __post_init__(self):
         if len(self.axes) != len(self.shape) or (self.units and len(self.units) != len(self.shape)):

@@ -12,7 +12,7 @@ import numpy as np
 from pdx import steps
 from pdx.bench.timing import Timing, once
 from pdx.cache.dense import DenseCache, init_cache
-from pdx.generation.generator import DEFAULT_CHUNK
+from pdx.generation.generator import PREFILL_CHUNK
 from pdx.layers.attention import layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
@@ -28,7 +28,7 @@ def prefill_work(
     tokens: int,
     kernels: str = "auto",
     *,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int = PREFILL_CHUNK,
     kv_dtype=None,
     capacity: int | None = None,
 ) -> Callable[[], Timing]:
@@ -99,7 +99,7 @@ def _cache(model: Model, batch: int, capacity: int, kernels: str, kv_dtype=None)
         model.config,
         batch,
         capacity,
-        chunk=DEFAULT_CHUNK,
+        chunk=PREFILL_CHUNK,
         dtype=kv_dtype or model.dtype,
         mesh=model.mesh,
         layout=layout_for(kernels),

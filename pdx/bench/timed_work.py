@@ -17,7 +17,7 @@ from pdx.cache.dense import DenseCache, init_cache
 from pdx.config import ModelConfig
 from pdx.cost import Cost, Phase, Setup
 from pdx.cost.chips import MeasuredChip
-from pdx.generation.generator import DEFAULT_CHUNK
+from pdx.generation.generator import PREFILL_CHUNK
 from pdx.layers.attention import layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
@@ -77,13 +77,13 @@ class ModelUnderTest:
         kv = None if self.kv_dtype is None else str(jnp.dtype(self.kv_dtype))
         return Setup(self.cfg, str(jnp.dtype(self.dtype)), self.quantize, kv, flash=self.kernels != "dense")
 
-    def cache(self, batch: int, capacity: int, held: int = 0, chunk: int = DEFAULT_CHUNK) -> DenseCache:
+    def cache(self, batch: int, capacity: int, held: int = 0, chunk: int = PREFILL_CHUNK) -> DenseCache:
         """A cache of this setup whose rows hold `held` tokens."""
         dtype = self.kv_dtype or self.dtype
         cache = init_cache(self.cfg, batch, capacity, chunk=chunk, dtype=dtype, layout=layout_for(self.kernels))
         return filled(cache, held) if held else cache
 
-    def prefill(self, batch: int, tokens: int, chunk: int = DEFAULT_CHUNK, capacity: int | None = None) -> TimedWork:
+    def prefill(self, batch: int, tokens: int, chunk: int = PREFILL_CHUNK, capacity: int | None = None) -> TimedWork:
         """`batch` prompts of `tokens` tokens into an empty cache, `chunk` at a time: TTFT, but for sampling."""
         chunk = min(chunk, tokens)
         state = {"cache": self.cache(batch, capacity or tokens, chunk=chunk)}

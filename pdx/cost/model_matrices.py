@@ -1,7 +1,4 @@
-"""What a model consists of, matrix by matrix: what the cost model counts.
-
-`Experts` and `Latent` describe layers that pdx plans with and does not run yet; `pdx.model` knows neither.
-"""
+"""The matrices of a model, read from its parameter declarations: what the cost model counts."""
 
 from __future__ import annotations
 
@@ -10,78 +7,14 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pdx.config import ModelConfig
+from pdx.cost.planned_layers import Experts
 from pdx.quant import STORED, Kind
+from pdx.sharding import ArraySpec
 
 SCALE_BYTES = 4
+# What `ArraySpec.part` may be: of matrices, then of vectors.
 PARTS = ("embedding", "projections", "mlp", "experts", "routing", "head")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in the place of the MLP. Shazeer et al. 2017.
-
-    Attributes:
-      num_experts, experts_per_token: E, and k of them for each token.
-      d_expert: feed-forward width of one.
-      d_shared: width of what every token passes beside them, all shared experts together; 0: none.
-      dense_layers: so many of the first layers have the config's MLP instead.
-      stored_bits: bits a weight of an expert takes as published, scales included, where that is no float (MXFP4: 4.25).
-    """
-
-    num_experts: int
-    experts_per_token: int
-    d_expert: int
-    d_shared: int = 0
-    dense_layers: int = 0
-    stored_bits: float | None = None
-
-    def __post_init__(self):
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(f"experts_per_token {self.experts_per_token} is not one of 1 to {self.num_experts}")
-        if self.d_expert < 1 or self.d_shared < 0 or self.dense_layers < 0:
-            raise ValueError("d_expert must be at least 1, d_shared and dense_layers at least 0")
-
-    def read(self, tokens: int) -> float:
-        """The share of the experts that a layer reads for `tokens` tokens, if each picks its own at random:
-        1 - (1 - k/E)^tokens."""
-        return 1 - (1 - self.experts_per_token / self.num_experts) ** tokens
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Multi-head latent attention: keys and values of all heads are made from one cached vector a token.
-    DeepSeek-V2, arXiv 2405.04434.
-
-    Attributes:
-      q_rank, kv_rank: of the two low-rank projections; kv_rank + rope_dim numbers a token and layer are cached.
-      nope_dim, rope_dim: of a query and key head, without and with a position.
-      value_dim: of a value head.
-    """
-
-    q_rank: int
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-
-    def __post_init__(self):
-        if min(self.q_rank, self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim) < 1:
-            raise ValueError(f"{self}: every size must be at least 1")
-
-    @property
-    def cached(self) -> int:
-        return self.kv_rank + self.rope_dim
-
-    def attention_flops(self, heads: int, pairs: int, held: int) -> int:
-        """Of `pairs` of a query and a key, behind `held` cached tokens: the cheaper of two orders.
-
-        Absorbed (decode), scores and sums are taken in the latent space. Expanded (prefill), heads are as small as in
-        any other model, but the keys and values of held tokens are made again.
-        """
-        absorbed = 2 * pairs * heads * (2 * self.kv_rank + self.rope_dim)
-        expanded = 2 * pairs * heads * (self.nope_dim + self.rope_dim + self.value_dim)
-        return min(absorbed, expanded + 2 * held * heads * (self.nope_dim + self.value_dim) * self.kv_rank)
+VECTORS = ("norms", "biases")
 
 
 @dataclass(frozen=True)
@@ -127,49 +60,42 @@ class Matrix:
         return self.columns // (kind.group_for(self.columns) or self.columns)
 
 
-def matrices(cfg: ModelConfig, experts: Experts | None = None, latent: Latent | None = None) -> Iterator[Matrix]:
-    """All matrices as `pdx.model.param_specs` declares them, the head too where it is tied to the embedding."""
-    d = cfg.d_model
-    for i in range(cfg.num_layers):
-        for name, out, columns in _projections(cfg, latent):
-            yield Matrix(f"layers.{i}.{name}_proj", "projections", out, columns)
-        if experts is None or i < experts.dense_layers:
-            yield from _gated(f"layers.{i}", "mlp", cfg.d_ff, d)
-            continue
-        yield Matrix(f"layers.{i}.router", "routing", experts.num_experts, d)
-        yield from _gated(f"layers.{i}.experts", "experts", experts.d_expert, d, experts)
-        if experts.d_shared:
-            yield from _gated(f"layers.{i}.shared", "mlp", experts.d_shared, d)
-    yield Matrix("embed", "embedding", cfg.vocab_size, d)
-    yield Matrix("lm_head", "head", cfg.vocab_size, d)
+def matrices(specs: dict, experts: Experts | None = None) -> Iterator[Matrix]:
+    """All matrices that `specs` declares, and the head where it is tied to the embedding.
+
+    Args:
+      specs: parameters as declared, by `pdx.model.param_specs` or `planned_specs`.
+      experts: what a stack of matrices is the experts of.
+    """
+    for name, spec in declared(specs):
+        if spec.part not in VECTORS:
+            yield Matrix(name, spec.part, *spec.shape[-2:], experts if spec.part == "experts" else None)
+    if "lm_head" not in specs:
+        yield Matrix("lm_head", "head", *specs["embed"].shape)
 
 
-def _projections(cfg: ModelConfig, latent: Latent | None) -> Iterator[tuple[str, int, int]]:
-    d, n = cfg.d_model, cfg.num_heads
-    if latent is None:
-        q, kv = n * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        yield from (("q", q, d), ("k", kv, d), ("v", kv, d), ("o", d, q))
+def vectors(specs: dict) -> list[ArraySpec]:
+    """Norms, which are f32, and biases."""
+    return [spec for _, spec in declared(specs) if spec.part in VECTORS]
+
+
+def declared(specs: dict) -> Iterator[tuple[str, ArraySpec]]:
+    """Every leaf with its name, such as `layers.3.q_proj`, in the order of the declarations.
+
+    Raises ValueError for one that says no part of the model.
+    """
+    for path, spec in _leaves(specs, ()):
+        name = ".".join(path)
+        if spec.part not in (*PARTS, *VECTORS):
+            raise ValueError(
+                f"{name} is declared with part {spec.part!r}: it must be one of {', '.join(PARTS + VECTORS)}"
+            )
+        yield name, spec
+
+
+def _leaves(tree, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], ArraySpec]]:
+    if isinstance(tree, ArraySpec):
+        yield path, tree
         return
-    yield from (("q_a", latent.q_rank, d), ("q_b", n * (latent.nope_dim + latent.rope_dim), latent.q_rank))
-    yield from (("kv_a", latent.cached, d), ("kv_b", n * (latent.nope_dim + latent.value_dim), latent.kv_rank))
-    yield "o", d, n * latent.value_dim
-
-
-def _gated(where: str, part: str, f: int, d: int, experts: Experts | None = None) -> Iterator[Matrix]:
-    for name, out, columns in (("gate", f, d), ("up", f, d), ("down", d, f)):
-        yield Matrix(f"{where}.{name}_proj", part, out, columns, experts)
-
-
-def vectors(cfg: ModelConfig, experts: Experts | None = None, latent: Latent | None = None) -> tuple[int, int]:
-    """Values of norms, which are f32, and of biases."""
-    d, h, layers = cfg.d_model, cfg.head_dim, cfg.num_layers
-    norms = layers * d * (4 if cfg.post_norms else 2) + d + (layers * 2 * h if cfg.qk_norm else 0)
-    norms += layers * (latent.q_rank + latent.kv_rank) if latent else 0
-    biases = layers * (cfg.num_heads + 2 * cfg.num_kv_heads) * h if cfg.qkv_bias else 0
-    biases += layers * d if cfg.o_bias else 0
-    if cfg.mlp_bias:
-        dense = layers if experts is None else experts.dense_layers
-        biases += dense * (2 * cfg.d_ff + d)
-        if experts:
-            biases += (layers - dense) * experts.num_experts * (2 * experts.d_expert + d + 1)
-    return norms, biases
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from _leaves(value, (*path, str(key)))

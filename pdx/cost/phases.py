@@ -23,13 +23,12 @@ from pallas_kernels.layouts import SUBLANES, Layout, folded_width
 from pdx.config import ModelConfig
 from pdx.cost.chips import MeasuredChip
 from pdx.cost.measured_rates import Attention, Products, Work
-from pdx.cost.model_matrices import PARTS, SCALE_BYTES, Experts, Latent, Matrix, matrices, vectors
+from pdx.cost.model_matrices import PARTS, SCALE_BYTES, Matrix, matrices, vectors
+from pdx.cost.planned_layers import Experts, Latent, planned_specs
 from pdx.quant import Kind, Policy
 from pdx.shapes import DEFAULT_CHUNK, layer_slots, round_up
 
 Phase = Literal["prefill", "decode", "mixed"]
-# Of a chip's memory, for programs, temporaries and what is fragmented.
-RESERVE = 0.05
 # Of a score that is kept in memory: written, read for the softmax, written as a probability and read again, in f32.
 SCORE_BYTES = 16
 
@@ -64,7 +63,7 @@ class Setup:
       kv_dtype: of the cache; None: dtype.
       layout: how the cache lies: `folded` (on a TPU) rounds a token's heads up to whole lanes of 128, and those of
         int8's scales to 8; None: nothing is rounded.
-      experts, latent: layers that `cfg` cannot say, see `pdx.cost.model_matrices`; None: those of `pdx.model`.
+      experts, latent: layers that `cfg` cannot say, see `pdx.cost.planned_layers`; None: those of `pdx.model`.
       flash: attention keeps its scores on the chip; without it, it computes those that the mask hides too, and writes
         and reads scores and probabilities in f32.
     """
@@ -83,9 +82,14 @@ class Setup:
         return Policy.parse(self.quantize).resolve_layers(self.cfg.num_layers)
 
     @cached_property
+    def specs(self) -> dict:
+        """The parameters as declared, in floats."""
+        return planned_specs(self.cfg, self.dtype, self.experts, self.latent)
+
+    @cached_property
     def matrices(self) -> dict[Matrix, Kind | None]:
         """All of them, and how each is stored."""
-        return {m: self.policy.kind(m.name) for m in matrices(self.cfg, self.experts, self.latent)}
+        return {m: self.policy.kind(m.name) for m in matrices(self.specs, self.experts)}
 
     @cached_property
     def weights(self) -> dict[str, int]:
@@ -95,17 +99,15 @@ class Setup:
         for m, kind in self.matrices.items():
             if not (m.name == "lm_head" and shared):
                 found[m.part] += m.bytes(kind, self.dtype)
-        norms, biases = vectors(self.cfg, self.experts, self.latent)
-        found["norms and biases"] = 4 * norms + biases * jnp.dtype(self.dtype).itemsize
+        found["norms and biases"] = sum(spec.size_bytes for spec in vectors(self.specs))
         return found
 
     @property
     def parameters(self) -> tuple[int, int]:
         """In all, and those that one token meets (a lookup meets none); a tied head counts once."""
         every = sum(m.size for m in self.matrices if not (m.name == "lm_head" and self.cfg.tie_embeddings))
-        return every + sum(vectors(self.cfg, self.experts, self.latent)), sum(
-            m.active for m in self.matrices if m.part != "embedding"
-        )
+        every += sum(math.prod(spec.shape) for spec in vectors(self.specs))
+        return every, sum(m.active for m in self.matrices if m.part != "embedding")
 
     @property
     def kv_token_bytes(self) -> int:
@@ -287,44 +289,3 @@ class Cost:
         pairs = self.parts(chip).values()
         compute = sum(a for a, b in pairs if a >= b)
         return "compute" if compute >= sum(b for a, b in pairs if b > a) else "memory"
-
-
-def critical_batch(setup: Setup, chip: Chip) -> float:
-    """Rows from which on the products of a decode step take longer to compute than their weights to read:
-    peak / bandwidth x bytes a weight / 2, and for experts, all of which so many rows read, times about E / k.
-    Activations, which mostly stay on the chip, are left out."""
-    return setup.streamed(math.inf) / (chip.hbm_gbps * 1e9) / setup.decode(1, 1).parts(chip)["products"][0]
-
-
-def room(setup: Setup, chip: Chip, chips: int = 1) -> int:
-    """Bytes for caches on `chips` chips beside the weights; negative where not even these fit."""
-    return int(chip.hbm_bytes * (1 - RESERVE)) * chips - sum(setup.weights.values())
-
-
-def largest_batch(setup: Setup, chip: Chip, context: int, chips: int = 1) -> int:
-    """Rows of `context` tokens that fit, 0 if none does."""
-    return max(0, room(setup, chip, chips) // setup.cache_bytes(1, context))
-
-
-def largest_context(setup: Setup, chip: Chip, batch: int, chips: int = 1) -> int:
-    """Tokens a row that fit for `batch` rows, up to the model's own context."""
-    low, high, left = 0, setup.cfg.max_context, room(setup, chip, chips)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if setup.cache_bytes(batch, middle) <= left else (low, middle - 1)
-    return low
-
-
-def best_batch(setup: Setup, chip: Chip, context: int, tpot: float, chips: int = 1) -> int:
-    """The most rows that fit and decode a token within `tpot` seconds, 0 if not even one."""
-    low, high = 0, largest_batch(setup, chip, context, chips)
-    while low < high:
-        middle = (low + high + 1) // 2
-        ok = setup.decode(middle, context).seconds(chip, chips) <= tpot
-        low, high = (middle, high) if ok else (low, middle - 1)
-    return low
-
-
-def end_to_end(ttft: float, tpot: float, tokens: int) -> float:
-    """E2E = TTFT + (n - 1) TPOT."""
-    return ttft + (tokens - 1) * tpot

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +20,7 @@ from pdx.cache.idle import Held, IdleCaches
 from pdx.cache.layer import CACHE_DTYPES
 from pdx.errors import RequestError
 from pdx.generation.completion import Row, TokenLogprobs, not_finite
-from pdx.generation.programs import Programs
+from pdx.generation.programs import Clock, Programs
 from pdx.layers.attention import explain, layout_for
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.shapes import bucket, round_up
@@ -32,7 +31,7 @@ from pdx.weights.load import Model
 # is padded by a fifth or less on average. None so short that its attention would be the op for decoding.
 PREFILL_LADDER = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SMALLEST_CAPACITY = 256
-DEFAULT_CHUNK = PREFILL_LADDER[-1]
+PREFILL_CHUNK = PREFILL_LADDER[-1]  # tokens of a prompt that one call takes
 DEFAULT_ROWS = 8
 # Tokens a dispatch of `decode_many`: enough to hide the host's work, few enough to stream and stop soon.
 DECODE_TOKENS = 8
@@ -65,7 +64,7 @@ class Generator:
         capacity: int,
         kernels: str = "auto",
         kv_dtype=None,
-        chunk: int = DEFAULT_CHUNK,
+        chunk: int = PREFILL_CHUNK,
         decode_tokens: int = DECODE_TOKENS,
         num_logprobs: int = 0,
         caches: IdleCaches | None = None,
@@ -99,9 +98,9 @@ class Generator:
         if len(requests) > self.rows:
             raise ValueError(f"{len(requests)} requests for {self.rows} rows")
         with self._caches.lend(self._cache_key, self._cache_bytes, self._make_cache) as held:
-            yield from self._run(requests, held, _Clock())
+            yield from self._run(requests, held, Clock())
 
-    def _run(self, requests: Sequence[Row], held: Held, clock: _Clock) -> Iterator[Row]:
+    def _run(self, requests: Sequence[Row], held: Held, clock: Clock) -> Iterator[Row]:
         # Only between two steps is the cache fit for another run: a step that fails takes it along.
         cache, held.cache = held.cache, None
         prompts = [r.prompt for r in requests]
@@ -110,14 +109,14 @@ class Generator:
         )
         sampling = place_rows(sampling, self.mesh)
         logits, cache = self._prefill(prompts, cache, clock)
-        first, sampling = self._call(
-            clock,
+        first, sampling = self._programs.call(
             "first",
             _draw,
             logits=logits,
             sampling=sampling,
             positions=cache.lengths,
             active=self._mask(requests),
+            clock=clock,
             static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
         )
         got, n = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), 1
@@ -131,8 +130,7 @@ class Generator:
             n = min(self.decode_tokens, max(r.options.max_tokens - len(r.token_ids) for r in running))
             tokens = np.zeros(self.rows, np.int32)
             tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
-            out = self._call(
-                clock,
+            out = self._programs.call(
                 "decode",
                 steps.PROGRAMS["decode_many"],
                 params=self.params,
@@ -141,6 +139,7 @@ class Generator:
                 sampling=sampling,
                 active=self._mask(requests),
                 steps=np.int32(n),
+                clock=clock,
                 static={
                     "cfg": self.config,
                     "n": self.decode_tokens,
@@ -153,7 +152,7 @@ class Generator:
         held.cache = cache
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: _Clock
+        self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
     ) -> tuple[jax.Array, DenseCache]:
         """Feed all prompts, the long ones in chunks; the logits behind each prompt's last token."""
         cache = cache.truncate(np.zeros(self.rows, np.int32))
@@ -165,28 +164,22 @@ class Generator:
             for row, prompt in enumerate(prompts):
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
-            new, cache = self._call(
-                clock,
+            new, cache = self._programs.call(
                 ("prefill", width),
                 steps.PROGRAMS["prefill"],
                 params=self.params,
                 tokens=tokens,
                 lengths=lengths,
                 cache=cache,
+                clock=clock,
                 static={"cfg": self.config, "kernels": self.kernels},
             )
             # A row whose prompt ended in an earlier chunk keeps the logits it had there.
             if logits is not None:
-                new = self._call(clock, "keep", _keep, old=logits, new=new, took_part=lengths > 0)
+                new = self._programs.call("keep", _keep, old=logits, new=new, took_part=lengths > 0, clock=clock)
             logits = new
             held += width
         return logits, cache
-
-    def _call(self, clock: _Clock, key, function, *, static: Mapping[str, object] | None = None, **arguments):
-        """Run the program of `key`; the first time it is compiled from these arguments, timed apart."""
-        program, seconds = self._programs.get(key, function, arguments, static or {})
-        clock.compile_s += seconds
-        return program(**arguments)
 
     def _mask(self, requests: Sequence[Row]) -> np.ndarray:
         mask = np.zeros(self.rows, bool)
@@ -194,18 +187,7 @@ class Generator:
         return mask
 
 
-@dataclass
-class _Clock:
-    """Seconds of a run since its begin, and those of them that were spent on compiling."""
-
-    begin: float = field(default_factory=time.perf_counter)
-    compile_s: float = 0.0
-
-    def now(self) -> float:
-        return time.perf_counter() - self.begin - self.compile_s
-
-
-def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, clock: _Clock) -> Iterator[Row]:
+def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, clock: Clock) -> Iterator[Row]:
     """Hand the first n columns of `got` to the requests that are running; yields each of them that has new tokens.
 
     Raises NotFiniteError, when all have theirs, for the first that has no token where it needs one.

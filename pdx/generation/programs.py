@@ -1,14 +1,27 @@
-"""Programs that are compiled once, before they first run, with the compile time kept apart."""
+"""Programs that are compiled once, before they first run, and the time of a run without their compilation."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclass
+class Clock:
+    """Seconds of a run since its begin, and those of them that were spent on compiling."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    compile_s: float = 0.0
+
+    def now(self) -> float:
+        """Seconds since the begin, compilation left out."""
+        return time.perf_counter() - self.begin - self.compile_s
 
 
 class Programs:
@@ -29,12 +42,26 @@ class Programs:
         return len(self._known)
 
     def call(
-        self, key: Hashable, function: Callable, *, static: Mapping[str, Any] | None = None, **arguments: Any
+        self,
+        key: Hashable,
+        function: Callable,
+        *,
+        static: Mapping[str, Any] | None = None,
+        clock: Clock | None = None,
+        **arguments: Any,
     ) -> Any:
-        """Run the program of `key`; `static` are the function's static arguments."""
-        return self.get(key, function, arguments, static or {})[0](**arguments)
+        """Run the program of `key`.
 
-    def get(
+        Args:
+          static: the function's static arguments.
+          clock: told of the seconds that passed until the program was there.
+        """
+        program, seconds = self._get(key, function, arguments, static or {})
+        if clock is not None:
+            clock.compile_s += seconds
+        return program(**arguments)
+
+    def _get(
         self, key: Hashable, function: Callable, arguments: Mapping[str, Any], static: Mapping[str, Any]
     ) -> tuple[Callable, float]:
         """The program of `key`, to be called with `arguments`, and the seconds that were spent until it was there."""

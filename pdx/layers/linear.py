@@ -120,16 +120,16 @@ def projections(cfg: ModelConfig, dtype=jnp.float32) -> dict[str, ArraySpec]:
     d, f, n, k, h = cfg.d_model, cfg.d_ff, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
     def rows(heads, axis):
-        return ArraySpec((heads * h, d), (axis, None), dtype, units=(heads, d))
+        return ArraySpec((heads * h, d), (axis, None), dtype, units=(heads, d), part="projections")
 
     return {
         "q_proj": rows(n, "heads"),
         "k_proj": rows(k, "kv_heads"),
         "v_proj": rows(k, "kv_heads"),
-        "o_proj": ArraySpec((d, n * h), (None, "heads"), dtype, units=(d, n)),
-        "gate_proj": ArraySpec((f, d), ("mlp", None), dtype),
-        "up_proj": ArraySpec((f, d), ("mlp", None), dtype),
-        "down_proj": ArraySpec((d, f), (None, "mlp"), dtype),
+        "o_proj": ArraySpec((d, n * h), (None, "heads"), dtype, units=(d, n), part="projections"),
+        "gate_proj": ArraySpec((f, d), ("mlp", None), dtype, part="mlp"),
+        "up_proj": ArraySpec((f, d), ("mlp", None), dtype, part="mlp"),
+        "down_proj": ArraySpec((d, f), (None, "mlp"), dtype, part="mlp"),
     }
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import jax
+
 from pallas_kernels.hardware import Chip
 from pdx import cost
 from pdx.cache.layer import default_layout
@@ -15,11 +17,10 @@ from pdx.cost import Setup, tradeoffs
 from pdx.cost.chips import MeasuredChip, chip
 from pdx.errors import RequestError
 from pdx.metrics import Objectives
-from pdx.model import param_specs
 from pdx.plan.published import Shape
 from pdx.quant import STORED, Policy, quantized_specs
 from pdx.shapes import DEFAULT_CHUNK
-from pdx.sharding import ArraySpec
+from pdx.sharding import ArraySpec, is_spec
 
 CONTEXT, OUTPUT = 2048, 256  # tokens of a row and of an answer, where nothing else is said
 TYPES = {"f32": "float32", "bf16": "bfloat16"}
@@ -269,14 +270,13 @@ def _chips(on: str) -> tuple[Chip, int]:
 def _check(setup: Setup, shape: Shape) -> None:
     """Raise RequestError for a policy that does not fit the model."""
     if shape.runs:
-        quantized_specs(param_specs(shape.config, setup.dtype), setup.policy)
+        quantized_specs(setup.specs, setup.policy)
         return
     policy = setup.policy
     if shape.experts and shape.experts.stored_bits:  # what is published is known
         policy = Policy(tuple((pattern, None if kind == STORED else kind) for pattern, kind in policy.rules))
-    specs: dict[str, Any] = {"layers": [{} for _ in range(shape.config.num_layers)]}
-    for m in setup.matrices:
-        where, _, name = m.name.removeprefix("layers.").partition(".")
-        spec = ArraySpec((m.out, m.columns), (None, None), setup.dtype)
-        (specs["layers"][int(where)] if name else specs)[name or where] = spec
-    quantized_specs(specs, policy)
+
+    def of_one_expert(spec: ArraySpec) -> ArraySpec:
+        return replace(spec, shape=spec.shape[-2:], axes=spec.axes[-2:])
+
+    quantized_specs(jax.tree.map(of_one_expert, setup.specs, is_leaf=is_spec), policy)

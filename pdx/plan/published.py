@@ -10,7 +10,7 @@ from pathlib import Path
 from pallas_kernels.layouts import Layout
 from pdx.config import ModelConfig
 from pdx.cost import Setup
-from pdx.cost.model_matrices import Experts, Latent
+from pdx.cost.planned_layers import Experts, Latent
 from pdx.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from pdx.installation.paths import config_folders
 from pdx.quant import Policy

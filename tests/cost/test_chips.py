@@ -15,6 +15,7 @@ from pdx.cost import Setup, chips, model_matrices
 from pdx.cost.chips import MeasuredChip
 from pdx.cost.measured_rates import Rates, Surface
 from pdx.errors import RequestError
+from pdx.model import param_specs
 from tests.support import models
 
 DESCRIBED = 'platform = "gpu"\nhbm_gbps = 500\nhbm_gib = 24.0\nf32_tflops = 40\nbf16_tflops = 80\n'
@@ -135,8 +136,13 @@ def test_a_step_takes_what_its_pieces_take():
     setup = Setup(models.LLAMA, "float32")
     chip = measured(products={"float32": FLAT}, decode_attention={"float32": FLAT}, rest=FLAT)
     step = setup.decode(2, 100)
-    count = sum(m.size for m in model_matrices.matrices(models.LLAMA) if m.part != "embedding")
-    width = sum(m.out + m.columns for m in model_matrices.matrices(models.LLAMA) if m.name.startswith("layers")) / 2
+    count = sum(m.size for m in model_matrices.matrices(param_specs(models.LLAMA)) if m.part != "embedding")
+    width = (
+        sum(
+            m.out + m.columns for m in model_matrices.matrices(param_specs(models.LLAMA)) if m.name.startswith("layers")
+        )
+        / 2
+    )
     parts = chip.rates.parts(step.work)
     assert parts["products"] == pytest.approx(count / 2e9)
     assert parts["attention"] == pytest.approx(step.bytes_by_part["kv read"] / 2e9)

@@ -17,7 +17,7 @@ from pallas_kernels.hardware import chip
 from pdx import aot, cost, steps
 from pdx.cache.dense import cache_specs
 from pdx.cost import Setup, tradeoffs, visible_pairs
-from pdx.cost.model_matrices import Experts, Latent
+from pdx.cost.planned_layers import Experts, Latent
 from pdx.model import param_specs
 from pdx.plan import published
 from pdx.quant import Policy, quantized_specs

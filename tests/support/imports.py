@@ -11,22 +11,10 @@ PACKAGES = ("pdx", "pallas_kernels")
 
 # The layers of pdx, lowest first. A name ending in a dot is a package with everything in it.
 LAYERS = (
-    (
-        "config",
-        "shapes",
-        "errors",
-        "arguments",
-        "meshes",
-        "sharding",
-        "quant",
-        "metrics",
-        "io.",
-        "installation.",
-        "cost.",
-    ),
+    ("config", "shapes", "errors", "arguments", "meshes", "sharding", "quant", "metrics", "io.", "installation."),
     ("layers.", "cache."),
     ("model", "families.", "weights.", "tokenizer.", "sampling."),
-    ("steps.", "generation.", "speculative.", "calibration.", "aot"),
+    ("steps.", "generation.", "speculative.", "calibration.", "cost.", "aot"),
     ("engine.",),
     ("clients.", "plan.", "bench.", "train."),
     ("cli.", "serve.", "__main__"),
