@@ -23,7 +23,7 @@ from typing import Any
 import pallas_kernels.compat  # noqa: F401 (it imports what must be there before anything is traced)
 from pallas_kernels import hardware
 from pallas_kernels.gradients import has_derivative, raising_under_grad
-from pallas_kernels.implementation import ANY, InFolder, name_of, names, own, platform_of, refusal
+from pallas_kernels.implementation import ANY, InFolder, name_of, names, own, platforms_of, refusal, runs_on
 from pallas_kernels.tiles import resolve
 
 Implementation = Any  # a name, or a module, object or function of one's own
@@ -164,11 +164,11 @@ class Op:
         given = self.implementation(implementation)
         choice = choose(self.name, given, self.implementations, call, helper=self._helper)
         chosen = self.implementations[choice.implementation] if isinstance(given, str) else given
-        platform, here = platform_of(chosen), hardware.platform_of()
-        if platform == ANY or interpret:
+        platforms, here = platforms_of(chosen), hardware.platform_of()
+        if ANY in platforms or interpret:
             return chosen
-        reason = f"it is a kernel for {platform}, and this is traced for {here}"
-        if platform == here:
+        reason = f"it is a kernel for {' or '.join(platforms)}, and this is traced for {here}"
+        if runs_on(chosen, here):
             reason = hardware.without_pallas()
         if reason:
             raise NotImplementedError(
@@ -205,6 +205,6 @@ class Op:
         def run(arrays):
             return chosen.run(arrays, call, config, interpret)
 
-        if not has_derivative(self.name, platform_of(chosen)):
+        if not has_derivative(self.name, platforms_of(chosen)):
             run = raising_under_grad(run, self.name)
         return run({name: x for name, x in arrays.items() if x is not None})

@@ -17,9 +17,9 @@ _REASONS = {
 }
 
 
-def has_derivative(op: str, platform: str) -> bool:
-    """Whether an implementation for `platform` may have one: kernels for a TPU or a GPU have none."""
-    return op not in _REASONS or (platform == "any" and op != "paged_attention")
+def has_derivative(op: str, platforms: tuple[str, ...]) -> bool:
+    """Whether an implementation for these platforms may have one: kernels for a TPU or a GPU have none."""
+    return op not in _REASONS or ("any" in platforms and op != "paged_attention")
 
 
 def raising_under_grad(function: Callable, op: str) -> Callable:

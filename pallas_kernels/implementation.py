@@ -8,7 +8,7 @@ which returns what the op returns: `arrays` by the names of the op's arguments (
 checked static facts, `config` its tiles, `interpret` whether Pallas is to be interpreted. It may declare
 
     NAME              what `implementation=` calls it
-    PLATFORM          tpu or gpu, where it runs uninterpreted; any, if not declared
+    PLATFORM          where it runs uninterpreted: tpu, gpu, or a tuple of these; any, if not declared
     LAYOUTS           the layouts of K and V that it reads; every one, if not declared
     supported(call)   None, or why it cannot do the call
     Config            a frozen dataclass of tiles, with heuristic(call, chip) -> Config
@@ -84,9 +84,16 @@ def names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(("auto", "xla", "tpu", "gpu", *known)))
 
 
-def platform_of(implementation: Any) -> str:
-    """Where an implementation runs: `tpu`, `gpu`, or `any`."""
-    return getattr(implementation, "PLATFORM", ANY)
+def platforms_of(implementation: Any) -> tuple[str, ...]:
+    """Where an implementation runs: `tpu`, `gpu` or both; `any` alone if everywhere."""
+    declared = getattr(implementation, "PLATFORM", ANY)
+    return (declared,) if isinstance(declared, str) else tuple(declared)
+
+
+def runs_on(implementation: Any, platform: str) -> bool:
+    """Whether an implementation runs on `cpu`, `gpu` or `tpu` without being interpreted."""
+    platforms = platforms_of(implementation)
+    return ANY in platforms or platform in platforms
 
 
 def refusal(implementation: Any, call: Any) -> str | None:
@@ -94,7 +101,7 @@ def refusal(implementation: Any, call: Any) -> str | None:
     layouts, layout = getattr(implementation, "LAYOUTS", None), getattr(call, "layout", None)
     if layouts and layout and layout not in layouts:
         return f"it reads K and V in the layout {' or '.join(map(repr, layouts))}, not {layout!r}"
-    if platform_of(implementation) != ANY and getattr(call, "scale", 1.0) is None:
+    if ANY not in platforms_of(implementation) and getattr(call, "scale", 1.0) is None:
         return "it takes a scale that is a number, not one that is traced"
     supported = getattr(implementation, "supported", None)
     return supported(call) if supported else None
@@ -122,19 +129,46 @@ def name_of(implementation: Any) -> str:
     return name or getattr(implementation, "__name__", None) or type(implementation).__name__
 
 
+def load(reference: str) -> Any:
+    """What `package.module:name`, or `package.module` alone, stands for.
+
+    Raises:
+      ValueError: there is no such module, or it has no such name.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{reference!r}: {error}; give package.module:function, importable from here") from error
+    if name and not hasattr(found, name):
+        raise ValueError(f"{reference!r}: the module {module} has no {name!r}")
+    return getattr(found, name) if name else found
+
+
+def reference_of(implementation: Any) -> str | None:
+    """How another process can `load` an implementation; None if it cannot, as what was made in a notebook."""
+    if isinstance(implementation, ModuleType):
+        return implementation.__name__
+    module, name = getattr(implementation, "__module__", None), getattr(implementation, "__qualname__", "")
+    found = module not in (None, "__main__") and name.isidentifier()
+    return f"{module}:{name}" if found and getattr(import_module(module), name, None) is implementation else None
+
+
 class FromFunction:
     """A function of an op's public arguments as an implementation of it.
 
     It is given the arguments that its signature names, the op's first ones by position. A call that needs another one
     is refused with that one's name: a function without `window` attends to everything before a query.
 
+    What it declares, it has as attributes: `mine.LAYOUTS = ("heads_last",)`.
+
     Attributes:
-      LAYOUTS: the function's own LAYOUTS; else, where it takes no `layout`, only the op's default.
+      LAYOUTS: the function's own; else, where it takes no `layout`, only the op's default.
     """
 
     def __init__(self, function: Callable, public: Callable):
         self.function, self.public = function, public
-        self.NAME, self.PLATFORM = name_of(function), platform_of(function)
+        self.NAME, self.PLATFORM = name_of(function), platforms_of(function)
         self._takes = inspect.signature(function).parameters
         self._open = any(p.kind is p.VAR_KEYWORD for p in self._takes.values())
         self._of_op = {
@@ -159,15 +193,20 @@ class FromFunction:
                 needed = getattr(call, "layout", "") == "folded"
             elif name in ("k_scale", "v_scale"):
                 needed = call.kv_dtype == "int8"
+            elif p.default is None:  # a call says only whether it has such an array
+                needed = value not in (None, False)
             else:
-                needed = p.default is p.empty or value not in (p.default, None, False)
+                needed = p.default is p.empty or value != p.default
             if needed:
                 yield name
 
     def supported(self, call: Any) -> str | None:
         """None, or the argument that the call needs and the function does not take."""
         missing = [name for name in self._needed(call) if not self._knows(name)]
-        return f"{self.NAME} takes no {' and no '.join(missing)}, which this call needs" if missing else None
+        if missing:
+            return f"{self.NAME} takes no {' and no '.join(missing)}, which this call needs"
+        supported = getattr(self.function, "supported", None)
+        return supported(call) if supported else None
 
     def run(self, arrays: Mapping[str, Any], call: Any, config: Any = None, interpret: Any = False) -> Any:
         """Call the function; see the module's docstring."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from pallas_kernels import hardware
 from pallas_kernels.hardware import Chip
+from pallas_kernels.implementation import platforms_of, runs_on
 
 ENVIRONMENT = "PDX_TUNED"  # another folder of tables, for a device whose packages cannot be written to
 FOLDER = Path(__file__).parent / "tuned"
@@ -107,8 +108,8 @@ def misfit(module: ModuleType, call: Any, config: Any) -> str | None:
 
 def entry_of(op: str, module: ModuleType) -> str:
     """Under what name a table keeps an implementation's tiles: the op, and for a platform's further ones their own."""
-    name = getattr(module, "NAME", module.PLATFORM)
-    return op if name == module.PLATFORM else f"{op}/{name}"
+    name = getattr(module, "NAME", None)
+    return op if name is None or name in platforms_of(module) else f"{op}/{name}"
 
 
 def resolve(op: str, call: Any, config: Any, module: ModuleType, folder: Path | None = None) -> tuple[Any, str]:
@@ -127,7 +128,8 @@ def resolve(op: str, call: Any, config: Any, module: ModuleType, folder: Path | 
         if (why := misfit(module, call, config)) is not None:
             raise ValueError(f"{op}: {config} does not fit: {why}")
         return config, "explicit"
-    chip = hardware.detect(module.PLATFORM)
+    chip = hardware.detect()
+    chip = chip if chip and runs_on(module, chip.platform) else None
     entry = lookup(entry_of(op, module), call, chip, folder)
     if entry is not None:
         found = _config(op, call, chip, entry, module, folder)

@@ -14,6 +14,7 @@ from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generation.completion import Completion, Row
 from pdx.generation.generator import DEFAULT_ROWS, generator
 from pdx.generation.prompts import Prompt, as_list, check_bias, encode, options_with, spread
+from pdx.layers.kernels import settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
@@ -100,7 +101,7 @@ def stream(
         model,
         rows=min(batch_size, len(rows)),
         tokens=capacity,
-        kernels=kernels,
+        kernels=settled(kernels),
         kv_dtype=kv_dtype,
         num_logprobs=max(r.options.logprobs or 0 for r in rows),
     )

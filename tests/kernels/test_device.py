@@ -20,7 +20,7 @@ from pallas_kernels.quantized_matmul import xla as matmul_xla
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pdx import steps
 from pdx.cache.dense import init_cache
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from tests.kernels.cases import make
 from tests.kernels.paged import make as make_paged
 from tests.kernels.test_paged import run as run_paged

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.analysis import problems, traffic
-from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import GPUS, Target
 from pallas_kernels.hardware import CHIPS
 from pallas_kernels.quant_array import QuantArray, quantize
