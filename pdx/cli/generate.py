@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,13 +101,13 @@ def generate(
         raise RequestError("--logprobs are reported in the object that --json prints: add --json")
     run = {"kernels": kernels, "kv_dtype": kv_dtype}
     if prompts is not None:
-        from pdx.clients import batch_file
+        from pdx.clients.batch_file import check_output, read
 
-        requests = batch_file.read(prompts, options)
-        batch_file.check_output(output, prompts)
+        requests = read(prompts, options)
+        check_output(output, prompts)
         check_names(kernels, kv_dtype, quantize)
-        loaded = load_model(model, dtype, mesh, quantize)
-        batch_file.run(loaded, prompts, requests, output, batch_size=batch_size, **run)
+        load = partial(load_model, model, dtype, mesh, quantize)
+        _generate_file(load, prompts, requests, output, run | {"batch_size": batch_size})
         return
     text = streams.read_prompt() if prompt == "-" else prompt
     if not text:
@@ -116,6 +118,16 @@ def generate(
     messages = [{"role": "system", "content": system}] if system is not None else []
     request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
     _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)
+
+
+def _generate_file(load, source: Path, requests, output: Path, run: dict) -> None:
+    from pdx.clients import batch_job
+    from pdx.io.outputs import is_ordinary, locked
+
+    with locked(output, "pdx generate --prompts") if is_ordinary(output) else nullcontext():
+        batch_job.check_journal(output, requests)
+        tally = batch_job.run_offline(load(), source, requests, output, **run)
+    print(f"{len(requests)} answers in {output}, {tally.tokens} tokens", file=sys.stderr)
 
 
 def _generate_one(model, request, options, as_json: bool, run: dict) -> None:

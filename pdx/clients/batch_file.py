@@ -1,18 +1,18 @@
-"""A file of requests to a file of answers: `pdx generate --prompts IN.jsonl --output OUT.jsonl`."""
+"""The rows of a file of requests, read and checked: prompt or messages, and settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pdx.clients.request_keys import check_keys, closest
-from pdx.errors import NotFiniteError, PdxError, RequestError
-from pdx.io import inputs, outputs, strict_json
+from pdx.errors import PdxError, RequestError
+from pdx.generation.prompts import checked_ids
+from pdx.io import inputs, outputs
 from pdx.sampling.options import SamplingOptions
 from pdx.tokenizer.messages import check_messages
 
@@ -174,8 +174,6 @@ def check_output(path: Path, source: Path) -> None:
 
 def token_ids(model, source: Path, requests: list[Request]) -> list[list[int]]:
     """The prompts as the model reads them. Raises RequestError or ContextLengthError that names the line."""
-    from pdx.generation.offline import checked_ids
-
     ids = []
     for request in requests:
         try:
@@ -183,45 +181,3 @@ def token_ids(model, source: Path, requests: list[Request]) -> list[list[int]]:
         except PdxError as error:
             raise type(error)(f"{source}, line {request.line}: {error}") from error
     return ids
-
-
-def run(
-    model, source: Path, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str
-) -> None:
-    """Answer all requests; each row is on disk as soon as it and those before it in the file are finished.
-
-    Raises RequestError or ContextLengthError, before anything runs or is written, for a row that cannot be served, and
-    NotFiniteError for one whose logits are NaN or infinite.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from pdx.generation import stream
-    from pdx.generation.results import completion_fields
-
-    prompts = token_ids(model, source, requests)
-    waiting: dict[int, dict[str, Any]] = {}
-    written = tokens = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with outputs.opened(output) as file, Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("requests", total=len(requests))
-        pieces = stream(
-            model, prompts, [r.options for r in requests], batch_size=batch_size, kernels=kernels, kv_dtype=kv_dtype
-        )
-        try:
-            for piece in pieces:
-                if piece.completion is None:
-                    continue
-                waiting[piece.index] = requests[piece.index].row | completion_fields(
-                    piece.completion, kernels, model.mesh
-                )
-                tokens += piece.completion.completion_tokens
-                while written in waiting:
-                    file.write(strict_json.dumps(waiting.pop(written), ensure_ascii=False) + "\n")
-                    written += 1
-                file.flush()
-                progress.update(task, advance=1, description=f"requests, {tokens} tokens")
-        except NotFiniteError as error:
-            line = requests[error.index].line
-            raise NotFiniteError(f"{source}, line {line}: {error.reason}; {written} answers are in {output}") from error
-    print(f"{written} answers in {output}, {tokens} tokens", file=sys.stderr)

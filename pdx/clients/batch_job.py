@@ -1,4 +1,5 @@
-"""A file of requests through the engine: `pdx batch IN.jsonl OUT.jsonl`, any number of rows, resumable.
+"""A file of requests to a file of answers, any number of rows, resumable: `pdx batch IN.jsonl OUT.jsonl` through the
+engine, and its short form `pdx generate --prompts IN.jsonl --output OUT.jsonl` in static batches.
 
 While the job runs, finished rows lie in a journal beside the output (`pdx.clients.journal`), each on disk as soon as
 it is done. A run that is interrupted, even killed, is resumed by the same command: it reads the journal and computes
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ import jax.numpy as jnp
 
 from pdx import __version__
 from pdx.clients import openai_answers, openai_rows
-from pdx.clients.batch_file import Request, has_half_pair, parse, prompt_of, rows_of
+from pdx.clients.batch_file import Request, has_half_pair, parse, prompt_of, rows_of, token_ids
 from pdx.clients.journal import InOrder, Journal, check_job, path_of
-from pdx.errors import EngineError, RequestError
+from pdx.errors import EngineError, NotFiniteError, RequestError
+from pdx.generation import stream
 from pdx.generation.completion import Completion
 from pdx.generation.generator import cache_dtype
 from pdx.generation.results import completion_fields
 from pdx.io.outputs import is_ordinary
-from pdx.layers.kernels import explain_mixed
+from pdx.layers.kernels import explain, explain_mixed
 from pdx.quant import Policy
 from pdx.sampling.options import SamplingOptions
 
@@ -85,27 +88,32 @@ def num_logprobs(requests: list[Request]) -> int:
 
 
 def job_of(engine, requests: list[Request]) -> dict[str, str]:
-    """What tells one job from another: the requests, and what the answers depend on, as settled for this device.
-
-    Names of models and policies are no part of it: what they stand for may change.
-    """
+    """What tells one job of an engine from another."""
     config = engine.config
     alike = ["max_context", "num_logprobs", "deterministic"]
     if config.deterministic:  # to the bit only with these
         alike += ["slots", "prefill_rows", "token_budget", "page_size"]
+    job = _job(engine.model, requests, config.kv_dtype, explain_mixed(config.kernels))
+    return job | {"the engine": ", ".join(f"{name} {getattr(config, name)}" for name in alike)}
+
+
+def _job(model, requests: list[Request], kv_dtype, kernels: Any) -> dict[str, Any]:
+    """What tells one job from another: the requests, and what the answers depend on, as settled for this device.
+
+    Names of models and policies are no part of it: what they stand for may change.
+    """
     return requests_of(requests) | {
-        "the model's files": _digest(_files(engine.model.path)),
-        "dtype": jnp.dtype(engine.model.dtype).name,
-        "quantization": _digest(Policy.of(engine.model.params).rules),
-        "kv_dtype": jnp.dtype(cache_dtype(config.kv_dtype, engine.model)).name,
-        "kernels": explain_mixed(config.kernels),
-        "the engine": ", ".join(f"{name} {getattr(config, name)}" for name in alike),
+        "the model's files": _digest(_files(model.path)),
+        "dtype": jnp.dtype(model.dtype).name,
+        "quantization": _digest(Policy.of(model.params).rules),
+        "kv_dtype": jnp.dtype(cache_dtype(kv_dtype, model)).name,
+        "kernels": kernels,
         "the version of pdx": __version__,
     }
 
 
 def requests_of(requests: list[Request]) -> dict[str, str]:
-    """The part of `job_of` that is known before a model is loaded."""
+    """The part of a job that is known before a model is loaded."""
     return {"the requests or their settings": _digest([dataclasses.asdict(r) for r in requests])}
 
 
@@ -209,23 +217,65 @@ def check_journal(output: Path, requests: list[Request]) -> None:
 
 def run_file(engine, output: Path, requests: list[Request]) -> Tally:
     """The whole job with a progress bar on standard error. The caller holds the lock on `output`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    lines = [r.line for r in requests]
-    plain = is_ordinary(output)
-    journal = Journal(output, job_of(engine, requests), lines) if plain else InOrder(output, lines)
-    if journal.done:
-        print(f"going on: {len(journal.done)} of {len(requests)} rows were finished before", file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("requests", total=len(requests), completed=len(journal.done))
+    journal = _opened(output, job_of(engine, requests), requests)
+    with _progress_bar(journal, requests) as show:
         begin = time.perf_counter()
 
         def progress(tally: Tally) -> None:
             found, seconds = engine.metrics(), max(time.perf_counter() - begin, 1e-9)
             prefill, decode = found.prefill_tokens / seconds, found.decode_tokens / seconds
-            said = f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s"
-            bar.update(task, completed=tally.resumed + tally.rows, description=said)
+            show(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s")
 
         return run(engine, requests, journal, progress=progress)
+
+
+def run_offline(
+    model, source: Path, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str
+) -> Tally:
+    """The same without an engine, in static batches: `pdx generate --prompts`. The caller holds the lock on `output`.
+
+    Raises RequestError or ContextLengthError, before anything runs or is written, for a row that cannot be served, and
+    NotFiniteError for one whose logits are NaN or infinite; what is finished is kept.
+    """
+    prompts = token_ids(model, source, requests)
+    journal = _opened(output, _job(model, requests, kv_dtype, explain(kernels)), requests)
+    lines = [r.line for r in requests]
+    tally = Tally(resumed=len(journal.done))
+    left = [(r, ids) for r, ids in zip(requests, prompts, strict=True) if r.line not in journal.done]
+    try:
+        with _progress_bar(journal, requests) as show:
+            settings = {"batch_size": batch_size, "kernels": kernels, "kv_dtype": kv_dtype}
+            for piece in stream(model, [ids for _, ids in left], [r.options for r, _ in left], **settings):
+                if (done := piece.completion) is None:
+                    continue
+                request, _ = left[piece.index]
+                journal.add(request.line, request.row | completion_fields(done, kernels, model.mesh))
+                tally.rows, tally.tokens = tally.rows + 1, tally.tokens + done.completion_tokens
+                show(f"requests, {tally.tokens} tokens")
+        journal.finish(lines)
+    except NotFiniteError as error:
+        where = f"{source}, line {left[error.index][0].line}"
+        raise NotFiniteError(f"{where}: {error.reason}; {len(journal.done)} answers are in {journal.path}") from error
+    finally:
+        journal.close()
+    return tally
+
+
+def _opened(output: Path, job: Any, requests: list[Request]) -> Journal | InOrder:
+    lines = [r.line for r in requests]
+    journal = Journal(output, job, lines) if is_ordinary(output) else InOrder(output, lines)
+    if journal.done:
+        print(f"going on: {len(journal.done)} of {len(requests)} rows were finished before", file=sys.stderr)
+    return journal
+
+
+@contextmanager
+def _progress_bar(journal: Journal | InOrder, requests: list[Request]) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error of the rows that are finished; what it gives shows a text beside it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("requests", total=len(requests), completed=len(journal.done))
+        yield lambda said: bar.update(task, completed=len(journal.done), description=said)

@@ -79,7 +79,7 @@ class InOrder:
     before it are finished, and a run that is killed cannot go on."""
 
     def __init__(self, output: Path, lines: list[int]):
-        self.output, self.done = output, {}
+        self.output, self.path, self.done = output, output, {}
         self._lines = iter(lines)
         self._next = next(self._lines, None)
         self._file = outputs.opened(output)

@@ -110,8 +110,8 @@ class EngineConfig:
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
         """A profile by name (`configs/engines/NAME.toml`) or file, with changes. Raises RequestError."""
-        profiles = (folder / "engines" / f"{name}.toml" for folder in config_folders())
-        file = next((f for f in profiles if f.is_file()), Path(name))
+        shipped = (folder / "engines" / f"{name}.toml" for folder in config_folders())
+        file = next((f for f in shipped if f.is_file()), Path(name))
         try:
             fields = tomllib.loads(file.read_text(encoding="utf-8")) | changes
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -34,10 +34,9 @@ from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import settle
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
-from pdx.generation.completion import Completion, Row
+from pdx.generation.completion import Completion
 from pdx.generation.generator import cache_dtype
-from pdx.generation.offline import ends_of
-from pdx.generation.prompts import Prompt, as_list, check_bias, encode, options_with, spread
+from pdx.generation.prompts import Prompt, as_list, check_bias, encode, options_of_each, options_with, row_of
 from pdx.meshes import on_own_mesh
 from pdx.metrics import EngineMetrics
 from pdx.sampling.options import SamplingOptions
@@ -115,13 +114,7 @@ class Engine:
         if on_output is not None and not callable(on_output):
             raise RequestError(f"on_output is {on_output!r}: it must be a function that takes an output")
         self.start()
-        row = Row(
-            index,
-            list(request.prompt),
-            request.options,
-            self.model.tokenizer.stream(),
-            ends_of(self.model, request.options),
-        )
+        row = row_of(self.model, index, list(request.prompt), request.options)
         with self._work:
             if self._driver.closing:
                 raise EngineError("the engine is closed")
@@ -155,10 +148,9 @@ class Engine:
         Raises what `submit` raises, and EngineError for a request that failed; the others are cancelled then.
         """
         prompts = [prompts] if isinstance(prompts, EngineRequest) else as_list(prompts)
-        many = isinstance(options, list | tuple)
-        if many and settings:
-            raise RequestError(f"give {', '.join(settings)} in each request's options, or one set for all")
-        each = spread(options, len(prompts)) if many else [options] * len(prompts)
+        each = [options] * len(prompts)
+        if isinstance(options, list | tuple):
+            each, settings = options_of_each(options, settings, len(prompts)), {}
         streams: list[RequestStream] = []
         try:
             for index, (prompt, option) in enumerate(zip(prompts, each, strict=True)):

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pdx.arguments import integer
-from pdx.errors import ContextLengthError, PdxError, RequestError
-from pdx.generation.completion import Completion, Row
+from pdx.errors import ContextLengthError, RequestError
+from pdx.generation.completion import Completion
 from pdx.generation.generator import DEFAULT_ROWS, generator
-from pdx.generation.prompts import Prompt, as_list, check_bias, encode, options_with, spread
+from pdx.generation.prompts import Prompt, as_list, options_of_each, requests_of
 from pdx.layers.kernels import settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
@@ -27,42 +27,6 @@ class Piece:
     index: int
     text: str
     completion: Completion | None = None
-
-
-def requests_of(model: Model, prompts: Sequence[Prompt], options: Sequence[SamplingOptions]) -> list[Row]:
-    """Tokenize and check requests. Raises RequestError or ContextLengthError, naming the request."""
-    rows = []
-    for i, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
-        try:
-            ids = checked_ids(model, prompt, option)
-        except PdxError as error:
-            raise type(error)(f"prompt {i}: {error}") from error
-        rows.append(Row(i, ids, option, model.tokenizer.stream(), ends_of(model, option)))
-    return rows
-
-
-def checked_ids(model: Model, prompt: Prompt, options: SamplingOptions) -> list[int]:
-    """The token ids of a prompt that can be served with these options.
-
-    Raises RequestError or ContextLengthError.
-    """
-    context, ids = model.config.max_context, encode(model, prompt)
-    check_bias(model, options)
-    if not ids:
-        raise RequestError("the prompt is empty: give it at least one token")
-    if len(ids) >= context:
-        raise ContextLengthError(f"{len(ids)} tokens, but the context of {model.name} is {context}: shorten it")
-    if len(ids) + options.max_tokens > context:
-        raise ContextLengthError(
-            f"{len(ids)} tokens and {options.max_tokens} more asked for, but the context of {model.name} is "
-            f"{context}: ask for at most {context - len(ids)} (max_tokens)"
-        )
-    return ids
-
-
-def ends_of(model: Model, options: SamplingOptions) -> frozenset[int]:
-    """The tokens that end a request."""
-    return frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
 
 
 @on_own_mesh
@@ -86,11 +50,7 @@ def stream(
     if not isinstance(model, Model):
         raise RequestError(f"model is {model!r}: it must be what pdx.load returns")
     prompts, batch_size = as_list(prompts), integer("batch_size", batch_size, 1)
-    if options is None or isinstance(options, SamplingOptions):
-        options = options_with(options, settings)
-    elif settings:
-        raise RequestError(f"give {', '.join(settings)} in each request's options, or one set for all")
-    rows = requests_of(model, prompts, spread(options, len(prompts)))
+    rows = requests_of(model, prompts, options_of_each(options, settings, len(prompts)))
     if not rows:
         return
     longest = max(len(r.prompt) + r.options.max_tokens for r in rows)

@@ -1,4 +1,4 @@
-"""What a caller may give as prompts, and the token ids that it is: texts, chat messages, ids."""
+"""Requests, prepared: prompts (texts, chat messages, ids) as token ids, settings, and what ends a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdx.errors import RequestError
+from pdx.errors import ContextLengthError, PdxError, RequestError
+from pdx.generation.completion import Row
 from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
 
@@ -47,17 +48,6 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if is_one else list(prompts)
 
 
-def spread(options: SamplingOptions | Sequence[SamplingOptions], count: int) -> list[SamplingOptions]:
-    """The options of each of `count` prompts. Raises RequestError unless they are one set for all, or one a prompt."""
-    if isinstance(options, SamplingOptions):
-        return [options] * count
-    if not isinstance(options, list | tuple) or not all(isinstance(o, SamplingOptions) for o in options):
-        raise RequestError(f"options must be SamplingOptions or a list of them, one a prompt, not {_said(options)}")
-    if len(options) != count:
-        raise RequestError(f"{len(options)} options for {count} prompts: give one set for all, or one a prompt")
-    return list(options)
-
-
 def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -> SamplingOptions:
     """`options` (None: the defaults) with single fields changed. Raises RequestError for what is no field."""
     if not isinstance(options, SamplingOptions | None):
@@ -70,6 +60,24 @@ def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -
     return dataclasses.replace(options or SamplingOptions(), **settings)
 
 
+def options_of_each(
+    options: SamplingOptions | Sequence[SamplingOptions] | None, settings: Mapping[str, Any], count: int
+) -> list[SamplingOptions]:
+    """The options of each of `count` prompts: one set for all, with single fields changed, or one a prompt.
+
+    Raises RequestError for anything else, and for `settings` beside options of each.
+    """
+    if options is None or isinstance(options, SamplingOptions):
+        return [options_with(options, settings)] * count
+    if settings:
+        raise RequestError(f"give {', '.join(settings)} in each request's options, or one set for all")
+    if not isinstance(options, list | tuple) or not all(isinstance(o, SamplingOptions) for o in options):
+        raise RequestError(f"options must be SamplingOptions or a list of them, one a prompt, not {_said(options)}")
+    if len(options) != count:
+        raise RequestError(f"{len(options)} options for {count} prompts: give one set for all, or one a prompt")
+    return list(options)
+
+
 def check_bias(model: Model, options: SamplingOptions) -> None:
     """Raises RequestError for a logit_bias of a token that the model does not have, or one that bans every token."""
     if bad := [i for i in options.logit_bias or () if i >= model.config.vocab_size]:
@@ -78,6 +86,43 @@ def check_bias(model: Model, options: SamplingOptions) -> None:
         )
     if sum(v == -math.inf for v in (options.logit_bias or {}).values()) == model.config.vocab_size:
         raise RequestError("logit_bias bans every token of the model: leave at least one")
+
+
+def requests_of(model: Model, prompts: Sequence[Prompt], options: Sequence[SamplingOptions]) -> list[Row]:
+    """Tokenize and check requests. Raises RequestError or ContextLengthError, naming the request."""
+    rows = []
+    for i, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
+        try:
+            ids = checked_ids(model, prompt, option)
+        except PdxError as error:
+            raise type(error)(f"prompt {i}: {error}") from error
+        rows.append(row_of(model, i, ids, option))
+    return rows
+
+
+def checked_ids(model: Model, prompt: Prompt, options: SamplingOptions) -> list[int]:
+    """The token ids of a prompt that can be served with these options.
+
+    Raises RequestError or ContextLengthError.
+    """
+    context, ids = model.config.max_context, encode(model, prompt)
+    check_bias(model, options)
+    if not ids:
+        raise RequestError("the prompt is empty: give it at least one token")
+    if len(ids) >= context:
+        raise ContextLengthError(f"{len(ids)} tokens, but the context of {model.name} is {context}: shorten it")
+    if len(ids) + options.max_tokens > context:
+        raise ContextLengthError(
+            f"{len(ids)} tokens and {options.max_tokens} more asked for, but the context of {model.name} is "
+            f"{context}: ask for at most {context - len(ids)} (max_tokens)"
+        )
+    return ids
+
+
+def row_of(model: Model, index: int, ids: list[int], options: SamplingOptions) -> Row:
+    """A request that nothing has been generated for yet."""
+    ends = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
+    return Row(index, ids, options, model.tokenizer.stream(), ends)
 
 
 def _whole_numbers(prompt: Any) -> list[int]:

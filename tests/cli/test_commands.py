@@ -136,7 +136,7 @@ def test_a_platform_that_is_not_here_is_named(tmp_path):
 BUSY = """
 import hashlib, sys, time
 from pathlib import Path
-from pdx import outputs
+from pdx.io import outputs
 from pdx.cli import errors
 
 def command(arguments):

@@ -9,12 +9,14 @@ import types
 
 import pytest
 
+import pdx
 from pdx.clients import batch_job
-from pdx.clients.batch_file import check_output
+from pdx.clients.batch_file import check_output, read
 from pdx.clients.journal import InOrder, Journal, path_of
 from pdx.errors import EngineError, RequestError
 from pdx.io import outputs
 from pdx.sampling.options import SamplingOptions
+from tests.support import tiny_model
 
 JOB = {"requests": "a", "kv_dtype": "float32"}
 
@@ -317,3 +319,39 @@ def test_the_key_of_a_job_is_of_what_was_settled(tmp_path, requests):
     assert differ(job(hot)) == {"the requests or their settings"}
     weights.write_bytes(b"other")
     assert differ(job()) == {"the model's files"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pdx.load(tiny_model.make(tmp_path_factory.mktemp("model")))
+
+
+def test_generate_goes_on_where_it_was_ended(model, tmp_path, capsys, monkeypatch):
+    """`pdx generate --prompts` writes the same journal as `pdx batch`."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": f"Row {i}", "max_tokens": 3, "ignore_eos": True, "id": i} for i in range(5)]
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    requests, settings = read(source, SamplingOptions()), {"batch_size": 2, "kernels": "auto", "kv_dtype": "auto"}
+    with monkeypatch.context() as patch:
+        answered = iter(range(5))
+        add = Journal.add
+
+        def ended(journal, line, row):
+            if next(answered) == 3:
+                raise KeyboardInterrupt
+            add(journal, line, row)
+
+        patch.setattr(Journal, "add", ended)
+        with pytest.raises(KeyboardInterrupt):
+            batch_job.run_offline(model, source, requests, target, **settings)
+    assert not target.exists()
+    assert len(path_of(target).read_bytes().splitlines()) == 1 + 3
+    tally = batch_job.run_offline(model, source, requests, target, **settings)
+    assert (tally.resumed, tally.rows) == (3, 2)
+    assert "going on: 3 of 5 rows" in capsys.readouterr().err
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [a["id"] for a in answers] == list(range(5))
+    expected = pdx.generate(model, [r["prompt"] for r in rows], max_tokens=3, ignore_eos=True)
+    assert [a["token_ids"] for a in answers] == [c.token_ids for c in expected]
+    assert set(answers[0]["kernels"]) == {"prefill", "decode"}
+    assert not path_of(target).exists()

@@ -11,7 +11,7 @@ import pytest
 import pdx
 from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.generator import Generator
-from pdx.generation.offline import requests_of
+from pdx.generation.prompts import requests_of
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model
 
