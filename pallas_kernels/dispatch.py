@@ -1,30 +1,32 @@
-"""The one place that chooses an implementation.
+"""The one place that chooses an implementation, and runs it.
 
-`auto` takes the best one that exists for the device and can say which and why; a named implementation
-never falls back: what it cannot do raises NotImplementedError with the reason and what to use instead.
+`auto` takes the first that exists for the device and supports the call, and can say which and why. A named one, or a
+user's own (`pallas_kernels.implementation`), never falls back: what it cannot do raises NotImplementedError with the
+reason and what to use instead.
 
-For experiments, the environment variable PDX_KERNELS, or `with use("xla"):` around the call, says what `auto`
-means; a name that the caller gives stands. Both are read while a function is traced: a function that was jitted
-before keeps the path that it was traced with. An op that has kernels only where XLA needs help (the page write) takes
-the device's own way where the one asked for does not exist.
+For experiments, the environment variable PDX_KERNELS, or `with use("xla"):` around the call, says what `auto` means; a
+name that the caller gives stands. Both are read while a function is traced: a function that was jitted before keeps the
+path that it was traced with. An op that has kernels only where XLA needs help (the page write) ignores an override that
+it lacks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Any
 
 import pallas_kernels.compat  # noqa: F401 (it imports what must be there before anything is traced)
-from pallas_kernels.attention.call import Call
-from pallas_kernels.hardware import platform_of, without_pallas
+from pallas_kernels import hardware
+from pallas_kernels.gradients import has_derivative, raising_under_grad
+from pallas_kernels.implementation import ANY, InFolder, name_of, names, own, platforms_of, refusal, runs_on
+from pallas_kernels.tiles import resolve
 
-Implementation = Literal["auto", "xla", "tpu", "gpu"]
+Implementation = Any  # a name, or a module, object or function of one's own
 ENVIRONMENT = "PDX_KERNELS"
 NAMED = "named by the caller"
 USE_XLA = "use implementation='xla', which takes every call on every device"
@@ -43,26 +45,8 @@ class Choice:
         return f"{self.op}: {self.implementation} ({self.reason})"
 
 
-class Implementations(Mapping[str, ModuleType]):
-    """The modules of an op's package by name, imported when one is asked for: Pallas itself takes a while."""
-
-    def __init__(self, package: str, names: tuple[str, ...]):
-        self._package, self._names = package, names
-
-    def __getitem__(self, name: str) -> ModuleType:
-        if name not in self._names:
-            raise KeyError(name)
-        return import_module(f"{self._package}.{name}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 @contextmanager
-def use(implementation: Implementation) -> Iterator[None]:
+def use(implementation: str) -> Iterator[None]:
     """Inside, `auto` means this implementation."""
     token = _override.set(_known(implementation, "implementation"))
     try:
@@ -74,8 +58,8 @@ def use(implementation: Implementation) -> Iterator[None]:
 def choose(
     op: str,
     implementation: Implementation,
-    modules: Mapping[str, ModuleType],
-    call: Call | None = None,
+    modules: Mapping[str, Any],
+    call: Any = None,
     platform: str | None = None,
     *,
     helper: bool = False,
@@ -84,17 +68,21 @@ def choose(
 
     Args:
       op: its name, for messages.
-      implementation: what the caller asked for.
-      modules: the implementations this op has; `xla` is always among them.
+      implementation: what the caller asked for: a name, or an implementation of their own.
+      modules: the implementations this op has by name; `xla` is always among them.
       call: the static facts of the call, to ask each implementation whether it can do it. None: what
         a call without rarer features would take.
       platform: `cpu`, `gpu` or `tpu`; None: that of the device traced for.
-      helper: the op has kernels only where XLA needs help: what `auto` was made to mean binds it where that exists.
+      helper: the op has kernels only where XLA needs help: it ignores an override that it lacks.
 
     Raises:
       ValueError: `implementation` (or PDX_KERNELS) is not a known name.
       NotImplementedError: a named implementation that this op does not have, or that cannot do this call.
     """
+    if not isinstance(implementation, str):
+        if reason := call and refusal(implementation, call):
+            raise NotImplementedError(f"{op}: {name_of(implementation)} cannot do this call: {reason}; {USE_XLA}")
+        return Choice(op, name_of(implementation), "given by the caller")
     why = NAMED
     if _known(implementation, "implementation") == "auto":
         if _override.get():
@@ -105,47 +93,118 @@ def choose(
         if implementation not in modules:
             reason = f"it has {', '.join(modules)}"
         else:
-            reason = call and modules[implementation].supported(call)
+            reason = call and refusal(modules[implementation], call)
         if not reason:
             return Choice(op, implementation, why)
         if not helper or why == NAMED:
             raise NotImplementedError(f"{op} has no {implementation} implementation for this call: {reason}; {USE_XLA}")
-    here = platform or platform_of()
+    return _automatic(op, modules, call, platform)
+
+
+def _automatic(op: str, modules: Mapping[str, Any], call: Any, platform: str | None) -> Choice:
+    """The first implementation for the platform that supports the call; XLA where none does."""
+    here = platform or hardware.platform_of()
     here = "gpu" if here in ("cuda", "rocm") else here
-    if here not in modules:
-        return Choice(op, "xla", f"no Pallas kernel of {op} for {here}")
-    reason = (platform is None and without_pallas()) or (call and modules[here].supported(call))
-    return Choice(op, "xla", reason) if reason else Choice(op, here, f"Pallas kernel for {here}")
+    reason = f"no Pallas kernel of {op} for {here}"
+    for name in [n for n in modules if _platform(modules, n) == here]:
+        refused = (platform is None and hardware.without_pallas()) or (call and refusal(modules[name], call))
+        if not refused:
+            return Choice(op, name, f"Pallas kernel for {here}")
+        reason = reason if reason == refused or not reason.startswith("no Pallas") else refused
+    return Choice(op, "xla", reason)
 
 
-def select(
-    op: str,
-    implementation: Implementation,
-    modules: Mapping[str, ModuleType],
-    call: Call,
-    interpret,
-    *,
-    helper: bool = False,
-) -> str:
-    """The name of the implementation that a call runs: what `choose` says, held against the device traced for.
-
-    Raises:
-      ValueError, NotImplementedError: as `choose`; a kernel for another platform that is not to be interpreted.
-    """
-    choice = choose(op, implementation, modules, call, helper=helper)
-    name, here = choice.implementation, platform_of()
-    if name == "xla" or interpret:
-        return name
-    reason = without_pallas() if name == here else f"it is a kernel for {name}, and this is traced for {here}"
-    if reason:
-        raise NotImplementedError(
-            f"{op}: the {name} implementation ({choice.reason}) cannot run here: {reason}; "
-            f"interpret=True runs it on a CPU for checking; {USE_XLA}"
-        )
-    return name
+def _platform(modules: Mapping[str, Any], name: str) -> str:
+    """Of a named implementation, where possible without importing it."""
+    if isinstance(modules, InFolder):
+        return modules.platform(name)
+    return getattr(modules[name], "PLATFORM", name)
 
 
 def _known(name: str, where: str) -> str:
-    if name not in get_args(Implementation):
-        raise ValueError(f"{where} {name!r} is not one of {', '.join(get_args(Implementation))}")
+    if name not in names():
+        raise ValueError(f"{where} {name!r} is not one of {', '.join(names())}")
     return name
+
+
+class Op:
+    """An op by name: its implementations, the choice among them, and the run of the chosen one.
+
+    Args:
+      name: of the public function.
+      package: of its folder in this package; None: called as the op.
+      helper: see `choose`.
+    """
+
+    def __init__(self, name: str, package: str | None = None, *, helper: bool = False):
+        self.name, self._helper = name, helper
+        self._package = f"{__package__}.{package or name}"
+        self.implementations = InFolder(self._package)
+
+    @property
+    def public(self) -> Callable:
+        """The public function of the op."""
+        return getattr(import_module(f"{self._package}.api"), self.name)
+
+    def implementation(self, given: Implementation) -> Implementation:
+        """A name as it is; a user's module, object or function as an implementation."""
+        return given if isinstance(given, str) else own(given, self.public)
+
+    def explain(self, implementation: Implementation = "auto", platform: str | None = None, call: Any = None) -> Choice:
+        """Which implementation a call takes, and why. Raises as the op does."""
+        given = self.implementation(implementation)
+        return choose(self.name, given, self.implementations, call, platform, helper=self._helper)
+
+    def select(self, implementation: Implementation, call: Any, interpret: Any = False) -> Any:
+        """The implementation that a call runs: what `explain` says, held against the device traced for.
+
+        Raises:
+          ValueError, NotImplementedError: as `choose`; a kernel for another platform that is not to be interpreted.
+        """
+        given = self.implementation(implementation)
+        choice = choose(self.name, given, self.implementations, call, helper=self._helper)
+        chosen = self.implementations[choice.implementation] if isinstance(given, str) else given
+        platforms, here = platforms_of(chosen), hardware.platform_of()
+        if ANY in platforms or interpret:
+            return chosen
+        reason = f"it is a kernel for {' or '.join(platforms)}, and this is traced for {here}"
+        if runs_on(chosen, here):
+            reason = hardware.without_pallas()
+        if reason:
+            raise NotImplementedError(
+                f"{self.name}: the {choice.implementation} implementation ({choice.reason}) cannot run here: {reason}; "
+                f"interpret=True runs it on a CPU for checking; {USE_XLA}"
+            )
+        return chosen
+
+    def run(
+        self,
+        implementation: Implementation,
+        arrays: Mapping[str, Any],
+        call: Any,
+        config: Any = None,
+        interpret: Any = False,
+    ) -> Any:
+        """Choose, settle the tiles, and run.
+
+        Args:
+          implementation, config, interpret: as the op's caller gave them.
+          arrays: the op's arrays by name, checked; None for those that this call has not.
+          call: its static facts.
+
+        Raises:
+          ValueError: a config for an implementation without tiles, or one that does not suit the call.
+          NotImplementedError: see `select`; a derivative where there is none.
+        """
+        chosen = self.select(implementation, call, interpret)
+        if hasattr(chosen, "heuristic"):
+            config, _ = resolve(self.name, call, config, chosen)
+        elif config is not None and not hasattr(chosen, "Config"):
+            raise ValueError(f"{self.name}: the {name_of(chosen)} implementation takes no config")
+
+        def run(arrays):
+            return chosen.run(arrays, call, config, interpret)
+
+        if not has_derivative(self.name, platforms_of(chosen)):
+            run = raising_under_grad(run, self.name)
+        return run({name: x for name, x in arrays.items() if x is not None})

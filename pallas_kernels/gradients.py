@@ -17,8 +17,13 @@ _REASONS = {
 }
 
 
+def has_derivative(op: str, platforms: tuple[str, ...]) -> bool:
+    """Whether an implementation for these platforms may have one: kernels for a TPU or a GPU have none."""
+    return op not in _REASONS or ("any" in platforms and op != "paged_attention")
+
+
 def raising_under_grad(function: Callable, op: str) -> Callable:
-    """`function`, with NotImplementedError in place of a derivative. Its arguments are arrays or None."""
+    """`function`, with NotImplementedError in place of a derivative. Its arguments are pytrees of arrays."""
     wrapped = jax.custom_jvp(function)
 
     @wrapped.defjvp

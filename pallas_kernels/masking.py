@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Finite, so that a row with nothing to see gives zero and not NaN.
-MASKED = -1e30
+# Where a running maximum starts, and a masked logit: finite, so that a row with nothing to see gives zero and not NaN,
+# and so far below the start that its weight exp(MASKED - START) is exactly zero before a query has seen a key.
+START, MASKED = -1e30, -2e30
 
 
 def visible(

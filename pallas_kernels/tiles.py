@@ -17,9 +17,12 @@ from typing import Any
 
 from pallas_kernels import hardware
 from pallas_kernels.hardware import Chip
+from pallas_kernels.implementation import platforms_of, runs_on
 
 ENVIRONMENT = "PDX_TUNED"  # another folder of tables, for a device whose packages cannot be written to
 FOLDER = Path(__file__).parent / "tuned"
+# Of a call: what tiles do not depend on, and sizes that neighbours share.
+_IGNORED = ("op", "scale", "out_dtype")
 _SIZES = ("batch", "queries", "slots", "tokens", "rows", "width", "pages", "max_queries", "decode_rows")
 _PLAIN = (None, False, 0)
 
@@ -29,7 +32,7 @@ def bucket(call: Any) -> str:
     parts = []
     for f in fields(call):
         value = getattr(call, f.name)
-        if f.name == "op" or (value in _PLAIN and f.default in _PLAIN):
+        if f.name in _IGNORED or (value in _PLAIN and f.default in _PLAIN):
             continue
         if f.name in _SIZES and value:
             value = 1 << (int(value) - 1).bit_length()
@@ -103,17 +106,20 @@ def misfit(module: ModuleType, call: Any, config: Any) -> str | None:
     return module.misfit(call, config) if hasattr(module, "misfit") else None
 
 
-def resolve(
-    op: str, platform: str, call: Any, config: Any, module: ModuleType, folder: Path | None = None
-) -> tuple[Any, str]:
+def entry_of(op: str, module: ModuleType) -> str:
+    """Under what name a table keeps an implementation's tiles: the op, and for a platform's further ones their own."""
+    name = getattr(module, "NAME", None)
+    return op if name is None or name in platforms_of(module) else f"{op}/{name}"
+
+
+def resolve(op: str, call: Any, config: Any, module: ModuleType, folder: Path | None = None) -> tuple[Any, str]:
     """The tiles of a call and where they come from: `explicit`, `tuned` or `heuristic`.
 
     Args:
-      platform: `tpu` or `gpu`: the kernel's. The chip is this process' if it is of this platform; else none, for
-        which the heuristic has a default.
       config: the caller's; None: not given.
-      module: the kernel's, with `Config`, `heuristic(call, chip)` and, where not every Config suits every call,
-        `misfit(call, config)`. A bucket's tiles that do not suit this very call are passed over.
+      module: the implementation, with PLATFORM, `Config`, `heuristic(call, chip)` and, where not every Config suits
+        every call, `misfit(call, config)`. The chip is this process' if it is of this platform; else none, for which
+        the heuristic has a default. A bucket's tiles that do not suit this very call are passed over.
 
     Raises:
       ValueError: an explicit Config that does not suit the call; a table that cannot be read, by its file and entry.
@@ -122,8 +128,9 @@ def resolve(
         if (why := misfit(module, call, config)) is not None:
             raise ValueError(f"{op}: {config} does not fit: {why}")
         return config, "explicit"
-    chip = hardware.detect(platform)
-    entry = lookup(op, call, chip, folder)
+    chip = hardware.detect()
+    chip = chip if chip and runs_on(module, chip.platform) else None
+    entry = lookup(entry_of(op, module), call, chip, folder)
     if entry is not None:
         found = _config(op, call, chip, entry, module, folder)
         if misfit(module, call, found) is None:

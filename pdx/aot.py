@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.analysis.targets import Compiled, Target
+from pallas_kernels.layouts import Layout
 from pdx import steps
 from pdx.cache.dense import cache_specs
 from pdx.cache.layer import default_layout
 from pdx.cache.paged import paged_cache_specs
 from pdx.config import ModelConfig
+from pdx.layers.kernels import Kernels, layout_for, settled
 from pdx.meshes import make_mesh, on_own_mesh
 from pdx.model import param_specs
 from pdx.quant import Policy, quantized_specs
@@ -40,7 +42,7 @@ def compile_step(
     kv_dtype=None,
     quantize: str | Policy | None = None,
     mesh: Mapping[str, int] | str | None = None,
-    kernels: Literal["pallas", "xla"] = "pallas",
+    kernels: Kernels = "pallas",
 ) -> Compiled:
     """Compile one step of a model for `target`.
 
@@ -53,7 +55,8 @@ def compile_step(
       dtype, kv_dtype: of parameters and cache (None: dtype).
       quantize: which weights are int8 or int4, see `pdx.quant`; None: none.
       mesh: sizes of the axes `data` and `model` over the slice's chips, or a text such as `model=8`; None: one chip.
-      kernels: the target's Pallas kernels, or XLA over a cache that lies the same way.
+      kernels: the target's Pallas kernels, XLA over a cache that lies the same way, or implementations of one's own by
+        op (`pdx.layers.kernels`).
 
     Raises:
       ValueError: an unknown step or target, a policy that does not fit the model.
@@ -72,8 +75,9 @@ def compile_step(
         kv_dtype=kv_dtype,
         quantize=quantize,
         mesh=mesh,
+        kernels=kernels,
     )
-    name = Target.get(target).chip.platform if kernels == "pallas" else kernels
+    name = Target.get(target).chip.platform if kernels == "pallas" else settled(kernels)
     return Target.get(target).compile(
         function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels", "decode_rows", "max_queries")
     )
@@ -91,13 +95,14 @@ def step_arguments(
     kv_dtype=None,
     quantize: str | Policy | None = None,
     mesh: Mapping[str, int] | str | None = None,
+    kernels: Kernels = "pallas",
 ) -> tuple[Any, dict[str, Any]]:
     """The jitted step and its arguments: arrays as shapes, placed on `target`'s chips, and static hints."""
     if step not in get_args(Step):
         raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
     chips = Target.get(target)
     devices = make_mesh(mesh, chips.devices()) if mesh else None
-    where = {"dtype": kv_dtype or dtype, "mesh": devices, "layout": default_layout(chips.chip.platform)}
+    where = {"dtype": kv_dtype or dtype, "mesh": devices, "layout": _layout(kernels, chips.chip.platform)}
 
     def rows(dtype, *shape):
         return ArraySpec((batch, *shape), ("batch", *[None] * len(shape)), dtype)
@@ -113,6 +118,11 @@ def step_arguments(
             declared |= {"tokens": rows(jnp.int32, min(tokens, cache.chunk)), "lengths": rows(jnp.int32)}
     arguments = jax.tree.map(lambda x: x.abstract(devices) if is_spec(x) else x, declared, is_leaf=is_spec)
     return steps.PROGRAMS[step], arguments
+
+
+def _layout(kernels: Kernels, platform: str) -> Layout:
+    """Of a cache for a platform: its own, unless kernels of the caller's read another."""
+    return default_layout(platform) if isinstance(kernels, str) else layout_for(kernels, platform)
 
 
 def _packed(cfg: ModelConfig, decode_rows: int, capacity: int, tokens: int, where: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from pdx.cache.layer import LayerCache
 from pdx.cache.paged import PagedCache
 from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
-from pdx.layers.attention import Kernels, attention
+from pdx.layers.attention import attention
+from pdx.layers.kernels import Kernels, settled
 from pdx.layers.linear import embed, projections, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
@@ -124,12 +125,14 @@ def forward(
       logits: of the last real token of each row [B, V], of all positions [B, T, V], or none.
         A row of length 0 has no last token: its logits mean nothing.
       hidden_layers: residual streams to hand out: 0 is the embedding, i is behind layer i, up to L.
-      kernels: auto, xla or pallas, for attention over a cache.
+      kernels: auto, xla or pallas, for attention over a cache; or implementations of one's own by op
+        (`pdx.layers.kernels`).
 
     Raises:
       ValueError: a layer that does not exist, no tokens, or a chunk larger than the cache was made for.
       RequestError: tokens or lengths of another shape or type; DonatedError: a cache that a step has used up.
     """
+    kernels = settled(kernels)
     if cache is not None:
         check_cache(cache, DenseCache, PagedCache)
     tokens = jnp.asarray(whole_numbers("tokens", tokens, (None, None), "[B, T]"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.problem import Problem
 
 # Query, KV and inner KV block of JAX's prefill kernel, the best first: of these on v5e, v5p and v6e, by static cycles.
 JAX_FLASH_TILES = ((1024, 2048, 1024), (512, 2048, 512), (1024, 1024, 1024), (512, 1024, 512), (512, 512, 512))

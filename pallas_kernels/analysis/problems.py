@@ -2,123 +2,32 @@
 
 An op's package has `cases.py` with `CASES` (small, for every test) and `LARGE` (real sizes, for compilers and
 counts). A case has `.name` and `.smoke` (bool, False if absent); what its arrays are is said here, op by op:
-`OPS[op](case, implementation)` gives a `Problem`. A new op needs its cases and an entry in OPS, nothing else.
+`OPS[op](case, implementation)` gives a `Problem`. A new op needs its cases and an entry in OPS, nothing else; a new
+implementation of an op needs nothing: it is found in the op's folder, or given as a module or function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
-from math import prod
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.analysis.problem import Problem, implementation, implementations, op_of
+from pallas_kernels.implementation import load
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, round_up
-
-LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
-# Ops that are compiled between projections; the queries of decode are small.
-PROJECTED = ("flash_attention", "paged_attention")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call of an op by one implementation: shapes, the scalars that decide what is read, and what it needs."""
-
-    op: str
-    name: str
-    smoke: bool
-    implementation: str
-    arrays: Mapping[str, jax.ShapeDtypeStruct]
-    scalars: Mapping[str, np.ndarray]  # values of some of the arrays: lengths, tables
-    full: Mapping[str, np.ndarray]  # the same for full rows, which a CostEstimate speaks of
-    call: Any  # the op's static facts
-    run: Callable[..., Any]  # run(arrays, config, interpret)
-    bytes_needed: int  # the rows' own K, V, Q, O and scales, once
-    flops_needed: int
-    cache: tuple[str, ...] = ()  # arrays that must not be copied: a cache, or weights
-    donated: tuple[str, ...] = field(default=())
-    bytes_stored: int = 0  # what is needed as it lies in memory, padding included; 0: the same
-    case: Any = None  # of the op's cases.py
-
-    @property
-    def module(self) -> ModuleType:
-        return import_module(f"pallas_kernels.{self.op}.{self.implementation}")
-
-    @property
-    def unsupported(self) -> str | None:
-        """Why the implementation refuses this call, None if it does not."""
-        return self.module.supported(self.call)
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(nbytes(self.arrays[n]) for n in self.cache)
-
-    @property
-    def multiplied(self) -> str:
-        """The type that the matrix units multiply."""
-        return "int8" if getattr(self.call, "int8_activations", False) else self.call.dtype
-
-    def mxu_share(self, mxu: int) -> float:
-        """How much of matrix units of `mxu` rows and columns the op can use: a head narrower than that leaves the
-        rest of the rows (Q K^T) or columns (P V) idle."""
-        if not hasattr(self.call, "head_dim"):
-            return 1.0
-        sizes = self.call.head_dim, self.call.value_dim
-        return sum(sizes) / sum(round_up(n, mxu) for n in sizes) if mxu else 1.0
-
-    def fn(self, config: Any = None, interpret: Any = False) -> Callable:
-        """A function of the arrays' values, in their order."""
-        return lambda *values: self.run(dict(zip(self.arrays, values, strict=True)), config, interpret)
-
-    def as_projected(self) -> Problem:
-        """The problem as a compiler should see it: queries as a projection makes them and results as one takes them,
-        the heads of [..., N, H] side by side.
-
-        [..., N, H] is then a view on every chip. As an argument of a whole program it is not: a TPU lays the last two
-        axes out in tiles, and XLA re-lays queries and results around the kernel.
-        """
-        if self.op not in PROJECTED:
-            return self
-        q = self.arrays["q"]
-
-        def run(values, config, interpret=False):
-            out = self.run(values | {"q": values["q"].reshape(q.shape)}, config, interpret)
-            return out.reshape(*q.shape[:-2], -1)
-
-        flat = jax.ShapeDtypeStruct((*q.shape[:-2], q.shape[-2] * q.shape[-1]), q.dtype)
-        return replace(self, arrays={**self.arrays, "q": flat}, run=run)
-
-    def arguments(self, full: bool = False) -> list:
-        """The arrays: shapes, and values where they are known."""
-        known = self.full if full else self.scalars
-        return [known.get(name, x) for name, x in self.arrays.items()]
-
-    @property
-    def donate_argnums(self) -> tuple[int, ...]:
-        return tuple(i for i, name in enumerate(self.arrays) if name in self.donated)
-
-
-def nbytes(x: jax.ShapeDtypeStruct) -> int:
-    """Of an array in memory, int4 two to a byte."""
-    count = prod(x.shape)
-    return count // 2 if x.dtype == jnp.int4 else count * x.dtype.itemsize
 
 
 def _dense(op: str) -> Callable:
-    def make(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
-        from pallas_kernels.attention.call import describe
+    def make(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
+        from pallas_kernels.attention.call import make_call
 
-        layout = layout or LAYOUT[implementation]
+        layout = layout or layout_of(op, implementation)
         arrays, settings = case.abstract(layout), case.settings(layout)
-        described = {k: v for k, v in settings.items() if k != "scale"}
-        absent = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree"))
-        call = describe(op, **absent | arrays, **described, return_lse=False)
+        call = make_call(op, arrays, **settings)
         function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
 
         def run(values, config, interpret=False):
@@ -177,12 +86,12 @@ def _dense_needs(case: Any) -> tuple[int, int, int]:
     return tokens, queries, pairs
 
 
-def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
+def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
     from pallas_kernels.paged_attention.api import paged_attention
     from pallas_kernels.paged_attention.call import make_call
-    from pallas_kernels.paged_attention.plan import full_rows
+    from pallas_kernels.paged_attention.pieces import full_rows
 
-    layout, rows, width = layout or LAYOUT[implementation], len(case.lengths), case.table_width
+    layout, rows, width = layout or layout_of("paged_attention", implementation), len(case.lengths), case.table_width
     # As the op's tests draw them: every row's own pages, and spare ones.
     pages = sum(-(-n // case.page) for n in case.lengths) + case.spare
     dtype, kv = jnp.dtype(case.dtype), jnp.dtype(case.stored)
@@ -209,9 +118,7 @@ def _paged(case: Any, implementation: str, layout: Layout | None = None) -> Prob
         "decode_rows": case.decode_rows,
         "max_queries": case.max_queries,
     }
-    absent = dict.fromkeys(("sinks", "k_scale", "v_scale"))
-    named = {k: v for k, v in (absent | arrays).items() if k not in ("q", "k_pages", "v_pages")}
-    call = make_call(*(arrays[n] for n in ("q", "k_pages", "v_pages")), **named, **settings, return_lse=False)
+    call = make_call(arrays, **settings, scale=case.logit_scale)
 
     def run(values, config, interpret=False):
         q, k, v, *rest = values.values()
@@ -282,7 +189,7 @@ def _stored(call: Any, tokens: int, queries: int) -> int:
     return held + queries * call.heads * sum(sizes) * jnp.dtype(call.dtype).itemsize
 
 
-def _matmul(case: Any, implementation: str, layout: Layout | None = None) -> Problem:
+def _matmul(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
     from pallas_kernels.quant_array import DTYPES, QuantArray
     from pallas_kernels.quantized_matmul.api import quantized_matmul
     from pallas_kernels.quantized_matmul.call import make_call
@@ -333,25 +240,38 @@ OPS: dict[str, Callable[..., Problem]] = {
 }
 
 
-def implementations(op: str) -> tuple[str, ...]:
-    """What the op has, `xla` first."""
-    return tuple(import_module(f"pallas_kernels.{op}.api").IMPLEMENTATIONS)
+def named(op: str, platform: str, reference: str | None) -> Any:
+    """What a command was told: None stands for the platform's first, `package.module:name` for a user's own.
+
+    Raises:
+      ValueError: there is nothing of that name.
+    """
+    if reference is None:
+        return for_platform(op, platform)[0]
+    if ":" not in reference and "." not in reference:
+        if reference not in implementations(op):
+            raise ValueError(f"{op} has no implementation {reference!r}; it has {', '.join(implementations(op))}")
+        return reference
+    return load(reference)
 
 
-def ops(implementation: str | None = None) -> list[str]:
-    """The ops that are here, or those that have the implementation."""
-    here = [op for op in OPS if find_spec("pallas_kernels") and _exists(f"pallas_kernels.{op}")]
-    return [op for op in here if implementation is None or implementation in implementations(op)]
+def layout_of(op: str, given: Any) -> Layout:
+    """The layout that an implementation reads: its first, or the op's default where it reads all of them."""
+    return (getattr(implementation(op, given), "LAYOUTS", None) or ("heads_first",))[0]
 
 
-def _exists(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def for_platform(op: str, platform: str) -> list[str]:
+    """The names of an op's implementations for a platform, the one that `auto` takes first."""
+    found = op_of(op).implementations
+    return [name for name in found if found.platform(name) == platform]
 
 
-def problems(op: str, implementation: str, name: str | None = None, large_only: bool = False) -> list[Problem]:
+def ops(platform: str | None = None) -> list[str]:
+    """The ops with cases, or those that have a kernel for a platform."""
+    return [op for op in OPS if platform is None or for_platform(op, platform)]
+
+
+def problems(op: str, implementation: Any, name: str | None = None, large_only: bool = False) -> list[Problem]:
     """The problems of an op for an implementation, real sizes first.
 
     Args:

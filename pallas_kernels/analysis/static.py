@@ -1,7 +1,7 @@
 """What can be said of an op's kernels without their chip.
 
     python -m pallas_kernels.analysis.static decode_attention --target v5e [--case NAME] [--small] [--json]
-        [--config A=1,B=2]
+        [--config A=1,B=2] [--with NAME or package.module:name]
 
 For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
 hold, and over those as they are stored: on a TPU K*H is rounded up to whole lanes, and packed queries have padding
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.analysis import hlo, jax_kernels, problems, targets, traffic
-from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.problem import Problem
 from pallas_kernels.analysis.targets import Target
 
 _MARK = "STATIC "
@@ -101,7 +101,7 @@ def cycles(
     Returns:
       None where the compiler gives none (GPUs, v4, some DMAs) or takes too long.
     """
-    if target.chip.platform != "tpu":
+    if target.chip.platform != "tpu" or (given := problem.reference) is None:
         return None
     with tempfile.TemporaryDirectory() as profile:
         command = [
@@ -115,6 +115,8 @@ def cycles(
             problem.name,
             "--child",
             ",".join(map(str, peer)) if peer else "cycles",
+            "--with",
+            given,
         ]
         command += ["--config", config] if config else []
         try:
@@ -137,7 +139,9 @@ def row(problem: Problem, target: str, config: Any = None) -> dict[str, Any]:
         if why := problem.unsupported:
             return {"error": why}
     text = _config_text(config) if config is not None else None
-    rows = table(problem.op, target, problem.name, True, text, exact=True)
+    if problem.reference is None:
+        return {"error": "made in this process: a compiler's own process cannot import it"}
+    rows = table(problem.op, target, problem.name, True, text, exact=True, own=problem.reference)
     return rows[0] if rows else {"error": "no figures came back"}
 
 
@@ -150,8 +154,12 @@ def table(
     exact: bool = False,
     peer: bool = False,
     timeout: float = 3000,
+    own: str | None = None,
 ) -> list[dict[str, Any]]:
     """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
+
+    Args:
+      own: an implementation by its name, or `package.module:name` of a user's; None: the first for the platform.
 
     Raises:
       ValueError: no such op, target or case, or no kernel that takes it; the message lists what there is.
@@ -159,13 +167,14 @@ def table(
       RuntimeError: the compiler ended the process.
     """
     known = Target.get(target)
-    by_name = {p.name: p for p in taken(op, known, case, small, exact)}
+    by_name = {p.name: p for p in taken(op, known, case, small, exact, own)}
     if (why := targets.missing(target)) is not None:
         raise targets.CompilerMissing(why)
     command = [sys.executable, "-m", "pallas_kernels.analysis.static", op, "--target", target, "--child", "facts"]
     command += ["--exact" if exact else "--case", case] if case else []
     command += ["--config", config] if config else []
     command += ["--small"] if small else []
+    command += ["--with", own] if own else []
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False)
     rows = list(_rows(done.stdout))
     if done.returncode:
@@ -179,8 +188,10 @@ def table(
     return rows
 
 
-def taken(op: str, target: Target, case: str | None = None, small: bool = False, exact: bool = False) -> list[Problem]:
-    """The problems of an op that its kernel for the target takes.
+def taken(
+    op: str, target: Target, case: str | None = None, small: bool = False, exact: bool = False, own: str | None = None
+) -> list[Problem]:
+    """The problems of an op that its kernel for the target takes, or one's own (see `table`).
 
     Args:
       case, small: those whose name holds `case` (`exact`: is it), real sizes only unless `small`.
@@ -191,9 +202,9 @@ def taken(op: str, target: Target, case: str | None = None, small: bool = False,
     platform = target.chip.platform
     if op not in problems.ops():
         raise ValueError(f"no op {op!r}; there are {', '.join(problems.ops())}")
-    if op not in problems.ops(platform):
+    if own is None and op not in problems.ops(platform):
         raise ValueError(f"{op} has no kernel for a {platform}; those that have: {', '.join(problems.ops(platform))}")
-    named = problems.problems(op, platform, case, large_only=not small)
+    named = problems.problems(op, problems.named(op, platform, own), case, large_only=not small)
     named = [p for p in named if not exact or p.name == case]
     if not named:
         there = ", ".join(repr(c.name) for c in problems.cases(op, large_only=not small))
@@ -259,7 +270,8 @@ def _child(args: argparse.Namespace) -> None:
 
 
 def _chosen(args: argparse.Namespace, target: Target) -> list[Problem]:
-    found = problems.problems(args.op, target.chip.platform, args.exact or args.case, not (args.small or args.exact))
+    given = problems.named(args.op, target.chip.platform, args.own)
+    found = problems.problems(args.op, given, args.exact or args.case, not (args.small or args.exact))
     return [p for p in found if args.exact is None or p.name == args.exact][: 1 if args.exact else None]
 
 
@@ -335,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--case", help="only cases whose name holds this")
     parser.add_argument("--small", action="store_true", help="the small cases too")
     parser.add_argument("--config", help="tiles instead of the heuristic's, such as key_block=512,splits=2")
+    parser.add_argument("--with", dest="own", help="another implementation of the op: its name, or package.module:name")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--exact", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or tiles of the peer
@@ -367,7 +380,7 @@ def _summaries(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    rows = table(args.op, args.target, args.case, args.small, args.config, peer=args.peer)
+    rows = table(args.op, args.target, args.case, args.small, args.config, peer=args.peer, own=args.own)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -187,11 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("op")
     parser.add_argument("--target", help="rank for this chip; without it, measure on this process' device")
     parser.add_argument("--case", help="only cases whose name holds this; else all of real size")
+    parser.add_argument("--with", dest="own", help="another implementation of the op: its name, or package.module:name")
     parser.add_argument("--write", action="store_true", help="keep the best, in --folder")
     parser.add_argument("--folder", type=Path, help=f"of the tables; else ${tiles.ENVIRONMENT}, else the package's")
     args = parser.parse_args(argv)
     try:
-        run(args.op, args.target, args.case, args.write, args.folder)
+        run(args.op, args.target, args.case, args.write, args.folder, own=args.own)
     except (ValueError, targets.CompilerMissing) as error:
         raise SystemExit(str(error)) from error
 
@@ -203,6 +204,7 @@ def run(
     keep: bool = False,
     folder: Path | None = None,
     say: Callable[[str], None] = print,
+    own: str | None = None,
 ) -> list[dict[str, Any]]:
     """Tune an op's cases, `say` what was found, best first, and return it.
 
@@ -210,6 +212,7 @@ def run(
       target: the chip to rank for; None: measure on this process' device.
       case: only cases whose name holds this; None: all of real size.
       keep: write the best into the table in `folder`.
+      own: another implementation: its name, or `package.module:name` of a user's; None: the platform's first.
 
     Raises:
       ValueError: no such op, chip or case, no chip here and no target, or a case none of whose candidates works.
@@ -222,7 +225,7 @@ def run(
     if target is None and here is None:
         raise ValueError("no chip to measure on here: --target NAME ranks for one by static figures")
     chip = hardware.chip((target or here.name).partition(":")[0])
-    found = problems.problems(op, chip.platform, case, large_only=case is None)
+    found = problems.problems(op, problems.named(op, chip.platform, own), case, large_only=case is None)
     chosen = [p for p in found if not p.unsupported]
     if not chosen:
         raise ValueError(
@@ -248,7 +251,9 @@ def run(
             told = f"{c.score * 1e6:10.1f} us" if c.score is not None else c.error[:80]
             say(f"  {told}  {c.config}")
         if keep and judged[0].score is not None:
-            results[-1]["file"] = str(write(op, problem.call, chip, rung, judged[0], folder))
+            results[-1]["file"] = str(
+                write(tiles.entry_of(op, problem.module), problem.call, chip, rung, judged[0], folder)
+            )
             say(f"  kept in {results[-1]['file']}")
         if judged[0].score is None:
             failed.append(f"{problem.name} ({judged[0].error})")

@@ -7,12 +7,15 @@ Milakov & Gimelshein 2018 (online softmax); Rabe & Staats 2021 (chunked attentio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from pallas_kernels.layouts import Layout, head_axes, slot_axis, slot_block
-from pallas_kernels.masking import MASKED, precision_of, soft_cap, visible
+from pallas_kernels.attention.call import Call
+from pallas_kernels.layouts import head_axes, slot_block
+from pallas_kernels.masking import MASKED, START, precision_of, soft_cap, visible
 
 
 def block_size(slots: int, wanted: int) -> int:
@@ -20,34 +23,14 @@ def block_size(slots: int, wanted: int) -> int:
     return max(d for d in range(1, min(slots, wanted) + 1) if slots % d == 0)
 
 
-def blocked_attention(
-    q: Float[Array, "B T N H"],
-    k: Array,
-    v: Array,
-    *,
-    starts: Int[Array, " B"],
-    lengths: Int[Array, " B"] | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: Float[Array, " N"] | None,
-    k_scale: Float[Array, "B Kp S"] | None,
-    v_scale: Float[Array, "B Kp S"] | None,
-    tree: Bool[Array, "B T T"] | None,
-    layout: Layout,
-    kv_heads: int,
-    value_dim: int,
-    return_lse: bool,
-    query_block: int,
-    key_block: int,
-):
+def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int, key_block: int):
     """The same function as `flash_attention.reference.attention`, in blocks of at most the given sizes."""
+    q, k, v, starts = (arrays[name] for name in ("q", "k", "v", "starts"))
+    lengths, sinks, tree = (arrays.get(name) for name in ("lengths", "sinks", "tree"))
     b, t, n, h = q.shape
-    slots = k.shape[slot_axis(layout)]
-    group = n // kv_heads
-    precision = precision_of(q.dtype)
-    axes = head_axes(layout)
+    slots, kv_heads, group, value_dim = call.slots, call.kv_heads, call.group, call.value_dim
+    precision, scale = precision_of(q.dtype), arrays.get("scale", call.scale)
+    axes = head_axes(call.layout)
     bs, bq = block_size(slots, key_block), min(t, query_block)
     blocks = -(-t // bq)
     padding = blocks * bq - t
@@ -62,7 +45,6 @@ def blocked_attention(
     rows = q.reshape(b, blocks, bq, kv_heads, group, h).transpose(1, 0, 3, 4, 2, 5)  # [blocks, B, K, G, bq, H]
     position_rows = query_positions.reshape(b, blocks, bq).transpose(1, 0, 2)
     tree_rows = None if tree is None else tree.reshape(b, blocks, bq, t).transpose(1, 0, 2, 3)
-    integer = jnp.issubdtype(k.dtype, jnp.integer)
 
     def scales(x, slot):
         return lax.dynamic_slice_in_dim(x, slot, bs, axis=2)[:, :kv_heads]
@@ -73,36 +55,36 @@ def blocked_attention(
         def body(i, carry):
             top, total, acc = carry
             slot = (i * bs) % slots
-            keys = slot_block(k, layout, slot, bs, kv_heads, h)
-            values = slot_block(v, layout, slot, bs, kv_heads, value_dim)
-            if integer:  # widened block by block: the cache itself is never dequantized
+            keys = slot_block(k, call.layout, slot, bs, kv_heads, h)
+            values = slot_block(v, call.layout, slot, bs, kv_heads, value_dim)
+            if call.int8:  # widened block by block: the cache itself is never dequantized
                 keys, values = keys.astype(q.dtype), values.astype(q.dtype)
             logits = jnp.einsum(
                 f"bkmh,{axes}->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32
             )
-            if integer:
-                logits *= scales(k_scale, slot)[:, :, None]
+            if call.int8:
+                logits *= scales(arrays["k_scale"], slot)[:, :, None]
             key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
             # In a ring, a slot of this block may hold a newer position of a longer row.
             held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
             mask = visible(
                 positions,
                 jnp.where(held, key_positions, -1),
-                causal=causal,
-                window=window,
+                causal=call.causal,
+                window=call.window,
                 tree=branches,
                 starts=starts,
             )
             # What a slot's last request left there has weight zero, but zero times NaN is NaN.
             values = jnp.where(held[:, None, :, None] if axes == "bksh" else held[:, :, None, None], values, 0)
-            logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, softcap)
+            logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, call.softcap)
             logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * bq, bs)
             new_top = jnp.maximum(top, logits.max(-1))
             weights = jnp.exp(logits - new_top[..., None])
             fade = jnp.exp(top - new_top)
             total = total * fade + weights.sum(-1)
-            if integer:
-                weights *= jnp.where(held[:, None], scales(v_scale, slot), 0)[:, :, None]
+            if call.int8:
+                weights *= jnp.where(held[:, None], scales(arrays["v_scale"], slot), 0)[:, :, None]
             acc = acc * fade[..., None] + jnp.einsum(
                 f"bkms,{axes}->bkmh",
                 weights.astype(values.dtype),
@@ -114,18 +96,17 @@ def blocked_attention(
 
         m = group * bq
         start = (
-            # Equal to a masked logit: what a query gathers before it sees anything fades to exactly zero later.
-            jnp.full((b, kv_heads, m), MASKED, jnp.float32),
+            jnp.full((b, kv_heads, m), START, jnp.float32),
             jnp.zeros((b, kv_heads, m), jnp.float32),
             jnp.zeros((b, kv_heads, m, value_dim), jnp.float32),
         )
-        begin, end = _span(positions, lengths, causal, window, bs)
+        begin, end = _span(positions, lengths, call, bs)
         sink = None
         if sinks is not None:
             sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
         out, lse = _finish(*lax.fori_loop(begin, end, body, start), sink)
         out = out.reshape(b, kv_heads, group, bq, value_dim).astype(q.dtype)
-        return out, lse.reshape(b, kv_heads, group, bq) if return_lse else None
+        return out, lse.reshape(b, kv_heads, group, bq) if call.return_lse else None
 
     if t == bq:
         out, lse = attend_block(rows[0], position_rows[0], None if tree is None else tree_rows[0])
@@ -133,36 +114,36 @@ def blocked_attention(
     else:
         out, lse = lax.map(lambda args: attend_block(*args), (rows, position_rows, tree_rows))
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * bq, n, value_dim)[:, :t]
-    if not return_lse:
+    if not call.return_lse:
         return out
     return out, lse.transpose(1, 0, 4, 2, 3).reshape(b, blocks * bq, n)[:, :t]
 
 
-def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], causal: bool, window: int | None, block: int):
+def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, block: int):
     """The blocks of positions that these queries see: the first, and one past the last.
 
     Queries of padding and of inactive rows lie outside their row: no block is read for them.
     """
     real = (positions >= 0) & (positions < lengths[:, None])
     ends = positions
-    if not causal:
+    if not call.causal:
         real, ends = (jnp.broadcast_to(x[:, None], positions.shape) for x in (lengths > 0, lengths - 1))
     last = jnp.max(jnp.where(real, ends, -1))
     first = jnp.zeros((), jnp.int32)
-    if window is not None:
+    if call.window is not None:
         earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
-        first = jnp.maximum(earliest - (window - 1), 0) // block
+        first = jnp.maximum(earliest - (call.window - 1), 0) // block
     return first, last // block + 1
 
 
 def _finish(top, total, acc, sink):
     """Results and log-sum-exp of a softmax's running maximum, sum and product; `sink` joins it last."""
-    saw = top != MASKED  # true for NaN, which must come out as NaN
+    saw = top != START  # true for NaN, which must come out as NaN
     if sink is not None:
         new_top = jnp.maximum(top, sink)
         fade = jnp.where(saw, jnp.exp(top - new_top), 0)
         total, acc = total * fade + jnp.exp(sink - new_top), acc * fade[..., None]
-        top, saw = new_top, new_top != MASKED  # a sink of -inf is none
+        top, saw = new_top, new_top != START  # a sink of -inf is none
     total = jnp.where(saw, total, 1.0)
     out = jnp.where(saw[..., None], acc / total[..., None], 0.0)
     return out, jnp.where(saw, top + jnp.log(total), -jnp.inf)

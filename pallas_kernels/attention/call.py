@@ -1,8 +1,9 @@
-"""What the attention ops are called with: the static facts of a call, and the checks that they share."""
+"""What attention over a dense cache is called with: the static facts of a call, and the checks of its arguments."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, slot_axis
+from pallas_kernels.arguments import check_array, check_whole, refuse_row, seen
+from pallas_kernels.layouts import LAYOUTS, Layout, as_int32, cache_shape, slot_axis
+from pallas_kernels.masking import sink_logits
 
 
 @dataclass(frozen=True)
 class Call:
-    """The static facts of one attention call over a dense cache; what `supported` and `heuristic` judge by."""
+    """The static facts of one call; what `supported` and `heuristic` of an implementation judge by."""
 
     op: str
     batch: int
@@ -35,50 +38,44 @@ class Call:
     tree: bool = False
     lengths: bool = True  # False: every row holds S tokens
     return_lse: bool = False
+    scale: float | None = 1.0  # None: traced, and among the arrays
 
     @property
     def group(self) -> int:
         """Query heads to a KV head."""
         return self.heads // self.kv_heads
 
-
-def check_array(op: str, name: str, x: Any, *kinds: str) -> None:
-    """Raise ValueError unless `x` is an array, or stands for one, of one of these kinds of jax.numpy's types."""
-    wanted = f"{op}: {name} must be an array of {' or '.join(kinds)} type, got"
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        raise ValueError(f"{wanted} {type(x).__name__}" + (": give jnp.asarray of it" if isinstance(x, list) else ""))
-    if not any(jnp.issubdtype(x.dtype, getattr(jnp, kind)) for kind in kinds):
-        raise ValueError(f"{wanted} {x.dtype}")
+    @property
+    def int8(self) -> bool:
+        """Whether K and V are int8, with scales."""
+        return self.kv_dtype == "int8"
 
 
-def check_arrays(op: str, q: Any, stored: dict[str, Any], integers: dict[str, Any], optional: dict[str, Any]) -> None:
-    """Raise ValueError unless queries, keys and values are arrays of types that attention takes, and so the others.
+def check_arrays(op: str, arrays: Mapping[str, Any], stored: tuple[str, ...], integers: tuple[str, ...]) -> None:
+    """Raise ValueError unless all arrays are of types that attention takes.
 
     Args:
-      stored, integers: by name, K and V, and what says where things are.
-      optional: by name, those that may be None: the mask `tree`, and floating ones.
+      stored: names of K and V; integers: of the arrays that say where things are. Those of `arrays` that are neither
+        may be None: the mask `tree`, and floating ones.
     """
-    check_array(op, "q", q, "floating")
-    for name, x in stored.items():
-        check_array(op, name, x, "floating", "int8")
-    for name, x in integers.items():
-        check_array(op, name, x, "integer")
-    for name, x in optional.items():
-        if x is not None:
+    check_array(op, "q", arrays["q"], "floating")
+    for name in stored:
+        check_array(op, name, arrays[name], "floating", "int8")
+    for name in integers:
+        check_array(op, name, arrays[name], "integer")
+    for name, x in arrays.items():
+        if x is not None and name not in ("q", *stored, *integers):
             check_array(op, name, x, "bool" if name == "tree" else "floating")
 
 
-def check_whole(op: str, name: str, x: Any) -> None:
-    """Raise ValueError unless a static argument is an int: a float would fail inside of a loop."""
-    if not isinstance(x, int | np.integer) or isinstance(x, bool):
-        raise ValueError(f"{op}: {name} must be a whole number, got {x!r}")
-
-
-def check_scale(op: str, scale: Any) -> None:
-    """Raise ValueError unless the logits can be multiplied by `scale`."""
-    number = isinstance(scale, int | float | np.generic)
-    if not (number and math.isfinite(scale)) and not isinstance(scale, jax.Array | np.ndarray):
+def plain_scale(op: str, scale: Any) -> float | None:
+    """The number that multiplies the logits; None if it is traced. Raises ValueError unless it is finite."""
+    if isinstance(scale, jax.core.Tracer):
+        return None
+    number = isinstance(scale, int | float | np.generic | jax.Array | np.ndarray)
+    if not number or np.ndim(scale) or not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be a finite number, such as head_dim ** -0.5, got {scale!r}")
+    return float(scale)
 
 
 def check_softcap(op: str, softcap: Any) -> None:
@@ -87,34 +84,73 @@ def check_softcap(op: str, softcap: Any) -> None:
         raise ValueError(f"{op}: softcap must be positive and finite, or None for no cap; got {softcap!r}")
 
 
-def describe(
+def make_call(
     op: str,
-    q,
-    k,
-    v,
+    arrays: Mapping[str, Any],
     *,
-    starts,
-    lengths,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks,
-    k_scale,
-    v_scale,
-    tree,
-    layout: Layout,
-    kv_heads: int | None,
-    value_dim: int | None,
-    return_lse: bool,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    layout: Layout = "heads_first",
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
+    return_lse: bool = False,
 ) -> Call:
-    """The `Call` that these arguments make. Raises ValueError naming the argument and what it should be."""
+    """Check the arguments of an op over a dense cache and gather their static facts.
 
-    def expect(name: str, x: Any, shape: tuple[int, ...], axes: str):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{op}: {name} must be {axes} = {shape}, got {x.shape}")
+    Args:
+      arrays: by name: q, k, v, starts, lengths, sinks, k_scale, v_scale, tree; None or absent: the call has none.
 
-    held = {"starts": starts} if lengths is None else {"starts": starts, "lengths": lengths}
-    check_arrays(op, q, {"k": k, "v": v}, held, {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale, "tree": tree})
+    Raises:
+      ValueError: naming the argument and what it should be.
+    """
+    arrays = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree")) | dict(arrays)
+    check_arrays(op, arrays, ("k", "v"), ("starts",) if arrays["lengths"] is None else ("starts", "lengths"))
+    kv_heads, value_dim = _check_cache(op, arrays, layout, kv_heads, value_dim)
+    q, k, tree = arrays["q"], arrays["k"], arrays["tree"]
+    b, t, n, h = q.shape
+    for name, shape, axes in (
+        ("starts", (b,), "[B]"),
+        ("lengths", (b,), "[B]"),
+        ("sinks", (n,), "[N]"),
+        ("tree", (b, t, t), "[B, T, T]"),
+    ):
+        if arrays[name] is not None and arrays[name].shape != shape:
+            raise ValueError(f"{op}: {name} must be {axes} = {shape}, got {arrays[name].shape}")
+    if window is not None:
+        check_whole(op, "window", window)
+        if window < 1 or not causal:
+            raise ValueError(f"{op}: window must be at least 1 and causal, got window {window}, causal {causal}")
+    if tree is not None and not causal:
+        raise ValueError(f"{op}: a tree says what a causal query sees of its own chunk; causal is False")
+    check_softcap(op, softcap)
+    return Call(
+        op=op,
+        batch=b,
+        queries=t,
+        heads=n,
+        kv_heads=kv_heads,
+        head_dim=h,
+        value_dim=value_dim,
+        slots=k.shape[slot_axis(layout)],
+        dtype=str(q.dtype),
+        kv_dtype=str(k.dtype),
+        layout=layout,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=arrays["sinks"] is not None,
+        tree=tree is not None,
+        lengths=arrays["lengths"] is not None,
+        return_lse=return_lse,
+        scale=plain_scale(op, scale),
+    )
+
+
+def _check_cache(op: str, arrays: Mapping[str, Any], layout: Layout, kv_heads, value_dim) -> tuple[int, int]:
+    """Check K and V beside q, and the scales of int8; returns KV heads and the head size of V."""
+    q, k, v = (arrays[name] for name in "qkv")
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     rank = 3 if layout == "folded" else 4
@@ -137,43 +173,36 @@ def describe(
         raise ValueError(f"{op}: no axis may be empty, got q {q.shape}, k {k.shape}, v {v.shape}, kv_heads {kv_heads}")
     if n % kv_heads or k.shape != cache_shape(layout, b, slots, kv_heads, h):
         raise ValueError(f"{op}: k {k.shape} does not fit q {q.shape}: {axes} with N a multiple of K = {kv_heads}")
-    expect("v", v, cache_shape(layout, b, slots, kv_heads, value_dim), f"{axes} beside k")
-    expect("starts", starts, (b,), "[B]")
-    expect("lengths", lengths, (b,), "[B]")
-    expect("sinks", sinks, (n,), "[N]")
-    expect("tree", tree, (b, t, t), "[B, T, T]")
-    quantized = jnp.dtype(k.dtype) == jnp.int8
+    beside = cache_shape(layout, b, slots, kv_heads, value_dim)
+    if v.shape != beside:
+        raise ValueError(f"{op}: v must be {axes} beside k = {beside}, got {v.shape}")
     if v.dtype != k.dtype:
         raise ValueError(f"{op}: k is {k.dtype} and v is {v.dtype}: they must be of one type")
-    if quantized != (k_scale is not None) or quantized != (v_scale is not None):
+    quantized = jnp.dtype(k.dtype) == jnp.int8
+    scales = {name: arrays[name] for name in ("k_scale", "v_scale")}
+    if any(quantized != (x is not None) for x in scales.values()):
         raise ValueError(f"{op}: int8 keys and values come with k_scale and v_scale, others without; k is {k.dtype}")
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.ndim != 3 or scale.shape[::2] != (b, slots) or scale.shape[1] < kv_heads):
-            raise ValueError(f"{op}: {name} must be [B, K or more, S] = {(b, kv_heads, slots)}, got {scale.shape}")
-    if window is not None:
-        check_whole(op, "window", window)
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"{op}: window must be at least 1 and causal, got window {window}, causal {causal}")
-    if tree is not None and not causal:
-        raise ValueError(f"{op}: a tree says what a causal query sees of its own chunk; causal is False")
-    check_softcap(op, softcap)
-    return Call(
-        op,
-        b,
-        t,
-        n,
-        kv_heads,
-        h,
-        value_dim,
-        slots,
-        str(q.dtype),
-        str(k.dtype),
-        layout,
-        causal,
-        window,
-        softcap,
-        sinks is not None,
-        tree is not None,
-        lengths is not None,
-        return_lse,
+    for name, x in scales.items():
+        if x is not None and (x.ndim != 3 or x.shape[::2] != (b, slots) or x.shape[1] < kv_heads):
+            raise ValueError(f"{op}: {name} must be [B, K or more, S] = {(b, kv_heads, slots)}, got {x.shape}")
+    return kv_heads, value_dim
+
+
+def check_rows(op: str, starts, lengths) -> None:
+    """Raise ValueError for rows of a dense cache that stand or end below zero. Waits for the arrays."""
+    found = seen(starts) if lengths is None else seen(starts, lengths)
+    if found is None:
+        return
+    starts, lengths = found[0], found[-1]
+    if len(found) == 2:
+        refuse_row(lengths < 0, lambda r: f"{op}: row {r} has length {lengths[r]}: give 0 for a row that takes no part")
+    part = lengths > 0 if len(found) == 2 else np.ones_like(starts, bool)
+    refuse_row(
+        (starts < 0) & part, lambda r: f"{op}: row {r} starts at {starts[r]}: its first query's position, from 0"
     )
+
+
+def as_given_to_kernels(arrays: Mapping[str, Any], scale: Any, *integers: str) -> dict[str, Any]:
+    """The arrays of a checked call: positions and lengths in int32, sinks in f32, and the scale if it is traced."""
+    traced = {"scale": scale} if isinstance(scale, jax.core.Tracer) else {}
+    return {**arrays, **traced, **{n: as_int32(arrays[n]) for n in integers}, "sinks": sink_logits(arrays["sinks"])}

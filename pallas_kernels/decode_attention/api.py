@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import entry
-from pallas_kernels.attention.call import Call
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
+from pallas_kernels.attention.entry import attend
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.layouts import Layout
 
 MAX_QUERIES = 16
-IMPLEMENTATIONS = Implementations("pallas_kernels.decode_attention", ("xla", "tpu", "gpu"))
-
-
-def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
-    """Which path a call takes, and why. Raises as `decode_attention` does."""
-    return choose("decode_attention", implementation, IMPLEMENTATIONS, call, platform)
+OP = Op("decode_attention")
+explain = OP.explain
 
 
 def decode_attention(
@@ -56,27 +51,12 @@ def decode_attention(
         raise ValueError(
             f"decode_attention takes 1 to {MAX_QUERIES} queries a row, got {q.shape[1]}: use flash_attention"
         )
-    return entry.attend(
-        "decode_attention",
-        IMPLEMENTATIONS,
-        q,
-        k,
-        v,
-        starts=starts,
-        lengths=lengths,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        tree=tree,
-        layout=layout,
-        kv_heads=kv_heads,
-        value_dim=value_dim,
-        return_lse=return_lse,
-        implementation=implementation,
-        interpret=interpret,
-        config=config,
-    )
+    arrays = {
+        **{"q": q, "k": k, "v": v, "starts": starts, "lengths": lengths, "sinks": sinks},
+        **{"k_scale": k_scale, "v_scale": v_scale, "tree": tree},
+    }
+    settings = {
+        **{"scale": scale, "causal": causal, "window": window, "softcap": softcap},
+        **{"layout": layout, "kv_heads": kv_heads, "value_dim": value_dim, "return_lse": return_lse},
+    }
+    return attend(OP, arrays, settings, implementation, config, interpret)

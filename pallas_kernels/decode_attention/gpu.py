@@ -6,24 +6,22 @@ for all its query heads and queries; parts are merged by their log-sum-exp outsi
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels import hardware
-from pallas_kernels.attention.call import Call, describe
+from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body, padded
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
-from pallas_kernels.layouts import Layout
-from pallas_kernels.tiles import resolve
 
+NAME = "gpu"
+PLATFORM = "gpu"
+LAYOUTS = ("heads_last",)
 MAX_QUERIES = 16
 # Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
 MOST_ELEMENTS = 2**31
@@ -40,20 +38,20 @@ class Config:
     """Tiles.
 
     Attributes:
-      key_block: keys attended to at once, a power of two, at least 16.
+      block_k: keys attended to at once, a power of two, at least 16.
       splits: the most parts that a row's context is cut into; a short row is cut into fewer.
-      row_block: the most queries of one KV head (T * G) in a program, a power of two, at least 16.
-      num_warps, num_stages: of Triton; a stage holds key_block keys and values in shared memory.
+      block_rows: the most queries of one KV head (T * G) in a program, a power of two, at least 16.
+      num_warps, num_stages: of Triton; a stage holds block_k keys and values in shared memory.
     """
 
-    key_block: int
+    block_k: int
     splits: int = 1
-    row_block: int = 128
+    block_rows: int = 128
     num_warps: int = 4
     num_stages: int = 2
 
     def __post_init__(self):
-        for name in ("key_block", "row_block"):
+        for name in ("block_k", "block_rows"):
             size = getattr(self, name)
             if size < 16 or size & (size - 1):
                 raise ValueError(f"{self}: {name} must be a power of two and at least 16")
@@ -63,8 +61,6 @@ class Config:
 
 def supported(call: Call) -> str | None:
     """None, or the reason why the GPU kernel cannot do the call."""
-    if call.layout != "heads_last":
-        return f"the GPU kernel reads the layout 'heads_last', not {call.layout!r}"
     if call.dtype not in ("bfloat16", "float16", "float32"):
         return f"the GPU kernel takes queries in bfloat16, float16 or float32, not {call.dtype}"
     if call.kv_dtype not in (call.dtype, "bfloat16", "float16", "float32", "int8"):
@@ -97,12 +93,12 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
         block *= 2
     rows = call.queries * call.group
     most = 32 if dtype == jnp.float32 else 128 if width <= 256 else 64
-    row_block = min(most, padded(rows))
-    programs = call.batch * call.kv_heads * -(-rows // row_block)
+    block_rows = min(most, padded(rows))
+    programs = call.batch * call.kv_heads * -(-rows // block_rows)
     visible = min(call.slots, call.window + call.queries - 1) if call.window else call.slots
     splits = max(1, min(-(-PROGRAMS_A_CORE * cores // programs), visible // _least_keys(call)))
-    many = row_block >= 64 or dtype == jnp.float32
-    return Config(block, splits, row_block, num_warps=8 if many else 4, num_stages=2)
+    many = block_rows >= 64 or dtype == jnp.float32
+    return Config(block, splits, block_rows, num_warps=8 if many else 4, num_stages=2)
 
 
 def compute_dtype(call: Call) -> jnp.dtype:
@@ -115,119 +111,41 @@ def _least_keys(call: Call) -> int:
     return max(LEAST_KEYS, KEYS_OF_A_ROW * call.queries * call.group)
 
 
-def plan_for(call: Call, config: Config, scale: float) -> Plan:
+def plan_for(call: Call, config: Config) -> Plan:
     """The kernel's static facts."""
-    shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
-    return Plan(
-        **shared
-        | {
-            "key_block": config.key_block,
-            "splits": config.splits,
-            "row_block": min(config.row_block, padded(call.queries * call.group)),
-            "least_blocks": -(-_least_keys(call) // config.key_block),
-            "scale": scale,
-            "full": not call.lengths,
-            "scaled": call.kv_dtype == "int8",
-            "dtype": compute_dtype(call),
-        }
-    )
+    block_rows = min(config.block_rows, padded(call.queries * call.group))
+    return Plan(call, config, block_rows, -(-_least_keys(call) // config.block_k), compute_dtype(call))
 
 
-def cost(plan: Plan, call: Call) -> pl.CostEstimate:
+def cost(plan: Plan) -> pl.CostEstimate:
     """Of full rows: what their queries see of K and V, scales, queries and results, once each."""
+    call, splits = plan.call, plan.config.splits
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
-    seen = min(plan.slots, plan.window + plan.queries - 1) if plan.window else plan.slots
-    row_blocks = -(-plan.rows // plan.row_block)
-    row = seen * plan.kv_heads * ((plan.head_dim + plan.value_dim) * kv + (8 if plan.scaled else 0)) * row_blocks
-    parts = min(plan.splits, -(-seen // (plan.least_blocks * plan.key_block)))
-    vectors = plan.queries * plan.heads
-    row += vectors * (plan.head_dim * io * plan.splits + plan.value_dim * (io if plan.splits == 1 else 4 * parts))
-    if plan.splits > 1 or call.return_lse:
-        row += vectors * 4 * plan.splits
+    seen = min(call.slots, call.window + call.queries - 1) if call.window else call.slots
+    row_blocks = -(-plan.rows // plan.block_rows)
+    row = seen * call.kv_heads * ((call.head_dim + call.value_dim) * kv + (8 if call.int8 else 0)) * row_blocks
+    parts = min(splits, -(-seen // (plan.least_blocks * plan.config.block_k)))
+    vectors = call.queries * call.heads
+    row += vectors * (call.head_dim * io * splits + call.value_dim * (io if splits == 1 else 4 * parts))
+    if splits > 1 or call.return_lse:
+        row += vectors * 4 * splits
     pairs = call.batch * vectors * seen
     return pl.CostEstimate(
-        flops=2 * pairs * (plan.head_dim + plan.value_dim), transcendentals=pairs, bytes_accessed=call.batch * row
+        flops=2 * pairs * (call.head_dim + call.value_dim), transcendentals=pairs, bytes_accessed=call.batch * row
     )
 
 
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Num[Array, "B S K H"],
-    v: Num[Array, "B S K Hv"],
-    *,
-    starts: Int[Array, " B"],
-    lengths: Int[Array, " B"] | None,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    k_scale: Float[Array, "B Kp S"] | None = None,
-    v_scale: Float[Array, "B Kp S"] | None = None,
-    tree: Bool[Array, "B T T"] | None = None,
-    layout: Layout = "heads_last",
-    kv_heads: int | None = None,
-    value_dim: int | None = None,
-    return_lse: bool = False,
-    config: Config | None = None,
-    interpret=False,
-):
-    """See `api.decode_attention`; K and V in the layout `heads_last`.
-
-    Raises:
-      ValueError: shapes that do not fit, or a Config that does not.
-      NotImplementedError: a call that `supported` refuses, or a derivative.
-    """
-    call = describe(
-        "decode_attention",
-        q,
-        k,
-        v,
-        starts=starts,
-        lengths=lengths,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        tree=tree,
-        layout=layout,
-        kv_heads=kv_heads,
-        value_dim=value_dim,
-        return_lse=return_lse,
-    )
-    if (reason := supported(call)) is not None:
-        raise NotImplementedError(f"decode_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("decode_attention", "gpu", call, config, sys.modules[__name__])
-    plan = plan_for(call, config, scale)
-
-    def run(*arrays):
-        return _run(plan, call, config, *arrays, interpret)
-
-    out, lse = raising_under_grad(run, "decode_attention")(q, k, v, starts, lengths, sinks, k_scale, v_scale, tree)
-    return (out, lse) if return_lse else out
-
-
-def _run(plan: Plan, call: Call, config: Config, q, k, v, starts, lengths, sinks, k_scale, v_scale, tree, interpret):
-    """Call the kernel and merge its parts."""
+def run(arrays, call: Call, config: Config, interpret=False):
+    """See `api.decode_attention`: call the kernel and merge its parts."""
+    plan = plan_for(call, config)
+    q, tree = arrays["q"], arrays.get("tree")
     b, t, n, _ = q.shape
     bits = None if tree is None else (tree.astype(jnp.int32) << jnp.arange(t)).sum(2, dtype=jnp.int32)
-    inputs = {
-        "starts": starts.astype(jnp.int32),
-        "lengths": None if lengths is None else lengths.astype(jnp.int32),
-        "bits": bits,
-        "q": q,
-        "k": k,
-        "v": v,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "sinks": sinks,
-    }
-    inputs = {name: x for name, x in inputs.items() if x is not None}
-    partial = plan.splits > 1
-    shape = (plan.splits, b, t, n)
-    outputs = {"out": jax.ShapeDtypeStruct((*shape, plan.value_dim), jnp.float32 if partial else q.dtype)}
+    names = ("starts", "lengths", "bits", "q", "k", "v", "k_scale", "v_scale", "sinks")
+    inputs = {name: x for name, x in {**arrays, "bits": bits}.items() if name in names and x is not None}
+    partial = config.splits > 1
+    shape = (config.splits, b, t, n)
+    outputs = {"out": jax.ShapeDtypeStruct((*shape, call.value_dim), jnp.float32 if partial else q.dtype)}
     if partial or call.return_lse:
         outputs["lse"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     names = [*inputs, *outputs]
@@ -237,14 +155,16 @@ def _run(plan: Plan, call: Call, config: Config, q, k, v, starts, lengths, sinks
 
     found = pl.pallas_call(
         kernel,
-        grid=(b, plan.kv_heads * -(-plan.rows // plan.row_block), plan.splits),
+        grid=(b, call.kv_heads * -(-plan.rows // plan.block_rows), config.splits),
         out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        cost_estimate=cost(plan, call),
+        cost_estimate=cost(plan),
         interpret=interpret,
         name="decode_attention",
     )(*inputs.values())
     if partial:
         out, lse = merge(*found)
-        return out.astype(q.dtype), lse
-    return found[0][0], found[1][0] if call.return_lse else None
+        out = out.astype(q.dtype)
+    else:
+        out, lse = found[0][0], found[1][0] if call.return_lse else None
+    return (out, lse) if call.return_lse else out

@@ -1,6 +1,6 @@
 """The body of decode attention on TPU: one row of the batch a grid step, its K and V fetched by the kernel's own DMAs.
 
-The cache stays in HBM. Blocks of `key_block` slots go into two buffers in turn; while one is computed the next
+The cache stays in HBM. Blocks of `block_k` slots go into two buffers in turn; while one is computed the next
 is fetched, and while the row's last is computed the next row's first. Of a block only the tiles that the row's
 queries can see are fetched, as copies of 2^i tiles: sizes of DMAs are static, and the binary digits of a number of
 tiles give it exactly.
@@ -14,56 +14,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention.call import Call
 from pallas_kernels.layouts import LANES, SUBLANES, round_up
-from pallas_kernels.masking import MASKED, precision_of, soft_cap
+from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 
 
 @dataclass(frozen=True)
 class Plan:
     """What the kernel is built from: static facts of a call, its tiles, and what follows from both."""
 
-    batch: int
-    queries: int
-    group: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    slots: int
-    key_block: int
-    compute_block: int
+    call: Call
+    config: Any  # tiles: `tpu.Config`
     tile: int  # slots of one tile of K and V in HBM: the least that a DMA can fetch
-    splits: int
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
-    full: bool  # every row holds all slots
-    tree: bool
-    sinks: bool
-    scaled: bool
     dtype: jnp.dtype  # what the MXU multiplies
 
     @property
     def rows(self) -> int:
         """Queries of one KV head: row t * G + g."""
-        return self.queries * self.group
+        return self.call.queries * self.call.group
 
     @property
     def by_slot(self) -> bool:
         """Keys are walked slot by slot, not position by position: a block of positions would wrap inside itself."""
-        return self.slots % self.key_block != 0
+        return self.call.slots % self.config.block_k != 0
 
     @property
     def pack(self) -> int:
         """KV heads of a pack."""
-        whole = math.lcm(*(LANES // math.gcd(d, LANES) for d in (self.head_dim, self.value_dim)))
-        return min(whole, self.kv_heads)
+        whole = math.lcm(*(LANES // math.gcd(d, LANES) for d in (self.call.head_dim, self.call.value_dim)))
+        return min(whole, self.call.kv_heads)
 
     @property
     def padded_rows(self) -> int:
@@ -72,7 +58,7 @@ class Plan:
 
     @property
     def packs(self) -> list[range]:
-        return [range(h, min(h + self.pack, self.kv_heads)) for h in range(0, self.kv_heads, self.pack)]
+        return [range(h, min(h + self.pack, self.call.kv_heads)) for h in range(0, self.call.kv_heads, self.pack)]
 
     @property
     def precision(self):
@@ -111,23 +97,24 @@ def _span(plan: Plan, refs: Refs, row, split):
 
     It depends on nothing but the row.
     """
+    call = plan.call
     start = refs.starts[row]
-    if plan.full:
-        low, high = jnp.int32(0) if plan.window else 0, plan.slots
+    if not call.lengths:
+        low, high = jnp.int32(0) if call.window else 0, call.slots
     else:
         length = refs.lengths[row]
         high = length
-        if plan.causal:
-            high = jnp.where(start < length, jnp.minimum(length, start + plan.queries), 0)
-        low = jnp.maximum(length - plan.slots, 0)
+        if call.causal:
+            high = jnp.where(start < length, jnp.minimum(length, start + call.queries), 0)
+        low = jnp.maximum(length - call.slots, 0)
         if plan.by_slot:
-            low, high = 0, jnp.where((high > 0) & (length > plan.slots), plan.slots, high)
-    if plan.window:
-        low = jnp.maximum(low, start - plan.window + 1)
-    if plan.splits > 1:
+            low, high = 0, jnp.where((high > 0) & (length > call.slots), call.slots, high)
+    if call.window:
+        low = jnp.maximum(low, start - call.window + 1)
+    if plan.config.splits > 1:
 
         def cut(s):
-            part = (high - low) * s // plan.splits
+            part = (high - low) * s // plan.config.splits
             return jnp.minimum(high, round_up(low + part, LANES))
 
         low, high = jnp.where(split == 0, low, cut(split)), cut(split + 1)
@@ -136,21 +123,21 @@ def _span(plan: Plan, refs: Refs, row, split):
 
 def _count(plan: Plan, low, high):
     """Blocks that a span touches."""
-    touched = pl.cdiv(high, plan.key_block) - low // plan.key_block
+    touched = pl.cdiv(high, plan.config.block_k) - low // plan.config.block_k
     return touched if isinstance(touched, int) else jnp.where(high > low, touched, 0)
 
 
 def _transfer(plan: Plan, refs: Refs, row, split, index, slot, act):
     """Call `act` on each DMA of the `index`-th block of a row's span into buffer `slot`."""
     low, high = _span(plan, refs, row, split)
-    base = (low // plan.key_block + index) * plan.key_block
-    place = base % plan.slots
+    base = (low // plan.config.block_k + index) * plan.config.block_k
+    place = base % plan.call.slots
     streams = [(refs.k, refs.k_buffer, 0), (refs.v, refs.v_buffer, 1)]
 
     def pieces(unit, move):
         begin = jnp.maximum(low - base, 0) // unit
-        count = pl.cdiv(jnp.minimum(high - base, plan.key_block), unit) - begin
-        for level in reversed(range((plan.key_block // unit).bit_length())):
+        count = pl.cdiv(jnp.minimum(high - base, plan.config.block_k), unit) - begin
+        for level in reversed(range((plan.config.block_k // unit).bit_length())):
 
             @pl.when((count >> level) & 1 == 1)
             def _(level=level):
@@ -178,7 +165,7 @@ def _transfer(plan: Plan, refs: Refs, row, split, index, slot, act):
             )
 
     pieces(plan.tile, rows)
-    if plan.scaled:
+    if plan.call.int8:
         pieces(LANES, scales)
 
 
@@ -194,21 +181,22 @@ def _own_lanes(plan: Plan, head: int, heads: range, dim: int):
 
 def _begin(plan: Plan, refs: Refs, split):
     """Queries into packs; an empty softmax, or one that holds the sink."""
-    if plan.padded_rows != plan.rows or plan.kv_heads % plan.pack:
+    call = plan.call
+    if plan.padded_rows != plan.rows or call.kv_heads % plan.pack:
         refs.queries[...] = jnp.zeros_like(refs.queries)
     for p, heads in enumerate(plan.packs):
-        q = refs.q[0, :, _lanes(heads, plan.head_dim)].astype(jnp.float32)
+        q = refs.q[0, :, _lanes(heads, call.head_dim)].astype(jnp.float32)
         for i in range(len(heads)):
-            own = q if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, plan.head_dim), q, 0.0)
+            own = q if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, call.head_dim), q, 0.0)
             refs.queries[p, pl.ds(i * plan.padded_rows, plan.rows), : q.shape[1]] = own
     refs.acc[...] = jnp.zeros_like(refs.acc)
-    if plan.sinks:
+    if call.sinks:
         # Only one split may hold the sink: it enters the denominator once.
-        top = jnp.where(split == 0, jnp.maximum(refs.sinks[...], MASKED), MASKED)
+        top = jnp.where(split == 0, jnp.maximum(refs.sinks[...], START), START)
         refs.top[...] = top
         refs.total[...] = jnp.where(split == 0, jnp.exp(refs.sinks[...] - top), 0.0)
     else:
-        refs.top[...] = jnp.full_like(refs.top, MASKED)
+        refs.top[...] = jnp.full_like(refs.top, START)
         refs.total[...] = jnp.zeros_like(refs.total)
 
 
@@ -218,50 +206,52 @@ def _stacked(plan: Plan, values):
 
 
 def _mask(plan: Plan, refs: Refs, row, low, high, position):
-    """[rows of a pack, compute_block]: what each query sees of the keys from place `position` on."""
+    """[rows of a pack, tile_k]: what each query sees of the keys from place `position` on."""
+    call = plan.call
     start = refs.starts[row]
-    shape = (plan.padded_rows, plan.compute_block)
+    shape = (plan.padded_rows, plan.config.tile_k)
     key = position + lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = (key >= low) & (key < high)
-    if plan.by_slot and not plan.full:  # where the ring has wrapped, slots before the newest one are a turn ahead
+    if plan.by_slot and call.lengths:  # where the ring has wrapped, slots before the newest one are a turn ahead
         newest = jnp.maximum(refs.lengths[row] - 1, 0)
-        turn = newest // plan.slots * plan.slots
-        key = key + jnp.where(key <= newest - turn, turn, turn - plan.slots)
+        turn = newest // call.slots * call.slots
+        key = key + jnp.where(key <= newest - turn, turn, turn - call.slots)
         seen = seen & (key >= 0)
     line = lax.broadcasted_iota(jnp.int32, shape, 0)
     query = jnp.zeros(shape, jnp.int32)
-    for t in range(1, plan.queries):
-        query = query + (line >= t * plan.group).astype(jnp.int32)
-    if plan.causal:
+    for t in range(1, call.queries):
+        query = query + (line >= t * call.group).astype(jnp.int32)
+    if call.causal:
         seen = seen & (key <= start + query)
-    if plan.window:
-        seen = seen & (key > start + query - plan.window)
-    if plan.tree:
+    if call.window:
+        seen = seen & (key > start + query - call.window)
+    if call.tree:
         bits = jnp.full(shape, refs.bits[row, 0], jnp.int32)
-        for t in range(1, plan.queries):
+        for t in range(1, call.queries):
             bits = jnp.where(query == t, refs.bits[row, t], bits)
         among = key - start
         chosen = lax.shift_right_logical(bits, jnp.clip(among, 0, 31)) & 1
-        seen = seen & ((among < 0) | (among >= plan.queries) | (chosen == 1))
+        seen = seen & ((among < 0) | (among >= call.queries) | (chosen == 1))
     return seen.astype(jnp.int32)
 
 
 def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, masked: bool):
     """One step of the online softmax: the keys from `position` on, which lie at `offset` in their buffer."""
-    keys = pl.ds(offset, plan.compute_block)
+    call = plan.call
+    keys = pl.ds(offset, plan.config.tile_k)
     if masked:
         mask = _mask(plan, refs, row, low, high, position)
         mask = _stacked(plan, [mask] * plan.pack) == 1
-        line = position + lax.broadcasted_iota(jnp.int32, (plan.compute_block, 1), 0)
+        line = position + lax.broadcasted_iota(jnp.int32, (plan.config.tile_k, 1), 0)
         held = (line >= low) & (line < high)
     for p, heads in enumerate(plan.packs):
-        k = refs.k_buffer[slot, keys, _lanes(heads, plan.head_dim)].astype(plan.dtype)
-        v = refs.v_buffer[slot, keys, _lanes(heads, plan.value_dim)].astype(plan.dtype)
+        k = refs.k_buffer[slot, keys, _lanes(heads, call.head_dim)].astype(plan.dtype)
+        v = refs.v_buffer[slot, keys, _lanes(heads, call.value_dim)].astype(plan.dtype)
         q = refs.queries[p, :, : k.shape[1]].astype(plan.dtype)
 
         def scales(buffer, heads=heads):
             each = [
-                jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.padded_rows, plan.compute_block)) for h in heads
+                jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.padded_rows, plan.config.tile_k)) for h in heads
             ]
             return _stacked(plan, each + each[:1] * (plan.pack - len(heads)))
 
@@ -269,11 +259,11 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
             lax.dot_general(
                 q, k, (((1,), (1,)), ((), ())), precision=plan.precision, preferred_element_type=jnp.float32
             )
-            * plan.scale
+            * call.scale
         )
-        if plan.scaled:
+        if call.int8:
             logits = logits * scales(refs.k_scales)
-        logits = soft_cap(logits, plan.softcap)
+        logits = soft_cap(logits, call.softcap)
         if masked:
             logits = jnp.where(mask, logits, MASKED)
             v = jnp.where(held, v, jnp.zeros_like(v))  # a weight of zero does not silence NaN
@@ -283,7 +273,7 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
         weights = jnp.exp(logits - top[:, :1])
         refs.top[p] = top
         refs.total[p] = refs.total[p] * fade + weights.sum(axis=1, keepdims=True)
-        if plan.scaled:
+        if call.int8:
             weights = weights * scales(refs.v_scales)
             if masked:
                 weights = jnp.where(mask, weights, 0.0)
@@ -299,23 +289,24 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
 
 def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
     """Attend to what the buffer `slot` holds: the `index`-th block of the row's span."""
-    base = (low // plan.key_block + index) * plan.key_block
-    size = plan.compute_block
+    call = plan.call
+    base = (low // plan.config.block_k + index) * plan.config.block_k
+    size = plan.config.tile_k
     start = refs.starts[row]
     # Keys in [from, to) are seen by every query of the row: they need no mask.
-    everyone_from = jnp.maximum(low, start + plan.queries - plan.window) if plan.window else low
+    everyone_from = jnp.maximum(low, start + call.queries - call.window) if call.window else low
     everyone_to = high
-    if plan.causal:
+    if call.causal:
         everyone_to = jnp.minimum(high, start + 1)
-    if plan.tree:
+    if call.tree:
         everyone_to = jnp.minimum(everyone_to, start)
 
     def step(j, _):
         offset = pl.multiple_of(j * size, size)
         position = base + offset
         whole = (position >= everyone_from) & (position + size <= everyone_to)
-        if plan.by_slot and not plan.full:
-            whole = whole & (refs.lengths[row] <= plan.slots)
+        if plan.by_slot and call.lengths:
+            whole = whole & (refs.lengths[row] <= call.slots)
         for masked in (False, True):
 
             @pl.when(whole != masked)
@@ -324,29 +315,32 @@ def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
 
         return 0
 
-    lax.fori_loop(jnp.maximum(low - base, 0) // size, pl.cdiv(jnp.minimum(high - base, plan.key_block), size), step, 0)
+    lax.fori_loop(
+        jnp.maximum(low - base, 0) // size, pl.cdiv(jnp.minimum(high - base, plan.config.block_k), size), step, 0
+    )
 
 
 def _finish(plan: Plan, refs: Refs):
     """Divide, and lay the heads side by side again."""
+    call = plan.call
     lane = lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
     lse = jnp.full((plan.rows, LANES), -jnp.inf, jnp.float32)
     for p, heads in enumerate(plan.packs):
-        width = len(heads) * plan.value_dim
+        width = len(heads) * call.value_dim
         out = jnp.zeros((plan.rows, width), jnp.float32)
         for i, h in enumerate(heads):
             rows = pl.ds(i * plan.padded_rows, plan.rows)
             top, total = refs.top[p, rows], refs.total[p, rows]
-            saw = top != MASKED  # true for NaN, which must come out as NaN
+            saw = top != START  # true for NaN, which must come out as NaN
             share = jnp.where(saw, 1.0 / jnp.where(saw, total, 1.0), 0.0)
             one = refs.acc[p, rows, :width] * share[:, :1]
             one = jnp.where(saw[:, :1], one, 0.0)
-            out = one if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, plan.value_dim), one, out)
+            out = one if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, call.value_dim), one, out)
             if refs.lse is not None:
                 lse = jnp.where((lane == h) & saw, top + jnp.log(jnp.where(saw, total, 1.0)), lse)
-        refs.out[0, 0, :, _lanes(heads, plan.value_dim)] = out.astype(refs.out.dtype)
-    if refs.out.shape[-1] > plan.kv_heads * plan.value_dim:
-        padding = slice(plan.kv_heads * plan.value_dim, refs.out.shape[-1])
+        refs.out[0, 0, :, _lanes(heads, call.value_dim)] = out.astype(refs.out.dtype)
+    if refs.out.shape[-1] > call.kv_heads * call.value_dim:
+        padding = slice(call.kv_heads * call.value_dim, refs.out.shape[-1])
         refs.out[0, 0, :, padding] = jnp.zeros_like(refs.out[0, 0, :, padding])
     if refs.lse is not None:
         refs.lse[0, 0] = lse
@@ -355,7 +349,7 @@ def _finish(plan: Plan, refs: Refs):
 def body(plan: Plan, refs: Refs) -> None:
     """One grid step: split `program_id(0)` of row `program_id(1)`."""
     split, row = pl.program_id(0), pl.program_id(1)
-    following = jnp.minimum(row + 1, plan.batch - 1)
+    following = jnp.minimum(row + 1, plan.call.batch - 1)
 
     def count_of(row):
         return _count(plan, *_span(plan, refs, row, split))
@@ -365,7 +359,7 @@ def body(plan: Plan, refs: Refs) -> None:
 
     low, high = _span(plan, refs, row, split)
     count = count_of(row)
-    next_has = (row + 1 < plan.batch) & (count_of(following) > 0)
+    next_has = (row + 1 < plan.call.batch) & (count_of(following) > 0)
 
     @pl.when(row == 0)
     def _():

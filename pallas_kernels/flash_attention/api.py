@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import entry
-from pallas_kernels.attention.call import Call
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose
+from pallas_kernels.attention.entry import attend
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.layouts import Layout
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.flash_attention", ("xla", "tpu", "gpu"))
-
-
-def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
-    """Which path a call takes, and why. Raises as `flash_attention` does."""
-    return choose("flash_attention", implementation, IMPLEMENTATIONS, call, platform)
+OP = Op("flash_attention")
+explain = OP.explain
 
 
 def flash_attention(
@@ -81,27 +76,12 @@ def flash_attention(
 
     Source: Dao et al. 2022 (FlashAttention); the meaning is `reference.attention`.
     """
-    return entry.attend(
-        "flash_attention",
-        IMPLEMENTATIONS,
-        q,
-        k,
-        v,
-        starts=starts,
-        lengths=lengths,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        tree=tree,
-        layout=layout,
-        kv_heads=kv_heads,
-        value_dim=value_dim,
-        return_lse=return_lse,
-        implementation=implementation,
-        interpret=interpret,
-        config=config,
-    )
+    arrays = {
+        **{"q": q, "k": k, "v": v, "starts": starts, "lengths": lengths, "sinks": sinks},
+        **{"k_scale": k_scale, "v_scale": v_scale, "tree": tree},
+    }
+    settings = {
+        **{"scale": scale, "causal": causal, "window": window, "softcap": softcap},
+        **{"layout": layout, "kv_heads": kv_heads, "value_dim": value_dim, "return_lse": return_lse},
+    }
+    return attend(OP, arrays, settings, implementation, config, interpret)

@@ -8,24 +8,21 @@ beside this file.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.attention.call import Call, describe
+from pallas_kernels.attention.call import Call
 from pallas_kernels.flash_attention.gpu_kernel import Plan, Refs, body
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip
-from pallas_kernels.layouts import Layout
-from pallas_kernels.tiles import resolve
 
+NAME = "gpu"
+PLATFORM = "gpu"
+LAYOUTS = ("heads_last",)
 MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
-OPERANDS = ("starts", "lengths", "q", "k", "v", "k_scale", "v_scale", "sinks", "tree")
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,18 @@ class Config:
     """Tiles.
 
     Attributes:
-      row_block: rows of a program, one a query and head; a power of two, at least 16.
-      key_block: keys attended to at once; a power of two, at least 16.
-      num_warps, num_stages: of Triton; a stage holds key_block keys and values in shared memory.
+      block_rows: rows of a program, one a query and head; a power of two, at least 16.
+      block_k: keys attended to at once; a power of two, at least 16.
+      num_warps, num_stages: of Triton; a stage holds block_k keys and values in shared memory.
     """
 
-    row_block: int
-    key_block: int
+    block_rows: int
+    block_k: int
     num_warps: int = 4
     num_stages: int = 2
 
     def __post_init__(self):
-        for name in ("row_block", "key_block"):
+        for name in ("block_rows", "block_k"):
             size = getattr(self, name)
             if size < 16 or size & (size - 1):
                 raise ValueError(f"{self}: {name} must be a power of two and at least 16")
@@ -52,8 +49,6 @@ class Config:
 
 def supported(call: Call) -> str | None:
     """None, or why this kernel cannot do the call."""
-    if call.layout != "heads_last":
-        return f"the GPU kernel reads the layout 'heads_last', not {call.layout!r}"
     if call.dtype not in ("bfloat16", "float16", "float32"):
         return f"the GPU kernel takes queries in bfloat16, float16 or float32, not {call.dtype}"
     if call.kv_dtype not in ("bfloat16", "float16", "float32", "int8"):
@@ -76,7 +71,7 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     """Tiles for a chip; None: an A100.
 
     FLOPs: 128 rows of 16 bits make K and V count 128 FLOPs a byte, from L2, where the programs of a head meet.
-    Shared memory: q takes row_block * H, a stage (H + Hv) * key_block, in the type of the dots; 128 rows and two
+    Shared memory: q takes block_rows * H, a stage (H + Hv) * block_k, in the type of the dots; 128 rows and two
     stages of 64 keys of 128 in bf16 take 96 KiB, which L4's 99 just hold, others have room for a third stage.
     Registers: the accumulators of 128 rows of 128 take 64 a thread with 8 warps; wider heads take half the rows. f32
     has no tensor core, and its operands lie in registers: 32 rows.
@@ -100,107 +95,40 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     return Config(rows, keys, num_warps=8 if many else 4, num_stages=stages)
 
 
-def plan_for(call: Call, config: Config, scale: float) -> Plan:
-    """The kernel's static facts."""
-    shared = {f.name: getattr(call, f.name) for f in fields(Plan) if hasattr(call, f.name)}
-    return Plan(
-        **shared
-        | {
-            "row_block": config.row_block,
-            "key_block": config.key_block,
-            "scale": scale,
-            "scaled": call.kv_dtype == "int8",
-            "dtype": compute_dtype(call),
-        }
-    )
-
-
 def key_blocks(plan: Plan, start: int) -> int:
     """Key blocks that the programs of one full row and KV head compute, its queries from `start` on."""
+    call, tiles = plan.call, plan.config
     blocks = 0
     for i in range(plan.row_blocks):
-        first = start + i * plan.row_block // plan.group
-        last = start + min((i + 1) * plan.row_block - 1, plan.rows - 1) // plan.group
-        end = min(last + 1, plan.slots) if plan.causal else plan.slots
-        begin = 0 if plan.window is None else max(first - plan.window + 1, 0)
-        blocks += -(-end // plan.key_block) - begin // plan.key_block
+        first = start + i * tiles.block_rows // call.group
+        last = start + min((i + 1) * tiles.block_rows - 1, plan.rows - 1) // call.group
+        end = min(last + 1, call.slots) if call.causal else call.slots
+        begin = 0 if call.window is None else max(first - call.window + 1, 0)
+        blocks += -(-end // tiles.block_k) - begin // tiles.block_k
     return blocks
 
 
-def cost(plan: Plan, call: Call) -> pl.CostEstimate:
+def cost(plan: Plan) -> pl.CostEstimate:
     """Of full rows, whose queries are their last: what the programs read and write; much of it comes from L2."""
-    blocks = key_blocks(plan, max(plan.slots - plan.queries, 0)) * plan.kv_heads
+    call, tiles = plan.call, plan.config
+    blocks = key_blocks(plan, max(call.slots - call.queries, 0)) * call.kv_heads
     io, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
-    wide = plan.head_dim + plan.value_dim
-    moved = blocks * plan.key_block * (wide * kv + (8 if plan.scaled else 0))
-    moved += plan.queries * call.heads * (wide * io + (4 if call.return_lse else 0))
-    pairs = call.batch * blocks * plan.key_block * plan.row_block
+    wide = call.head_dim + call.value_dim
+    moved = blocks * tiles.block_k * (wide * kv + (8 if call.int8 else 0))
+    moved += call.queries * call.heads * (wide * io + (4 if call.return_lse else 0))
+    pairs = call.batch * blocks * tiles.block_k * tiles.block_rows
     return pl.CostEstimate(flops=2 * pairs * wide, transcendentals=pairs, bytes_accessed=call.batch * moved)
 
 
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Num[Array, "B S K H"],
-    v: Num[Array, "B S K Hv"],
-    *,
-    starts: Int[Array, " B"],
-    lengths: Int[Array, " B"] | None,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    k_scale: Float[Array, "B Kp S"] | None = None,
-    v_scale: Float[Array, "B Kp S"] | None = None,
-    tree: Bool[Array, "B T T"] | None = None,
-    layout: Layout = "heads_last",
-    kv_heads: int | None = None,
-    value_dim: int | None = None,
-    return_lse: bool = False,
-    config: Config | None = None,
-    interpret=False,
-):
-    """See `api.flash_attention`; K and V in the layout `heads_last`.
-
-    Raises:
-      ValueError: shapes that do not fit, or a Config that does not.
-      NotImplementedError: a call that `supported` refuses, or a derivative.
-    """
-    call = describe(
-        "flash_attention",
-        q,
-        k,
-        v,
-        starts=starts,
-        lengths=lengths,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        tree=tree,
-        layout=layout,
-        kv_heads=kv_heads,
-        value_dim=value_dim,
-        return_lse=return_lse,
-    )
-    if (reason := supported(call)) is not None:
-        raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("flash_attention", "gpu", call, config, sys.modules[__name__])
-    plan = plan_for(call, config, float(scale))
-
-    def run(*arrays):
-        return _run(dict(zip(OPERANDS, arrays, strict=True)), call, plan, config, interpret)
-
-    tree = None if tree is None else tree.astype(jnp.int8)
-    return raising_under_grad(run, "flash_attention")(starts, lengths, q, k, v, k_scale, v_scale, sinks, tree)
-
-
-def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
-    inputs = {name: x for name, x in arrays.items() if x is not None}
+def run(arrays, call: Call, config: Config, interpret=False):
+    """See `api.flash_attention`."""
+    plan = Plan(call, config, compute_dtype(call))
+    order = ("starts", "lengths", "q", "k", "v", "k_scale", "v_scale", "sinks", "tree")
+    inputs = {name: arrays[name] for name in order if name in arrays}
+    if call.tree:
+        inputs["tree"] = inputs["tree"].astype(jnp.int8)
     q = inputs["q"]
-    outputs = {"out": jax.ShapeDtypeStruct((*q.shape[:3], plan.value_dim), q.dtype)}
+    outputs = {"out": jax.ShapeDtypeStruct((*q.shape[:3], call.value_dim), q.dtype)}
     if call.return_lse:
         outputs["lse"] = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     names = [*inputs, *outputs]
@@ -210,10 +138,10 @@ def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
 
     found = pl.pallas_call(
         kernel,
-        grid=(plan.row_blocks, plan.kv_heads, call.batch),
+        grid=(plan.row_blocks, call.kv_heads, call.batch),
         out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        cost_estimate=cost(plan, call),
+        cost_estimate=cost(plan),
         interpret=interpret,
         name="flash_attention",
     )(*inputs.values())

@@ -11,7 +11,6 @@ lies after its last query, before its window or behind its row's end is neither 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -20,19 +19,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.call import Call, describe
+from pallas_kernels.attention.call import Call
 from pallas_kernels.flash_attention.tpu_kernel import Plan, body
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip, chip, detect
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, folded_width, round_up
-from pallas_kernels.tiles import resolve
 
+NAME = "tpu"
+PLATFORM = "tpu"
+LAYOUTS = ("folded",)
 MIB = 2**20
 SMALLEST = 16  # queries: rows of a bf16 register
 LONGEST_TREE = 512
-OPERANDS = ("starts", "lengths", "sinks", "q", "k", "v", "k_scale", "v_scale", "tree")
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,13 @@ class Config:
 
     block_q: int  # queries of one block; its matrices have G times as many rows
     block_k: int  # slots fetched at once
-    chunk: int  # keys of one matrix of logits; divides block_k
+    tile_k: int  # keys of one matrix of logits; divides block_k
     ones: bool = False  # row sums by columns of ones behind the values, in the matrix unit; False: by the vector unit
-    vmem_mib: int | None = None  # what the kernel may use; None: the compiler's limit
+    vmem_bytes: int | None = None  # what the kernel may use; None: the compiler's limit
 
 
 def supported(call: Call) -> str | None:
     """None, or why this kernel cannot do the call."""
-    if call.layout != "folded":
-        return f"the TPU kernel reads the layout 'folded', not {call.layout!r}"
     if call.slots % LANES:
         return f"the TPU kernel takes slots in multiples of {LANES}, got {call.slots}"
     if call.dtype not in ("float32", "bfloat16") or call.kv_dtype not in ("float32", "bfloat16", "int8"):
@@ -88,15 +84,15 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     # Columns of ones fill up what the last tile of V leaves empty, if it leaves any.
     ones = call.value_dim % on.mxu != 0
     fixed = not (call.causal or call.lengths)
-    wanted_k, wanted_chunk = (2048, 512) if fixed else (1024, 512)
+    wanted_k, wanted_tile = (2048, 512) if fixed else (1024, 512)
     if fixed and on.mxu == 128 and not small and heads == 1 and call.dtype == "bfloat16":
-        rows, wanted_k, wanted_chunk = rows // 2, 4096, 512 if on.cores == 1 else 1024
+        rows, wanted_k, wanted_tile = rows // 2, 4096, 512 if on.cores == 1 else 1024
     if call.window is not None and call.window < wanted_k:
-        wanted_k = wanted_chunk = max(LANES, min(512, call.window // LANES * LANES))
+        wanted_k = wanted_tile = max(LANES, min(512, call.window // LANES * LANES))
     block_q = min(max(rows // call.group // SMALLEST * SMALLEST, SMALLEST), round_up(call.queries, SMALLEST))
     block_k = _divisor(call.slots, max(LANES, wanted_k // 2) if small else wanted_k)
-    vmem = None if small else 48 if on.vmem_capacity_mib >= 96 else 32
-    return Config(block_q, block_k, _divisor(block_k, wanted_chunk), ones, vmem)
+    vmem = None if small else (48 if on.vmem_capacity_mib >= 96 else 32) * MIB
+    return Config(block_q, block_k, _divisor(block_k, wanted_tile), ones, vmem)
 
 
 def _divisor(slots: int, most: int) -> int:
@@ -106,59 +102,38 @@ def _divisor(slots: int, most: int) -> int:
 
 def misfit(call: Call, config: Config) -> str | None:
     """Why a Config does not suit a call, None if it does."""
-    if call.slots % config.block_k or config.block_k % config.chunk or config.chunk % LANES:
-        return f"block_k must divide the {call.slots} slots, and chunk, in whole {LANES}, block_k"
+    if call.slots % config.block_k or config.block_k % config.tile_k or config.tile_k % LANES:
+        return f"block_k must divide the {call.slots} slots, and tile_k, in whole {LANES}, block_k"
     if config.block_q % SMALLEST:
         return f"block_q must be a multiple of {SMALLEST}"
     return None
 
 
-def plan_of(call: Call, config: Config, scale: float, mxu: int) -> Plan:
+def plan_of(call: Call, config: Config, mxu: int) -> Plan:
     """Everything static of the kernel for this call."""
-    heads = lane_heads(call)
     steps = call.slots // config.block_k
     if call.window is not None:
         # A ring's oldest and newest positions may share a block, hence one block more than it has.
         steps = min(steps + 1, (config.block_q + call.window - 2) // config.block_k + 2)
-    compute = jnp.promote_types(call.dtype, "bfloat16" if call.kv_dtype == "int8" else call.kv_dtype)
     extra = 0
-    if config.ones and call.kv_dtype != "int8":
+    if config.ones and not call.int8:
         extra = round_up(call.value_dim + 1, mxu if call.value_dim % LANES == 0 else LANES) - call.value_dim
-    return Plan(
-        call.kv_heads,
-        heads,
-        call.group,
-        call.head_dim,
-        call.value_dim,
-        call.slots,
-        config.block_q,
-        config.block_k,
-        config.chunk,
-        steps,
-        extra,
-        jnp.dtype(compute),
-        scale,
-        call.causal,
-        call.window,
-        call.softcap,
-        call.lengths,
-        round_up(call.queries, LANES) if call.tree else 0,
-        call.kv_dtype == "int8",
-        call.sinks,
-        call.return_lse,
-    )
+    compute = jnp.promote_types(call.dtype, "bfloat16" if call.int8 else call.kv_dtype)
+    tree = round_up(call.queries, LANES) if call.tree else 0
+    return Plan(call, config, lane_heads(call), steps, extra, tree, jnp.dtype(compute))
 
 
 def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
     """Key blocks that one full row's query blocks compute, and those that are fetched: not twice in a run."""
-    blocks, computed, fetched, before = plan.slots // plan.block_k, 0, 0, None
+    call, tiles = plan.call, plan.config
+    blocks, computed, fetched, before = call.slots // tiles.block_k, 0, 0, None
     for i in range(query_blocks):
-        low = start + i * plan.block_q
+        low = start + i * tiles.block_q
         first, last = 0, blocks - 1
-        if plan.causal:
-            last = min(low + plan.block_q - 1, plan.slots - 1) // plan.block_k
-        if plan.window is not None:
-            first = min(max(low - plan.window + 1, 0) // plan.block_k, last)
+        if call.causal:
+            last = min(low + tiles.block_q - 1, call.slots - 1) // tiles.block_k
+        if call.window is not None:
+            first = min(max(low - call.window + 1, 0) // tiles.block_k, last)
         for block in range(first, last + 1):
             computed += 1
             fetched += block != before
@@ -166,25 +141,26 @@ def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
     return computed, fetched
 
 
-def cost(plan: Plan, call: Call) -> pl.CostEstimate:
+def cost(plan: Plan) -> pl.CostEstimate:
     """Of full rows, whose queries are their last: the blocks that the grid fetches and writes."""
+    call, tiles = plan.call, plan.config
     queries = max(call.queries, SMALLEST)
-    groups = -(-plan.kv_heads // plan.heads)
-    query_blocks = pl.cdiv(queries, plan.block_q)
-    computed, fetched = fetches(plan, query_blocks, max(plan.slots - call.queries, 0))
+    groups = -(-call.kv_heads // plan.heads)
+    query_blocks = pl.cdiv(queries, tiles.block_q)
+    computed, fetched = fetches(plan, query_blocks, max(call.slots - call.queries, 0))
     io, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
     lanes = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
     moved = (
         fetched
-        * plan.block_k
-        * (lanes * kv + (2 * 4 * groups * round_up(call.kv_heads, SUBLANES) if plan.scales else 0))
+        * tiles.block_k
+        * (lanes * kv + (2 * 4 * groups * round_up(call.kv_heads, SUBLANES) if call.int8 else 0))
     )
     moved += queries * call.heads * (call.head_dim + call.value_dim) * io
-    if plan.lse:
-        moved += queries * groups * plan.heads * plan.group * 4
+    if call.return_lse:
+        moved += queries * groups * plan.heads * call.group * 4
     if plan.tree:
         moved += groups * queries * plan.tree * 2
-    pairs = computed * plan.block_k * plan.block_q * call.heads
+    pairs = computed * tiles.block_k * tiles.block_q * call.heads
     return pl.CostEstimate(
         flops=2 * call.batch * pairs * (call.head_dim + call.value_dim),
         transcendentals=call.batch * pairs,
@@ -192,91 +168,34 @@ def cost(plan: Plan, call: Call) -> pl.CostEstimate:
     )
 
 
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S C"],
-    v: Float[Array, "B S Cv"],
-    *,
-    starts: Int[Array, " B"],
-    lengths: Int[Array, " B"] | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: Float[Array, " N"] | None,
-    k_scale: Float[Array, "B Kp S"] | None,
-    v_scale: Float[Array, "B Kp S"] | None,
-    tree: Bool[Array, "B T T"] | None,
-    layout: str,
-    kv_heads: int,
-    value_dim: int,
-    return_lse: bool,
-    config: Config | None,
-    interpret,
-):
-    """See `api.flash_attention`; K and V in the layout `folded`.
-
-    Raises:
-      ValueError: shapes that do not fit, or a Config that does not.
-      NotImplementedError: a call that `supported` refuses, or a derivative.
-    """
-    call = describe(
-        "flash_attention",
-        q,
-        k,
-        v,
-        starts=starts,
-        lengths=lengths,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        tree=tree,
-        layout=layout,
-        kv_heads=kv_heads,
-        value_dim=value_dim,
-        return_lse=return_lse,
-    )
-    if (reason := supported(call)) is not None:
-        raise NotImplementedError(f"flash_attention: {reason}; use implementation='xla'")
-    config, _ = resolve("flash_attention", "tpu", call, config, sys.modules[__name__])
+def run(arrays, call: Call, config: Config, interpret=False):
+    """See `api.flash_attention`: lay queries out, call the kernel, and lay its results out."""
     on = detect("tpu")
-    plan = plan_of(call, config, float(scale), on.mxu if on else LANES)
-
-    def run(*arrays):
-        return _run(dict(zip(OPERANDS, arrays, strict=True)), call, plan, config, interpret)
-
-    lengths = jnp.zeros_like(starts) if lengths is None else lengths
-    return raising_under_grad(run, "flash_attention")(starts, lengths, sinks, q, k, v, k_scale, v_scale, tree)
-
-
-def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
-    """Lay queries out, call the kernel, and lay its results out."""
+    plan = plan_of(call, config, on.mxu if on else LANES)
     q = arrays["q"]
     b, t, n, _ = q.shape
     queries = max(t, SMALLEST)
     q = jnp.pad(q, ((0, 0), (0, queries - t), (0, 0), (0, 0))).reshape(b, queries, -1)
     inputs = {"q": q, "k": arrays["k"], "v": arrays["v"]}
-    if plan.scales:
+    if call.int8:
         inputs |= {"k_scale": arrays["k_scale"], "v_scale": arrays["v_scale"]}
     if plan.tree:
         edges = ((0, 0), (0, queries - t), (0, plan.tree - t))
         inputs["tree"] = jnp.pad(arrays["tree"].astype(jnp.bfloat16), edges)
-    scalars = {"starts": arrays["starts"], "lengths": arrays["lengths"]}
-    if plan.sinks:
-        scalars["sinks"] = arrays["sinks"].astype(jnp.float32)
-    groups = -(-plan.kv_heads // plan.heads)
-    grid = (b, groups, pl.cdiv(queries, plan.block_q), plan.steps)
+    lengths = arrays["lengths"] if call.lengths else jnp.zeros_like(arrays["starts"])
+    scalars = {"starts": arrays["starts"], "lengths": lengths}
+    if call.sinks:
+        scalars["sinks"] = arrays["sinks"]
+    groups = -(-call.kv_heads // plan.heads)
+    grid = (b, groups, pl.cdiv(queries, config.block_q), plan.steps)
     specs = _specs(plan, inputs)
-    outputs = {"out": jax.ShapeDtypeStruct((b, queries, n * plan.value_dim), q.dtype)}
-    if plan.lse:
-        outputs["lse"] = jax.ShapeDtypeStruct((b, groups, queries, plan.heads * plan.group), jnp.float32)
+    outputs = {"out": jax.ShapeDtypeStruct((b, queries, n * call.value_dim), q.dtype)}
+    if call.return_lse:
+        outputs["lse"] = jax.ShapeDtypeStruct((b, groups, queries, plan.heads * call.group), jnp.float32)
     scratch = {
-        "queries": pltpu.VMEM((plan.heads, plan.rows, plan.head_dim), plan.compute),
+        "queries": pltpu.VMEM((plan.heads, plan.rows, call.head_dim), plan.compute),
         "top": pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32),
-        "acc": pltpu.VMEM((plan.heads, plan.rows, plan.value_dim + plan.extra), jnp.float32),
+        "acc": pltpu.VMEM((plan.heads, plan.rows, call.value_dim + plan.extra), jnp.float32),
     }
     if not plan.extra:
         scratch["total"] = pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)
@@ -294,15 +213,14 @@ def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=config.vmem_mib and config.vmem_mib * MIB,
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=config.vmem_bytes
         ),
-        cost_estimate=cost(plan, call),
+        cost_estimate=cost(plan),
         interpret=interpret,
         name="flash_attention",
     )(*scalars.values(), *arrays)
-    out = results[0][:, :t].reshape(b, t, n, plan.value_dim)
-    if not plan.lse:
+    out = results[0][:, :t].reshape(b, t, n, call.value_dim)
+    if not call.return_lse:
         return out
     lse = results[1].transpose(0, 2, 1, 3).reshape(b, queries, -1)
     return out, lse[:, :t, :n]
@@ -310,8 +228,9 @@ def _run(arrays: dict, call: Call, plan: Plan, config: Config, interpret):
 
 def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
     """What each grid step fetches and writes."""
-    blocks = plan.slots // plan.block_k
-    width = plan.heads * plan.group
+    call, tiles = plan.call, plan.config
+    blocks = call.slots // tiles.block_k
+    width = plan.heads * call.group
 
     def slot_block(b, i, j, starts, lengths):
         if plan.static:
@@ -329,18 +248,18 @@ def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
         return b, 0, slot_block(b, i, j, starts, lengths)
 
     def lanes(name, dim):
-        return plan.heads * dim if plan.heads < plan.kv_heads else inputs[name].shape[2]
+        return plan.heads * dim if plan.heads < call.kv_heads else inputs[name].shape[2]
 
     specs = {
-        "q": pl.BlockSpec((1, plan.block_q, width * plan.head_dim), queries),
-        "k": pl.BlockSpec((1, plan.block_k, lanes("k", plan.head_dim)), keys),
-        "v": pl.BlockSpec((1, plan.block_k, lanes("v", plan.value_dim)), keys),
-        "out": pl.BlockSpec((1, plan.block_q, width * plan.value_dim), queries),
-        "lse": pl.BlockSpec((1, 1, plan.block_q, width), lambda b, g, i, j, *_: (b, g, i, 0)),
+        "q": pl.BlockSpec((1, tiles.block_q, width * call.head_dim), queries),
+        "k": pl.BlockSpec((1, tiles.block_k, lanes("k", call.head_dim)), keys),
+        "v": pl.BlockSpec((1, tiles.block_k, lanes("v", call.value_dim)), keys),
+        "out": pl.BlockSpec((1, tiles.block_q, width * call.value_dim), queries),
+        "lse": pl.BlockSpec((1, 1, tiles.block_q, width), lambda b, g, i, j, *_: (b, g, i, 0)),
     }
-    if plan.scales:
-        shape = (1, inputs["k_scale"].shape[1], plan.block_k)
+    if call.int8:
+        shape = (1, inputs["k_scale"].shape[1], tiles.block_k)
         specs |= {"k_scale": pl.BlockSpec(shape, scales), "v_scale": pl.BlockSpec(shape, scales)}
     if plan.tree:
-        specs["tree"] = pl.BlockSpec((1, plan.block_q, plan.tree), lambda b, g, i, j, *_: (b, i, 0))
+        specs["tree"] = pl.BlockSpec((1, tiles.block_q, plan.tree), lambda b, g, i, j, *_: (b, i, 0))
     return specs

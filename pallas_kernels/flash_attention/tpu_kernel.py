@@ -6,14 +6,16 @@ Logits live in the base of exp2: softmax(x) = exp2(x * log2(e) - top) / sum, whi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.attention.call import Call
 from pallas_kernels.layouts import LANES
-from pallas_kernels.masking import MASKED, precision_of
+from pallas_kernels.masking import MASKED, START, precision_of
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -23,39 +25,25 @@ LN_2 = 0.6931471805599453
 class Plan:
     """All that is static about one kernel. Rows are the G query heads of a KV head times the block's queries."""
 
-    kv_heads: int
+    call: Call
+    config: Any  # tiles: `tpu.Config`
     heads: int  # KV heads in one block of lanes
-    group: int
-    head_dim: int
-    value_dim: int
-    slots: int
-    block_q: int
-    block_k: int
-    chunk: int
     steps: int  # key blocks that one query block walks over
     extra: int  # columns of ones behind the values, whose products are the row sums; 0: summed by lanes
-    compute: jnp.dtype
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
-    lengths: bool
     tree: int  # columns of the tree; 0: none
-    scales: bool
-    sinks: bool
-    lse: bool
+    compute: jnp.dtype
 
     @property
     def static(self) -> bool:
         """Every query sees every slot: no loop depends on a number, nothing is masked."""
-        return not (self.lengths or self.causal)
+        return not (self.call.lengths or self.call.causal)
 
     @property
     def rows(self) -> int:
-        return self.group * self.block_q
+        return self.call.group * self.config.block_q
 
     def length(self, lengths, row):
-        return lengths[row] if self.lengths else self.slots
+        return lengths[row] if self.call.lengths else self.call.slots
 
     def key_blocks(self, start, length, i):
         """The first and the last block of keys that query block i sees, and whether it holds a real query.
@@ -64,26 +52,26 @@ class Plan:
         wrapped. A block of padding behind a row's end is given the last blocks of the row, so that nothing is fetched
         for it.
         """
-        every = self.slots // self.block_k - 1
+        every = self.call.slots // self.config.block_k - 1
         if self.static:
             return 0, every, True
-        low = start + i * self.block_q
-        live = low < length if self.causal else length > 0
-        low = start + jnp.minimum(i, jnp.maximum(length - 1 - start, 0) // self.block_q) * self.block_q
-        last = jnp.minimum(low + self.block_q, length) - 1 if self.causal else length - 1
-        last = jnp.maximum(last, 0) // self.block_k
-        if self.window is None:
-            return 0, jnp.where(length > self.slots, every, last), live
-        first = jnp.maximum(low - (self.window - 1), jnp.maximum(length - self.slots, 0))
-        return jnp.minimum(first // self.block_k, last), last, live
+        low = start + i * self.config.block_q
+        live = low < length if self.call.causal else length > 0
+        low = start + jnp.minimum(i, jnp.maximum(length - 1 - start, 0) // self.config.block_q) * self.config.block_q
+        last = jnp.minimum(low + self.config.block_q, length) - 1 if self.call.causal else length - 1
+        last = jnp.maximum(last, 0) // self.config.block_k
+        if self.call.window is None:
+            return 0, jnp.where(length > self.call.slots, every, last), live
+        first = jnp.maximum(low - (self.call.window - 1), jnp.maximum(length - self.call.slots, 0))
+        return jnp.minimum(first // self.config.block_k, last), last, live
 
     def position(self, place, length):
         """Positions of the keys at these places: the same, but for slots of a ring that has wrapped."""
-        if self.window is not None or not self.lengths:
+        if self.call.window is not None or not self.call.lengths:
             return place
         newest = jnp.maximum(length - 1, 0)
-        turn = newest // self.slots * self.slots
-        return place + jnp.where(place <= newest - turn, turn, turn - self.slots)
+        turn = newest // self.call.slots * self.call.slots
+        return place + jnp.where(place <= newest - turn, turn, turn - self.call.slots)
 
 
 class Step:
@@ -91,53 +79,54 @@ class Step:
 
     def __init__(self, plan: Plan, refs: dict):
         self.plan, self.refs = plan, refs
+        self.call, self.tiles = plan.call, plan.config
         row, self.lane_group, self.i, self.j = (pl.program_id(axis) for axis in range(4))
         self.start = refs["starts"][row]
         self.length = plan.length(refs["lengths"], row)
         self.first, self.last, self.live = plan.key_blocks(self.start, self.length, self.i)
-        self.low = self.start + self.i * plan.block_q  # position of the first query
-        self.key = (self.first + self.j) * plan.block_k  # place of the first key: its position, or its slot
+        self.low = self.start + self.i * self.tiles.block_q  # position of the first query
+        self.key = (self.first + self.j) * self.tiles.block_k  # place of the first key: its position, or its slot
 
     def real_head(self, h: int):
         """Whether KV head h of this block of lanes exists: the last block may hold fewer."""
-        return self.lane_group * self.plan.heads + h < self.plan.kv_heads
+        return self.lane_group * self.plan.heads + h < self.call.kv_heads
 
     def begin(self):
         """Stack the G heads' queries, and start the softmax: from nothing, or from the sinks."""
         plan, refs = self.plan, self.refs
-        d = plan.head_dim
+        d = self.call.head_dim
         for h in range(plan.heads):
-            for g in range(plan.group):
-                n, rows = h * plan.group + g, pl.ds(g * plan.block_q, plan.block_q)
+            for g in range(self.call.group):
+                n, rows = h * self.call.group + g, pl.ds(g * self.tiles.block_q, self.tiles.block_q)
                 refs["queries"][h, rows, :] = refs["q"][0, :, n * d : (n + 1) * d].astype(plan.compute)
-                top = MASKED
-                if plan.sinks:
+                top = START
+                if self.call.sinks:
                     # Lanes of a block's last heads may belong to no head: any finite number will do there.
-                    n = jnp.minimum(self.lane_group * plan.heads * plan.group + n, plan.kv_heads * plan.group - 1)
-                    top = refs["sinks"][n] * LOG2_E
-                refs["top"][h, rows, :] = jnp.full((plan.block_q, LANES), top, jnp.float32)
-        total = 1.0 if plan.sinks else 0.0
+                    n = jnp.minimum(self.lane_group * plan.heads * self.call.group + n, self.call.heads - 1)
+                    top = jnp.maximum(refs["sinks"][n] * LOG2_E, START)
+                refs["top"][h, rows, :] = jnp.full((self.tiles.block_q, LANES), top, jnp.float32)
+        total = 1.0 if self.call.sinks else 0.0
         refs["acc"][...] = jnp.zeros_like(refs["acc"])
         if plan.extra:
-            if plan.sinks:
-                refs["acc"][:, :, plan.value_dim :] = jnp.ones((plan.heads, plan.rows, plan.extra), jnp.float32)
+            if self.call.sinks:
+                refs["acc"][:, :, self.call.value_dim :] = jnp.ones((plan.heads, plan.rows, plan.extra), jnp.float32)
         else:  # a sum is spread over the lanes: each holds its share
             refs["total"][...] = jnp.full_like(refs["total"], total / LANES)
 
     def walk(self):
         """Attend to what this block of keys shows to this block of queries."""
         plan = self.plan
-        chunks = plan.block_k // plan.chunk
+        chunks = self.tiles.block_k // self.tiles.tile_k
         if plan.static:
             for c in range(chunks):
-                self.attend(c * plan.chunk, None)
+                self.attend(c * self.tiles.tile_k, None)
             return
-        clean = self.clean(self.key, plan.block_k)
+        clean = self.clean(self.key, self.tiles.block_k)
 
         @pl.when(clean)
         def _():
             for c in range(chunks):
-                self.attend(c * plan.chunk, None)
+                self.attend(c * self.tiles.tile_k, None)
 
         @pl.when(jnp.logical_not(clean))
         def _():
@@ -150,32 +139,31 @@ class Step:
         """Whether every query of the block sees all `size` keys from place `key` on."""
         plan = self.plan
         end = key + size  # one past the last
-        seen = (end <= self.length) & ((key if plan.window is not None else 0) >= self.length - plan.slots)
-        if plan.causal:
+        seen = (end <= self.length) & ((key if self.call.window is not None else 0) >= self.length - self.call.slots)
+        if self.call.causal:
             seen &= end - 1 <= self.low
-        if plan.window is not None:
-            seen &= key > self.low + plan.block_q - 1 - plan.window
+        if self.call.window is not None:
+            seen &= key > self.low + self.tiles.block_q - 1 - self.call.window
         if plan.tree:
             seen &= end <= self.start
         return seen
 
     def chunks_seen(self):
         """The range of chunks of this block that hold a key some query sees."""
-        plan = self.plan
         begin, end = 0, self.length
-        if plan.causal:
-            end = jnp.minimum(end, self.low + plan.block_q)
-        if plan.window is None:
-            end = jnp.where(self.length > plan.slots, plan.slots, end)
+        if self.call.causal:
+            end = jnp.minimum(end, self.low + self.tiles.block_q)
+        if self.call.window is None:
+            end = jnp.where(self.length > self.call.slots, self.call.slots, end)
         else:
-            begin = jnp.maximum(self.length - plan.slots, self.low - (plan.window - 1))
+            begin = jnp.maximum(self.length - self.call.slots, self.low - (self.call.window - 1))
             begin = jnp.maximum(begin - self.key, 0)
-        end = jnp.minimum(end, self.key + plan.block_k)
-        return begin // plan.chunk, (end - self.key + plan.chunk - 1) // plan.chunk
+        end = jnp.minimum(end, self.key + self.tiles.block_k)
+        return begin // self.tiles.tile_k, (end - self.key + self.tiles.tile_k - 1) // self.tiles.tile_k
 
     def attend_chunk(self, c, carry):
-        offset = pl.multiple_of(c * self.plan.chunk, self.plan.chunk)
-        clean = self.clean(self.key + offset, self.plan.chunk)
+        offset = pl.multiple_of(c * self.tiles.tile_k, self.tiles.tile_k)
+        clean = self.clean(self.key + offset, self.tiles.tile_k)
 
         @pl.when(clean)
         def _():
@@ -194,30 +182,30 @@ class Step:
             self.attend_head(h, offset, key, mask)
 
     def mask(self, key):
-        """[block_q or 1, chunk]: which keys of a chunk each query sees."""
+        """[block_q or 1, tile_k]: which keys of a chunk each query sees."""
         plan = self.plan
-        place = plan.position(key + lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1), self.length)
-        held = (place < self.length) & (place >= jnp.maximum(self.length - plan.slots, 0))
-        if not plan.causal:
+        place = plan.position(key + lax.broadcasted_iota(jnp.int32, (1, self.tiles.tile_k), 1), self.length)
+        held = (place < self.length) & (place >= jnp.maximum(self.length - self.call.slots, 0))
+        if not self.call.causal:
             return held
-        query = self.low + lax.broadcasted_iota(jnp.int32, (plan.block_q, 1), 0)
+        query = self.low + lax.broadcasted_iota(jnp.int32, (self.tiles.block_q, 1), 0)
         place_or_never = jnp.where(held, place, jnp.iinfo(jnp.int32).max)
         mask = place_or_never <= query
-        if plan.window is not None:
-            mask &= place > query - plan.window
+        if self.call.window is not None:
+            mask &= place > query - self.call.window
         if plan.tree:
             # Column place - start of the tree for each key: picked by a product with ones at those places.
-            column = lax.broadcasted_iota(jnp.int32, (plan.tree, plan.chunk), 0)
+            column = lax.broadcasted_iota(jnp.int32, (plan.tree, self.tiles.tile_k), 0)
             pick = (column == place - self.start).astype(jnp.float32).astype(jnp.bfloat16)
             picked = jnp.dot(self.refs["tree"][0], pick, preferred_element_type=jnp.float32)
             mask &= (picked > 0.5) | (place < self.start)
         return mask
 
     def logits(self, h: int, offset, mask):
-        """[rows, chunk], in the base of exp2."""
+        """[rows, tile_k], in the base of exp2."""
         plan, refs = self.plan, self.refs
-        d = plan.head_dim
-        k = refs["k"][0, pl.ds(offset, plan.chunk), h * d : (h + 1) * d].astype(plan.compute)
+        d = self.call.head_dim
+        k = refs["k"][0, pl.ds(offset, self.tiles.tile_k), h * d : (h + 1) * d].astype(plan.compute)
         s = lax.dot_general(
             refs["queries"][h],
             k,
@@ -225,29 +213,29 @@ class Step:
             precision=precision_of(plan.compute),
             preferred_element_type=jnp.float32,
         )
-        scale = plan.scale * LOG2_E if plan.softcap is None else plan.scale / plan.softcap
-        s = s * (self.scale_row("k_scale", h, offset) * scale if plan.scales else scale)
-        if plan.softcap is not None:
-            s = jnp.tanh(s) * (plan.softcap * LOG2_E)
+        scale = self.call.scale * LOG2_E if self.call.softcap is None else self.call.scale / self.call.softcap
+        s = s * (self.scale_row("k_scale", h, offset) * scale if self.call.int8 else scale)
+        if self.call.softcap is not None:
+            s = jnp.tanh(s) * (self.call.softcap * LOG2_E)
         if mask is not None:
-            s = jnp.where(mask[None], s.reshape(plan.group, plan.block_q, plan.chunk), MASKED)
-            s = s.reshape(plan.rows, plan.chunk)
+            s = jnp.where(mask[None], s.reshape(self.call.group, self.tiles.block_q, self.tiles.tile_k), MASKED)
+            s = s.reshape(plan.rows, self.tiles.tile_k)
         return s
 
     def scale_row(self, name: str, h: int, offset):
-        head = jnp.minimum(self.lane_group * self.plan.heads + h, self.plan.kv_heads - 1)
-        return self.refs[name][0, pl.ds(head, 1), pl.ds(offset, self.plan.chunk)]
+        head = jnp.minimum(self.lane_group * self.plan.heads + h, self.call.kv_heads - 1)
+        return self.refs[name][0, pl.ds(head, 1), pl.ds(offset, self.tiles.tile_k)]
 
     def values(self, h: int, offset, key):
-        """[chunk, value_dim + extra]: zero behind the row's end, for what lies there may be NaN."""
+        """[tile_k, value_dim + extra]: zero behind the row's end, for what lies there may be NaN."""
         plan = self.plan
-        d = plan.value_dim
-        v = self.refs["v"][0, pl.ds(offset, plan.chunk), h * d : (h + 1) * d].astype(plan.compute)
-        if key is not None and plan.lengths:
-            place = key + lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
+        d = self.call.value_dim
+        v = self.refs["v"][0, pl.ds(offset, self.tiles.tile_k), h * d : (h + 1) * d].astype(plan.compute)
+        if key is not None and self.call.lengths:
+            place = key + lax.broadcasted_iota(jnp.int32, (self.tiles.tile_k, 1), 0)
             v = jnp.where(place < self.length, v, jnp.zeros_like(v))
         if plan.extra:
-            v = jnp.concatenate([v, jnp.ones((plan.chunk, plan.extra), plan.compute)], axis=1)
+            v = jnp.concatenate([v, jnp.ones((self.tiles.tile_k, plan.extra), plan.compute)], axis=1)
         return v
 
     def attend_head(self, h: int, offset, key, mask):
@@ -256,16 +244,16 @@ class Step:
         s = self.logits(h, offset, mask)
         before = refs["top"][h]
         top = jnp.maximum(before, s.max(axis=1, keepdims=True))
-        weights = jnp.exp2(s - _lanes(top, plan.chunk))
+        weights = jnp.exp2(s - _lanes(top, self.tiles.tile_k))
         fade = jnp.exp2(before - top)
         refs["top"][h] = top
         if not plan.extra:
-            by_lane = sum(weights[:, at : at + LANES] for at in range(0, plan.chunk, LANES))
+            by_lane = sum(weights[:, at : at + LANES] for at in range(0, self.tiles.tile_k, LANES))
             refs["total"][h] = refs["total"][h] * fade + by_lane
-        if plan.scales:
+        if self.call.int8:
             row = self.scale_row("v_scale", h, offset)
             if key is not None:
-                place = key + lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
+                place = key + lax.broadcasted_iota(jnp.int32, (1, self.tiles.tile_k), 1)
                 row = jnp.where(place < self.length, row, 0.0)
             weights = weights * row
         product = jnp.dot(
@@ -274,22 +262,22 @@ class Step:
             precision=precision_of(plan.compute),
             preferred_element_type=jnp.float32,
         )
-        refs["acc"][h] = refs["acc"][h] * _lanes(fade, plan.value_dim + plan.extra) + product
+        refs["acc"][h] = refs["acc"][h] * _lanes(fade, self.call.value_dim + plan.extra) + product
 
     def finish(self):
         """Divide by the sums, and lay the heads side by side again."""
         plan, refs = self.plan, self.refs
-        d = plan.value_dim
+        d = self.call.value_dim
         for h in range(plan.heads):
             acc, top = refs["acc"][h], refs["top"][h][:, :1]
             total = acc[:, d : d + 1] if plan.extra else refs["total"][h].sum(axis=1, keepdims=True)
-            saw = top != MASKED  # true for NaN, which must come out as NaN
+            saw = top != START  # true for NaN, which must come out as NaN
             out = jnp.where(saw, acc[:, :d] / jnp.where(saw, total, 1.0), 0.0).astype(refs["out"].dtype)
-            lse = jnp.where(saw, top * LN_2 + jnp.log(total), -jnp.inf) if plan.lse else None
-            for g in range(plan.group):
-                n, rows = h * plan.group + g, slice(g * plan.block_q, (g + 1) * plan.block_q)
+            lse = jnp.where(saw, top * LN_2 + jnp.log(total), -jnp.inf) if self.call.return_lse else None
+            for g in range(self.call.group):
+                n, rows = h * self.call.group + g, slice(g * self.tiles.block_q, (g + 1) * self.tiles.block_q)
                 refs["out"][0, :, n * d : (n + 1) * d] = out[rows]
-                if plan.lse:
+                if self.call.return_lse:
                     refs["lse"][0, 0, :, n : n + 1] = lse[rows]
 
 

@@ -6,6 +6,8 @@ from pallas_kernels.attention.blocked import blocked_attention
 from pallas_kernels.attention.call import Call
 from pallas_kernels.hardware import platform_of
 
+NAME = "xla"
+PLATFORM = "any"
 # At 1024 tokens on a CPU, blocks of 256 keys were a little faster than blocks of 128.
 QUERY_BLOCK = 256
 KEY_BLOCK = 256
@@ -17,16 +19,10 @@ KEY_BLOCK_GPU = 2048
 SMALLEST_KEY_BLOCK = 128
 
 
-def supported(call: Call) -> str | None:
-    """Every call."""
-    return None
-
-
-def attention(q, k, v, *, config=None, interpret=False, **kwargs):
-    """See `api.flash_attention`. There are no tiles to set, and nothing to interpret."""
-    if config is not None:
-        raise ValueError("flash_attention: the XLA path takes no config")
+def run(arrays, call: Call, config=None, interpret=False):
+    """See `api.flash_attention`: takes every call, and has no tiles."""
     if platform_of() == "gpu":
-        return blocked_attention(q, k, v, query_block=QUERY_BLOCK_GPU, key_block=KEY_BLOCK_GPU, **kwargs)
-    key_block = KEY_BLOCK if q.shape[1] > SMALLEST_KEY_BLOCK else SMALLEST_KEY_BLOCK
-    return blocked_attention(q, k, v, query_block=QUERY_BLOCK, key_block=key_block, **kwargs)
+        return blocked_attention(arrays, call, QUERY_BLOCK_GPU, KEY_BLOCK_GPU)
+    return blocked_attention(
+        arrays, call, QUERY_BLOCK, KEY_BLOCK if call.queries > SMALLEST_KEY_BLOCK else SMALLEST_KEY_BLOCK
+    )

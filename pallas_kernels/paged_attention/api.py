@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.call import check_scale
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
-from pallas_kernels.layouts import Layout, as_int32
-from pallas_kernels.masking import sink_logits
-from pallas_kernels.paged_attention.call import Call, make_call
-from pallas_kernels.values import check_packed
+from pallas_kernels.attention.call import as_given_to_kernels
+from pallas_kernels.dispatch import Implementation, Op
+from pallas_kernels.layouts import Layout
+from pallas_kernels.paged_attention.call import check_packed, make_call
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.paged_attention", ("xla", "tpu", "gpu"))
-
-
-def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
-    """Which path a call takes, and why. Raises as `paged_attention` does."""
-    return choose("paged_attention", implementation, IMPLEMENTATIONS, call, platform)
+OP = Op("paged_attention")
+explain = OP.explain
 
 
 def paged_attention(
@@ -85,19 +79,16 @@ def paged_attention(
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
     """
-    check_scale("paged_attention", scale)
+    arrays = {
+        **{"q": q, "k_pages": k_pages, "v_pages": v_pages},
+        **{"block_tables": block_tables, "lengths": lengths, "query_starts": query_starts},
+        **{"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale},
+    }
     call = make_call(
-        q,
-        k_pages,
-        v_pages,
-        block_tables=block_tables,
-        lengths=lengths,
-        query_starts=query_starts,
+        arrays,
+        scale=scale,
         window=window,
         softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
         layout=layout,
         kv_heads=kv_heads,
         value_dim=value_dim,
@@ -106,19 +97,5 @@ def paged_attention(
         max_queries=max_queries,
     )
     check_packed(call, block_tables, lengths, query_starts)
-    module = IMPLEMENTATIONS[select("paged_attention", implementation, IMPLEMENTATIONS, call, interpret)]
-    return module.attention(
-        q,
-        k_pages,
-        v_pages,
-        call=call,
-        block_tables=as_int32(block_tables),
-        lengths=as_int32(lengths),
-        query_starts=as_int32(query_starts),
-        scale=scale,
-        sinks=sink_logits(sinks),
-        k_scale=k_scale,
-        v_scale=v_scale,
-        config=config,
-        interpret=interpret,
-    )
+    arrays = as_given_to_kernels(arrays, scale, "block_tables", "lengths", "query_starts")
+    return OP.run(implementation, arrays, call, config, interpret)

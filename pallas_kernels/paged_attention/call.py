@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.attention.call import check_arrays, check_softcap, check_whole
+from pallas_kernels.arguments import check_whole, refuse_row, seen
+from pallas_kernels.attention.call import check_arrays, check_softcap, plain_scale
 from pallas_kernels.layouts import LAYOUTS, Layout, cache_shape, folded_width, slot_axis
 
-# Where a running maximum starts, and a masked logit: so far below it that its weight exp(MASKED - START) is exactly
-# zero, also before a query has seen a key.
-START, MASKED = -1e30, -2e30
 SHAPES = {"folded": "[P, p, C]", "heads_last": "[P, p, K, H]", "heads_first": "[P, K, p, H]"}
 
 
@@ -38,6 +39,7 @@ class Call:
     return_lse: bool
     decode_rows: int
     max_queries: int
+    scale: float | None = 1.0  # None: traced, and among the arrays
 
     @property
     def group(self) -> int:
@@ -117,34 +119,30 @@ def heads_of(op: str, pages, layout: Layout, kv_heads: int | None) -> int:
 
 
 def make_call(
-    q,
-    k_pages,
-    v_pages,
+    arrays: Mapping[str, Any],
     *,
-    block_tables,
-    lengths,
-    query_starts,
-    window,
-    softcap,
-    sinks,
-    k_scale,
-    v_scale,
-    layout,
-    kv_heads,
-    value_dim,
-    return_lse,
-    decode_rows,
-    max_queries,
+    scale: float,
+    layout: Layout,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
+    return_lse: bool = False,
+    decode_rows: int = 0,
+    max_queries: int | None = None,
 ) -> Call:
-    """Check the arguments of `api.paged_attention` and gather their static facts. Raises ValueError."""
-    op = "paged_attention"
-    check_arrays(
-        op,
-        q,
-        {"k_pages": k_pages, "v_pages": v_pages},
-        {"block_tables": block_tables, "lengths": lengths, "query_starts": query_starts},
-        {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale},
-    )
+    """Check the arguments of `api.paged_attention` and gather their static facts.
+
+    Args:
+      arrays: by name: q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale; the last
+        three None or absent where the call has none.
+
+    Raises:
+      ValueError: naming the argument and what it should be.
+    """
+    op, stored, integers = "paged_attention", ("k_pages", "v_pages"), ("block_tables", "lengths", "query_starts")
+    arrays = dict.fromkeys(("sinks", "k_scale", "v_scale")) | dict(arrays)
+    check_arrays(op, arrays, stored, integers)
     given = {
         "kv_heads": kv_heads,
         "value_dim": value_dim,
@@ -155,28 +153,10 @@ def make_call(
     for name, x in given.items():
         if x is not None or name == "decode_rows":
             check_whole(op, name, x)
-    check_layout(op, layout, k_pages, v_pages)
-    if q.ndim != 3:
-        raise ValueError(f"{op}: q must be [T, N, H], got {q.shape}")
-    if min(*q.shape, *k_pages.shape, *v_pages.shape, *block_tables.shape) < 1:
-        raise ValueError(
-            f"{op}: no axis may be empty, got q {q.shape}, k_pages {k_pages.shape}, "
-            f"v_pages {v_pages.shape}, block_tables {block_tables.shape}"
-        )
+    kv_heads, value_dim = _check_pools(op, arrays, layout, kv_heads, value_dim)
+    q, k_pages, sinks, k_scale = (arrays[name] for name in ("q", "k_pages", "sinks", "k_scale"))
     tokens, heads, size = q.shape
-    kv_heads = heads_of(op, k_pages, layout, kv_heads)
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"{op}: {heads} query heads are no multiple of {kv_heads} KV heads")
-    value_dim = value_dim if value_dim is not None else (size if layout == "folded" else v_pages.shape[-1])
-    check_pages(op, k_pages, v_pages, layout, kv_heads, size, value_dim)
-    page = page_size(k_pages, layout)
-    check_scales(op, k_pages, k_scale, v_scale, layout, kv_heads)
-    rows = lengths.shape[0] if lengths.ndim == 1 else -1
-    if rows < 1 or block_tables.ndim != 2 or block_tables.shape[0] != rows or query_starts.shape != (rows + 1,):
-        raise ValueError(
-            f"{op}: block_tables [R, M], lengths [R] and query_starts [R+1] must agree, "
-            f"got {block_tables.shape}, {lengths.shape}, {query_starts.shape}"
-        )
+    rows = _check_rows(op, *(arrays[name] for name in integers))
     if not 0 <= decode_rows <= rows:
         raise ValueError(f"{op}: decode_rows must be 0 to R = {rows}, got {decode_rows}")
     if max_queries is not None and max_queries < 1:
@@ -188,23 +168,117 @@ def make_call(
     check_softcap(op, softcap)
     most = min(max_queries or tokens, tokens)
     return Call(
-        tokens,
-        heads,
-        kv_heads,
-        size,
-        value_dim,
-        rows,
-        block_tables.shape[1],
-        k_pages.shape[0],
-        page,
-        0 if k_scale is None else k_scale.shape[1],
-        str(q.dtype),
-        str(k_pages.dtype),
-        layout,
-        window,
-        softcap,
-        sinks is not None,
-        return_lse,
-        rows if most == 1 else decode_rows,
-        most,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=size,
+        value_dim=value_dim,
+        rows=rows,
+        width=arrays["block_tables"].shape[1],
+        pages=k_pages.shape[0],
+        page=page_size(k_pages, layout),
+        scale_heads=0 if k_scale is None else k_scale.shape[1],
+        dtype=str(q.dtype),
+        kv_dtype=str(k_pages.dtype),
+        layout=layout,
+        window=window,
+        softcap=softcap,
+        sinks=sinks is not None,
+        return_lse=return_lse,
+        decode_rows=rows if most == 1 else decode_rows,
+        max_queries=most,
+        scale=plain_scale(op, scale),
     )
+
+
+def _check_pools(op: str, arrays: Mapping[str, Any], layout: Layout, kv_heads, value_dim) -> tuple[int, int]:
+    """Check the pages beside q, and their scales; returns KV heads and the head size of V."""
+    q, k_pages, v_pages, block_tables = (arrays[name] for name in ("q", "k_pages", "v_pages", "block_tables"))
+    check_layout(op, layout, k_pages, v_pages)
+    if q.ndim != 3:
+        raise ValueError(f"{op}: q must be [T, N, H], got {q.shape}")
+    if min(*q.shape, *k_pages.shape, *v_pages.shape, *block_tables.shape) < 1:
+        raise ValueError(
+            f"{op}: no axis may be empty, got q {q.shape}, k_pages {k_pages.shape}, "
+            f"v_pages {v_pages.shape}, block_tables {block_tables.shape}"
+        )
+    _, heads, size = q.shape
+    kv_heads = heads_of(op, k_pages, layout, kv_heads)
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{op}: {heads} query heads are no multiple of {kv_heads} KV heads")
+    value_dim = value_dim if value_dim is not None else (size if layout == "folded" else v_pages.shape[-1])
+    check_pages(op, k_pages, v_pages, layout, kv_heads, size, value_dim)
+    check_scales(op, k_pages, arrays["k_scale"], arrays["v_scale"], layout, kv_heads)
+    return kv_heads, value_dim
+
+
+def _check_rows(op: str, block_tables, lengths, query_starts) -> int:
+    """Check that the rows' arrays agree; returns how many rows there are."""
+    rows = lengths.shape[0] if lengths.ndim == 1 else -1
+    if rows < 1 or block_tables.ndim != 2 or block_tables.shape[0] != rows or query_starts.shape != (rows + 1,):
+        raise ValueError(
+            f"{op}: block_tables [R, M], lengths [R] and query_starts [R+1] must agree, "
+            f"got {block_tables.shape}, {lengths.shape}, {query_starts.shape}"
+        )
+    return rows
+
+
+def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
+    """Raise ValueError for packed rows that cannot be: out of order, longer than their table, without a page.
+
+    Waits for the arrays.
+    """
+    op = "paged_attention"
+    if (found := seen(query_starts)) is not None:
+        (starts,) = found
+        if starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] > call.tokens:
+            raise ValueError(
+                f"{op}: query_starts must begin with 0, never fall and end at T = {call.tokens} or "
+                f"before, got {_some(starts)}"
+            )
+        most = np.full(call.rows, call.max_queries)
+        most[: call.decode_rows] = 1
+        refuse_row(
+            np.diff(starts) > most,
+            lambda r: (
+                f"{op}: row {r} owns {np.diff(starts)[r]} queries, and decode_rows or max_queries promise "
+                f"at most {most[r]}"
+            ),
+        )
+    if (found := seen(lengths)) is not None:
+        (held,) = found
+        refuse_row(held < 0, lambda r: f"{op}: row {r} has length {held[r]}: give 0 for a row that takes no part")
+        refuse_row(
+            held > call.capacity,
+            lambda r: (
+                f"{op}: row {r} holds {held[r]} tokens, and its block table names {call.width} pages of "
+                f"{call.page}: give it more"
+            ),
+        )
+    if (found := seen(lengths, query_starts)) is not None:
+        held, asked = found[0], np.diff(found[1])
+        refuse_row(
+            (held > 0) & (asked > held),
+            lambda r: (
+                f"{op}: row {r} has {asked[r]} queries and only {held[r]} tokens: lengths count this step's tokens too"
+            ),
+        )
+    if (found := seen(block_tables, lengths, query_starts)) is not None:
+        tables, held, asked = found[0], found[1], np.diff(found[2])
+        place = np.arange(call.width)
+        first = np.zeros_like(held) if call.window is None else np.maximum(held - asked - call.window + 1, 0)
+        read = (asked > 0) & (held > 0)
+        read = read[:, None] & (place >= (first // call.page)[:, None]) & (place <= ((held - 1) // call.page)[:, None])
+        outside = read & ((tables < 0) | (tables >= call.pages))
+        refuse_row(
+            outside.any(1),
+            lambda r: (
+                f"{op}: row {r} reads page {tables[r, outside[r].argmax()]} by its block "
+                f"table, and the pool has {call.pages}"
+            ),
+        )
+
+
+def _some(x: np.ndarray) -> str:
+    """A few of the numbers, for a message."""
+    return f"{x[:8].tolist()}{' ...' if len(x) > 8 else ''}"

@@ -1,13 +1,12 @@
 """Paged attention as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
 
-The packed queries are cut into pieces (`plan.pieces`), the queries of one row within one block of queries. A program
+The packed queries are cut into pieces (`pieces.cut`), the queries of one row within one block of queries. A program
 attends one piece for one KV head, or one part of its context: decode rows and chunks run side by side, a decode
 row in a tile of 16 rows, a chunk in a larger one. Parts are merged by their log-sum-exp outside.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import hardware
 from pallas_kernels.attention.merge import merge
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
-from pallas_kernels.paged_attention import plan as plans
 from pallas_kernels.paged_attention.call import Call, known
-from pallas_kernels.paged_attention.gpu_kernel import Static, body
-from pallas_kernels.tiles import resolve
+from pallas_kernels.paged_attention.gpu_kernel import Plan, body
+from pallas_kernels.paged_attention.pieces import cut, full_rows
 
+NAME = "gpu"
+PLATFORM = "gpu"
+LAYOUTS = ("heads_last",)
 # Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
 MOST_ELEMENTS = 2**31
 # The least context of a part: beside it the part's f32 result, written and read again, is a few percent.
@@ -39,29 +38,27 @@ class Config:
     """Tiles.
 
     Attributes:
-      block: queries of a block; a piece has at most so many, times G rows in a program.
-      key_block: keys attended to at once, a power of two, at least 16.
+      block_q: queries of a block; a piece has at most so many, times G rows in a program.
+      block_k: keys attended to at once, a power of two, at least 16.
       splits: the most parts that a row's context is cut into; a short row is cut into fewer.
-      num_warps, num_stages: of Triton; a stage holds key_block keys and values in shared memory.
+      num_warps, num_stages: of Triton; a stage holds block_k keys and values in shared memory.
     """
 
-    block: int
-    key_block: int
+    block_q: int
+    block_k: int
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 2
 
     def __post_init__(self):
-        if self.key_block < 16 or self.key_block & (self.key_block - 1):
-            raise ValueError(f"{self}: key_block must be a power of two and at least 16")
-        if self.block < 1 or self.splits < 1:
-            raise ValueError(f"{self}: block and splits must be at least 1")
+        if self.block_k < 16 or self.block_k & (self.block_k - 1):
+            raise ValueError(f"{self}: block_k must be a power of two and at least 16")
+        if self.block_q < 1 or self.splits < 1:
+            raise ValueError(f"{self}: block_q and splits must be at least 1")
 
 
 def supported(call: Call) -> str | None:
     """None, or the reason why the GPU kernel cannot do the call."""
-    if call.layout != "heads_last":
-        return f"the GPU kernel reads the layout 'heads_last', not {call.layout!r}"
     if call.dtype not in ("bfloat16", "float16", "float32"):
         return f"the GPU kernel takes queries in bfloat16, float16 or float32, not {call.dtype}"
     if call.kv_dtype not in ("bfloat16", "float16", "float32", "int8"):
@@ -98,11 +95,11 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     width = pl.next_power_of_2(call.head_dim) + pl.next_power_of_2(call.value_dim)
     wide = dtype == jnp.float32
     rows = 16 if wide else 32 if width >= 512 else 64
-    block = max(1, min(call.max_queries, rows // call.group))
-    many = block * call.group > 16
-    key_block, stage = 16, (16 if wide else 32) << 10
-    while key_block < (64 if many else 128) and 2 * key_block * width * dtype.itemsize <= stage:
-        key_block *= 2
+    block_q = max(1, min(call.max_queries, rows // call.group))
+    many = block_q * call.group > 16
+    block_k, stage = 16, (16 if wide else 32) << 10
+    while block_k < (64 if many else 128) and 2 * block_k * width * dtype.itemsize <= stage:
+        block_k *= 2
     splits = 1
     if call.decode_rows == call.rows:
         seen = min(call.capacity, call.window or call.capacity)
@@ -111,20 +108,12 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     odd = max(pl.next_power_of_2(d) - d for d in (call.head_dim, call.value_dim)) > 0
     crowded = wide and (width < 512 or odd or call.kv_dtype != "float32")
     many = many and (chip.capability != (9, 0) or width >= 512)
-    return Config(block, key_block, splits, num_warps=8 if crowded or many else 4)
+    return Config(block_q, block_k, splits, num_warps=8 if crowded or many else 4)
 
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
     """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
-    found = plans.pieces(
-        np.asarray(query_starts),
-        np.asarray(lengths),
-        tokens=call.tokens,
-        block=config.block,
-        window=call.window,
-        unit=1,
-        capacity=call.capacity,
-    )
+    found = cut(np.asarray(query_starts), np.asarray(lengths), call, block_q=config.block_q, unit=1)
     tokens = found.end - found.first
     parts = np.minimum(config.splits, -(-tokens // least_keys(config)))
     size = jnp.dtype(call.dtype).itemsize
@@ -138,12 +127,12 @@ def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: n
 
 
 def least_keys(config: Config) -> int:
-    return max(LEAST_KEYS, config.key_block)
+    return max(LEAST_KEYS, config.block_k)
 
 
 def cost(call: Call, config: Config) -> pl.CostEstimate:
     """Of full rows that share the queries evenly."""
-    starts, lengths = plans.full_rows(call)
+    starts, lengths = full_rows(call)
     seen = np.minimum(lengths, call.window or lengths)
     pairs = int(((starts[1:] - starts[:-1]) * seen).sum()) * call.heads
     return pl.CostEstimate(
@@ -153,66 +142,15 @@ def cost(call: Call, config: Config) -> pl.CostEstimate:
     )
 
 
-def attention(
-    q: Float[Array, "T N H"],
-    k_pages: Num[Array, "P p K H"],
-    v_pages: Num[Array, "P p K Hv"],
-    *,
-    call: Call,
-    block_tables: Int[Array, "R M"],
-    lengths: Int[Array, " R"],
-    query_starts: Int[Array, " R1"],
-    scale: float,
-    sinks: Float[Array, " N"] | None = None,
-    k_scale: Float[Array, "P Kp p"] | None = None,
-    v_scale: Float[Array, "P Kp p"] | None = None,
-    config: Config | None = None,
-    interpret=False,
-):
-    """See `api.paged_attention`. Raises NotImplementedError for a derivative."""
-    config, _ = resolve("paged_attention", "gpu", call, config, sys.modules[__name__])
-
-    def run(*arrays):
-        return _run(call, config, float(scale), interpret, *arrays)
-
-    out, lse = raising_under_grad(run, "paged_attention")(
-        q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale
-    )
-    return (out, lse) if call.return_lse else out
-
-
-def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths, query_starts, sinks, k_scale, v_scale):
-    """Plan the pieces, call the kernel and merge its parts."""
-    found = plans.pieces(
-        query_starts,
-        lengths,
-        tokens=call.tokens,
-        block=config.block,
-        window=call.window,
-        unit=1,
-        capacity=call.capacity,
-    )
+def run(arrays, call: Call, config: Config, interpret=False):
+    """See `api.paged_attention`: plan the pieces, call the kernel and merge its parts."""
+    q, lengths, query_starts = (arrays[name] for name in ("q", "lengths", "query_starts"))
+    found = cut(query_starts, lengths, call, block_q=config.block_q, unit=1)
     pieces = jnp.stack([x.astype(jnp.int32) for x in found])
-    static = Static(
-        call,
-        config.block,
-        config.key_block,
-        config.splits,
-        -(-least_keys(config) // config.key_block),
-        scale,
-        compute_dtype(call),
-    )
-    inputs = {
-        "pieces": pieces,
-        "tables": known(tables, call),
-        "q": q,
-        "k": k,
-        "v": v,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "sinks": sinks,
-    }
-    inputs = {name: x for name, x in inputs.items() if x is not None}
+    plan = Plan(call, config, -(-least_keys(config) // config.block_k), compute_dtype(call))
+    tables = known(arrays["block_tables"], call)
+    inputs = {"pieces": pieces, "tables": tables, "q": q, "k": arrays["k_pages"], "v": arrays["v_pages"]}
+    inputs |= {name: arrays[name] for name in ("k_scale", "v_scale", "sinks") if name in arrays}
     partial = config.splits > 1
     shape = (config.splits, call.tokens, call.heads)
     outputs = {"out": jax.ShapeDtypeStruct((*shape, call.value_dim), jnp.float32 if partial else q.dtype)}
@@ -222,7 +160,7 @@ def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths,
     absent = dict.fromkeys(("k_scale", "v_scale", "sinks", "lse"))
 
     def kernel(*refs):
-        body(static, SimpleNamespace(**absent | dict(zip(names, refs, strict=True))))
+        body(plan, SimpleNamespace(**absent | dict(zip(names, refs, strict=True))))
 
     results = pl.pallas_call(
         kernel,
@@ -235,5 +173,7 @@ def _run(call: Call, config: Config, scale, interpret, q, k, v, tables, lengths,
     )(*inputs.values())
     if partial:
         out, lse = merge(*(x[:, None] for x in results))
-        return out[0].astype(q.dtype), lse[0]
-    return results[0][0], results[1][0] if call.return_lse else None
+        out, lse = out[0].astype(q.dtype), lse[0]
+    else:
+        out, lse = results[0][0], results[1][0] if call.return_lse else None
+    return (out, lse) if call.return_lse else out

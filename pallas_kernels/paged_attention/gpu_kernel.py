@@ -7,6 +7,7 @@ block-table entries neither, and head sizes that are no power of two are padded 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,60 +15,57 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_attention.gpu_kernel import padded
-from pallas_kernels.masking import precision_of, soft_cap
-from pallas_kernels.paged_attention.call import MASKED, START, Call
+from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
+from pallas_kernels.paged_attention.call import Call
 
 SMALL_ROWS = 16  # the fewest that a tensor core multiplies
 
 
 @dataclass(frozen=True)
-class Static:
+class Plan:
     """What the kernel is built from."""
 
     call: Call
-    block: int
-    key_block: int
-    splits: int
-    least_blocks: int
-    scale: float
+    config: Any  # tiles: `gpu.Config`
+    least_blocks: int  # a part has at least so many blocks: its result has to be written and merged
     dtype: jnp.dtype  # what the tensor cores multiply
 
 
-def body(static: Static, r) -> None:
+def body(plan: Plan, r) -> None:
     """Grid (pieces, K, splits); `r` holds the refs, None for those that the call does not need."""
     item = pl.program_id(0)
-    group = static.call.group
+    group = plan.call.group
     row, start, stop, position, first, end = (r.pieces[i, item] for i in range(6))
     piece = (row, start, stop, position, first, end, pl.program_id(1), pl.program_id(2))
-    rows = pl.next_power_of_2(max(SMALL_ROWS, static.block * group))
+    rows = pl.next_power_of_2(max(SMALL_ROWS, plan.config.block_q * group))
     few = max(1, SMALL_ROWS // group)
-    if static.block <= few:
-        attend(static, r, piece, rows)
+    if plan.config.block_q <= few:
+        attend(plan, r, piece, rows)
         return
     small = stop - start <= few
 
     @pl.when(small & (stop > start))
     def _():
-        attend(static, r, piece, pl.next_power_of_2(max(SMALL_ROWS, few * group)))
+        attend(plan, r, piece, pl.next_power_of_2(max(SMALL_ROWS, few * group)))
 
     @pl.when(~small)
     def _():
-        attend(static, r, piece, rows)
+        attend(plan, r, piece, rows)
 
 
-def part(static: Static, first, end, split):
+def part(plan: Plan, first, end, split):
     """The blocks of a split: equal parts, fewer for a short row; they depend on no neighbour."""
-    low, high = first // static.key_block, pl.cdiv(end, static.key_block)
+    low, high = first // plan.config.block_k, pl.cdiv(end, plan.config.block_k)
     high = jnp.where(end > first, high, low)
-    if static.splits == 1:
+    if plan.config.splits == 1:
         return low, high
-    size = jnp.maximum(pl.cdiv(high - low, static.splits), static.least_blocks)
+    size = jnp.maximum(pl.cdiv(high - low, plan.config.splits), plan.least_blocks)
     return low + split * size, jnp.minimum(low + (split + 1) * size, high)
 
 
-def attend(static: Static, r, piece, rows: int) -> None:
+def attend(plan: Plan, r, piece, rows: int) -> None:
     """Attend with the piece's queries; row i of the tile is query i div G, query head i mod G."""
-    call = static.call
+    call = plan.call
     row, start, stop, position, first, end, head, split = piece
     line = jnp.arange(rows, dtype=jnp.int32)
     token = start + line // call.group
@@ -80,29 +78,29 @@ def attend(static: Static, r, piece, rows: int) -> None:
         r.q.at[token[:, None], heads[:, None], lanes[None, :]],
         mask=real[:, None] & (lanes < call.head_dim)[None, :],
         other=0.0,
-    ).astype(static.dtype)
-    low, high = part(static, first, end, split)
+    ).astype(plan.dtype)
+    low, high = part(plan, first, end, split)
 
     def fetch(ref, page, offset, held, lanes, size):
-        """[key_block, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
+        """[block_k, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
         return plgpu.load(
             ref.at[page[:, None], offset[:, None], head, lanes[None, :]],
             mask=held[:, None] & (lanes < size)[None, :],
             other=0,
-        ).astype(static.dtype)
+        ).astype(plan.dtype)
 
     def step(i, carry):
         top, total, acc = carry
-        key = i * static.key_block + jnp.arange(static.key_block, dtype=jnp.int32)
+        key = i * plan.config.block_k + jnp.arange(plan.config.block_k, dtype=jnp.int32)
         held = (key >= first) & (key < end)
         page = plgpu.load(r.tables.at[row, key // call.page], mask=held, other=0)
         offset = key % call.page
         k = fetch(r.k, page, offset, held, lanes, call.head_dim)
         logits = (
             lax.dot_general(
-                q, k, (((1,), (1,)), ((), ())), precision=precision_of(static.dtype), preferred_element_type=jnp.float32
+                q, k, (((1,), (1,)), ((), ())), precision=precision_of(plan.dtype), preferred_element_type=jnp.float32
             )
-            * static.scale
+            * plan.call.scale
         )
         if call.scale_heads:
             logits = logits * plgpu.load(r.k_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
@@ -119,10 +117,10 @@ def attend(static: Static, r, piece, rows: int) -> None:
             weights = weights * plgpu.load(r.v_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
         v = fetch(r.v, page, offset, held, value_lanes, call.value_dim)
         acc = acc * fade[:, None] + lax.dot_general(
-            weights.astype(static.dtype),
+            weights.astype(plan.dtype),
             v,
             (((1,), (0,)), ((), ())),
-            precision=precision_of(static.dtype),
+            precision=precision_of(plan.dtype),
             preferred_element_type=jnp.float32,
         )
         return higher, total, acc

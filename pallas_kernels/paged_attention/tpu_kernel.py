@@ -1,7 +1,7 @@
 """The body of the paged kernel for TPU: one grid step is a piece, the queries of one row in one block of queries, and
 a group of KV heads.
 
-Keys and values of a piece arrive in steps of `key_block` tokens, fetched page by page into one of two buffers while
+Keys and values of a piece arrive in steps of `block_k` tokens, fetched page by page into one of two buffers while
 the other is attended to; the last step of a piece fetches the first one of the next. Of the units that a window or
 the row's end cuts, only the memory tiles inside are fetched. All queries of the piece use a step before the next one,
 a tile of them at a time; tiles that see nothing of a step skip it. A piece of few queries (a decode row) is computed
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layouts import LANES, round_up
-from pallas_kernels.masking import precision_of, soft_cap
-from pallas_kernels.paged_attention.call import MASKED, START, Call
+from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
+from pallas_kernels.paged_attention.call import Call
 
 FIELDS = ("row", "block", "start", "stop", "position", "first", "end", "before", "next")
 
@@ -49,28 +49,23 @@ def widest(heads: int, size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Static:
+class Plan:
     """What the kernel is built from."""
 
     call: Call
-    block: int  # queries of a block
-    tile: int  # queries of a tile
+    config: Any  # tiles: `tpu.Config`
     sub: int  # queries of a small tile
-    heads: int  # KV heads of a group
-    key_block: int
-    unit: int  # tokens a DMA
     grain: int  # tokens of the smallest DMA, at the edges of what is seen
     items: int
-    scale: float
 
     @property
     def units(self) -> int:
         """DMAs of K a step."""
-        return self.key_block // self.unit
+        return self.config.block_k // self.config.dma_k
 
     @property
     def groups(self) -> int:
-        return self.call.kv_heads // self.heads
+        return self.call.kv_heads // self.config.block_heads
 
     @property
     def dtype(self):
@@ -79,10 +74,10 @@ class Static:
         return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 
-def body(static: Static, r: SimpleNamespace) -> None:
+def body(plan: Plan, r: SimpleNamespace) -> None:
     """One grid step; `r` holds the refs, None for those that the call does not need."""
     group, item = pl.program_id(0), pl.program_id(1)
-    field = lambda name, i=item: r.plan[FIELDS.index(name) * static.items + i]  # noqa: E731
+    field = lambda name, i=item: r.plan[FIELDS.index(name) * plan.items + i]  # noqa: E731
 
     @pl.when((item == 0) | (field("block") != field("block", jnp.maximum(item - 1, 0))))
     def _():
@@ -90,45 +85,45 @@ def body(static: Static, r: SimpleNamespace) -> None:
         if r.lse is not None:
             r.lse[...] = jnp.full_like(r.lse, -jnp.inf)
 
-    steps = steps_of(static, field, item)
+    steps = steps_of(plan, field, item)
 
     @pl.when((steps > 0) & (field("before") == 0) & (group == 0))
     def _():
-        transfer(static, r, field, group, item, 0, 0, start=True)
+        transfer(plan, r, field, group, item, 0, 0, start=True)
 
     start, last = field("start"), field("stop") - 1
-    small = start // static.sub == last // static.sub
-    if static.block > static.sub:
+    small = start // plan.sub == last // plan.sub
+    if plan.config.block_q > plan.sub:
 
         @pl.when((steps > 0) & small)
         def _():
-            attend(static, r, field, group, item, steps, start // static.sub, 1, static.sub)
+            attend(plan, r, field, group, item, steps, start // plan.sub, 1, plan.sub)
 
         @pl.when((steps > 0) & ~small)
         def _():
-            first = start // static.tile
-            tiles = 1 if static.block == static.tile else last // static.tile - first + 1
-            attend(static, r, field, group, item, steps, first, tiles, static.tile)
+            first = start // plan.config.tile_q
+            tiles = 1 if plan.config.block_q == plan.config.tile_q else last // plan.config.tile_q - first + 1
+            attend(plan, r, field, group, item, steps, first, tiles, plan.config.tile_q)
     else:
 
         @pl.when(steps > 0)
         def _():
-            attend(static, r, field, group, item, steps, 0, 1, static.block)
+            attend(plan, r, field, group, item, steps, 0, 1, plan.config.block_q)
 
 
-def steps_of(static: Static, field, item):
+def steps_of(plan: Plan, field, item):
     """How many steps of keys an item takes."""
-    return -(-(field("end", item) - field("first", item)) // static.units)
+    return -(-(field("end", item) - field("first", item)) // plan.units)
 
 
-def transfer(static: Static, r, field, group, item, step, slot, *, start: bool) -> None:
+def transfer(plan: Plan, r, field, group, item, step, slot, *, start: bool) -> None:
     """Start, or wait for, the fetches of one step of an item: what its queries see, in whole tiles, and no more."""
-    call, unit, grain = static.call, static.unit, static.grain
+    call, unit, grain = plan.call, plan.config.dma_k, plan.grain
     per_page, per_unit = call.page // unit, unit // grain
-    first = field("first", item) + step * static.units
+    first = field("first", item) + step * plan.units
     row = field("row", item)
-    begin, end = seen(static, field, item)
-    k, v = (group_lanes(static, pool, group) for pool in (r.k, r.v))
+    begin, end = seen(plan, field, item)
+    k, v = (group_lanes(plan, pool, group) for pool in (r.k, r.v))
 
     def move(pairs) -> None:
         for i, (there, here) in pairs:
@@ -173,32 +168,32 @@ def transfer(static: Static, r, field, group, item, step, slot, *, start: bool) 
 
         return 0
 
-    lax.fori_loop(0, jnp.minimum(static.units, field("end", item) - first), one, 0)
+    lax.fori_loop(0, jnp.minimum(plan.units, field("end", item) - first), one, 0)
 
 
-def group_lanes(static: Static, pool, group):
+def group_lanes(plan: Plan, pool, group):
     """A function of unit and tokens: a reference to what the pool holds there for the group's heads."""
-    width = pool.shape[2] // static.groups
-    if static.groups == 1:
+    width = pool.shape[2] // plan.groups
+    if plan.groups == 1:
         return lambda source, tokens=slice(None): pool.at[source, tokens]
     lanes = pl.ds(pl.multiple_of(group * width, LANES), width)
     return lambda source, tokens=slice(None): pool.at[source, tokens, lanes]
 
 
-def seen(static: Static, field, item) -> tuple:
+def seen(plan: Plan, field, item) -> tuple:
     """First position that any query of an item sees, and one past the last."""
     position = field("position", item)
-    oldest = jnp.maximum(position - (static.call.window - 1), 0) if static.call.window else 0
-    return oldest, jnp.minimum(position + field("stop", item) - field("start", item), static.call.capacity)
+    oldest = jnp.maximum(position - (plan.call.window - 1), 0) if plan.call.window else 0
+    return oldest, jnp.minimum(position + field("stop", item) - field("start", item), plan.call.capacity)
 
 
-def attend(static: Static, r, field, group, item, steps, first, tiles, count: int) -> None:
+def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -> None:
     """Attend with the queries of `tiles` tiles of `count` from the first on, and keep the results of the item's own."""
-    call = static.call
+    call = plan.call
     rows = count * call.group
-    oldest, end = seen(static, field, item)
+    oldest, end = seen(plan, field, item)
     position = field("position") + first * count - field("start")  # of the first tile's first query
-    total = steps_of(static, field, static.items - 1) + field("before", static.items - 1)
+    total = steps_of(plan, field, plan.items - 1) + field("before", plan.items - 1)
     before = group * total + field("before")
     following = field("next")
     later = group + (following <= item).astype(jnp.int32)  # the group in which `next` comes
@@ -213,30 +208,30 @@ def attend(static: Static, r, field, group, item, steps, first, tiles, count: in
     def base(t):
         return pl.multiple_of((first + t) * count, count)
 
-    each(0, tiles, lambda t: load_queries(static, r, group, t, base(t), count))
+    each(0, tiles, lambda t: load_queries(plan, r, group, t, base(t), count))
 
     def step(j, _):
         slot = (before + j) % 2
 
         @pl.when(j + 1 < steps)
         def _():
-            transfer(static, r, field, group, item, j + 1, 1 - slot, start=True)
+            transfer(plan, r, field, group, item, j + 1, 1 - slot, start=True)
 
-        @pl.when((j + 1 == steps) & (later < static.groups))
+        @pl.when((j + 1 == steps) & (later < plan.groups))
         def _():
-            transfer(static, r, field, later, following, 0, 1 - slot, start=True)
+            transfer(plan, r, field, later, following, 0, 1 - slot, start=True)
 
-        transfer(static, r, field, group, item, j, slot, start=False)
-        begin = (field("first") + j * static.units) * static.unit
+        transfer(plan, r, field, group, item, j, slot, start=False)
+        begin = (field("first") + j * plan.units) * plan.config.dma_k
         if not call.scale_heads:
             # What the row does not hold has weight zero, but zero times NaN is NaN.
-            @pl.when((begin < oldest) | (begin + static.key_block > end))
+            @pl.when((begin < oldest) | (begin + plan.config.block_k > end))
             def _():
-                at = begin + lax.broadcasted_iota(jnp.int32, (static.key_block, 1), 0)
+                at = begin + lax.broadcasted_iota(jnp.int32, (plan.config.block_k, 1), 0)
                 v = r.v_buffer[slot]
                 r.v_buffer[slot] = jnp.where((at >= oldest) & (at < end), v, jnp.zeros_like(v))
 
-        key = begin + lax.broadcasted_iota(jnp.int32, (1, static.key_block), 1)
+        key = begin + lax.broadcasted_iota(jnp.int32, (1, plan.config.block_k), 1)
         held = (key >= oldest) & (key < end)
         key = jnp.where(key < end, key, jnp.iinfo(jnp.int32).max)
 
@@ -246,29 +241,29 @@ def attend(static: Static, r, field, group, item, steps, first, tiles, count: in
             mask = key <= own
             if call.window:
                 mask &= key > own - call.window
-            for head in range(static.heads):
-                update(static, r, group, t, head, rows, slot, mask, held)
+            for head in range(plan.config.block_heads):
+                update(plan, r, group, t, head, rows, slot, mask, held)
 
         high = tiles
         if call.window:
-            high = jnp.minimum(tiles, (begin + static.key_block + call.window - 2 - position) // count + 1)
+            high = jnp.minimum(tiles, (begin + plan.config.block_k + call.window - 2 - position) // count + 1)
         each(jnp.maximum(begin - position, 0) // count, high, one)
         return 0
 
     lax.fori_loop(0, steps, step, 0)
-    each(0, tiles, lambda t: store(static, r, field, t, base(t), count))
+    each(0, tiles, lambda t: store(plan, r, field, t, base(t), count))
 
 
-def load_queries(static: Static, r, group, tile, base, count: int) -> None:
+def load_queries(plan: Plan, r, group, tile, base, count: int) -> None:
     """Lay each head's queries into the scratch, among zeros; begin the softmax with nothing, or with the sink."""
-    call = static.call
+    call = plan.call
     h = call.head_dim
-    for head in range(static.heads):
-        lanes = lanes_of(head, static.heads, h)
+    for head in range(plan.config.block_heads):
+        lanes = lanes_of(head, plan.config.block_heads, h)
         for g in range(call.group):
             n = head * call.group + g
             rows = slice(g * count, (g + 1) * count)
-            q = r.q[pl.ds(base, count), n * h : (n + 1) * h].astype(static.dtype)
+            q = r.q[pl.ds(base, count), n * h : (n + 1) * h].astype(plan.dtype)
             around = (lanes.offset, lanes.width - lanes.offset - h)
             # No array of no lanes: the older compiler refuses even one that nothing uses.
             before, behind = ([jnp.zeros((count, n), q.dtype)] if n else [] for n in around)
@@ -276,7 +271,7 @@ def load_queries(static: Static, r, group, tile, base, count: int) -> None:
             r.queries[tile, head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
             top, total = jnp.full((count, 1), START), jnp.zeros((count, 1))
             if r.sinks is not None:
-                sink = jnp.full((count, 1), r.sinks[group * static.heads * call.group + n])
+                sink = jnp.full((count, 1), r.sinks[group * plan.config.block_heads * call.group + n])
                 top = jnp.maximum(sink, START)
                 total = jnp.exp(sink - top)  # a sink of -inf is none
             r.state[tile, head, rows] = pack_state(top, total)
@@ -289,13 +284,13 @@ def pack_state(top, total):
     return jnp.where(lane < LANES // 2, top, total)
 
 
-def update(static: Static, r, group, tile, head: int, rows: int, slot, mask, held) -> None:
+def update(plan: Plan, r, group, tile, head: int, rows: int, slot, mask, held) -> None:
     """One step of the online softmax for one tile of queries and one KV head of the group."""
-    call = static.call
-    precision = precision_of(static.dtype)
-    at, to = lanes_of(head, static.heads, call.head_dim), lanes_of(head, static.heads, call.value_dim)
-    k = r.k_buffer[slot, :, at.base : at.base + at.width].astype(static.dtype)
-    v = r.v_buffer[slot, :, to.base : to.base + to.width].astype(static.dtype)
+    call = plan.call
+    precision = precision_of(plan.dtype)
+    at, to = (lanes_of(head, plan.config.block_heads, size) for size in (call.head_dim, call.value_dim))
+    k = r.k_buffer[slot, :, at.base : at.base + at.width].astype(plan.dtype)
+    v = r.v_buffer[slot, :, to.base : to.base + to.width].astype(plan.dtype)
     logits = lax.dot_general(
         r.queries[tile, head, :rows, : at.width],
         k,
@@ -303,10 +298,10 @@ def update(static: Static, r, group, tile, head: int, rows: int, slot, mask, hel
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    scales = pl.ds(group * static.heads + head, 1)
+    scales = pl.ds(group * plan.config.block_heads + head, 1)
     if call.scale_heads:
         logits = logits * r.k_scales[slot, scales]
-    logits = jnp.where(mask, soft_cap(logits * static.scale, call.softcap), MASKED)
+    logits = jnp.where(mask, soft_cap(logits * plan.call.scale, call.softcap), MASKED)
     state = r.state[tile, head, :rows]
     top, total = state[:, :1], state[:, LANES // 2 : LANES // 2 + 1]
     new_top = jnp.maximum(top, logits.max(1, keepdims=True))
@@ -316,25 +311,21 @@ def update(static: Static, r, group, tile, head: int, rows: int, slot, mask, hel
     if call.scale_heads:  # what is not held may have NaN for a scale
         weights = weights * jnp.where(held, r.v_scales[slot, scales], 0.0)
     product = lax.dot_general(
-        weights.astype(static.dtype),
-        v,
-        (((1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
+        weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
     r.acc[tile, head, :rows, : to.width] = r.acc[tile, head, :rows, : to.width] * fade + product
 
 
-def store(static: Static, r, field, tile, base, count: int) -> None:
+def store(plan: Plan, r, field, tile, base, count: int) -> None:
     """Divide, put the heads side by side, and keep other rows' results where they are."""
-    call = static.call
+    call = plan.call
     token = base + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     own = (token >= field("start")) & (token < field("stop"))
     lane = lax.broadcasted_iota(jnp.int32, (count, LANES), 1)
     at = pl.ds(base, count)
     results = []
-    for head in range(static.heads):
-        lanes = lanes_of(head, static.heads, call.value_dim)
+    for head in range(plan.config.block_heads):
+        lanes = lanes_of(head, plan.config.block_heads, call.value_dim)
         for g in range(call.group):
             rows = slice(g * count, (g + 1) * count)
             state = r.state[tile, head, rows]
@@ -347,7 +338,7 @@ def store(static: Static, r, field, tile, base, count: int) -> None:
                 lse = jnp.where(saw, state[:, :1] + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
                 where = slice(n // LANES * LANES, (n // LANES + 1) * LANES)
                 r.lse[0, at, where] = jnp.where(own & (lane == n % LANES), lse, r.lse[0, at, where])
-    padding = r.out.shape[1] - static.heads * call.group * call.value_dim
+    padding = r.out.shape[1] - plan.config.block_heads * call.group * call.value_dim
     if padding:
         results.append(jnp.zeros((count, padding), jnp.float32))
     out = jnp.concatenate(results, 1).astype(r.out.dtype)

@@ -13,22 +13,18 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import platform_of
-from pallas_kernels.masking import precision_of, soft_cap
-from pallas_kernels.paged_attention.call import MASKED, START, Call
+from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.reference import split_heads
 
+NAME = "xla"
+PLATFORM = "any"
 # Keys a step: smaller blocks pay in loop overhead, larger ones in keys read past a row's end.
 KEY_BLOCK = 128
 # A GPU's host asks the device before each turn of such a loop whether there is another: few large blocks.
 KEY_BLOCK_GPU = 2048
 QUERY_BLOCK = 128
-
-
-def supported(call: Call) -> str | None:
-    """None: XLA takes every call."""
-    return None
 
 
 def gather(pages, ids, layout: str, kv_heads: int, size: int):
@@ -56,13 +52,14 @@ def shrinking(rows: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((rows, max(1, rows * 3 // 8))))
 
 
-def attend(q, positions, tables, first, end, *, call: Call, arrays: dict, scale, sinks, value_dim):
+def attend(q, positions, tables, first, end, *, call: Call, arrays):
     """Online softmax of B rows with t queries each: (out [B, t, N, Hv] f32, lse [B, t, N]).
 
     positions [B, t], below zero for queries that are none; row b reads pages first[b] to end[b] - 1 of its table.
     """
     b, t, n, h = q.shape
-    kv_heads, group, p = call.kv_heads, call.group, call.page
+    kv_heads, group, p, value_dim = call.kv_heads, call.group, call.page, call.value_dim
+    sinks, scale = arrays.get("sinks"), arrays.get("scale", call.scale)
     per_step = max(1, (KEY_BLOCK_GPU if platform_of() == "gpu" else KEY_BLOCK) // p)
     keys_a_step = per_step * p
     dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
@@ -138,38 +135,12 @@ def span(positions, real, call: Call):
     return jnp.minimum(jnp.maximum(earliest - (call.window - 1), 0) // call.page, end), end
 
 
-def attention(
-    q,
-    k_pages,
-    v_pages,
-    *,
-    call: Call,
-    block_tables,
-    lengths,
-    query_starts,
-    scale,
-    sinks,
-    k_scale,
-    v_scale,
-    config=None,
-    interpret=False,
-):
-    """See `api.paged_attention`. Raises NotImplementedError for a derivative, which its loops do not have."""
-
-    def run(*arrays):
-        return _run(call, scale, *arrays)
-
-    return raising_under_grad(run, "paged_attention")(
-        q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale
-    )
-
-
-def _run(call: Call, scale, q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale):
-    """Decode rows at once, then the others."""
+def run(arrays, call: Call, config=None, interpret=False):
+    """See `api.paged_attention`: takes every call, and has no tiles. Decode rows at once, then the others."""
+    q, block_tables, lengths, query_starts = (arrays[n] for n in ("q", "block_tables", "lengths", "query_starts"))
     t, n, _ = q.shape
-    hv = call.value_dim
-    arrays = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
-    run = partial(attend, call=call, arrays=arrays, scale=scale, sinks=sinks, value_dim=hv)
+    hv, sinks = call.value_dim, arrays.get("sinks")
+    attend_rows = partial(attend, call=call, arrays=arrays)
     asked = jnp.where(lengths > 0, query_starts[1:] - query_starts[:-1], 0)
     # Where many rows share the tokens, each has few: what a block has beyond them is computed for nothing.
     block = min(QUERY_BLOCK, call.max_queries, max(16, 2 * t // max(1, call.rows - call.decode_rows)))
@@ -182,29 +153,21 @@ def _run(call: Call, scale, q, k_pages, v_pages, block_tables, lengths, query_st
         at = query_starts[:d]
         positions = jnp.where(asked[:d] > 0, lengths[:d] - 1, -1)[:, None]
         first, end = span(positions, positions >= 0, call)
-        parts = run(q[jnp.clip(at, 0, t - 1)][:, None], positions, block_tables[:d], first, end)
+        parts = attend_rows(q[jnp.clip(at, 0, t - 1)][:, None], positions, block_tables[:d], first, end)
         target = jnp.where(asked[:d] > 0, at, t + block)
         results = tuple(
             r.at[target].set(x[:, 0].astype(r.dtype), mode="drop") for r, x in zip(results, parts, strict=True)
         )
     if d < call.rows:
-        results = chunks(
-            jnp.pad(q, ((0, block), (0, 0), (0, 0))),
-            results,
-            asked,
-            block,
-            run,
-            call=call,
-            block_tables=block_tables,
-            lengths=lengths,
-            query_starts=query_starts,
-        )
+        padded = jnp.pad(q, ((0, block), (0, 0), (0, 0)))
+        results = chunks(padded, results, asked, block, attend_rows, arrays, call)
     out, lse = (x[:t] for x in results)
     return (out, lse) if call.return_lse else out
 
 
-def chunks(q, results, asked, block, run, *, call: Call, block_tables, lengths, query_starts):
+def chunks(q, results, asked, block, attend_rows, arrays, call: Call):
     """The rows after the decode rows: a loop over rows, in it one over blocks of the row's queries."""
+    block_tables, lengths, query_starts = (arrays[n] for n in ("block_tables", "lengths", "query_starts"))
 
     def one_block(row, i, results):
         at = query_starts[row] + i * block
@@ -215,7 +178,7 @@ def chunks(q, results, asked, block, run, *, call: Call, block_tables, lengths, 
             positions = jnp.where(inside, positions, lengths[row] - 1)
         first, end = span(positions, inside[None], call)
         table = lax.dynamic_slice_in_dim(block_tables, row, 1)
-        parts = run(lax.dynamic_slice_in_dim(q, at, block)[None], positions, table, first, end)
+        parts = attend_rows(lax.dynamic_slice_in_dim(q, at, block)[None], positions, table, first, end)
 
         def merge(old, new):
             kept = lax.dynamic_slice_in_dim(old, at, block)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.layouts import Layout, as_int32
-from pallas_kernels.paged_write.call import Call, make_call
-from pallas_kernels.values import check_slots
+from pallas_kernels.paged_write.call import check_slots, make_call
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.paged_write", ("xla", "tpu"))
-
-
-def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
-    """Which path a call takes, and why. Raises as `write_pages` does."""
-    return choose("write_pages", implementation, IMPLEMENTATIONS, call, platform, helper=True)
+OP = Op("write_pages", "paged_write", helper=True)
+explain = OP.explain
 
 
 def write_pages(
@@ -52,10 +47,10 @@ def write_pages(
       ValueError: shapes or types that do not fit; two tokens for one slot, in an array that is not traced.
       NotImplementedError: a named implementation that cannot take this call.
     """
-    call = make_call(k_pages, v_pages, k, v, slots, layout, (k_scale, v_scale), (new_k_scale, new_v_scale))
+    arrays = {
+        **{"k_pages": k_pages, "v_pages": v_pages, "k": k, "v": v, "slots": slots},
+        **{"k_scale": k_scale, "v_scale": v_scale, "new_k_scale": new_k_scale, "new_v_scale": new_v_scale},
+    }
+    call = make_call(arrays, layout)
     check_slots(call.pages * call.page, slots)
-    pools, new = (k_pages, v_pages), (k, v)
-    if call.scale_heads:
-        pools, new = (*pools, k_scale, v_scale), (*new, new_k_scale, new_v_scale)
-    name = select("write_pages", implementation, IMPLEMENTATIONS, call, interpret, helper=True)
-    return IMPLEMENTATIONS[name].write(pools, new, as_int32(slots), call=call, interpret=interpret)
+    return OP.run(implementation, arrays | {"slots": as_int32(slots)}, call, interpret=interpret)

@@ -19,6 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, fold, round_up
 from pallas_kernels.paged_write.call import Call
 
+NAME = "tpu"
+PLATFORM = "tpu"
+LAYOUTS = ("folded",)
 ROWS = 32  # tokens of an int8 tile
 MOST_TOKENS = SCALAR_BYTES // 12  # of one run of the kernel, which has three numbers for each
 
@@ -27,8 +30,6 @@ def supported(call: Call) -> str | None:
     """None, or the reason why the kernel cannot take the call."""
     if call.dtype != "int8":
         return f"the TPU kernel writes int8 pages; XLA writes {call.dtype} ones in place"
-    if call.layout != "folded":
-        return f"the TPU kernel writes the layout 'folded', not {call.layout!r}"
     if call.page % LANES or call.scale_heads % SUBLANES:
         return (
             f"the TPU kernel needs pages of a multiple of {LANES} tokens and the scales' heads rounded up to "
@@ -37,12 +38,13 @@ def supported(call: Call) -> str | None:
     return None
 
 
-def write(pools, new, slots, *, call: Call, interpret=False):
-    """See `api.write_pages`: pools (K, V, K scales, V scales), new tokens alike."""
+def run(arrays, call: Call, config=None, interpret=False):
+    """See `api.write_pages`."""
+    pools, new = ([arrays[name] for name in names] for names in (call.pools, call.new))
     for begin in range(0, call.tokens, MOST_TOKENS):
         some = slice(begin, min(begin + MOST_TOKENS, call.tokens))
         part = replace(call, tokens=some.stop - some.start)
-        pools = _write(pools, [x[some] for x in new], slots[some], part, interpret)
+        pools = _write(pools, [x[some] for x in new], arrays["slots"][some], part, interpret)
     return tuple(pools)
 
 

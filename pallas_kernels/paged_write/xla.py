@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from pallas_kernels.layouts import Layout, fold
 from pallas_kernels.paged_write.call import Call
 
-
-def supported(call: Call) -> str | None:
-    """None: XLA takes every call. (On a TPU an int8 scatter re-lays the pool: `auto` takes the kernel there.)"""
-    return None
+NAME = "xla"
+PLATFORM = "any"
 
 
 def place(slots, pages: int, page: int):
@@ -34,9 +32,10 @@ def scatter_scale(scales, new, at, offset):
     return scales.at[at, :, offset].set(new, mode="drop")
 
 
-def write(pools, new, slots, *, call: Call, interpret=False):
-    """See `api.write_pages`; pools and new tokens as tuples: K, V and for int8 their scales."""
-    at, offset = place(slots, call.pages, call.page)
+def run(arrays, call: Call, config=None, interpret=False):
+    """See `api.write_pages`. (On a TPU an int8 scatter re-lays the pool: `auto` takes the kernel there.)"""
+    pools, new = ([arrays[name] for name in names] for names in (call.pools, call.new))
+    at, offset = place(arrays["slots"], call.pages, call.page)
     written = [scatter(pool, x, at, offset, call.layout) for pool, x in zip(pools[:2], new[:2], strict=True)]
     written += [scatter_scale(pool, x, at, offset) for pool, x in zip(pools[2:], new[2:], strict=True)]
     return tuple(written)

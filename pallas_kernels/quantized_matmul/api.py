@@ -5,17 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Choice, Implementation, Implementations, choose, select
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quant_array import QuantArray, quantize_rows
-from pallas_kernels.quantized_matmul.call import Call, make_call
+from pallas_kernels.quantized_matmul.call import make_call
 
-IMPLEMENTATIONS = Implementations("pallas_kernels.quantized_matmul", ("xla", "tpu", "gpu"))
-
-
-def explain(implementation: Implementation = "auto", platform: str | None = None, call: Call | None = None) -> Choice:
-    """Which path a call takes, and why. Raises as `quantized_matmul` does."""
-    return choose("quantized_matmul", implementation, IMPLEMENTATIONS, call, platform)
+OP = Op("quantized_matmul")
+explain = OP.explain
 
 
 def quantized_matmul(
@@ -41,18 +37,12 @@ def quantized_matmul(
       ValueError: shapes or types that do not fit.
       NotImplementedError: a named implementation that cannot take this call.
     """
-    call = make_call(x, w)
-    name = select("quantized_matmul", implementation, IMPLEMENTATIONS, call, interpret)
-    rows = x.reshape(call.rows, call.columns)
     out = jnp.dtype(out_dtype or x.dtype)
-    settings = {"call": call, "out_dtype": out if w.offsets is None else jnp.dtype(jnp.float32)}
-    if name != "xla":
-        settings |= {"config": config, "interpret": interpret}
-    scale = None
-    given = rows
-    if call.int8_activations:
-        given, scale = quantize_rows(rows)
-    y = IMPLEMENTATIONS[name].matmul(given, w.values, w.scales, scale, **settings)
+    call = make_call(x, w, out if w.offsets is None else jnp.dtype(jnp.float32))
+    rows = x.reshape(call.rows, call.columns)
+    given, row_scale = quantize_rows(rows) if call.int8_activations else (rows, None)
+    arrays = {"x": given, "values": w.values, "scales": w.scales, "row_scale": row_scale}
+    y = OP.run(implementation, arrays, call, config, interpret)
     if w.offsets is not None:
         # The offset of a group is multiplied by the sum of its activations: a small product of its own.
         sums = rows.astype(jnp.float32).reshape(call.rows, call.groups, call.group).sum(-1)

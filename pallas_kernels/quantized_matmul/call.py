@@ -20,7 +20,8 @@ class Call:
     bits: int
     affine: bool
     int8_activations: bool
-    dtype: str  # of the activations as they come, and of the results
+    dtype: str  # of the activations as they come
+    out_dtype: str = "float32"  # of the results
 
     @property
     def group(self) -> int:
@@ -36,7 +37,7 @@ class Call:
         return self.out * self.columns * self.bits // 8 + 4 * self.groups * self.out * (2 if self.affine else 1)
 
 
-def make_call(x, w: QuantArray) -> Call:
+def make_call(x, w: QuantArray, out_dtype=None) -> Call:
     """Check the arguments of `api.quantized_matmul` and gather their static facts. Raises ValueError."""
     check(w)
     if x.ndim < 1 or x.shape[-1] != w.shape[1]:
@@ -44,4 +45,14 @@ def make_call(x, w: QuantArray) -> Call:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"quantized_matmul: x must be of a floating type, not {x.dtype}: rows are quantized here")
     rows = x.size // max(x.shape[-1], 1)
-    return Call(rows, *w.shape, w.groups, w.bits, w.offsets is not None, w.activations == "int8", str(x.dtype))
+    return Call(
+        rows=rows,
+        out=w.shape[0],
+        columns=w.shape[1],
+        groups=w.groups,
+        bits=w.bits,
+        affine=w.offsets is not None,
+        int8_activations=w.activations == "int8",
+        dtype=str(x.dtype),
+        out_dtype=str(jnp.dtype(out_dtype or x.dtype)),
+    )

@@ -7,8 +7,7 @@ into parts whose sums are added outside, always in the same order.
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import hardware
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.quantized_matmul.call import Call
 from pallas_kernels.quantized_matmul.gpu_kernel import Plan, body
-from pallas_kernels.tiles import resolve
 
+NAME = "gpu"
+PLATFORM = "gpu"
 MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
 MOST_BLOCKS = 65535  # of outputs: the second axis of a grid
 DECODE_ROWS = 64
@@ -179,61 +178,36 @@ def _shared(call: Call, config: Config) -> int:
     return step * max(1, config.num_stages - 1) + config.block_in * config.block_out * given
 
 
-def plan_for(call: Call, config: Config) -> Plan:
-    """The kernel's static facts."""
-    return Plan(**{f.name: getattr(call if hasattr(call, f.name) else config, f.name) for f in fields(Plan)})
-
-
 def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
     """What the programs read and write: weights for each block of rows, activations for each of outputs, from L2."""
-    m, n, _ = plan.grid
-    given = 1 if plan.int8_activations else jnp.dtype(plan.dtype).itemsize
-    scales = plan.columns // plan.width if plan.groups > 1 else 1 if plan.splits == 1 else 0
-    nbytes = m * plan.out * (plan.columns * plan.bits // 8 + 4 * scales)
-    nbytes += n * plan.rows * plan.columns * given + plan.splits * plan.rows * plan.out * out_bytes
-    nbytes += 4 * n * plan.rows if plan.int8_activations and plan.splits == 1 else 0
-    return pl.CostEstimate(flops=2 * plan.rows * plan.columns * plan.out, transcendentals=0, bytes_accessed=nbytes)
+    (m, n, _), call, splits = plan.grid, plan.call, plan.config.splits
+    given = 1 if call.int8_activations else jnp.dtype(call.dtype).itemsize
+    scales = call.columns // plan.width if call.groups > 1 else 1 if splits == 1 else 0
+    nbytes = m * call.out * (call.columns * call.bits // 8 + 4 * scales)
+    nbytes += n * call.rows * call.columns * given + splits * call.rows * call.out * out_bytes
+    nbytes += 4 * n * call.rows if call.int8_activations and splits == 1 else 0
+    return pl.CostEstimate(flops=2 * call.rows * call.columns * call.out, transcendentals=0, bytes_accessed=nbytes)
 
 
-def matmul(
-    x: Array,
-    values: Array,
-    scales: Array,
-    row_scale: Array | None,
-    *,
-    call: Call,
-    out_dtype,
-    config: Config | None = None,
-    interpret=False,
-) -> Float[Array, "M out"]:
-    """See `api.quantized_matmul`.
-
-    Raises:
-      ValueError: a config that does not fit the call.
-      NotImplementedError: a call that `supported` refuses, or a derivative.
-    """
-    if (reason := supported(call)) is not None:
-        raise NotImplementedError(f"quantized_matmul: {reason}; use implementation='xla'")
-    config, _ = resolve("quantized_matmul", "gpu", call, config, sys.modules[__name__])
-    plan = plan_for(call, config)
-    kind = jnp.dtype(out_dtype) if plan.splits == 1 else jnp.dtype(jnp.int32 if call.int8_activations else jnp.float32)
-
-    def run(x, values, scales, row_scale):
-        parts = _run(plan, config, kind, interpret, x, values, scales, row_scale)
-        if plan.splits == 1:
-            return parts[0]
-        y = parts.sum(0).astype(jnp.float32)
-        y = y * scales if plan.groups == 1 else y
-        return (y if row_scale is None else y * row_scale).astype(out_dtype)
-
-    return raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
+def run(arrays, call: Call, config: Config, interpret=False) -> Float[Array, "M out"]:
+    """See `api.quantized_matmul`: the parts of the contraction, and their sum."""
+    kind = jnp.dtype(call.out_dtype)
+    if config.splits > 1:
+        kind = jnp.dtype(jnp.int32 if call.int8_activations else jnp.float32)
+    parts = _parts(arrays, Plan(call, config), kind, interpret)
+    if config.splits == 1:
+        return parts[0]
+    y = parts.sum(0).astype(jnp.float32)
+    y = y * arrays["scales"] if call.groups == 1 else y
+    return (y * arrays["row_scale"] if "row_scale" in arrays else y).astype(call.out_dtype)
 
 
-def _run(plan: Plan, config: Config, kind, interpret, x, values, scales, row_scale):
+def _parts(arrays, plan: Plan, kind, interpret):
     """The sums of the parts [splits, M, out], scaled where there is one."""
-    if plan.bits == 4:  # two to a byte in memory already: no copy
-        values = lax.bitcast_convert_type(values.reshape(plan.out, plan.columns // 2, 2), jnp.int8)
-    inputs = [x, values, scales, *([] if row_scale is None else [row_scale])]
+    call, config, values = plan.call, plan.config, arrays["values"]
+    if call.bits == 4:  # two to a byte in memory already: no copy
+        values = lax.bitcast_convert_type(values.reshape(call.out, call.columns // 2, 2), jnp.int8)
+    inputs = [arrays["x"], values, arrays["scales"], *(arrays[name] for name in ("row_scale",) if name in arrays)]
 
     def kernel(x, w, scales, *rest):
         body(plan, x, w, scales, rest[0] if len(rest) == 2 else None, rest[-1])
@@ -241,7 +215,7 @@ def _run(plan: Plan, config: Config, kind, interpret, x, values, scales, row_sca
     return pl.pallas_call(
         kernel,
         grid=plan.grid,
-        out_shape=jax.ShapeDtypeStruct((plan.splits, plan.rows, plan.out), kind),
+        out_shape=jax.ShapeDtypeStruct((config.splits, call.rows, call.out), kind),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         cost_estimate=cost(plan, kind.itemsize),
         interpret=interpret,

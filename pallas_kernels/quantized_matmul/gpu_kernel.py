@@ -7,6 +7,7 @@ even and the odd columns of the activations, so that no value has to change its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.masking import precision_of
+from pallas_kernels.quantized_matmul.call import Call
 
 # An int4 plus eight, put behind these bits, is a float of 16 bits: 2^7 plus it in bf16, 2^10 plus it in f16. A mask
 # and a subtraction of two at once widen it: as compiled, a decode loop takes 6.1 instructions a weight on an A100 and
@@ -25,37 +27,32 @@ _INT4 = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 class Plan:
     """What the kernel is built from: static facts of a call and its tiles."""
 
-    rows: int
-    out: int
-    columns: int
-    groups: int
-    bits: int
-    int8_activations: bool
-    dtype: str
-    block_rows: int
-    block_out: int
-    block_in: int
-    splits: int
+    call: Call
+    config: Any  # tiles: `gpu.Config`
 
     @property
     def width(self) -> int:
         """Columns of one product: of a step, or of a group's part of it."""
-        return self.block_in if self.groups == 1 else min(self.block_in, self.columns // self.groups)
+        return self.config.block_in if self.call.groups == 1 else min(self.config.block_in, self.call.group)
 
     @property
     def chunks(self) -> int:
         """Steps of the whole contraction."""
-        return -(-self.columns // self.block_in)
+        return -(-self.call.columns // self.config.block_in)
 
     @property
     def steps(self) -> int:
         """Steps of one part of it."""
-        return -(-self.chunks // self.splits)
+        return -(-self.chunks // self.config.splits)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Blocks of rows vary fastest: programs that run together share their weights in L2."""
-        return -(-self.rows // self.block_rows), -(-self.out // self.block_out), self.splits
+        return (
+            -(-self.call.rows // self.config.block_rows),
+            -(-self.call.out // self.config.block_out),
+            self.config.splits,
+        )
 
     @property
     def turned(self) -> bool:
@@ -65,18 +62,18 @@ class Plan:
         that of W8A16 507, and 382 otherwise. f32 with 16 rows takes 56 registers so, 168 otherwise. With 16 rows
         and 64 outputs W8A8 reaches the wide instructions of Hopper only so.
         """
-        return self.bits == 4 or self.int8_activations or self.dtype == "float32"
+        return self.call.bits == 4 or self.call.int8_activations or self.call.dtype == "float32"
 
 
 def body(plan: Plan, x, w, scales, row_scale, out) -> None:
     """Grid (blocks of rows, blocks of outputs, parts of the contraction)."""
-    part = pl.program_id(2)
-    rows = pl.program_id(0) * plan.block_rows + jnp.arange(plan.block_rows, dtype=jnp.int32)
-    outs = pl.program_id(1) * plan.block_out + jnp.arange(plan.block_out, dtype=jnp.int32)
+    call, tiles, part = plan.call, plan.config, pl.program_id(2)
+    rows = pl.program_id(0) * tiles.block_rows + jnp.arange(tiles.block_rows, dtype=jnp.int32)
+    outs = pl.program_id(1) * tiles.block_out + jnp.arange(tiles.block_out, dtype=jnp.int32)
     # None where every lane is inside: a mask costs instructions.
-    real_rows = rows < plan.rows if plan.rows % plan.block_rows else None
-    real_outs = outs < plan.out if plan.out % plan.block_out else None
-    kind = jnp.int32 if plan.int8_activations else jnp.float32
+    real_rows = rows < call.rows if call.rows % tiles.block_rows else None
+    real_outs = outs < call.out if call.out % tiles.block_out else None
+    kind = jnp.int32 if call.int8_activations else jnp.float32
 
     def multiply(given, wide):
         a, b = (wide, given) if plan.turned else (given, wide)
@@ -90,29 +87,29 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
 
     def product(c):
         given = load(x, rows, real_rows, *lanes(plan, c, 1))
-        if plan.bits == 8:
+        if call.bits == 8:
             return multiply(given, load(w, outs, real_outs, *lanes(plan, c, 1)).astype(given.dtype))
-        even, odd = jnp.unstack(given.reshape(plan.block_rows, plan.width // 2, 2), axis=-1)
+        even, odd = jnp.unstack(given.reshape(tiles.block_rows, plan.width // 2, 2), axis=-1)
         low, high = unpacked(load(w, outs, real_outs, *lanes(plan, c, 2)), given.dtype)
         return multiply(even, low) + multiply(odd, high)
 
     def step(c, total):
-        if plan.groups == 1:
+        if call.groups == 1:
             return total + product(c)
-        parts = plan.block_in // plan.width  # small groups: several in a step, whose loads are on their way together
+        parts = tiles.block_in // plan.width  # small groups: several in a step, loads overlap
         for i in range(parts):
-            group = (c * parts + i) * plan.width // (plan.columns // plan.groups)
+            group = (c * parts + i) * plan.width // call.group
             scale = line(scales.at[group, outs], real_outs)
             total += product(c * parts + i) * jnp.expand_dims(scale, 1 if plan.turned else 0)
         return total
 
     first = part * plan.steps
     last = jnp.minimum(first + plan.steps, plan.chunks)
-    shape = across(plan.block_out, plan.block_rows)
-    y = lax.fori_loop(*((0, plan.chunks) if plan.splits == 1 else (first, last)), step, jnp.zeros(shape, kind))
-    if plan.splits == 1:
+    shape = across(tiles.block_out, tiles.block_rows)
+    y = lax.fori_loop(*((0, plan.chunks) if tiles.splits == 1 else (first, last)), step, jnp.zeros(shape, kind))
+    if tiles.splits == 1:
         y = y.astype(jnp.float32)
-        if plan.groups == 1:
+        if call.groups == 1:
             y = y * jnp.expand_dims(line(scales.at[0, outs], real_outs), 1 if plan.turned else 0)
         if row_scale is not None:
             y = y * jnp.expand_dims(line(row_scale.at[rows, 0], real_rows), 0 if plan.turned else 1)
@@ -122,7 +119,7 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
 
 def lanes(plan: Plan, c, of_lane: int):
     """The places of product c along a row that holds `of_lane` columns in each, and which of them there are."""
-    size, end = plan.width // of_lane, plan.columns // of_lane
+    size, end = plan.width // of_lane, plan.call.columns // of_lane
     places = c * size + jnp.arange(size, dtype=jnp.int32)
     return places, places < end if end % size else None
 

@@ -6,7 +6,6 @@ all rows (decode) every weight is read once, as it lies, and widened in VMEM; W8
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,13 +17,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import hardware
-from pallas_kernels.gradients import raising_under_grad
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SUBLANES
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quantized_matmul.call import Call
-from pallas_kernels.tiles import resolve
 
+NAME = "tpu"
+PLATFORM = "tpu"
 ROWS_BLOCK = 4 << 20  # bytes of activations that stay in VMEM, whole rows of them, while the weights go by
 WEIGHT_BLOCK = 2 << 20  # bytes of a block of the matrix: 2.6 us of v5e's bandwidth, ten times what a grid step costs
 
@@ -37,13 +36,13 @@ class Config:
       block_rows: rows of activations of a block.
       block_out: outputs of a block, a multiple of 128.
       block_in: columns of a block, all or a multiple of 128 and of eight groups that divides them.
-      vmem: bytes of VMEM to ask for.
+      vmem_bytes: VMEM to ask for.
     """
 
     block_rows: int
     block_out: int
     block_in: int
-    vmem: int = 16 << 20
+    vmem_bytes: int = 16 << 20
 
 
 def supported(call: Call) -> str | None:
@@ -84,8 +83,8 @@ def candidates(call: Call, chip: Chip) -> list[Config]:
     first = heuristic(call, chip)
     rows = sorted({min(call.rows, n) for n in (128, 256, 512, 1024)})
     outs = [n for n in (128, 256, 512, 1024) if call.out % n == 0]
-    made = [Config(m, n, k, first.vmem) for m in rows for n in outs for k in _contractions(call) if k >= 512]
-    return [c for c in made if misfit(call, c) is None and _vmem(call, c) <= c.vmem]
+    made = [Config(m, n, k, first.vmem_bytes) for m in rows for n in outs for k in _contractions(call) if k >= 512]
+    return [c for c in made if misfit(call, c) is None and _vmem(call, c) <= c.vmem_bytes]
 
 
 def _contractions(call: Call) -> list[int]:
@@ -135,29 +134,10 @@ def cost(call: Call, config: Config, out_bytes: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=2 * call.rows * call.columns * call.out, transcendentals=0, bytes_accessed=nbytes)
 
 
-def matmul(
-    x: Array,
-    values: Array,
-    scales: Array,
-    row_scale: Array | None,
-    *,
-    call: Call,
-    out_dtype,
-    config: Config | None = None,
-    interpret=False,
-) -> Float[Array, "M out"]:
-    """See `api.quantized_matmul`.
-
-    Raises:
-      ValueError: a config that does not fit the call.
-      NotImplementedError: a derivative.
-    """
-    config, _ = resolve("quantized_matmul", "tpu", call, config, sys.modules[__name__])
-    run = partial(_run, call, config, jnp.dtype(out_dtype), interpret)
-    return raising_under_grad(run, "quantized_matmul")(x, values, scales, row_scale)
-
-
-def _run(call: Call, config: Config, out_dtype, interpret, x, values, scales, row_scale):
+def run(arrays, call: Call, config: Config, interpret=False) -> Float[Array, "M out"]:
+    """See `api.quantized_matmul`."""
+    x, values, scales, row_scale = (arrays.get(name) for name in ("x", "values", "scales", "row_scale"))
+    out_dtype = jnp.dtype(call.out_dtype)
     m, n, k = config.block_rows, config.block_out, config.block_in
     grid = _blocks(call, config)
     grouped = call.groups > 1
@@ -185,7 +165,7 @@ def _run(call: Call, config: Config, out_dtype, interpret, x, values, scales, ro
         out_shape=jax.ShapeDtypeStruct((call.rows, call.out), out_dtype),
         scratch_shapes=[pltpu.VMEM((m, n), jnp.int32 if call.int8_activations else jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=config.vmem
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=config.vmem_bytes
         ),
         cost_estimate=cost(call, config, out_dtype.itemsize),
         interpret=interpret,

@@ -16,17 +16,14 @@ from pallas_kernels.hardware import platform_of
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quantized_matmul.call import Call
 
+NAME = "xla"
+PLATFORM = "any"
 # Rows up to which the CPU is faster with int8 than with widened blocks: 2.5 against 4.9 ms at 1, 19.5 against 22.3 at
 # 32, 103 against 58 at 128, for 49152 x 576 on two Zen 3 cores. (A row of its own for each group is slower.)
 SPLIT_ROWS = 32
 # Bytes of a widened block: it should stay in the second-level cache.
 BLOCK_BYTES = 1 << 19
 _ROWS = (((1,), (1,)), ((), ()))  # contract the last axes of both
-
-
-def supported(call: Call) -> str | None:
-    """Every call."""
-    return None
 
 
 def integers(x: Int[Array, "M in"], values: Int[Array, "out in"]) -> Int[Array, "M out"]:
@@ -39,17 +36,16 @@ def _two(x: Array) -> Array:
     return jnp.concatenate([x, jnp.zeros_like(x)]) if x.shape[0] == 1 else x
 
 
-def matmul(
-    x: Array, values: Array, scales: Array, row_scale: Array | None, *, call: Call, out_dtype
-) -> Float[Array, "M out"]:
-    """See `api.quantized_matmul`."""
+def run(arrays, call: Call, config=None, interpret=False) -> Float[Array, "M out"]:
+    """See `api.quantized_matmul`: takes every call, and has no tiles."""
+    x, values, scales = (arrays[name] for name in ("x", "values", "scales"))
     if call.int8_activations:
-        y = integers(x, values).astype(jnp.float32) * scales * row_scale
+        y = integers(x, values).astype(jnp.float32) * scales * arrays["row_scale"]
     elif platform_of() == "cpu":
         y = _cpu(x, values, scales, call)
     else:
         y = _grouped(x, values, scales, call)
-    return y.astype(out_dtype)
+    return y.astype(call.out_dtype)
 
 
 def _grouped(x: Array, values: Array, scales: Array, call: Call) -> Float[Array, "M out"]:

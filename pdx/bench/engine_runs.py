@@ -19,7 +19,7 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.engine import Engine
 from pdx.engine.request import EngineRequest
 from pdx.generation.completion import Completion
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.shapes import round_up
 from pdx.weights.load import Model

@@ -13,7 +13,7 @@ from pdx import steps
 from pdx.bench.timing import Timing, once
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.generation.generator import PREFILL_CHUNK
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 from pdx.weights.load import Model

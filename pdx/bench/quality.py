@@ -15,7 +15,7 @@ from pdx import steps
 from pdx.cache.dense import init_cache
 from pdx.errors import NotFiniteError, RequestError
 from pdx.generation.generator import cache_dtype
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from pdx.weights.loaded import Model
 
 # Tokens that go through the model together: a vocabulary of 262144 makes 134 MB of f32 logits of them.

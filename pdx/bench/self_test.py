@@ -28,7 +28,7 @@ from pallas_kernels.quantized_matmul import api as quantized_matmul
 from pdx.cache.dense import init_cache
 from pdx.config import ModelConfig
 from pdx.installation.compilation_cache import enable_cache
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from pdx.model import param_specs
 from pdx.sharding import is_spec
 from pdx.steps import decode_step, prefill

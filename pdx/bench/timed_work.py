@@ -18,7 +18,7 @@ from pdx.config import ModelConfig
 from pdx.cost import Cost, Phase, Setup
 from pdx.cost.chips import MeasuredChip
 from pdx.generation.generator import PREFILL_CHUNK
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 

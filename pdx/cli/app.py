@@ -124,7 +124,7 @@ def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = 
 def check_names(kernels: str = "auto", kv_dtype: str = "auto", *quantize: str | None) -> None:
     """Raise, before a model is loaded, what these choices would raise after it."""
     from pdx.generation.generator import cache_dtype
-    from pdx.layers.attention import explain
+    from pdx.layers.kernels import explain
     from pdx.quant import Policy
 
     explain(kernels)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +64,14 @@ def compare(
     targets: Annotated[
         str | None, typer.Option(help="Chips that are not here, for static figures: v5e,h100, or none.")
     ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            help="A kernel of your own, package.module:function, importable from here; beside the others of the one OP "
+            "named, or of its OP. Several times for several.",
+        ),
+    ] = None,
     cycles: Annotated[bool, typer.Option("--cycles", help="The compilers' static cycles too; slow.")] = False,
     model: ModelOption = DEFAULT_MODEL,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
@@ -83,10 +94,9 @@ def compare(
     if plot is not None:
         plotting.check(plot)
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
+    settings = {"shapes": shapes, "targets": chips, "model": model, "rounds": rounds, "cycles": cycles}
     with progress_bar(unit="cases") as bar:
-        found = comparing.compare(
-            op or (), shapes=shapes, targets=chips, model=model, rounds=rounds, cycles=cycles, progress=bar
-        )
+        found = comparing.compare(op or (), **settings, extra=_importable(own or ()), progress=bar)
     if as_json:
         print(strict_json.dumps(found.to_dict()))
     else:
@@ -95,3 +105,10 @@ def compare(
         found.write_csv(csv)
     if plot is not None:
         plotting.save(found, plot)
+
+
+def _importable(references: Sequence[str]) -> dict[str, str]:
+    """References by the last part of their name. What lies in the working folder can be imported, as by `python -m`."""
+    if references and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return {reference.replace(":", ".").rpartition(".")[2]: reference for reference in references}

@@ -82,7 +82,7 @@ def chat(
     """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
     from pdx.clients.chat import Chat, check_template, converse, typed
     from pdx.generation.results import completion_fields
-    from pdx.layers.attention import explain_mixed
+    from pdx.layers.kernels import explain_mixed
     from pdx.sampling.options import SamplingOptions
 
     asked = _asked(temperature=temperature, top_p=top_p)

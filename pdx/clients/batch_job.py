@@ -31,7 +31,7 @@ from pdx.generation.completion import Completion
 from pdx.generation.generator import cache_dtype
 from pdx.generation.results import completion_fields
 from pdx.io.outputs import is_ordinary
-from pdx.layers.attention import explain, explain_mixed
+from pdx.layers.kernels import explain, explain_mixed
 from pdx.quant import Policy
 from pdx.sampling.options import SamplingOptions
 

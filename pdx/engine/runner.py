@@ -20,7 +20,7 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
 from pdx.generation.programs import Programs
-from pdx.layers.attention import explain_mixed, layout_for
+from pdx.layers.kernels import explain_mixed, layout_for, settled
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sharding import constrain_rows, place_rows
@@ -38,7 +38,8 @@ class Runner:
     """
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
-        explain_mixed(config.kernels)  # raises before anything is made
+        self.kernels = settled(config.kernels)
+        explain_mixed(self.kernels)  # raises before anything is made
         self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
         self._programs = Programs()
         self._make_cache = partial(
@@ -48,7 +49,7 @@ class Runner:
             page_size=config.page_size,
             dtype=kv_dtype,
             mesh=model.mesh,
-            layout=layout_for(config.kernels),
+            layout=layout_for(self.kernels),
         )
         self.reset()
 
@@ -119,7 +120,7 @@ class Runner:
                 "shape": (plan.shape, rows, self.config.slots, len(self.cache.groups)),
                 "decode_rows": plan.decode_rows,
                 "max_queries": plan.max_queries,
-                "kernels": self.config.kernels,
+                "kernels": self.kernels,
             },
         )
         return logits

@@ -16,7 +16,7 @@ from pdx.cost.tradeoffs import largest_chunk
 from pdx.engine.config import EngineConfig
 from pdx.engine.memory import demand
 from pdx.errors import RequestError
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from pdx.quant import Policy
 from pdx.weights.load import Model
 

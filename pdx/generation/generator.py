@@ -21,7 +21,7 @@ from pdx.cache.layer import CACHE_DTYPES
 from pdx.errors import RequestError
 from pdx.generation.completion import Row, TokenLogprobs, not_finite
 from pdx.generation.programs import Clock, Programs
-from pdx.layers.attention import explain, layout_for
+from pdx.layers.kernels import explain, layout_for, settled
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, is_spec, place_rows
@@ -69,6 +69,7 @@ class Generator:
         num_logprobs: int = 0,
         caches: IdleCaches | None = None,
     ):
+        kernels = settled(kernels)
         explain(kernels)  # raises before anything is made
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
         self.kernels, self.num_logprobs, self.decode_tokens = kernels, num_logprobs, decode_tokens

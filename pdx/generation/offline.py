@@ -14,6 +14,7 @@ from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.completion import Completion
 from pdx.generation.generator import DEFAULT_ROWS, generator
 from pdx.generation.prompts import Prompt, as_list, options_of_each, requests_of
+from pdx.layers.kernels import settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
@@ -60,7 +61,7 @@ def stream(
         model,
         rows=min(batch_size, len(rows)),
         tokens=capacity,
-        kernels=kernels,
+        kernels=settled(kernels),
         kv_dtype=kv_dtype,
         num_logprobs=max(r.options.logprobs or 0 for r in rows),
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def kernel_paths(kernels: str) -> dict[str, str]:
     """Which attention path each phase took, and why."""
-    from pdx.layers.attention import explain
+    from pdx.layers.kernels import explain
 
     return explain(kernels)
 

@@ -16,7 +16,7 @@ from pdx.cache.dense import DenseCache
 from pdx.cache.given import check_alive
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
-from pdx.layers.attention import Kernels
+from pdx.layers.kernels import Kernels, settled
 from pdx.meshes import check_mesh, on_own_mesh
 from pdx.model import Params, forward
 from pdx.sampling.sampler import SampleOutput, SamplingState, sample
@@ -56,7 +56,7 @@ def prefill(
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     check_mesh(params["final_norm"], cache.mesh)
-    return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
+    return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, settled(kernels))
 
 
 @on_own_mesh
@@ -76,7 +76,7 @@ def decode_step(
     """
     tokens, active = newest(cfg, cache, tokens, active, check)
     check_mesh(params["final_norm"], cache.mesh)
-    return _decode_step(params, cfg, tokens, jnp.asarray(active), cache, kernels)
+    return _decode_step(params, cfg, tokens, jnp.asarray(active), cache, settled(kernels))
 
 
 @struct.dataclass
@@ -135,7 +135,8 @@ def decode_many(
     check_alive(sampling, "sampling state")
     steps = jnp.asarray(steps, jnp.int32)
     sampling = place_rows(sampling, cache.mesh)  # as it will come back, so that the next call is the same program
-    return _decode_many(params, cfg, tokens, cache, sampling, n, jnp.asarray(active), steps, num_logprobs, kernels)
+    active, kernels = jnp.asarray(active), settled(kernels)
+    return _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_logprobs, kernels)
 
 
 @on_own_mesh
@@ -156,7 +157,7 @@ def verify(
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     check_mesh(params["final_norm"], cache.mesh)
-    return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, kernels)
+    return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, settled(kernels))
 
 
 def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:

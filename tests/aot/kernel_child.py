@@ -11,15 +11,16 @@ from functools import cache
 import jax
 
 from pallas_kernels.analysis import hlo, problems, traffic
+from pallas_kernels.analysis.problem import Problem, nbytes
 from pallas_kernels.analysis.targets import Target
 
 
 @cache
-def known(op: str, platform: str) -> dict[str, problems.Problem]:
+def known(op: str, platform: str) -> dict[str, Problem]:
     return {p.name: p for p in problems.problems(op, platform)}
 
 
-def facts(problem: problems.Problem, target: Target) -> dict:
+def facts(problem: Problem, target: Target) -> dict:
     with target.tracing():
         if why := problem.unsupported:
             return {"unsupported": why}
@@ -30,14 +31,14 @@ def facts(problem: problems.Problem, target: Target) -> dict:
     wide = [d for d in dots if "float32" in {str(v.aval.dtype) for v in d.invars}]
     text = c.text
     # From the smallest array of the cache on: queries and results are smaller, and may be laid out as a kernel likes.
-    smallest = min(problems.nbytes(problem.arrays[n]) for n in problem.cache)
+    smallest = min(nbytes(problem.arrays[n]) for n in problem.cache)
     return {
         "seconds": c.seconds,
         "kernels": text.count('custom_call_target="tpu_custom_call"') + len([k for k in c.kernels if k.shared_bytes]),
         "vmem": c.vmem_bytes,
         "temp": c.memory["temp"],
         "cache": problem.cache_bytes,
-        "queries": problems.nbytes(next(iter(problem.arrays.values()))),
+        "queries": nbytes(next(iter(problem.arrays.values()))),
         "moved": [str(i) for i in hlo.moved(text, smallest)],
         "dtype": problem.call.dtype,
         "kv_dtype": problem.call.kv_dtype,

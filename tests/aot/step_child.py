@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.analysis import hlo
-from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import Target
 from pdx import aot
 from pdx.cache.layer import default_layout

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pdx
-from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import Target
 from pallas_kernels.analysis.traffic import multiplied
 from pallas_kernels.hardware import chip

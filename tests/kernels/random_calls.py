@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import decode_attention, flash_attention, paged_attention, reference_attention
-from pallas_kernels.attention.call import describe
+from pallas_kernels.attention.call import check_rows, make_call
 from pallas_kernels.decode_attention import gpu as decode_gpu
 from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.flash_attention import tpu as flash_tpu
 from pallas_kernels.layouts import LAYOUTS
-from pallas_kernels.paged_attention.call import make_call
+from pallas_kernels.paged_attention.call import check_packed
+from pallas_kernels.paged_attention.call import make_call as make_paged_call
 from pallas_kernels.paged_attention.reference import attention as paged_reference
-from pallas_kernels.values import check_packed, check_rows
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 DENSE = {"flash": flash_attention, "decode": decode_attention, "reference": reference_attention}
@@ -251,11 +251,7 @@ def dense_tiles(rng, op: str, implementation: str, arrays: dict, static: dict):
         return flash_gpu.Config(int(pick(rng, 16, 32)), int(pick(rng, 16, 32, 64)))
     if (op, implementation) == ("decode", "gpu"):
         return decode_gpu.Config(int(pick(rng, 16, 32)), int(rng.integers(1, 4)), int(pick(rng, 16, 32)))
-    given = {name: arrays.get(name) for name in ("k_scale", "v_scale", "sinks", "tree")} | static
-    del given["scale"]
-    call = describe(
-        f"{op}_attention", *(arrays[x] for x in "qkv"), starts=arrays["starts"], lengths=arrays["lengths"], **given
-    )
+    call = make_call(f"{op}_attention", arrays, **static)
     if op == "flash":
         block = int(pick(rng, *(n for n in (128, 256, 384) if call.slots % n == 0)))
         return flash_tpu.Config(int(pick(rng, 16, 32)), block, 128, ones=bool(rng.random() < 0.5))
@@ -321,9 +317,7 @@ def paged_call(rng, implementation: str) -> Attempt:
     op = paged_reference
     if implementation != "reference":
         hints = {"decode_rows": decode_rows, "max_queries": pick(rng, None, max(*asked, 1))}
-        given = {"k_scale": None, "v_scale": None} | arrays | static | hints
-        del given["scale"]
-        found = make_call(**given)
+        found = make_paged_call(arrays, **static, **hints)
         check_packed(found, *(arrays[x] for x in ("block_tables", "lengths", "query_starts")))
         op = partial(paged_attention, implementation=implementation, interpret=implementation != "xla", **hints)
     run = jax.jit(lambda arrays: op(**arrays, **static))

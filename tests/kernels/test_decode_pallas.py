@@ -1,5 +1,6 @@
 """What is particular to the decode kernels: their DMAs and bytes, splits, blocks, and the TPU interpreter's checks."""
 
+from functools import partial
 from itertools import zip_longest
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.call import describe
+from pallas_kernels import decode_attention
+from pallas_kernels.attention.call import make_call
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_kernel
 from pallas_kernels.hardware import chip
@@ -22,9 +24,10 @@ LONG = Case("long", (600, 0, 20, 300), (1, 0, 1, 1), 1, 640, head_dim=64, dtype=
 INT8 = Case("int8", (300, 0, 20), (1, 0, 1), 1, 384, head_dim=64, kv_dtype="int8", sinks=True)
 TREE = Case("tree", (200, 7, 380), (6, 6, 4), 6, 512, group=3, tree=True, softcap=9.0, sinks=True)
 SMALL, WIDE, SPLIT = tpu.Config(128, 128), tpu.Config(384, 128), tpu.Config(128, 128, 2)
+ON_TPU, ON_GPU = (partial(decode_attention, implementation=name) for name in ("tpu", "gpu"))
 KERNELS = {
-    "tpu": (tpu.attention, "folded", (SMALL, WIDE, SPLIT)),
-    "gpu": (gpu.attention, "heads_last", (gpu.Config(16, row_block=16), gpu.Config(64, splits=3))),
+    "tpu": (ON_TPU, "folded", (SMALL, WIDE, SPLIT)),
+    "gpu": (ON_GPU, "heads_last", (gpu.Config(16, block_rows=16), gpu.Config(64, splits=3))),
 }
 RUNS = [
     (name, case, config)
@@ -35,15 +38,12 @@ RUNS = [
 
 
 def call_of(case: Case, layout: str, **settings):
-    arrays = dict.fromkeys(("sinks", "tree", "k_scale", "v_scale")) | case.abstract(layout)
-    given = arrays | case.settings(layout) | {"return_lse": False} | settings
-    del given["scale"]
-    return describe("decode_attention", **given)
+    return make_call("decode_attention", case.abstract(layout), **case.settings(layout) | settings)
 
 
 @pytest.mark.parametrize(("name", "case", "config"), RUNS, ids=[f"{n}, {c.name}, {k}" for n, c, k in RUNS])
 def test_any_blocks_and_splits_give_the_same(name, case, config):
-    if config is WIDE and case.slots % WIDE.key_block and case.window:
+    if config is WIDE and case.slots % WIDE.block_k and case.window:
         pytest.skip("a ring takes blocks that divide it")
     attention, layout, _ = KERNELS[name]
     problem = make(case, layout=layout)
@@ -59,7 +59,7 @@ def test_the_tpu_interpreter_finds_no_race_and_no_missing_wait(case, mode, capfd
     problem = make(case, layout="folded")
     for config in (SMALL, SPLIT):
         params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode)
-        problem.check(*problem.run(tpu.attention, config=config, interpret=params, return_lse=True))
+        problem.check(*problem.run(ON_TPU, config=config, interpret=params, return_lse=True))
     assert "RACE" not in capfd.readouterr().out.upper()  # JAX 0.10 prints it, later ones raise
 
 
@@ -75,7 +75,7 @@ def test_the_tpu_interpreter_sees_a_missing_wait(monkeypatch):
     params = pltpu.InterpretParams(dma_execution_mode="on_wait")
     settings = LONG.settings("folded") | {"config": SMALL, "interpret": params}
     with pytest.raises(AssertionError, match=r"not finite|differs"):
-        problem.check(jax.jit(lambda arrays: tpu.attention(**arrays, **settings))(problem.arrays))
+        problem.check(jax.jit(lambda arrays: ON_TPU(**arrays, **settings))(problem.arrays))
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_lanes_behind_the_last_head_may_hold_anything():
     case = Case("three heads of 64", (130, 20), (1, 1), 1, 256, kv_heads=3, group=3, head_dim=64)
     problem = make(case, layout="folded")
     k, v = (problem.arrays[x].at[..., 192:].set(jnp.nan) for x in "kv")
-    problem.check(problem.run(tpu.attention, interpret=True, k=k, v=v))
+    problem.check(problem.run(ON_TPU, interpret=True, k=k, v=v))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -134,7 +134,7 @@ class Buffer:
 def fetched(monkeypatch, case: Case, config: tpu.Config) -> int:
     """Bytes of K, V and scales that the kernel's own DMAs bring for the rows of a case: its code, run on numbers."""
     call = call_of(case, "folded")
-    plan = tpu.plan_for(call, config, 1.0)
+    plan = tpu.plan_for(call, config)
     arrays = case.abstract("folded")
     refs = dict.fromkeys(tpu_kernel.Refs.__dataclass_fields__) | {
         "starts": np.array(case.held),
@@ -146,7 +146,7 @@ def fetched(monkeypatch, case: Case, config: tpu.Config) -> int:
             shape, itemsize = arrays[name].shape, arrays[name].dtype.itemsize
             refs[name] = Buffer(shape, itemsize)
             block = [2, *shape[1:]]
-            block[1 if name in "kv" else 2] = config.key_block
+            block[1 if name in "kv" else 2] = config.block_k
             refs[buffer] = Buffer(block, itemsize)
     refs, total = tpu_kernel.Refs(**refs), 0
 
@@ -227,9 +227,9 @@ def test_the_cost_estimate_is_what_full_rows_move(monkeypatch, case, name):
         case = Case(**vars(case) | {"held": (case.slots - case.queries,) * len(case.held)})
     call = call_of(case, "folded")
     config = tpu.heuristic(call, chip(name))
-    plan = tpu.plan_for(call, config, 1.0)
+    plan = tpu.plan_for(call, config)
     moved = fetched(monkeypatch, case, config) + vectors(case, config.splits)
-    said = tpu.cost(plan, call).bytes_accessed
+    said = tpu.cost(plan).bytes_accessed
     assert abs(said / moved - 1) <= 0.05
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.quantized_matmul import xla as matmul_xla
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pdx import steps
 from pdx.cache.dense import init_cache
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import layout_for
 from tests.kernels.cases import make
 from tests.kernels.paged import make as make_paged
 from tests.kernels.test_paged import run as run_paged
@@ -84,7 +84,8 @@ def test_integers_are_those_of_xla(kernel):
     case = dataclasses.replace(matmul_cases.CASES[5], rows=6, out=256, columns=384)
     call = problems.OPS["quantized_matmul"](case, kernel).call
     module = problems.OPS["quantized_matmul"](case, kernel).module
-    y = module.matmul(x, values, jnp.ones((1, 256)), jnp.ones((6, 1)), call=call, out_dtype=jnp.dtype(jnp.float32))
+    arrays = {"x": x, "values": values, "scales": jnp.ones((1, 256)), "row_scale": jnp.ones((6, 1))}
+    y = module.run(arrays, call, module.heuristic(call, hardware.detect()), False)
     np.testing.assert_array_equal(np.asarray(y), exact)
     np.testing.assert_array_equal(np.asarray(matmul_xla.integers(x, values)), exact)
 

@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import flash_attention
-from pallas_kernels.attention.call import describe
+from pallas_kernels.attention.call import make_call
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.hardware import CHIPS
@@ -50,9 +50,8 @@ RUNS = [(name, config, case) for name, configs in TILES.items() for config in co
 
 
 def call_of(problem, **changes):
-    given = dict.fromkeys(("sinks", "tree", "k_scale", "v_scale")) | problem.arguments() | {"return_lse": False}
-    del given["scale"]
-    return replace(describe("flash_attention", **given), **changes)
+    call = make_call("flash_attention", problem.arrays, **problem.case.settings(problem.layout))
+    return replace(call, **changes)
 
 
 @pytest.mark.parametrize(("name", "config", "case"), RUNS, ids=[f"{n} {c.name} {t}" for n, t, c in RUNS])
@@ -103,13 +102,13 @@ def fetched(case: Case, config: tpu.Config, starts, lengths) -> tuple[list, int]
     """The blocks of K in the order they are fetched, and all bytes moved: a block moves when its index changes."""
     problem = make(case, layout="folded")
     call = call_of(problem)
-    plan = tpu.plan_of(call, config, 1.0, 128)
+    plan = tpu.plan_of(call, config, 128)
     b, t = call.batch, max(call.queries, tpu.SMALLEST)
     arrays = {name: x for name, x in problem.arrays.items() if name in ("k", "v", "k_scale", "v_scale")}
     arrays["q"] = jnp.zeros((b, t, call.heads * call.head_dim), call.dtype)
     arrays["out"] = jnp.zeros((b, t, call.heads * call.value_dim), call.dtype)
     specs = tpu._specs(plan, arrays)
-    grid = (b, -(-plan.kv_heads // plan.heads), -(-t // plan.block_q), plan.steps)
+    grid = (b, -(-call.kv_heads // plan.heads), -(-t // config.block_q), plan.steps)
     keys, moved, before = [], 0, {}
     for step in itertools.product(*(range(n) for n in grid)):
         for name, x in arrays.items():
@@ -146,7 +145,7 @@ def test_cost_is_what_the_grid_moves(changes):
     starts, lengths = np.array(case.held, np.int32), np.full(2, case.slots, np.int32)
     _, moved = fetched(case, config, starts, lengths)
     call = call_of(make(case, layout="folded"))
-    said = tpu.cost(tpu.plan_of(call, config, 1.0, 128), call).bytes_accessed
+    said = tpu.cost(tpu.plan_of(call, config, 128)).bytes_accessed
     assert abs(said / moved - 1) < 0.05, (said, moved)
 
 
@@ -195,7 +194,7 @@ def test_heuristics_fit_their_chips():
             if chip.platform == "tpu":
                 config = tpu.heuristic(call_of(problem), chip)
                 assert case.slots % config.block_k == 0, (chip.name, config)
-                assert config.block_k % config.chunk == 0, (chip.name, config)
+                assert config.block_k % config.tile_k == 0, (chip.name, config)
             else:
                 gpu.heuristic(call_of(problem, layout="heads_last"), chip)
 

@@ -9,11 +9,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.hardware import chip
 from pallas_kernels.layouts import SUBLANES, folded_width, round_up
-from pallas_kernels.paged_attention import gpu, tpu, tpu_kernel
+from pallas_kernels.paged_attention import gpu, tpu, tpu_kernel, tpu_tiles
 from pallas_kernels.paged_attention.api import explain, paged_attention
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.cases import CASES, LARGE, Case
-from pallas_kernels.paged_attention.plan import full_rows
+from pallas_kernels.paged_attention.pieces import full_rows
 from tests.kernels.paged import make
 from tests.kernels.test_paged import ids, make_once, run
 
@@ -25,9 +25,9 @@ LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 def small_tiles(name, case):
     """Such that small cases have several blocks of queries, several steps and several fetches a step."""
     if name == "gpu":
-        return gpu.Config(block=8, key_block=16)
+        return gpu.Config(block_q=8, block_k=16)
     call = call_of(case)
-    heads = min(n for n in range(1, call.kv_heads + 1) if tpu._whole(call, n))
+    heads = min(n for n in range(1, call.kv_heads + 1) if tpu_tiles._whole(call, n))
     tile = 8 if case.dtype == "float32" else 16
     if case.stored == "int8":
         return tpu.Config(4 * tile, tile, heads, 128, 128)
@@ -115,7 +115,7 @@ def test_a_row_ignores_its_neighbours_bit_for_bit(name):
 @pytest.mark.parametrize("name", LAYOUT)
 def test_what_a_kernel_cannot_do_it_says(name):
     problem = make_once(CASES[3])
-    with pytest.raises(NotImplementedError, match=f"reads the layout '{LAYOUT[name]}'.*use implementation='xla'"):
+    with pytest.raises(NotImplementedError, match=f"in the layout '{LAYOUT[name]}'.*use implementation='xla'"):
         run(problem, "heads_first", implementation=name, interpret=True)
 
     def loss(q):
@@ -171,14 +171,14 @@ def walked_bytes(call, config, starts, lengths) -> int:
     """What one run of the TPU kernel moves, from its plan: DMAs of pieces, blocks whose index changes."""
     flat = np.asarray(tpu.flat_plan(call, config, jnp.asarray(starts), jnp.asarray(lengths)))
     fields = dict(zip(tpu.FIELDS, flat.reshape(len(tpu.FIELDS), -1), strict=True))
-    size, groups = jnp.dtype(call.dtype).itemsize, call.kv_heads // config.heads
+    size, groups = jnp.dtype(call.dtype).itemsize, call.kv_heads // config.block_heads
     widths = folded_width(call.heads, call.head_dim) + folded_width(call.heads, call.value_dim)
     blocks = 1 + int((np.diff(fields["block"]) != 0).sum())
     kv = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
-    unit = config.unit * (kv * jnp.dtype(call.kv_dtype).itemsize + groups * 8 * call.scale_heads)
-    steps = -(-(fields["end"] - fields["first"]) // (config.key_block // config.unit))
+    unit = config.dma_k * (kv * jnp.dtype(call.kv_dtype).itemsize + groups * 8 * call.scale_heads)
+    steps = -(-(fields["end"] - fields["first"]) // (config.block_k // config.dma_k))
     assert (fields["before"] == np.cumsum(steps) - steps).all()
-    return int((fields["end"] - fields["first"]).sum()) * unit + blocks * config.block * widths * size
+    return int((fields["end"] - fields["first"]).sum()) * unit + blocks * config.block_q * widths * size
 
 
 @pytest.mark.parametrize("name", ["v4", "v5e", "v6e", "7x"])

@@ -5,23 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention, flash_attention, reference_attention
-from pallas_kernels.attention.call import describe
+from pallas_kernels import decode_attention, flash_attention, implementation, reference_attention
+from pallas_kernels.attention.call import make_call
 from pallas_kernels.attention.cases import Case
-from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.decode_attention import cases as decode_cases
-from pallas_kernels.flash_attention import api as flash_api
+from pallas_kernels.decode_attention.api import OP as DECODE
 from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.flash_attention.api import OP as FLASH
 from tests.kernels.cases import make
 
 pytestmark = pytest.mark.thin(5)
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
-OPS = {
-    "decode": (decode_attention, decode_api, decode_cases.CASES),
-    "flash": (flash_attention, flash_api, flash_cases.CASES),
-}
-KERNELS = [(op, name) for op, (_, api, _) in OPS.items() for name in api.IMPLEMENTATIONS if name != "xla"]
+OPS = {"decode": (decode_attention, DECODE, decode_cases.CASES), "flash": (flash_attention, FLASH, flash_cases.CASES)}
+KERNELS = [(op, name) for op, (_, of, _) in OPS.items() for name in of.implementations if name != "xla"]
 # An interpreted kernel takes seconds to compile: of the ordinary cases every fourth runs by default, all with `slow`.
 FEATURES = decode_cases.FEATURES + flash_cases.FEATURES
 RUNS = [
@@ -39,9 +36,8 @@ RUNS = [
 
 def refusal(op, name, problem) -> str | None:
     """Why the implementation says it cannot do the problem."""
-    given = dict.fromkeys(("sinks", "tree", "k_scale", "v_scale")) | problem.arguments() | {"return_lse": True}
-    del given["scale"]
-    return OPS[op][1].IMPLEMENTATIONS[name].supported(describe(op, **given))
+    call = make_call(op, problem.arrays, **problem.case.settings(problem.layout))
+    return implementation.refusal(OPS[op][1].implementations[name], call)
 
 
 @pytest.mark.parametrize(("op", "name", "case"), RUNS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.analysis import problems, traffic
-from pallas_kernels.analysis.problems import nbytes
+from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import GPUS, Target
 from pallas_kernels.hardware import CHIPS
 from pallas_kernels.quant_array import QuantArray, quantize
@@ -88,8 +88,9 @@ def test_every_value_is_widened_exactly(bits, dtype):
 def test_integers_of_parts_are_those_of_xla():
     rng = np.random.default_rng(5)
     x, values = (jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for shape in ((9, 576), (192, 576)))
-    plan = gpu.plan_for(Call(9, 192, 576, 1, 8, False, True, "bfloat16"), config := gpu.Config(16, 64, 64, splits=3))
-    parts = gpu._run(plan, config, jnp.dtype(jnp.int32), True, x, values, jnp.ones((1, 192)), jnp.ones((9, 1)))
+    plan = gpu.Plan(Call(9, 192, 576, 1, 8, False, True, "bfloat16"), gpu.Config(16, 64, 64, splits=3))
+    arrays = {"x": x, "values": values, "scales": jnp.ones((1, 192)), "row_scale": jnp.ones((9, 1))}
+    parts = gpu._parts(arrays, plan, jnp.dtype(jnp.int32), True)
     assert parts.shape == (3, 9, 192)
     np.testing.assert_array_equal(parts.sum(0), xla.integers(x, values))
     assert np.asarray(parts).any(axis=(1, 2)).all()

@@ -100,11 +100,10 @@ def test_integers_are_equal_bit_for_bit():
     # With all scales one the results are the integers, exact in f32 below 2^24.
     ones, rows = jnp.ones((1, 256)), jnp.ones((6, 1))
     call = Call(6, 256, 384, 1, 8, False, True, "float32")
-    for kernel, configs in ((tpu, [None]), (gpu, [None, gpu.Config(16, 32, 64, splits=4), gpu.Config(16, 64, 128)])):
-        for config in configs:
-            y = kernel.matmul(
-                x, values, ones, rows, call=call, out_dtype=jnp.dtype(jnp.float32), config=config, interpret=True
-            )
+    arrays = {"x": x, "values": values, "scales": ones, "row_scale": rows}
+    for kernel, configs in ((tpu, []), (gpu, [gpu.Config(16, 32, 64, splits=4), gpu.Config(16, 64, 128)])):
+        for config in [kernel.heuristic(call, None), *configs]:
+            y = kernel.run(arrays, call, config, True)
             assert (np.asarray(y) == exact).all()
 
 

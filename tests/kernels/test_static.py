@@ -92,8 +92,8 @@ def test_needs_of_a_window_and_a_ring():
 
 def test_lines_and_configs():
     problem = problems.problems("decode_attention", "tpu", "Llama 3 8B, bf16")[0]
-    config = static._parse_config(problem, "key_block=512,splits=2")
-    assert (config.key_block, config.splits) == (512, 2)
+    config = static._parse_config(problem, "block_k=512,splits=2")
+    assert (config.block_k, config.splits) == (512, 2)
     assert static._parse_config(problem, static._config_text(config)) == config
     assert static._parse_config(problem, None) is None
     row = static.facts(problems.problems("decode_attention", "tpu", "bf16")[-1], Target.get("v5e"), compile=False)

@@ -39,8 +39,8 @@ CALL = Call("op", 5, 1000, 64, "bfloat16")
 
 
 def resolve(folder, config=None, platform="tpu", **misfit):
-    module = SimpleNamespace(Config=Config, heuristic=lambda call, chip: Config(128), **misfit)
-    return tiles.resolve("op", platform, CALL, config, module, folder)
+    module = SimpleNamespace(PLATFORM=platform, Config=Config, heuristic=lambda call, chip: Config(128), **misfit)
+    return tiles.resolve("op", CALL, config, module, folder)
 
 
 def be_on(monkeypatch, name):

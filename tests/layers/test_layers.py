@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdx.config import RopeConfig
-from pdx.layers.attention import explain, implementation, layout_for
+from pdx.layers.kernels import explain, implementation, layout_for
 from pdx.layers.linear import _embed_columns, embed, linear, product, unembed, weight_first
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm

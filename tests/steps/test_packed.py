@@ -195,7 +195,7 @@ ON_MESHES = [
 @pytest.mark.parametrize(("kernels", "cfg", "model"), ON_MESHES)
 def test_on_a_mesh(cfg, model, kernels):
     """Heads go over `model` where they divide; tables and tokens are on every device."""
-    from pdx.layers.attention import layout_for
+    from pdx.layers.kernels import layout_for
     from pdx.model import param_specs
 
     mesh = make_mesh(f"model={model}")

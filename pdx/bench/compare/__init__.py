@@ -5,12 +5,13 @@ What is here is measured; chips that are not are compiled for. Which is which st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pdx.bench.compare import absent_chips, ceiling, contestants, measure, selection, steps
+from pdx.bench.compare import absent_chips, ceiling, contestants, measure, paths, selection, steps
 from pdx.bench.compare.rows import Comparison, Row
 from pdx.bench.compare.steps import Subject
 from pdx.installation.devices import device_name
@@ -31,6 +32,7 @@ def compare(
     model: str = "smollm2-135m-instruct",
     rounds: int = ROUNDS,
     cycles: bool = False,
+    extra: Mapping[str, Any] | None = None,
     progress: Report = silent,
 ) -> Comparison:
     """Measure on this process' device, and compile for those asked for.
@@ -43,6 +45,9 @@ def compare(
       model: whose steps: anything that `pdx.load` takes, or a shape of `configs/`, which gets random weights.
       rounds: how often each contestant of a case is timed; they take turns.
       cycles: the compilers' static cycles too: a process and a compilation a kernel.
+      extra: implementations of one's own by the name that they get in the table: a module or function as
+        `pallas_kernels.implementation` describes it, or `package.module:name` of one. It is for the one op named, or
+        for its OP; with `steps` it also runs in the step that its op is part of.
       progress: told of what is done.
 
     Raises:
@@ -50,6 +55,7 @@ def compare(
       ModelNotFoundError: no such model.
     """
     named = selection.ops(ops)
+    own = paths.own(extra, named)
     platform = measure.platform()
     cases = selection.chosen(named, shapes, platform)
     wanted = selection.check_targets(
@@ -59,7 +65,8 @@ def compare(
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
     chip, source = ceiling.of_this_device()
-    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=contestants.absent())
+    notes = [*contestants.absent(), *(paths.for_steps(own) if subject else ())]
+    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=notes)
     if platform not in ACCELERATORS:
         found.notes.insert(
             0,
@@ -74,20 +81,20 @@ def compare(
     total = len(cases) + len(phases)
     for i, (op, case) in enumerate(cases):
         progress("measuring", i, total)
-        found.rows += measure.case_rows(op, case, chip, found.device, rounds, tuple(wanted))
+        found.rows += measure.case_rows(op, case, chip, found.device, rounds, tuple(wanted), own.get(op))
     if subject:
         params = steps.parameters(subject)
         for i, shape in enumerate(phases, len(cases)):
             progress("measuring", i, total)
-            found.rows += steps.rows(subject, params, shape, chip, found.device, rounds, tuple(wanted))
+            found.rows += steps.rows(subject, params, shape, chip, found.device, rounds, tuple(wanted), own)
         del params
     progress("measuring", total, total)
     for target in wanted:
-        found.rows += _static(target, cases, subject, phases, cycles, progress)
+        found.rows += _static(target, cases, subject, phases, cycles, own, progress)
     return found
 
 
-def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, progress: Report) -> list[Row]:
+def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, own, progress: Report) -> list[Row]:
     if subject is not None:
         subject = Subject(subject.model, "bfloat16")
     done, total = 0, 2 * (len(cases) + len(phases))
@@ -98,6 +105,6 @@ def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, p
         progress(f"compiling for {target}", min(done, total), total)
 
     progress(f"compiling for {target}", 0, total)
-    rows = absent_chips.rows(target, cases, subject, phases, cycles, told)
+    rows = absent_chips.rows(target, cases, subject, phases, cycles, told, own)
     progress(f"compiling for {target}", total, total)
     return rows

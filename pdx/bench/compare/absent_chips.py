@@ -10,13 +10,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from pallas_kernels.analysis import problems, static, targets
 from pallas_kernels.analysis.targets import Target
+from pallas_kernels.implementation import reference_of
 from pdx.bench.compare.measure import reason, start_row
+from pdx.bench.compare.paths import PHASES, Path, here, library
 from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
 from pdx.errors import RequestError
@@ -33,6 +35,7 @@ def rows(
     shapes: Sequence[Shape],
     cycles: bool,
     told: Callable[[str], None] = lambda what: None,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
     """Rows for one target. Without its compiler what is counted: of kernels, and by the cost model of steps.
 
@@ -40,6 +43,7 @@ def rows(
       subject, shapes: a model and the steps of it to compile; None: no steps.
       cycles: ask for the compiler's static cycles too, which takes a process and a compilation a kernel.
       told: called with the name of each thing that is done.
+      extra: implementations of one's own by op and label, which another process must be able to import.
 
     Raises:
       RequestError: the compiler ended before it gave anything.
@@ -47,35 +51,73 @@ def rows(
     target = Target.get(name)
     if (why := targets.missing(name)) is not None:
         return [
-            *(counted(op, case, target, why, told) for op, case in cases),
+            *(
+                counted(op, case, path, target, why, told)
+                for op, case in cases
+                for path in _kernels(op, target, extra or {})
+            ),
             *(
                 replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
                 for shape in (shapes if subject else ())
             ),
         ]
-    wanted = [(op, case.name, path) for op, case in cases for path in (PALLAS, XLA)]
+    own = [(op, path.name, reference) for op in extra or {} for path, reference in _importable(op, target, extra)]
+    wanted = [
+        (op, case.name, name, reference)
+        for op, case in cases
+        for name, reference in (
+            *((p.name, p.implementation) for p in library(op, target.chip.platform)),
+            *((name, reference) for of, name, reference in own if of == op),
+            (XLA, "xla"),
+        )
+    ]
     order = {
+        "own": own,
         "target": name,
         "ops": wanted,
         "steps": [asdict(s) for s in shapes] if subject else [],
         "subject": asdict(subject) if subject else None,
     }
     found = list(_in_a_process(order, told))
-    missing = len(wanted) + 2 * len(order["steps"]) - len(found)
+    steps = sum(2 + sum(PHASES.get(op) == s.phase for op, _, _ in own) for s in shapes if subject)
+    missing = len(wanted) + steps - len(found)
     if missing and not found:
         raise RequestError(f"the compiler for {name} ended before it gave anything: leave {name} out of --targets")
     if missing:
         found[-1] = replace(
             found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are missing.".strip()
         )
+    found += _not_importable(cases, target, extra or {})
     return [with_cycles(row, target, told) if cycles else row for row in found]
 
 
-def counted(op: str, case: Any, target: Target, why: str, told: Callable[[str], None]) -> Row:
+def _kernels(op: str, target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """The kernels of an op that run on a target, the library's and one's own."""
+    return [path for path in here(op, target.chip.platform, extra.get(op, {})) if path.name != XLA]
+
+
+def _importable(op: str, target: Target, extra) -> list[tuple[Path, str]]:
+    """Those of one's own that run on a target, with how another process loads them."""
+    own = [p for p in _kernels(op, target, extra) if p.name in extra[op]]
+    return [(p, reference) for p in own if (reference := reference_of(p.implementation))]
+
+
+def _not_importable(cases: Sequence[Case], target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Rows that say why one's own kernel is not compiled."""
+    note = "made in this process: a compiler's own process cannot import it; give it as package.module:function"
+    return [
+        replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=path.name, note=note)
+        for op, case in cases
+        for path in _kernels(op, target, extra)
+        if path.name in extra.get(op, {}) and not reference_of(path.implementation)
+    ]
+
+
+def counted(op: str, case: Any, path: Path, target: Target, why: str, told: Callable[[str], None]) -> Row:
     """A kernel's row from its grid and index maps alone."""
     told(f"{target.name}: {op}, {case.name}")
-    problem = problems.OPS[op](case, target.chip.platform)
-    row = replace(start_row(problem, target.chip, target.name), path=PALLAS)
+    problem = path.problem(op, case, target.chip.platform)
+    row = replace(start_row(problem, target.chip, target.name), path=path.name)
     try:
         with target.tracing():
             if refused := problem.unsupported:

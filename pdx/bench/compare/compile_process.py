@@ -13,25 +13,26 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from pallas_kernels import implementation
 from pallas_kernels.analysis import hlo, problems, static
 from pallas_kernels.analysis.targets import Target
-from pallas_kernels.hardware import Chip
 from pdx import aot
 from pdx.bench.compare.absent_chips import MARK
 from pdx.bench.compare.measure import kernels_said, reason, start_row, what_ran
+from pdx.bench.compare.paths import PHASES, Path
 from pdx.bench.compare.rows import COMPILED, NOT_RUN, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
+from pdx.layers.kernels import Kernels
 
 DYNAMIC = "loops of dynamic length: no static cycles"
 
 
-def compiled(op: str, case: Any, path: str, target: Target) -> Row:
+def compiled(op: str, case: Any, path: Path, target: Target) -> Row:
     """One path of a case, compiled in this process."""
     chip = target.chip
-    layout = problems.LAYOUT[chip.platform]
-    problem = problems.OPS[op](case, chip.platform if path == PALLAS else "xla", layout)
-    row = replace(start_row(problem, chip, target.name), path=path)
-    if path == XLA:
+    problem = path.problem(op, case, chip.platform)
+    row = replace(start_row(problem, chip, target.name), path=path.name)
+    if path.implementation == XLA:
         problem = problem.as_projected()  # as `static.facts` compiles the kernel
         c = target.compile(problem.fn(), *problem.arguments(), donate_argnums=problem.donate_argnums)
         flops = None if " while(" in c.text else c.cost.get("flops")  # of a loop XLA counts one turn
@@ -88,9 +89,8 @@ def xla_bytes(text: str) -> int | None:
     return found
 
 
-def compiled_step(subject: Subject, shape: Shape, path: str, chip: Chip, target: str) -> Row:
-    """A whole step, compiled in this process."""
-    row = replace(step_row(subject, shape, chip, target), path=path)
+def compiled_step(subject: Subject, shape: Shape, kernels: Kernels, target: str, row: Row) -> Row:
+    """A whole step, compiled in this process; `row` is what is known of it before."""
     c = aot.compile_step(
         "prefill" if shape.phase == "prefill" else "decode_step",
         subject.config(),
@@ -99,7 +99,7 @@ def compiled_step(subject: Subject, shape: Shape, path: str, chip: Chip, target:
         capacity=shape.capacity,
         tokens=shape.tokens,
         dtype=subject.dtype,
-        kernels=path,
+        kernels=kernels,
     )
     return replace(
         row,
@@ -107,21 +107,31 @@ def compiled_step(subject: Subject, shape: Shape, path: str, chip: Chip, target:
         ran=what_ran(c.text),
         compile_seconds=c.seconds,
         temp_bytes=c.memory["temp"],
-        vmem_bytes=c.vmem_bytes if chip.platform == "tpu" else None,
+        vmem_bytes=c.vmem_bytes if Target.get(target).chip.platform == "tpu" else None,
     )
+
+
+def _own(order: dict[str, Any], phase: str) -> list[tuple[str, Kernels]]:
+    """Labels of kernels of one's own that are part of a phase, and `kernels=` with them."""
+    return [
+        (label, {op: implementation.load(reference)})
+        for op, label, reference in order["own"]
+        if PHASES.get(op) == phase
+    ]
 
 
 def _child(order: dict[str, Any]) -> None:
     target = Target.get(order["target"])
-    for op, name, path in order["ops"]:
+    for op, name, label, reference in order["ops"]:
         case = next(c for c in problems.cases(op) if c.name == name)
-        empty = replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=path)
+        path = Path(label, implementation.load(reference) if ":" in reference or "." in reference else reference)
+        empty = replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=label)
         _say(lambda op=op, case=case, path=path: compiled(op, case, path, target), empty)
     for values in order["steps"]:
         subject, shape = Subject(**order["subject"]), Shape(**values)
-        for path in (PALLAS, XLA):
-            empty = replace(step_row(subject, shape, target.chip, target.name), path=path)
-            _say(lambda a=subject, b=shape, path=path: compiled_step(a, b, path, target.chip, target.name), empty)
+        for label, kernels in (*((path, path) for path in (PALLAS, XLA)), *_own(order, shape.phase)):
+            row = replace(step_row(subject, shape, target.chip, target.name), path=label)
+            _say(lambda a=subject, b=shape, k=kernels, row=row: compiled_step(a, b, k, target.name, row), row)
 
 
 def _say(make: Callable[[], Row], empty: Row) -> None:

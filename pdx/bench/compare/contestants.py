@@ -6,7 +6,7 @@ two paths both read the layout of the device's caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.analysis import problems
-from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.problem import Problem
+from pdx.bench.compare import paths
 from pdx.bench.compare.expected import Arrays, laid
-from pdx.bench.compare.rows import PALLAS, XLA
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,15 @@ class Contestant:
     result: Callable[[jax.Array], jax.Array] = lambda out: out
 
 
-def ours(op: str, case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
-    """XLA's path, and the Pallas path on a device that has one. A case that it refuses raises when it is traced."""
-    layout = problems.LAYOUT.get(platform, problems.LAYOUT["xla"])
-    for path, name in ((XLA, "xla"), *([(PALLAS, platform)] if platform in ("tpu", "gpu") else [])):
-        problem = problems.OPS[op](case, name, layout)
-        yield of_problem(path, problem, arrays)
+def ours(
+    op: str, case: Any, arrays: Arrays, platform: str, extra: Mapping[str, Any] | None = None
+) -> Iterator[Contestant]:
+    """XLA's path, and the kernels that a device of the platform runs, one's own included.
+
+    A case that one refuses raises when it is traced.
+    """
+    for path in paths.here(op, platform, extra or {}):
+        yield of_problem(path.name, path.problem(op, case, platform), arrays)
 
 
 def of_problem(path: str, problem: Problem, arrays: Arrays, interpret: bool = False) -> Contestant:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.problem import Problem
 from pallas_kernels.flash_attention.reference import attention
 from pallas_kernels.layouts import Layout, to_layout
 from pallas_kernels.quant_array import LEVELS, QuantArray, dequantize

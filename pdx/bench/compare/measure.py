@@ -9,15 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels import hardware
+from pallas_kernels import hardware, implementation
 from pallas_kernels.analysis import hlo, problems
-from pallas_kernels.analysis.problems import Problem
+from pallas_kernels.analysis.problem import Problem, op_of
 from pallas_kernels.analysis.timing_loop import chained, start
 from pallas_kernels.hardware import Chip
+from pdx.bench.compare import paths
 from pdx.bench.compare.contestants import Contestant, of_problem, ours, peers
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.expected import answer, draw, errors
-from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
+from pdx.bench.compare.paths import Path
+from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, Row, limits
 from pdx.bench.timing import Timing, interleaved
 
 # What the interpreter gets through in a few seconds.
@@ -25,26 +27,36 @@ INTERPRETED_FLOPS, INTERPRETED_BYTES = 2e8, 1 << 24
 FRESH = 4  # queries that take turns
 
 
-def case_rows(op: str, case: Any, chip: Chip, device: str, rounds: int, targets: tuple[str, ...] = ()) -> list[Row]:
+def case_rows(
+    op: str,
+    case: Any,
+    chip: Chip,
+    device: str,
+    rounds: int,
+    targets: tuple[str, ...] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> list[Row]:
     """Rows of one case: times, errors, and what really ran.
 
     Args:
       targets: what the Pallas path is compiled for elsewhere in the run, for a note where it does not exist.
+      extra: implementations of one's own by label.
     """
     platform = chip.platform
     problem = problems.OPS[op](case, "xla", "heads_last")
     arrays = draw(problem)
     right = answer(problem, arrays)
     base = start_row(problem, chip, device)
-    found = [*ours(op, case, arrays, platform), *peers(op, case, arrays, platform)]
+    found = [*ours(op, case, arrays, platform, extra), *peers(op, case, arrays, platform)]
     rows = compete(found, base, right, rounds)
-    auto = chosen_by_auto(op, problems.OPS[op](case, "xla", layout_of(platform)), platform)
+    auto = chosen_by_auto(op, problems.OPS[op](case, "xla", paths.device_layout(platform)), platform)
     rows = [replace(r, auto=r.path == auto) for r in rows]
-    if platform not in ("tpu", "gpu"):
-        rows[1:1] = [
-            interpreted(op, case, arrays, right, replace(base, path=f"{PALLAS} {name}"), targets)
-            for name in ("tpu", "gpu")
-        ]
+    at = len(paths.library(op, platform)) + 1
+    own = set(extra or ())
+    for path in paths.elsewhere(op, platform, extra or {}):
+        if platform == "cpu" or path.name in own:  # an accelerator's table has no rows for the other's kernels
+            rows.insert(at, interpreted(op, case, arrays, right, replace(base, path=path.name), path, targets))
+            at += 1
     return rows
 
 
@@ -69,17 +81,11 @@ def platform() -> str:
     return hardware.platform_of()
 
 
-def layout_of(platform: str) -> str:
-    """Of this platform's caches."""
-    return problems.LAYOUT.get(platform, problems.LAYOUT["xla"])
-
-
 def chosen_by_auto(op: str, problem: Problem, platform: str) -> str:
-    """xla or pallas: what a call with implementation="auto" takes on a platform."""
-    from importlib import import_module
-
-    choice = import_module(f"pallas_kernels.{op}.api").explain("auto", platform, problem.call)
-    return XLA if choice.implementation == "xla" else PALLAS
+    """The path that a call with implementation="auto" takes on a platform."""
+    name = op_of(op).explain("auto", platform, problem.call).implementation
+    by_name = {path.implementation: path.name for path in paths.here(op, platform, {})}
+    return by_name[name]
 
 
 def compete(found: list[Contestant], base: Row, right: tuple[np.ndarray, np.ndarray], rounds: int) -> list[Row]:
@@ -153,14 +159,17 @@ def not_here(targets: tuple[str, ...]) -> str:
     return f"not on {jax.default_backend()}: {looked}"
 
 
-def interpreted(op: str, case: Any, arrays, right, row: Row, targets: tuple[str, ...]) -> Row:
-    """A chip's Pallas kernel where it does not exist: its error, interpreted, and no time."""
+def interpreted(op: str, case: Any, arrays, right, row: Row, path: Path, targets: tuple[str, ...]) -> Row:
+    """A kernel of another platform: its error, interpreted, and no time."""
     row = replace(row, note=not_here(targets))
-    problem = problems.OPS[op](case, row.path.split()[-1])
-    if why := problem.unsupported:
-        return replace(row, note=f"{row.note}; the kernel refuses this case: {why}")
-    if problem.flops_needed > INTERPRETED_FLOPS or sum(x.nbytes for x in arrays.values()) > INTERPRETED_BYTES:
-        return row
-    c = of_problem(row.path, problem, arrays, interpret=True)
-    worst, relative = errors(jax.jit(c.fn)(c.x, *c.held), *right)
+    try:
+        problem = path.problem(op, case, implementation.platforms_of(path.of(op))[0])
+        if why := problem.unsupported:
+            return replace(row, note=f"{row.note}; the kernel refuses this case: {why}")
+        if problem.flops_needed > INTERPRETED_FLOPS or sum(x.nbytes for x in arrays.values()) > INTERPRETED_BYTES:
+            return row
+        c = of_problem(row.path, problem, arrays, interpret=True)
+        worst, relative = errors(jax.jit(c.fn)(c.x, *c.held), *right)
+    except Exception as error:  # one's own may fail in any way: say it and go on
+        return replace(row, note=reason(error))
     return replace(row, rung=INTERPRETED, ran="interpreted", max_error=worst, relative_error=relative)

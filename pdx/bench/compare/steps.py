@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from pdx import steps
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.expected import errors
 from pdx.bench.compare.measure import FRESH, not_here, reason, timed, what_ran
+from pdx.bench.compare.paths import step_kernels
 from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.cache.dense import init_cache
 from pdx.config import ModelConfig
 from pdx.cost import Setup
-from pdx.layers.attention import layout_for
+from pdx.layers.kernels import Kernels, layout_for
 from pdx.model import Params, forward, init_params
 from pdx.plan import published
 
@@ -98,20 +99,30 @@ def parameters(subject: Subject) -> Params:
 
 
 def rows(
-    subject: Subject, params: Params, shape: Shape, chip: Chip, device: str, rounds: int, targets: tuple[str, ...] = ()
+    subject: Subject,
+    params: Params,
+    shape: Shape,
+    chip: Chip,
+    device: str,
+    rounds: int,
+    targets: tuple[str, ...] = (),
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """A step with each kind of kernels, in turn; on a device without Pallas kernels only with XLA's."""
+    """A step with each kind of kernels, in turn; on a device without Pallas kernels only with XLA's.
+
+    Args:
+      extra: kernels of one's own by op and label; each runs in the step that its op is part of.
+    """
     cfg, base = subject.config(), step_row(subject, shape, chip, device)
     right = expected(cfg, params, shape)
     found: dict[str, Row] = {}
     loops: dict[str, Loop] = {}
-    for path in (XLA, PALLAS):
+    if chip.platform not in ("tpu", "gpu"):
+        found[PALLAS] = replace(base, path=PALLAS, note=not_here(targets))
+    for path, kernels in _kernels(shape.phase, chip.platform, extra or {}).items():
         row = replace(base, path=path)
-        if path == PALLAS and chip.platform not in ("tpu", "gpu"):
-            found[path] = replace(row, note=not_here(targets))
-            continue
         try:
-            loop = make_loop(cfg, params, shape, path)
+            loop = make_loop(cfg, params, shape, kernels)
             loop.run(1)
         except Exception as error:  # a model that the kernels do not take
             found[path] = replace(row, note=reason(error))
@@ -129,7 +140,14 @@ def rows(
         loops[path] = loop
     for path, times in timed(loops, rounds).items():
         found[path] = replace(found[path], **times)
-    return list(found.values())
+    order = [XLA, PALLAS, *(path for path in found if path not in (XLA, PALLAS))]
+    return [found[path] for path in order]
+
+
+def _kernels(phase: str, platform: str, extra: Mapping[str, Mapping[str, Any]]) -> dict[str, Kernels]:
+    """What a step's paths give as `kernels`, by the path's name."""
+    ours = {XLA: XLA, PALLAS: PALLAS} if platform in ("tpu", "gpu") else {XLA: XLA}
+    return ours | step_kernels(phase, extra, platform)
 
 
 def _auto(platform: str) -> str:
@@ -152,7 +170,7 @@ def _plain_logits(params: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Ar
     return forward(params, cfg, tokens, logits="last").logits
 
 
-def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: str) -> Loop:
+def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: Kernels) -> Loop:
     """Steps one behind the other: each feeds a token chosen by the logits before, and then forgets what it added.
 
     The state is (tokens [B, T], logits [B, V], cache). Before the first turn there are no logits, and the token that
@@ -171,7 +189,7 @@ def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: str) -> L
     return Loop(_turn(cfg, shape, held, kernels), (tokens, logits, cache), fresh, params)
 
 
-def _turn(cfg: ModelConfig, shape: Shape, held: int, kernels: str) -> Callable[[Any, Any], Any]:
+def _turn(cfg: ModelConfig, shape: Shape, held: int, kernels: Kernels) -> Callable[[Any, Any], Any]:
     def turn(state, params):
         given, logits, cache = state
         # Weights hang on the logits before too: nothing is made of them once for all turns.

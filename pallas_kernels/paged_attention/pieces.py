@@ -25,38 +25,29 @@ class Pieces(NamedTuple):
     end: Int[Array, " I"]  # one past the last
 
 
-def count(tokens: int, rows: int, block: int) -> int:
+def count(tokens: int, rows: int, block_q: int) -> int:
     """How many pieces a call can have: each begins where a block, a row or the padding begins."""
-    return -(-tokens // block) + rows + 1
+    return -(-tokens // block_q) + rows + 1
 
 
-def pieces(
-    query_starts: Int[Array, " R1"],
-    lengths: Int[Array, " R"],
-    *,
-    tokens: int,
-    block: int,
-    window: int | None,
-    unit: int,
-    capacity: int,
-) -> Pieces:
-    """Cut at every start of a block of `block` queries and of a row; keys are counted in units of `unit` tokens.
+def cut(query_starts: Int[Array, " R1"], lengths: Int[Array, " R"], call: Call, *, block_q: int, unit: int) -> Pieces:
+    """Cut at every start of a block of `block_q` queries and of a row; keys are counted in units of `unit` tokens.
 
-    A row that is longer than its block table's `capacity` has no keys behind it, though its queries stand there.
+    A row that is longer than its block table's capacity has no keys behind it, though its queries stand there.
     """
     xp = np if isinstance(query_starts, np.ndarray) else jnp  # numpy counts what a concrete call moves
-    rows, blocks = lengths.shape[0], -(-tokens // block)
+    rows, blocks = lengths.shape[0], -(-call.tokens // block_q)
     starts = query_starts.astype(xp.int32)
-    edge = xp.full((1,), blocks * block, xp.int32)
-    cuts = xp.sort(xp.concatenate([xp.arange(blocks, dtype=xp.int32) * block, xp.minimum(starts, edge)]))
+    edge = xp.full((1,), blocks * block_q, xp.int32)
+    cuts = xp.sort(xp.concatenate([xp.arange(blocks, dtype=xp.int32) * block_q, xp.minimum(starts, edge)]))
     stops = xp.concatenate([cuts[1:], edge])
     row = (starts[None] <= cuts[:, None]).sum(1, dtype=xp.int32) - 1
     own = xp.clip(row, 0, rows - 1)
     length = lengths.astype(xp.int32)[own]
     active = (stops > cuts) & (row >= 0) & (row < rows) & (length > 0)
     position = length - (starts[own + 1] - cuts)
-    last = xp.minimum(position + (stops - cuts), capacity) - 1
-    oldest = xp.zeros_like(position) if window is None else xp.maximum(position - (window - 1), 0)
+    last = xp.minimum(position + (stops - cuts), call.capacity) - 1
+    oldest = xp.zeros_like(position) if call.window is None else xp.maximum(position - (call.window - 1), 0)
     first = oldest // unit
     end = xp.where(active & (last >= oldest), last // unit + 1, first)
     return Pieces(own, cuts, stops, position, first, end)

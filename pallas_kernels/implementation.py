@@ -1,0 +1,226 @@
+"""What an implementation of an op is, where the library's own are found, and how a user's function becomes one.
+
+An implementation is a module, or any other object, with
+
+    run(arrays, call, config, interpret)
+
+which returns what the op returns: `arrays` by the names of the op's arguments (those that the call has), `call` its
+checked static facts, `config` its tiles, `interpret` whether Pallas is to be interpreted. It may declare
+
+    NAME              what `implementation=` calls it
+    PLATFORM          where it runs uninterpreted: tpu, gpu, or a tuple of these; any, if not declared
+    LAYOUTS           the layouts of K and V that it reads; every one, if not declared
+    supported(call)   None, or why it cannot do the call
+    Config            a frozen dataclass of tiles, with heuristic(call, chip) -> Config
+    misfit(call, config), candidates(call, chip)
+                      why tiles do not suit a call; tiles for the tuner to try
+
+A module in an op's folder that declares NAME is found by being there. A function is one too: it takes the op's public
+arguments, those of them that it knows (`FromFunction`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ANY = "any"
+# Settings that a folded cache does not tell, or that only make a call faster: a function need not know them.
+_DERIVED, _HINTS = ("kv_heads", "value_dim"), ("decode_rows", "max_queries")
+
+
+class InFolder(Mapping[str, ModuleType]):
+    """The implementations in an op's package by name: `xla`, then those named as their platform, then the others.
+
+    Files are only searched for what they declare. A module is imported when it is asked for: Pallas takes a while.
+    """
+
+    def __init__(self, package: str):
+        self._package = package
+
+    @property
+    def _declared(self) -> dict[str, tuple[str, str]]:
+        return declared(self._package)
+
+    def __getitem__(self, name: str) -> ModuleType:
+        return import_module(f"{self._package}.{self._declared[name][0]}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._declared)
+
+    def __len__(self) -> int:
+        return len(self._declared)
+
+    def platform(self, name: str) -> str:
+        """The platform that an implementation declares, without importing it."""
+        return self._declared[name][1]
+
+
+@cache
+def declared(package: str) -> dict[str, tuple[str, str]]:
+    """Of the implementations in a package by name: their module, and their platform."""
+    found = {}
+    for path in sorted(Path(find_spec(package).origin).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if name := re.search(r'^NAME = "(\w+)"', text, re.MULTILINE):
+            platform = re.search(r'^PLATFORM = "(\w+)"', text, re.MULTILINE)
+            found[name[1]] = path.stem, platform[1] if platform else ANY
+    order = ("xla", "tpu", "gpu")
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0]) if item[0] in order else 3, item[0])))
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """What `implementation=` may be called, over all ops: `auto` first."""
+    folders = (path.parent.name for path in sorted(Path(__file__).parent.glob("*/api.py")))
+    known = (name for folder in folders for name in declared(f"{__package__}.{folder}"))
+    return tuple(dict.fromkeys(("auto", "xla", "tpu", "gpu", *known)))
+
+
+def platforms_of(implementation: Any) -> tuple[str, ...]:
+    """Where an implementation runs: `tpu`, `gpu` or both; `any` alone if everywhere."""
+    declared = getattr(implementation, "PLATFORM", ANY)
+    return (declared,) if isinstance(declared, str) else tuple(declared)
+
+
+def runs_on(implementation: Any, platform: str) -> bool:
+    """Whether an implementation runs on `cpu`, `gpu` or `tpu` without being interpreted."""
+    platforms = platforms_of(implementation)
+    return ANY in platforms or platform in platforms
+
+
+def refusal(implementation: Any, call: Any) -> str | None:
+    """Why an implementation cannot do a call; None: it can."""
+    layouts, layout = getattr(implementation, "LAYOUTS", None), getattr(call, "layout", None)
+    if layouts and layout and layout not in layouts:
+        return f"it reads K and V in the layout {' or '.join(map(repr, layouts))}, not {layout!r}"
+    if ANY not in platforms_of(implementation) and getattr(call, "scale", 1.0) is None:
+        return "it takes a scale that is a number, not one that is traced"
+    supported = getattr(implementation, "supported", None)
+    return supported(call) if supported else None
+
+
+def own(given: Any, public: Callable) -> Any:
+    """A user's module, object or function as an implementation; `public` is the op's function.
+
+    Raises:
+      ValueError: it has no `run` and is no function.
+    """
+    if hasattr(given, "run"):
+        return given
+    if not callable(given):
+        raise ValueError(
+            f"{public.__name__}: implementation {given!r} is neither one of {', '.join(names())}, nor a module with "
+            "run(arrays, call, config, interpret), nor a function"
+        )
+    return FromFunction(given, public)
+
+
+def name_of(implementation: Any) -> str:
+    """What a user's implementation is called in messages and tables."""
+    name = getattr(implementation, "NAME", None) or getattr(implementation, "__qualname__", None)
+    return name or getattr(implementation, "__name__", None) or type(implementation).__name__
+
+
+def load(reference: str) -> Any:
+    """What `package.module:name`, or `package.module` alone, stands for.
+
+    Raises:
+      ValueError: there is no such module, or it has no such name.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{reference!r}: {error}; give package.module:function, importable from here") from error
+    if name and not hasattr(found, name):
+        raise ValueError(f"{reference!r}: the module {module} has no {name!r}")
+    return getattr(found, name) if name else found
+
+
+def reference_of(implementation: Any) -> str | None:
+    """How another process can `load` an implementation; None if it cannot, as what was made in a notebook."""
+    if isinstance(implementation, ModuleType):
+        return implementation.__name__
+    module, name = getattr(implementation, "__module__", None), getattr(implementation, "__qualname__", "")
+    found = module not in (None, "__main__") and name.isidentifier()
+    return f"{module}:{name}" if found and getattr(import_module(module), name, None) is implementation else None
+
+
+class FromFunction:
+    """A function of an op's public arguments as an implementation of it.
+
+    It is given the arguments that its signature names, the op's first ones by position. A call that needs another one
+    is refused with that one's name: a function without `window` attends to everything before a query.
+
+    What it declares, it has as attributes: `mine.LAYOUTS = ("heads_last",)`.
+
+    Attributes:
+      LAYOUTS: the function's own; else, where it takes no `layout`, only the op's default.
+    """
+
+    def __init__(self, function: Callable, public: Callable):
+        self.function, self.public = function, public
+        self.NAME, self.PLATFORM = name_of(function), platforms_of(function)
+        self._takes = inspect.signature(function).parameters
+        self._open = any(p.kind is p.VAR_KEYWORD for p in self._takes.values())
+        self._of_op = {
+            name: p
+            for name, p in inspect.signature(public).parameters.items()
+            if name not in ("implementation", "interpret", "config")
+        }
+        default = self._of_op["layout"].default if "layout" in self._of_op else inspect.Parameter.empty
+        alone = None if self._knows("layout") or default is inspect.Parameter.empty else (default,)
+        self.LAYOUTS = getattr(function, "LAYOUTS", alone)
+
+    def _knows(self, name: str) -> bool:
+        return self._open or name in self._takes
+
+    def _needed(self, call: Any) -> Iterator[str]:
+        """Names of the public arguments by keyword that a call needs to be told."""
+        for name, p in self._of_op.items():
+            if p.kind is not p.KEYWORD_ONLY or name in (*_HINTS, "layout"):
+                continue
+            value = getattr(call, name, None)
+            if name in _DERIVED:
+                needed = getattr(call, "layout", "") == "folded"
+            elif name in ("k_scale", "v_scale"):
+                needed = call.kv_dtype == "int8"
+            elif p.default is None:  # a call says only whether it has such an array
+                needed = value not in (None, False)
+            else:
+                needed = p.default is p.empty or value != p.default
+            if needed:
+                yield name
+
+    def supported(self, call: Any) -> str | None:
+        """None, or the argument that the call needs and the function does not take."""
+        missing = [name for name in self._needed(call) if not self._knows(name)]
+        if missing:
+            return f"{self.NAME} takes no {' and no '.join(missing)}, which this call needs"
+        supported = getattr(self.function, "supported", None)
+        return supported(call) if supported else None
+
+    def run(self, arrays: Mapping[str, Any], call: Any, config: Any = None, interpret: Any = False) -> Any:
+        """Call the function; see the module's docstring."""
+        settings = {n: getattr(call, n) for n in self._of_op if hasattr(call, n)} | dict(arrays)
+        settings |= {"config": config, "interpret": interpret}
+        positional = [n for n, p in self._of_op.items() if p.kind is not p.KEYWORD_ONLY]
+        named = {n: settings.get(n) for n in (*self._of_op, "config", "interpret") if n not in positional}
+        flags = [
+            n for n, x in named.items() if isinstance(x, bool) and n not in arrays and _is_array(self._of_op.get(n))
+        ]
+        named |= dict.fromkeys(flags)  # a call says only whether there are sinks; without them the function gets None
+        return self.function(*(settings[n] for n in positional), **{n: x for n, x in named.items() if self._knows(n)})
+
+
+def _is_array(parameter: inspect.Parameter | None) -> bool:
+    """Whether a public argument is an array or None, by its default."""
+    return parameter is not None and parameter.default in (None, inspect.Parameter.empty)

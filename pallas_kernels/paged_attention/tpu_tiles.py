@@ -1,0 +1,146 @@
+"""Tiles of paged attention on TPU: what a call may take, and what it takes by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+
+from pallas_kernels.hardware import Chip
+from pallas_kernels.layouts import LANES, folded_width, round_up
+from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.tpu_kernel import widest
+
+TILE = {4: 8, 2: 16, 1: 32}  # rows of a tile by the bytes of an element
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles; in a call of decode rows and others, those of the others.
+
+    Attributes:
+      block_q: queries that lie in VMEM together, a multiple of `tile_q`; a row's K and V are read once for each.
+      tile_q: queries that are computed together, a multiple of 16 (f32: 8).
+      block_heads: KV heads at once: all, or a divisor of them that fills whole registers of 128 lanes.
+      block_k: tokens of K and V fetched together, a multiple of `dma_k`; two such blocks lie in VMEM.
+      dma_k: tokens a DMA, a divisor of the page; at a row's end and a window's begin, DMAs of single tiles.
+      vmem_bytes: VMEM to ask for.
+    """
+
+    block_q: int
+    tile_q: int
+    block_heads: int
+    block_k: int
+    dma_k: int
+    vmem_bytes: int = 16 << 20
+
+
+def smallest_tile(call: Call) -> int:
+    """Queries of the smallest tile: whole registers of the queries' type."""
+    return TILE[jnp.dtype(call.dtype).itemsize]
+
+
+def parts(call: Call) -> list[tuple[Call, slice]]:
+    """The runs of the kernel that a call takes, and their rows: decode rows first, if there are others too."""
+    d = call.decode_rows
+    if d in (0, call.rows):
+        return [(call, slice(0, call.rows))]
+    alone = replace(call, tokens=min(call.tokens, d), rows=d, max_queries=1)
+    return [(alone, slice(0, d)), (replace(call, rows=call.rows - d, decode_rows=0), slice(d, call.rows))]
+
+
+def tiles_of(call: Call, config: Config, chip: Chip | None) -> list[Config]:
+    """A Config for each of the `parts`: the call's own for the last, the heuristic's for decode rows before it."""
+    return [heuristic(part, chip) for part, _ in parts(call)[:-1]] + [config]
+
+
+def smallest_dma(call: Call) -> int:
+    """Tokens of the smallest DMA: one tile of the pages' type."""
+    return TILE[jnp.dtype(call.kv_dtype).itemsize]
+
+
+def heuristic(call: Call, chip: Chip | None) -> Config:
+    """Tiles for a chip; None: for any.
+
+    Bytes: a row costs the tiles of memory that it holds, once for each block that its queries lie in. So a block holds
+    all T queries if they fit, of as many KV heads at once as fit then: fewer heads make smaller DMAs, and read the
+    scales of int8, which lie eight heads to a tile, more often. Decode rows take all heads.
+    FLOPs: from some 240 (v5e) to 560 (v6e) FLOPs a byte on the MXU is the bound; a tile of queries uses a weight of
+    the matrix unit for tile_q * group rows: 1024 hide its loading, and leave few of a chunk's rows to be masked.
+    A step should hold about 1 MiB of K and V (0.3 us on 7x, 1.3 us on v5e), enough to hide the chain of an online
+    softmax step; its scores [tile_q * group, block_k] in f32 are kept to 1 MiB. A DMA should move 32 KiB or more.
+    VMEM: two steps of K and V; Q and the result twice; and the queries, state and accumulators of a group of heads.
+    """
+    sub, most = smallest_tile(call), min(call.max_queries, 256)
+    capacity = (chip.vmem_capacity_mib if chip else 16) << 20
+    budget = min(capacity * 4 // 5, 48 << 20)
+    if call.max_queries == 1:
+        return _tiles(call, sub, sub, call.kv_heads, capacity)
+    largest = sub
+    while largest * 2 <= most and largest * call.group < 1024:
+        largest *= 2
+    choices = [n for n in range(call.kv_heads, 0, -1) if _whole(call, n)]
+    blocks = 1
+    while True:
+        for tile in (largest, max(sub, largest // 2)):
+            for heads in choices if blocks == 1 else choices[-1:]:
+                block = round_up(-(-call.tokens // blocks), tile)
+                found = _tiles(call, block, tile, heads, capacity)
+                if _vmem(call, found) <= budget or block == sub:
+                    return found
+        if block == tile:
+            largest = tile
+        blocks += 1
+
+
+def _tiles(call: Call, block: int, tile: int, heads: int, capacity: int) -> Config:
+    """The Config of such blocks of queries: how many tokens to fetch, a DMA and a step."""
+    size = jnp.dtype(call.kv_dtype).itemsize
+    token = folded_width(heads, call.head_dim) * size
+    if call.kv_dtype == "int8":
+        unit = call.page  # scales come by the page
+    else:
+        units = [u for u in range(smallest_dma(call), call.page + 1, smallest_dma(call)) if call.page % u == 0]
+        unit = next((u for u in units if u * token >= 32 << 10), units[-1])
+    wanted = max(LANES, min((1 << 20) // (2 * token), 1024))
+    scores = (1 if capacity > 16 << 20 else 0.5) * 2**20
+    wanted = max(LANES, min(wanted, int(scores) // (4 * tile * call.group) // LANES * LANES))
+    block_k = max(unit, LANES, wanted // unit * unit)
+    found = Config(block, tile, heads, -(-block_k // unit) * unit, unit)
+    return replace(found, vmem_bytes=max(found.vmem_bytes, min(_vmem(call, found) * 5 // 4, capacity)))
+
+
+def _whole(call: Call, heads: int) -> bool:
+    """Whether the heads of a cache come in groups of so many, in registers of their own."""
+    fits = call.kv_heads % heads == 0 and heads * call.head_dim % LANES == 0 and heads * call.value_dim % LANES == 0
+    return heads == call.kv_heads or fits
+
+
+def misfit(call: Call, config: Config) -> str | None:
+    """Why a Config does not suit a call, None if it does."""
+    if config.block_q % config.tile_q or config.tile_q % smallest_tile(call):
+        return f"block_q must be a multiple of tile_q, and tile_q of {smallest_tile(call)}"
+    if call.page % config.dma_k or config.block_k % config.dma_k:
+        return f"dma_k must divide the page of {call.page} and block_k"
+    if call.kv_dtype == "int8" and config.dma_k != call.page:
+        return f"dma_k of int8 pages is the page of {call.page}"
+    if not _whole(call, config.block_heads):
+        return f"block_heads must be all {call.kv_heads}, or divide them and fill whole registers of {LANES} lanes"
+    return None
+
+
+def _vmem(call: Call, config: Config) -> int:
+    """Bytes of VMEM that the tiles take, temporaries of a step included."""
+    q, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
+    heads, block, block_k = config.block_heads, config.block_q, config.block_k
+    widths = folded_width(heads, call.head_dim) + folded_width(heads, call.value_dim)
+    io = folded_width(heads * call.group, call.head_dim) + folded_width(heads * call.group, call.value_dim)
+    held = 2 * block * io * q + 2 * block_k * (widths * kv + 8 * call.scale_heads)
+    rows = config.tile_q * call.group
+    state = (
+        block
+        * call.group
+        * heads
+        * (widest(heads, call.head_dim) * max(q, kv) + widest(heads, call.value_dim) * 4 + LANES * 4)
+    )
+    return held + state + 4 * rows * block_k * 4 + config.tile_q * io * 4

@@ -1,0 +1,152 @@
+"""Which attention kernels a step runs: what `kernels=` may be, the cache's layout, and why a path is taken.
+
+`kernels` is one word for all ops (auto, xla, pallas), or implementations of one's own for some of them:
+
+    prefill(params, cfg, tokens, lengths, cache, kernels={"decode_attention": mine})
+
+where `mine` is anything that `pallas_kernels.implementation` describes: a module, an object with `run`, or a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+
+from pallas_kernels import hardware
+from pallas_kernels.decode_attention.api import OP as DECODE
+from pallas_kernels.dispatch import Op
+from pallas_kernels.flash_attention.api import OP as FLASH
+from pallas_kernels.implementation import name_of, runs_on
+from pallas_kernels.layouts import LAYOUTS, Layout
+from pallas_kernels.paged_attention.api import OP as PAGED
+from pdx.cache.dense import default_layout
+from pdx.errors import RequestError
+
+# The user chooses among auto, xla and pallas; tpu and gpu name a target that is compiled for but is not here. dense is
+# attention as it is defined, with all its scores in memory, over the whole capacity: what the others are held against.
+KernelName = Literal["auto", "xla", "pallas", "tpu", "gpu", "dense"]
+PALLAS_OF_LAYOUT: dict[Layout, str] = {"folded": "tpu", "heads_last": "gpu"}
+OPS: dict[str, Op] = {op.name: op for op in (FLASH, DECODE, PAGED)}
+
+
+@dataclass(frozen=True)
+class OwnKernels:
+    """Implementations of one's own by op, the others `auto`; hashable, since a step is compiled for them."""
+
+    by_op: tuple[tuple[str, Any], ...]
+
+    def of(self, op: str) -> Any:
+        """The implementation of an op: its module, object or adapted function; a name as it was given."""
+        return OPS[op].implementation(dict(self.by_op).get(op, "auto"))
+
+    def __str__(self) -> str:
+        named = ((op, x if isinstance(x, str) else name_of(x)) for op, x in self.by_op)
+        return ", ".join(f"{op}: {name}" for op, name in named)
+
+
+Kernels = KernelName | Mapping[str, Any] | OwnKernels
+
+
+def settled(kernels: Kernels) -> KernelName | OwnKernels:
+    """`kernels` as a step is compiled for it: hashable, and known to be possible.
+
+    Raises:
+      RequestError: no such word, an op that is no attention op, or no implementation.
+    """
+    if isinstance(kernels, OwnKernels):
+        return kernels
+    if isinstance(kernels, Mapping):
+        for op, given in kernels.items():
+            if op not in OPS:
+                raise RequestError(f"kernels names the op {op!r}: a step's own kernels are for {', '.join(OPS)}")
+            _checked(OPS[op], given)
+        return OwnKernels(tuple(sorted(kernels.items(), key=lambda item: item[0])))
+    if kernels not in get_args(KernelName):
+        raise RequestError(f"kernels {kernels!r} is not one of auto, xla, pallas, nor a dict of ops to implementations")
+    return kernels
+
+
+def _checked(op: Op, given: Any) -> None:
+    try:
+        op.explain(given)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def layout_for(kernels: Kernels, platform: str | None = None) -> Layout:
+    """How a cache for these kernels lies in memory. Pallas kernels on a CPU, interpreted, are those of the TPU.
+
+    Args:
+      platform: where it is for; None: this process' devices.
+
+    Raises:
+      RequestError: kernels of one's own that read no layout in common.
+    """
+    kernels = settled(kernels)
+    if isinstance(kernels, OwnKernels):
+        return _common_layout(kernels, platform)
+    if kernels in ("tpu", "gpu"):
+        return default_layout(kernels)
+    layout = default_layout(platform)
+    return "folded" if kernels == "pallas" and layout not in PALLAS_OF_LAYOUT else layout
+
+
+def _common_layout(kernels: OwnKernels, platform: str | None) -> Layout:
+    reads = {}
+    for op, given in kernels.by_op:
+        found = OPS[op].implementations[given] if isinstance(given, str) and given != "auto" else kernels.of(op)
+        reads[op] = getattr(found, "LAYOUTS", None) or LAYOUTS
+    for layout in (default_layout(platform), *LAYOUTS):
+        if all(layout in layouts for layouts in reads.values()):
+            return layout
+    each = "; ".join(f"{op} reads {' or '.join(layouts)}" for op, layouts in reads.items())
+    raise RequestError(f"one cache serves all of a step's kernels, and these have no layout in common: {each}")
+
+
+def implementation(kernels: Kernels, layout: Layout, op: str | None = None) -> tuple[Any, bool]:
+    """What the kernel library is asked for, and whether it runs interpreted.
+
+    Args:
+      layout: of the cache.
+      op: whose implementation; None: of any op that `kernels` does not name.
+    """
+    kernels = settled(kernels)
+    if isinstance(kernels, OwnKernels):
+        given = "auto" if op is None else kernels.of(op)
+        found = OPS[op].implementations.get(given) if op and isinstance(given, str) else given
+        here = hardware.platform_of()
+        return given, found is not None and here == "cpu" and not runs_on(found, here)
+    if kernels != "pallas":
+        return kernels, False
+    if layout not in PALLAS_OF_LAYOUT:
+        raise NotImplementedError(
+            f"the Pallas kernels read a cache that lies {' or '.join(PALLAS_OF_LAYOUT)}, this one lies {layout}: "
+            f"make it with init_cache(..., layout={layout_for(kernels)!r}), or use kernels='xla'"
+        )
+    return PALLAS_OF_LAYOUT[layout], jax.default_backend() == "cpu"
+
+
+def explain(kernels: Kernels) -> dict[str, str]:
+    """Which path each phase's attention takes, and why. Raises NotImplementedError as the kernels would."""
+    return _explained(kernels, {"prefill": FLASH, "decode": DECODE})
+
+
+def explain_mixed(kernels: Kernels) -> str:
+    """The same of a mixed step over pages."""
+    return _explained(kernels, {"mixed": PAGED})["mixed"]
+
+
+def _explained(kernels: Kernels, ops: dict[str, Op]) -> dict[str, str]:
+    layout, found = layout_for(kernels), {}
+    for phase, op in ops.items():
+        name, interpreted = implementation(kernels, layout, op.name)
+        if isinstance(name, str) and name == "dense":
+            return dict.fromkeys(("prefill", "decode"), "reference_attention: dense (asked for)")
+        try:
+            found[phase] = f"{op.explain(name)}{', interpreted on the CPU' if interpreted else ''}"
+        except ValueError as error:  # what PDX_KERNELS says is no implementation
+            raise RequestError(str(error)) from None
+    return found
