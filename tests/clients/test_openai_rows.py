@@ -271,7 +271,7 @@ def test_a_misspelt_setting_of_a_plain_row_is_refused_with_the_right_name(tmp_pa
 def test_openai_rows_are_not_for_generate(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"custom_id": "a", "body": {"prompt": "x"}}))
-    with pytest.raises(RequestError, match="line 1: this is a row of OpenAI's batch format, which pdx batch answers"):
+    with pytest.raises(RequestError, match=r"line 1: .*OpenAI's batch format"):
         batch_file.read(source, SamplingOptions())
 
 

@@ -96,7 +96,7 @@ def test_what_is_no_journal_is_not_overwritten(output):
 
 def test_another_job_is_refused_and_the_difference_named(output):
     begun(output)
-    with pytest.raises(RequestError, match=r"another job, which differs in kv_dtype \(float32 there, int8 here\)"):
+    with pytest.raises(RequestError, match=r"kv_dtype \(float32 there, int8 here\)"):
         resumed(output, kv_dtype="int8")
 
 

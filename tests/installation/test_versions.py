@@ -220,7 +220,7 @@ def test_a_jax_that_runs_while_another_was_installed_asks_for_a_restart(only, mo
     monkeypatch.setattr(versions, "_loaded", loaded)
     for name in ("jax", "jaxlib"):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(__version__="0.7.2"))
-    with pytest.raises(VersionError, match=r"jax 0\.7\.2 is running, and 0\.12\.0\.1 was installed.*restart") as raised:
+    with pytest.raises(VersionError, match=r"jax 0\.7\.2 .*0\.12\.0\.1 .*restart") as raised:
         versions.check()
     assert "pip" not in str(raised.value)
 

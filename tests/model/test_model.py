@@ -226,7 +226,7 @@ def test_bad_calls_are_refused():
         forward(weights, LLAMA, ids, hidden_layers=(3,))
     with pytest.raises(ValueError, match="logits 'first' is not one of last, all, none"):
         forward(weights, LLAMA, ids, logits="first")
-    with pytest.raises(ValueError, match=r"a chunk of 24 tokens is more than this cache takes at once, 16.*chunk=24"):
+    with pytest.raises(ValueError, match=r"chunk of 24 .*16.*chunk=24"):
         forward(weights, LLAMA, ids, init_cache(LLAMA, 2, 128, chunk=16))
     with pytest.raises(ValueError, match=r"tokens \(2, 0\) are empty"):
         forward(weights, LLAMA, ids[:, :0])

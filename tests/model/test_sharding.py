@@ -35,7 +35,7 @@ def test_parse_mesh():
 
 @pytest.mark.parametrize("text", ["tensor=2", "data", "data=0", "data=-1", "data=x", "data=2,data=4", "data=2;model=4"])
 def test_parse_mesh_says_what_it_expects(text):
-    with pytest.raises(ValueError, match="expected axes out of data, model with a size each, such as data=2,model=4"):
+    with pytest.raises(ValueError, match="axes out of data, model"):
         parse_mesh(text)
 
 
@@ -45,7 +45,7 @@ def test_make_mesh():
     one = make_mesh()
     assert dict(one.shape) == {"data": 1, "model": 1}
     assert one.devices.size == 1
-    with pytest.raises(ValueError, match=r"'data': 4, 'model': 4\} needs 16 devices, there are 8 \(cpu\)"):
+    with pytest.raises(ValueError, match=r"'data': 4, 'model': 4\} .*16 .*8 \(cpu\)"):
         make_mesh("data=4,model=4")
 
 

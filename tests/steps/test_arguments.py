@@ -36,7 +36,7 @@ def test_a_cache_that_was_given_to_a_step_is_named_as_such():
         lambda c: c.truncate(np.zeros(B, np.int32)),
         lambda c: pdx.prefill(weights, LLAMA, tokens, lengths, c.replace(lengths=jnp.zeros(B, jnp.int32))),
     ):
-        with pytest.raises(DonatedError, match=r"this cache was given to an earlier step.*use the cache that the step"):
+        with pytest.raises(DonatedError, match=r"this cache was given to an earlier step"):
             call(used_up())
     cache = pdx.init_cache(LLAMA, B, 128)
     out = pdx.decode_many(weights, LLAMA, tokens[:, 0], cache, sampling, 2)

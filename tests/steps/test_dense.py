@@ -253,7 +253,7 @@ def test_lengths_outside_the_chunk_are_refused(lengths, says):
 
 
 def test_a_chunk_the_rings_cannot_take_is_refused():
-    with pytest.raises(ValueError, match="a chunk of 25 tokens is more than this cache takes at once, 24"):
+    with pytest.raises(ValueError, match=r"chunk of 25 .*24"):
         prefill(GEMMA, tokens(GEMMA, B, 25), [1, 1, 1, 1], empty(GEMMA))
 
 

@@ -73,7 +73,7 @@ def test_equal_entries_are_the_number(arch, field):
 def test_entries_that_differ_are_refused_with_the_values(field):
     with pytest.raises(UnsupportedModelError, match=re.escape(f"llama.{field.replace('__', '.')} = [2, 1, 2, 2]")):
         read(**{field: [2, 1, 2, 2]})
-    with pytest.raises(ModelFileError, match=r"is \[2, 2, 2\], expected a number, or one for each of .* = 4 layers"):
+    with pytest.raises(ModelFileError, match=r"is \[2, 2, 2\], .* = 4"):
         read(**{field: [2, 2, 2]})
     with pytest.raises(ModelFileError, match=r"is \[\], expected a positive integer"):
         read(**{field: []})
@@ -101,7 +101,7 @@ def test_windows_a_layer():
         (
             "gemma3",
             {"attention__sliding_window": 8, "attention__sliding_window_pattern": [True, False]},
-            r"sliding_window_pattern is \[True, False\], expected an integer of at least 0 for each of 4 layers",
+            r"sliding_window_pattern is \[True, False\], .* 4 layers",
         ),
         (
             "gemma3",

@@ -80,7 +80,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         cut.write_bytes(whole[:length])
         with pytest.raises(ModelFileError, match=r"cut\.safetensors"):
             SafetensorsFile(cut)
-    with pytest.raises(ModelFileError, match=r"tensor b ends at byte 32 of the data, but there are only 31: truncated"):
+    with pytest.raises(ModelFileError, match=r"tensor b ends at byte 32 .*31"):
         SafetensorsFile(cut)
 
 
@@ -164,7 +164,7 @@ def test_pickles_are_never_opened(tmp_path):
 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     assert not has_weights(tmp_path)
-    with pytest.raises(ModelFileError, match=r"pytorch_model\.bin.*unpickling runs code; save .* as safetensors"):
+    with pytest.raises(ModelFileError, match=r"pytorch_model\.bin.*safetensors"):
         open_safetensors(tmp_path)
     assert not (tmp_path / "sprung").exists()
 
