@@ -14,7 +14,7 @@ from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.completion import Completion
 from pdx.generation.generator import DEFAULT_ROWS, generator
 from pdx.generation.prompts import Prompt, as_list, options_of_each, requests_of
-from pdx.layers.kernels import settled
+from pdx.layers.kernels import Kernels, settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
@@ -36,7 +36,7 @@ def stream(
     options: SamplingOptions | Sequence[SamplingOptions] | None = None,
     *,
     batch_size: int = DEFAULT_ROWS,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     kv_dtype=None,
     capacity: int | None = None,
     **settings,
