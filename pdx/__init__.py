@@ -35,6 +35,7 @@ _WHERE = {
     "Engine": "pdx.engine.engine",
     "EngineConfig": "pdx.engine.config",
     "EngineRequest": "pdx.engine.request",
+    "compare": "pdx.bench.compare",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -73,7 +73,7 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     Where loops are static, longer ones let the vector unit work on one chunk while the matrix unit has the next.
     Where they follow the rows, smaller blocks leave fewer of them to be masked. On 256 x 256 units the sums come
     free, as columns of the product with V that a head of 128 leaves empty.
-    Ranked by the compiler's static cycles on v5e, v5p and v6e (docs/kernels.md); not measured on a device.
+    Ranked by the compiler's static cycles on v5e, v5p and v6e (docs/kernel_figures.md); not measured on a device.
     """
     on = on or chip("v5e")
     heads = lane_heads(call)

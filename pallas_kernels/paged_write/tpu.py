@@ -117,9 +117,10 @@ def plan(slots, call: Call, blocks: int):
     return jnp.minimum(order, call.tokens - 1), slots, places // ROWS, jnp.minimum(tile[places], last), count
 
 
-def kernel(first, tiles, slots, lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2, *pools):
+def kernel(first, tiles, slots, *refs):
     """One tile: every new token whose slot lies in it takes its row; the rest stays."""
     i = pl.program_id(0)
+    (lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2), pools = refs[:10], refs[10:]
     k_in, v_in, ks_in, vs_in, k_out, v_out, ks_out, vs_out = pools
     tile = tiles[i]
     row = tile * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)

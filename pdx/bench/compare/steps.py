@@ -22,7 +22,7 @@ from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.cache.dense import init_cache
 from pdx.config import ModelConfig
 from pdx.cost import Setup
-from pdx.layers.kernels import Kernels, layout_for
+from pdx.layers.kernels import Kernels, layout_for, settled
 from pdx.model import Params, forward, init_params
 from pdx.plan import published
 
@@ -176,7 +176,7 @@ def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: Kernels) 
     The state is (tokens [B, T], logits [B, V], cache). Before the first turn there are no logits, and the token that
     they choose is the first of the vocabulary, which changes nothing.
     """
-    tokens, batch = jnp.asarray(prompts(cfg, shape)), shape.batch
+    tokens, batch, kernels = jnp.asarray(prompts(cfg, shape)), shape.batch, settled(kernels)
     dtype = params["embed"].dtype
     cache = init_cache(cfg, batch, shape.capacity, chunk=shape.tokens, dtype=dtype, layout=layout_for(kernels))
     held = 0

@@ -11,7 +11,7 @@ from pallas_kernels import decode_attention, flash_attention, implementation, pa
 from pallas_kernels.decode_attention.api import OP
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.quant_array import quantize
-from tests.kernels.test_dispatch import arguments
+from tests.pallas_kernels.test_dispatch import arguments
 
 
 def plain(q, k, v, *, starts, lengths, scale):
@@ -170,7 +170,7 @@ def test_a_file_that_declares_a_name_is_found(tmp_path, monkeypatch):
     assert "cpu" in choose("some_op", "auto", found, platform="cpu").reason
 
 
-@pytest.mark.parametrize("reference", ["tests.kernels.test_own:plain", "pallas_kernels.decode_attention.xla"])
+@pytest.mark.parametrize("reference", ["tests.pallas_kernels.test_own:plain", "pallas_kernels.decode_attention.xla"])
 def test_another_process_can_load_it(reference):
     found = implementation.load(reference)
     assert implementation.reference_of(found) == reference
@@ -178,6 +178,6 @@ def test_another_process_can_load_it(reference):
 
 def test_what_cannot_be_loaded_is_named():
     assert implementation.reference_of(lambda: None) is None
-    for wrong, says in (("tests.kernels.none:x", "No module named"), ("tests.kernels.test_own:no", "has no 'no'")):
+    for wrong, says in (("tests.none:x", "No module named"), ("tests.pallas_kernels.test_own:no", "has no 'no'")):
         with pytest.raises(ValueError, match=says):
             implementation.load(wrong)
