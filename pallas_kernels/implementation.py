@@ -192,7 +192,7 @@ class FromFunction:
             if name in _DERIVED:
                 needed = getattr(call, "layout", "") == "folded"
             elif name in ("k_scale", "v_scale"):
-                needed = call.kv_dtype == "int8"
+                needed = getattr(call, "kv_dtype", call.dtype) == "int8"
             elif p.default is None:  # a call says only whether it has such an array
                 needed = value not in (None, False)
             else:
@@ -209,18 +209,11 @@ class FromFunction:
         return supported(call) if supported else None
 
     def run(self, arrays: Mapping[str, Any], call: Any, config: Any = None, interpret: Any = False) -> Any:
-        """Call the function; see the module's docstring."""
-        settings = {n: getattr(call, n) for n in self._of_op if hasattr(call, n)} | dict(arrays)
-        settings |= {"config": config, "interpret": interpret}
-        positional = [n for n, p in self._of_op.items() if p.kind is not p.KEYWORD_ONLY]
-        named = {n: settings.get(n) for n in (*self._of_op, "config", "interpret") if n not in positional}
-        flags = [
-            n for n, x in named.items() if isinstance(x, bool) and n not in arrays and _is_array(self._of_op.get(n))
-        ]
-        named |= dict.fromkeys(flags)  # a call says only whether there are sinks; without them the function gets None
-        return self.function(*(settings[n] for n in positional), **{n: x for n, x in named.items() if self._knows(n)})
-
-
-def _is_array(parameter: inspect.Parameter | None) -> bool:
-    """Whether a public argument is an array or None, by its default."""
-    return parameter is not None and parameter.default in (None, inspect.Parameter.empty)
+        """Call the function with the arrays, and with the settings that the call holds; see the class."""
+        # Of arrays such as sinks a call only says, as a bool, whether there are any: for none the function gets None.
+        held = {n: getattr(call, n, None) for n, p in self._of_op.items() if p.kind is p.KEYWORD_ONLY}
+        flags = [n for n, x in held.items() if isinstance(x, bool) and not isinstance(self._of_op[n].default, bool)]
+        named = held | dict.fromkeys(flags) | {"config": config, "interpret": interpret}
+        named |= {n: x for n, x in arrays.items() if n in held}
+        first = (arrays[n] for n, p in self._of_op.items() if p.kind is not p.KEYWORD_ONLY)
+        return self.function(*first, **{n: x for n, x in named.items() if self._knows(n)})

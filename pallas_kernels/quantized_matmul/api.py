@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, Op
+from pallas_kernels.implementation import FromFunction
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quant_array import QuantArray, quantize_rows
 from pallas_kernels.quantized_matmul.call import make_call
@@ -39,10 +42,13 @@ def quantized_matmul(
     """
     out = jnp.dtype(out_dtype or x.dtype)
     call = make_call(x, w, out if w.offsets is None else jnp.dtype(jnp.float32))
+    own = OP.implementation(implementation)
+    if isinstance(own, FromFunction):  # it takes activations and matrix as they came
+        return OP.run(own, {"x": x, "w": w}, replace(call, out_dtype=str(out)), config, interpret)
     rows = x.reshape(call.rows, call.columns)
     given, row_scale = quantize_rows(rows) if call.int8_activations else (rows, None)
     arrays = {"x": given, "values": w.values, "scales": w.scales, "row_scale": row_scale}
-    y = OP.run(implementation, arrays, call, config, interpret)
+    y = OP.run(own, arrays, call, config, interpret)
     if w.offsets is not None:
         # The offset of a group is multiplied by the sum of its activations: a small product of its own.
         sums = rows.astype(jnp.float32).reshape(call.rows, call.groups, call.group).sum(-1)

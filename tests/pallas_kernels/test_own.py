@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention, flash_attention, implementation, paged_attention, quantized_matmul
+from pallas_kernels import (
+    decode_attention,
+    flash_attention,
+    implementation,
+    paged_attention,
+    quantized_matmul,
+    write_pages,
+)
 from pallas_kernels.decode_attention.api import OP
 from pallas_kernels.flash_attention import reference
-from pallas_kernels.quant_array import quantize
+from pallas_kernels.quant_array import dequantize, quantize
 from tests.pallas_kernels.test_dispatch import arguments
 
 
@@ -142,7 +149,24 @@ def test_every_op_takes_them():
         implementation=lambda q, k, v, block_tables, lengths, query_starts, scale, layout: q + scale,
     )
     np.testing.assert_array_equal(found, q + 1)
-    w = quantize(jnp.ones((16, 32)), 8)
+    k_pages, v_pages = write_pages(
+        pages,
+        pages,
+        jnp.zeros((3, 2, 8)),
+        jnp.zeros((3, 2, 8)),
+        slots=jnp.arange(3),
+        layout="heads_first",
+        implementation=lambda k_pages, v_pages, k, v, slots, layout: (k_pages.at[0, :, slots].set(0), v_pages),
+    )
+    assert not k_pages[0, :, :3].any()
+    assert v_pages.all()
+    w = quantize(jnp.ones((16, 32)), 8, activations="int8")
+    x = jnp.full((3, 5, 32), 0.3)
+
+    def product(x, w, out_dtype):
+        return (x @ dequantize(w).T).astype(out_dtype)
+
+    np.testing.assert_allclose(quantized_matmul(x, w, implementation=product), x.sum(-1, keepdims=True) + jnp.zeros(16))
     mine = SimpleNamespace(run=lambda arrays, call, *_: jnp.full((call.rows, call.out), 2.0, call.out_dtype))
     assert (quantized_matmul(jnp.ones((3, 5, 32)), w, implementation=mine) == 2).all()
 
