@@ -14,6 +14,8 @@ from pdx.errors import RequestError
 MAX_LOGPROBS = 20
 # Rows of logit bias have a fixed width, so that a request with more entries compiles nothing.
 MAX_LOGIT_BIAS = 300
+# The settings that say which tokens may be drawn: of no effect at temperature 0.
+FILTERS = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)

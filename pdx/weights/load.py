@@ -147,7 +147,7 @@ def _read_params(
     jobs = [(_source(opened, path), spec, policy.kind(name_of(path))) for path, spec in paths]
     check_names(opened, {source.name for source, _, _ in jobs})
     for source, spec, _ in jobs:  # before any is read: a size that is wrong costs no memory
-        check_shape(opened.file, source.name, tuple(spec.shape))
+        check_shape(opened.file, source, tuple(spec.shape))
     sizes = [sum(x.size_bytes for x in jax.tree.leaves(spec, is_leaf=is_spec)) for _, spec, _ in jobs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
