@@ -31,7 +31,7 @@ DTYPES = {8: jnp.int8, 4: jnp.int4}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantArray:
-    """A quantized matrix: integers with scales, a pytree.
+    """A quantized matrix: integers with scales, a pytree. `quantize` makes one.
 
     Attributes:
       values: int8 or int4 [out, in]; JAX keeps int4 two to a byte in memory.
@@ -43,12 +43,10 @@ class QuantArray:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from pallas_kernels.quant_array import dequantize, quantize
-      >>> w = quantize(jnp.ones((4, 64)), bits=4, group=32)
-      >>> w.shape, w.groups, w.scales.shape, w.nbytes  # 4 * 64 / 2 bytes of int4, 2 * 4 scales in f32
-      ((4, 64), 2, (2, 4), 160)
-      >>> dequantize(w)[0, :3].tolist()
-      [1.0, 1.0, 1.0]
+      >>> from pallas_kernels import QuantArray
+      >>> w = QuantArray(values=jnp.ones((4, 64), jnp.int4), scales=jnp.ones((2, 4)))
+      >>> w.shape, w.bits, w.group, w.nbytes  # 4 * 64 / 2 bytes of int4 and 2 * 4 scales in f32
+      ((4, 64), 4, 32, 160)
     """
 
     values: Int[Array, "out in"]

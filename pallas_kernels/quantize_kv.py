@@ -12,9 +12,10 @@ def quantize_kv(x: Float[Array, "*n H"]) -> tuple[Int8[Array, "*n H"], Float[Arr
     Rounding is half to even; the largest error is half a scale. A vector of zeros gets the scale 0.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from pallas_kernels import quantize_kv
-      >>> values, scales = quantize_kv(jnp.array([[254.0, -127.0, 5.0]]))
+      >>> values, scales = jax.jit(quantize_kv)(jnp.array([[254.0, -127.0, 5.0]]))
       >>> values.tolist(), scales.tolist()  # -127 / 2 = -63.5 and 5 / 2 = 2.5 go to the even neighbour
       ([[127, -64, 2]], [2.0])
     """

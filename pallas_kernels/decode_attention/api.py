@@ -54,14 +54,16 @@ def decode_attention(
       NotImplementedError: a named implementation that cannot take this call, or the gradient of a kernel.
 
     Example: equal keys give equal weights, so a query gets the mean of the values that it sees.
+      >>> from functools import partial
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from pallas_kernels import decode_attention
-      >>> q, k = jnp.ones((2, 1, 4, 8)), jnp.zeros((2, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
-      >>> v = jnp.ones((2, 2, 16, 8)) * jnp.arange(16.0)[:, None]  # the value of position p is p
-      >>> lengths = jnp.array([3, 8])
-      >>> out = decode_attention(q, k, v, starts=lengths - 1, lengths=lengths, scale=8**-0.5)
-      >>> out[:, 0, 0, 0].tolist()  # a row each
-      [1.0, 3.5]
+      >>> q, k = jnp.ones((1, 1, 4, 8)), jnp.zeros((1, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
+      >>> v = jnp.ones((1, 2, 16, 8)) * jnp.arange(16.0)[:, None]  # the value of position p is p
+      >>> attend = jax.jit(partial(decode_attention, scale=8**-0.5))
+      >>> out = attend(q, k, v, starts=jnp.array([7]), lengths=jnp.array([8]))  # the mean of 0 to 7
+      >>> out.shape, float(out[0, 0, 0, 0])
+      ((1, 1, 4, 8), 3.5)
 
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """

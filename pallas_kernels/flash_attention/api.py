@@ -81,11 +81,14 @@ def flash_attention(
     Under `jit` the XLA path has no gradient either, and JAX says so. `reference_attention` always has one.
 
     Example: equal keys give equal weights, so each query gets the mean of the values that it sees.
+      >>> from functools import partial
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from pallas_kernels import flash_attention
       >>> q, k = jnp.ones((1, 3, 4, 8)), jnp.zeros((1, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
       >>> v = jnp.ones((1, 2, 16, 8)) * jnp.arange(16.0)[:, None]  # the value of position p is p
-      >>> out = flash_attention(q, k, v, starts=jnp.array([5]), lengths=jnp.array([8]), scale=8**-0.5, window=4)
+      >>> attend = jax.jit(partial(flash_attention, scale=8**-0.5, window=4))
+      >>> out = attend(q, k, v, starts=jnp.array([5]), lengths=jnp.array([8]))
       >>> out[0, :, 0, 0].tolist()  # the queries at positions 5, 6 and 7 see four positions each
       [3.5, 4.5, 5.5]
 

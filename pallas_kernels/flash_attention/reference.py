@@ -52,7 +52,8 @@ def attention(
       >>> from pallas_kernels import reference_attention
       >>> q, k = jnp.ones((1, 1, 4, 8)), jnp.zeros((1, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
       >>> v = jnp.ones((1, 2, 16, 8)) * jnp.arange(16.0)[:, None]  # the value of position p is p
-      >>> @jax.value_and_grad
+      >>> @jax.jit
+      ... @jax.value_and_grad
       ... def attend(v):
       ...     out = reference_attention(q, k, v, starts=jnp.array([3]), lengths=jnp.array([4]), scale=1.0)
       ...     return out[0, 0, 0, 0]

@@ -86,19 +86,20 @@ def paged_attention(
       NotImplementedError: a named implementation that cannot take this call, or a gradient: there is none over pages.
 
     Example: a decode row of 3 tokens in page 2, and a chunk of two queries whose 6 tokens lie in pages 0 and 3.
+      >>> from functools import partial
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from pallas_kernels import paged_attention
       >>> q, k_pages = jnp.ones((3, 1, 8)), jnp.zeros((4, 1, 4, 8))  # [T, N, H], [P, K, p, H]
       >>> v_pages = jnp.ones((4, 1, 4, 8)) * jnp.array([0.0, 10.0, 20.0, 30.0])[:, None, None, None]
-      >>> out = paged_attention(
+      >>> attend = jax.jit(partial(paged_attention, scale=1.0, layout="heads_first"))
+      >>> out = attend(
       ...     q,
       ...     k_pages,
       ...     v_pages,
       ...     block_tables=jnp.array([[2, 0], [0, 3]]),
       ...     lengths=jnp.array([3, 6]),
       ...     query_starts=jnp.array([0, 1, 3]),
-      ...     scale=1.0,
-      ...     layout="heads_first",
       ... )
       >>> out[:, 0, 0].tolist()  # 20; (4*0 + 30) / 5; (4*0 + 2*30) / 6
       [20.0, 6.0, 10.0]

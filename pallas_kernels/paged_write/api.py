@@ -57,11 +57,14 @@ def write_pages(
       NotImplementedError: a named implementation that cannot take this call.
 
     Example: two pages of four tokens; the first token goes to page 1, offset 2, the second is dropped.
+      >>> from functools import partial
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from pallas_kernels import write_pages
-      >>> pages = jnp.zeros((2, 1, 4, 1))  # [P, K, p, H]
-      >>> new = jnp.array([7.0, 8.0])[:, None, None]  # [T, K, H]
-      >>> k_pages, v_pages = write_pages(pages, pages, new, -new, slots=jnp.array([6, -1]), layout="heads_first")
+      >>> k_pages, v_pages = jnp.zeros((2, 1, 4, 1)), jnp.zeros((2, 1, 4, 1))  # [P, K, p, H]
+      >>> k = v = jnp.array([[[7.0]], [[8.0]]])  # [T, K, H]
+      >>> write = jax.jit(partial(write_pages, layout="heads_first"), donate_argnums=(0, 1))
+      >>> k_pages, v_pages = write(k_pages, v_pages, k, v, slots=jnp.array([6, -1]))
       >>> k_pages[:, 0, :, 0].tolist()
       [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 7.0, 0.0]]
     """

@@ -46,10 +46,11 @@ def quantized_matmul(
       NotImplementedError: a named implementation that cannot take this call, or the gradient of a kernel.
 
     Example: the matrix [[0.5, 1.0], [0.75, 1.0]] in int8, one scale per output.
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from pallas_kernels import QuantArray, quantized_matmul
       >>> w = QuantArray(jnp.array([[1, 2], [3, 4]], jnp.int8), scales=jnp.array([[0.5, 0.25]]))
-      >>> quantized_matmul(jnp.array([[2.0, 0.0]]), w).round(4).tolist()
+      >>> jax.jit(quantized_matmul)(jnp.array([[2.0, 0.0]]), w).tolist()
       [[1.0, 1.5]]
     """
     out = jnp.dtype(out_dtype or x.dtype)
