@@ -23,7 +23,7 @@ def abstract_device(kind: str, cores: int, platform: str, **facts) -> AbstractDe
 
 
 def topology_arguments(platform: str) -> dict[str, object]:
-    """Arguments of `get_topology_desc` beside the name. JAX 0.10 needs the host's bounds, later versions accept them."""
+    """Arguments of `get_topology_desc` beside the name. JAX 0.10 needs the host's bounds, later ones accept them."""
     return {"chips_per_host_bounds": (1, 1, 1)} if platform == "tpu" else {}
 
 

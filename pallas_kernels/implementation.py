@@ -223,5 +223,5 @@ class FromFunction:
 
 
 def _is_array(parameter: inspect.Parameter | None) -> bool:
-    """Whether a public argument is an optional array: its default tells."""
+    """Whether a public argument is an array or None, judged by its default."""
     return parameter is not None and parameter.default in (None, inspect.Parameter.empty)

@@ -107,7 +107,7 @@ def misfit(module: ModuleType, call: Any, config: Any) -> str | None:
 
 
 def entry_of(op: str, module: ModuleType) -> str:
-    """The name of an implementation's entries in a table: the op's; for one not named like its platform, its own too."""
+    """The key of an implementation in a table: the op, and its own name too if that is not its platform's."""
     name = getattr(module, "NAME", None)
     return op if name is None or name in platforms_of(module) else f"{op}/{name}"
 
