@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # The running maximum starts at START; a masked logit is MASKED. Both are finite, so that a query that sees nothing
-# gives zero and not NaN. exp(MASKED - START) is exactly zero, so masked keys have no weight even before any key is seen.
+# gives zero and not NaN. exp(MASKED - START) is exactly zero, so masked keys have no weight even before a key is seen.
 START, MASKED = -1e30, -2e30
 
 

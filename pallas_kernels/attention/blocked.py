@@ -19,7 +19,7 @@ from pallas_kernels.masking import MASKED, START, precision_of, soft_cap, visibl
 
 
 def block_size(slots: int, wanted: int) -> int:
-    """The largest divisor of `slots` up to `wanted`. It divides them so that a block of positions is one run of slots."""
+    """The largest divisor of `slots` up to `wanted`: then each block of positions is one run of slots."""
     return max(d for d in range(1, min(slots, wanted) + 1) if slots % d == 0)
 
 

@@ -46,10 +46,10 @@ class Plan:
         return lengths[row] if self.call.lengths else self.call.slots
 
     def key_blocks(self, start, length, i):
-        """The first and the last key block that query block i sees, and whether the block has a query that is real.
+        """The first and the last key block that query block i sees, and whether it has a query that is not padding.
 
-        Blocks are of positions under a window, else of slots, each visited once even if the ring has wrapped. A
-        query block of padding gets the last key blocks of its row, which are there already: nothing is fetched for it.
+        Key blocks are of positions under a window, else of slots, each visited once even if the ring has wrapped. A
+        query block of padding gets the key blocks of the row's last queries, so that nothing is fetched for it.
         """
         every = self.call.slots // self.config.block_k - 1
         if self.static:
