@@ -25,8 +25,8 @@ LAYOUTS = ("heads_last",)
 MAX_QUERIES = 16
 # Pallas computes offsets, in elements, in signed 32-bit integers for arrays of up to 2^32 bytes.
 MOST_ELEMENTS = 2**31
-# The fewest keys of a part, per row. For T*G rows the part's f32 result is written and read again: 8 T*G*Hv bytes, 3% of
-# the 4 * 64 T*G*H bytes of K and V in bf16.
+# The fewest keys of a part, per row. The part's f32 result is written and read again: for T*G rows 8 T*G*Hv bytes, 3%
+# of the 4 * 64 T*G*H bytes of K and V in bf16.
 KEYS_OF_A_ROW = 64
 LEAST_KEYS = 256
 # A program holds about 40 KiB of shared memory and 4 warps: L4 runs two on a multiprocessor, A100 four, H100 five.
