@@ -15,5 +15,5 @@ KEY_BLOCK_GPU = 4096
 
 
 def run(arrays, call: Call, config=None, interpret=False):
-    """See `api.decode_attention`: takes every call, and has no tiles."""
+    """See `api.decode_attention`. It takes every call, and has no tiles."""
     return blocked_attention(arrays, call, call.queries, KEY_BLOCK_GPU if platform_of() == "gpu" else KEY_BLOCK)

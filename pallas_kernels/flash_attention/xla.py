@@ -20,7 +20,7 @@ SMALLEST_KEY_BLOCK = 128
 
 
 def run(arrays, call: Call, config=None, interpret=False):
-    """See `api.flash_attention`: takes every call, and has no tiles."""
+    """See `api.flash_attention`. It takes every call, and has no tiles."""
     if platform_of() == "gpu":
         return blocked_attention(arrays, call, QUERY_BLOCK_GPU, KEY_BLOCK_GPU)
     return blocked_attention(

@@ -17,9 +17,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quantized_matmul.call import Call
 
-# The bits, with an int4 plus eight as the lowest four, are a 16-bit float: 2^7 plus that number in bf16, 2^10 plus it in
-# f16. So a mask and one subtraction widen two values at once. As compiled, a decode loop takes 6.1 instructions per weight
-# on an A100 and 5.5 on an H100; with integer conversions 6.8 and 6.9.
+# These bits, with an int4 plus eight in the lowest four, are a 16-bit float: 2^7 plus that number in bf16, 2^10 plus it
+# in f16. So a mask and one subtraction widen two values at once. As compiled, a decode loop takes 6.1 instructions per
+# weight on an A100 and 5.5 on an H100; with integer conversions 6.8 and 6.9.
 _INT4 = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 
 

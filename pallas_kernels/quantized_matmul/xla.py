@@ -1,8 +1,8 @@
 """The product with a quantized matrix in XLA: the reference, and the path of CPUs.
 
-On a CPU, XLA computes a one-row product in int8, or one with a conversion inside, by a scalar loop; a widened copy of the
-matrix costs more than it saves. So with one scale per output, a few rows of floats are split into sums of three int8
-rows, which are multiplied int8 by int8. Other calls widen the matrix one block of rows at a time.
+On a CPU, XLA computes a one-row product in int8, or one with a conversion inside, by a scalar loop; a widened copy of
+the matrix costs more than it saves. So with one scale per output, a few rows of floats are split into sums of three
+int8 rows, which are multiplied int8 by int8. Other calls widen the matrix one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def integers(x: Int[Array, "M in"], values: Int[Array, "out in"]) -> Int[Array, 
 
 
 def _two(x: Array) -> Array:
-    """Repeat a single row: XLA's CPU backend is slow with one."""
+    """Pad a single row to two: XLA's CPU backend is slow with one."""
     return jnp.concatenate([x, jnp.zeros_like(x)]) if x.shape[0] == 1 else x
 
 
 def run(arrays, call: Call, config=None, interpret=False) -> Float[Array, "M out"]:
-    """See `api.quantized_matmul`: takes every call, and has no tiles."""
+    """See `api.quantized_matmul`. It takes every call, and has no tiles."""
     x, values, scales = (arrays[name] for name in ("x", "values", "scales"))
     if call.int8_activations:
         y = integers(x, values).astype(jnp.float32) * scales * arrays["row_scale"]
