@@ -86,7 +86,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     for heads of 256.
     Registers: with 4 warps, 64 rows take all 255 registers and spill. They get 8 warps and at most 64 keys, heads of
     256 half the rows. f32 has no tensor core and spilled at 32 rows: it gets 16, smaller stages, and 8 warps unless its
-    heads of 256 are read unpadded.
+    heads of 256 need neither padding nor conversion.
     Hopper multiplies 64 rows with one warpgroup: an H200 took 155 us with 4 warps, 226 us with 8. Heads of 256 spill
     with 4.
     Splits: only if all rows are decode rows: about PROGRAMS_A_CORE programs per multiprocessor, as long as a part is

@@ -118,7 +118,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
 
 
 def _joined(decode, others, end):
-    """Join the results of both runs; the first `end` queries are those of decode rows. Folded, else XLA re-lays them."""
+    """Join both runs' results, folded, else XLA re-lays them. The first `end` queries are those of decode rows."""
 
     def join(a, b):
         if a is None:
