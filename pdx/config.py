@@ -20,8 +20,14 @@ MOST_LAYERS, MOST_HEAD_DIM = 10_000, 65_536
 class RopeConfig:
     """Rotary position embedding over halves: angle[t, i] = t * theta**(-2i/H) / divisors[i].
 
-    Every published frequency scaling (linear, llama3, yarn) is a divisor per frequency, so the
-    families turn theirs into `divisors` and the layer knows one rule.
+    Every published frequency scaling (linear, llama3, yarn) is a divisor per frequency. The family files convert
+    theirs to `divisors`, and the layer has one rule.
+
+    Example:
+      >>> import dataclasses
+      >>> longer = dataclasses.replace(cfg, rope=pdx.RopeConfig(theta=500_000.0, divisors=(1.0, 1.0, 2.0, 8.0)))
+      >>> longer.layer_rope(0).theta
+      500000.0
     """
 
     theta: float = 10_000.0
@@ -35,6 +41,15 @@ class ModelConfig:
 
     Dimensions as in `pdx.shapes`: D `d_model`, L `num_layers`, N `num_heads`, K `num_kv_heads`,
     H `head_dim`, F `d_ff`, V `vocab_size`.
+
+    Raises:
+      ValueError: sizes that do not fit together; the text names the field.
+
+    Example:
+      >>> cfg.group_size, cfg.windows
+      (2, (None, None))
+      >>> pdx.ModelConfig.from_json(cfg.to_json()) == cfg
+      True
     """
 
     family: str

@@ -49,6 +49,11 @@ class EngineConfig:
 
     Raises:
       RequestError: a setting out of range; the text names it.
+
+    Example:
+      >>> config = pdx.EngineConfig(slots=4, token_budget=64, policy="shortest")
+      >>> config.slots, config.prefix_cache
+      (4, True)
     """
 
     slots: int = 8

@@ -53,6 +53,11 @@ class Engine:
 
     Raises:
       RequestError, NotImplementedError: a setting, or a kernel path, that is not possible here.
+
+    Example:
+      >>> model = pdx.load("smollm2-135m-instruct")  # doctest: +SKIP
+      >>> with pdx.Engine(model, pdx.EngineConfig(slots=8)) as engine:  # doctest: +SKIP
+      ...     done = engine.generate(["The capital of France is", "Bonjour"], max_tokens=16)
     """
 
     @on_own_mesh

@@ -15,14 +15,19 @@ from pdx.sampling.options import SamplingOptions
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One prompt and how to go on from it.
+    """One prompt and the settings to continue it with.
 
     Attributes:
       prompt: token ids, at least one.
       priority: for the policy `priority`; larger goes first.
-      timeout_s: seconds from submission after which it ends with finish reason `timeout`. None: never.
+      timeout_s: seconds from submission until the request ends with finish reason `timeout`. None: never.
       mask: called before each token with the ids generated so far; returns bool [V], True where a token is
-        allowed, or None for all. It runs on the host between two steps: the door for structured output.
+        allowed, or None to allow all. It runs on the host between two steps and can enforce structured output.
+
+    Example:
+      >>> request = pdx.EngineRequest([5, 9, 2], pdx.SamplingOptions(max_tokens=8), timeout_s=30)
+      >>> request.prompt, request.timeout_s
+      ((5, 9, 2), 30.0)
     """
 
     prompt: tuple[int, ...]

@@ -42,6 +42,10 @@ class SamplingOptions:
 
     Raises:
       RequestError: a setting out of its range; the text names it, its value and the range.
+
+    Example:
+      >>> pdx.SamplingOptions(max_tokens=64, temperature=0.7, top_p=0.9, seed=1, stop="END").stop
+      ('END',)
     """
 
     max_tokens: int = 128

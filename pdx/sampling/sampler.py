@@ -1,18 +1,17 @@
-"""From logits to tokens: one pure function for a batch in which every row has settings of its own.
+"""From logits to tokens: one pure function for a batch in which every row has its own settings.
 
-The settings apply in this order, which is that of Hugging Face transformers:
+The settings apply in this order, as in Hugging Face transformers:
 
 1. repetition penalty (prompt and output), then presence and frequency penalties (output only);
 2. logit bias, so that it is added as given;
 3. temperature; at 0 the best token is taken here and nothing below matters;
 4. top-k, then top-p over the probabilities that top-k leaves, then min-p.
 
-Top-k keeps exactly k tokens and top-p the smallest set of mass >= p, at least one token; equal logits
-count lower ids first. min-p compares with the best token, so its place after top-p only decides which
-tokens top-p counts: all that top-k leaves.
+Top-k keeps exactly k tokens, top-p the smallest set of mass >= p and at least one token; of equal logits the lower id
+comes first. min-p compares with the best token, so it may come after top-p without changing what it removes.
 
-All settings are arrays, so one compiled program serves every mix of them. What costs something stands
-under a `lax.cond` on whether any row asks for it: a step of plain greedy rows runs an argmax and no more.
+All settings are arrays, so one compiled program serves every mix of them. Expensive parts run under a `lax.cond` on
+whether any row needs them: a step of plain greedy rows runs an argmax and nothing else.
 """
 
 from __future__ import annotations
@@ -45,9 +44,14 @@ LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).
 
 @struct.dataclass
 class SamplingState:
-    """The settings of a batch and what its rows have seen, on the device: the same tree whatever the settings.
+    """The settings of a batch and the tokens its rows have seen, on the device: one pytree for all settings.
 
-    5 bytes a row and token of vocabulary (10 MB for 8 rows of 262144). Rows without a request are greedy.
+    It takes 5 bytes per row and vocabulary entry (10 MB for 8 rows of 262144). Rows without a request are greedy.
+
+    Example:
+      >>> state = pdx.SamplingState.create([pdx.SamplingOptions(temperature=0.7, seed=1)], vocab_size=64, batch=2)
+      >>> state.observe(jnp.array([5, 9]), jnp.array([True, False])).output_counts.sum(-1).tolist()
+      [1, 0]
     """
 
     temperature: Float[Array, " B"]
