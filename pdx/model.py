@@ -1,5 +1,9 @@
 """The model: parameter declarations, initialisation and the one `forward` of every family.
 
+1. `embed` looks up tokens [B, T]; `cache.rows` says where each stands in its row and which are real.
+2. Each `layer` appends keys and values to its part of the cache, attends over it, and runs the MLP.
+3. The last norm and the head turn the wanted rows into logits; `cache.advance` records the new lengths.
+
 Prefill, decode and verification are this `forward` with T = chunk, 1 and draft + 1.
 """
 
