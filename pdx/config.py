@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_tanh"]
-# Above what any model has: a corrupted size must not become a tuple of its length.
+# More than any model has. The limit keeps a corrupted size from becoming a huge tuple.
 MOST_LAYERS, MOST_HEAD_DIM = 10_000, 65_536
 
 
@@ -62,9 +62,9 @@ class ModelConfig:
     d_ff: int
     max_context: int
     rope: RopeConfig = RopeConfig()
-    # Window layers of Gemma 3 rotate with a base of their own; None: `rope` everywhere.
+    # The RoPE of window layers (Gemma 3 has a separate base there); None: `rope` everywhere.
     rope_window: RopeConfig | None = None
-    # One entry a layer: how many positions a query sees, itself included. None: all of them.
+    # One entry per layer: how many positions a query sees, itself included. None: all of them.
     windows: tuple[int | None, ...] = ()
     norm_eps: float = 1e-5
     activation: Activation = "silu"
@@ -77,7 +77,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of each query and key head before RoPE
-    post_norms: bool = False  # a norm behind attention and behind the MLP, before the residual sum
+    post_norms: bool = False  # a norm after attention and after the MLP, before the residual sum
 
     def __post_init__(self):
         for name in (
