@@ -1,7 +1,6 @@
-"""How a model's own files would have it sampled: `generation_config.json`, or `general.sampling.*` of a GGUF file.
+"""The sampling settings that a model's files recommend: `generation_config.json`, or `general.sampling.*` in GGUF.
 
-`pdx chat` and the chats of `pdx batch` do as the files say unless told otherwise; everything else is greedy unless
-asked.
+`pdx chat` and the chats of `pdx batch` use them unless told otherwise; everything else is greedy by default.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _GGUF = {
     "penalty_repeat": "repetition_penalty",
 }
 _DRAWN = ("temperature", *FILTERS)  # of no effect while the best token is taken
-# What would change an answer and pdx does not have, with the value that switches it off.
+# Settings that would change an answer but that pdx lacks, each with the value that switches it off.
 _OTHERS: dict[str, Any] = {
     "suppress_tokens": [],
     "begin_suppress_tokens": [],

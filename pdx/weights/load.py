@@ -66,6 +66,11 @@ def load(
       UnsupportedModelError: a model of an architecture, or with a feature, that pdx does not have.
       ContextLengthError: `max_context` is not within the model's own.
       ValueError: a dtype or a mesh that makes no sense.
+
+    Example:
+      >>> model = pdx.load("smollm2-135m-instruct", quantize="int8")  # doctest: +SKIP
+      >>> model.config.num_layers  # doctest: +SKIP
+      30
     """
     if not isinstance(model, str | Path):
         raise ModelNotFoundError(f"model is {model!r}: it must be a name (see `pdx models`), a path or a hub id")
