@@ -10,7 +10,7 @@ import pytest
 
 import pdx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 RIGHT = """
 import numpy as np
