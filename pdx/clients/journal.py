@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +87,28 @@ class InOrder:
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
         self.done[line] = strict_json.dumps(row, ensure_ascii=False)
-        while self._next in self.done:
-            self._file.write(self.done[self._next] + "\n")
-            self._next = next(self._lines, None)
-        self._file.flush()
+        with _errors_name(self.output):
+            while self._next in self.done:
+                self._file.write(self.done[self._next] + "\n")
+                self._next = next(self._lines, None)
+            self._file.flush()
 
     def finish(self, lines: list[int]) -> None:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        with _errors_name(self.output):  # it writes once more what could not be written
+            self._file.close()
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """What the system says of an open file does not name it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def path_of(output: Path) -> Path:

@@ -219,15 +219,15 @@ def _device_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     for name in ("xla", "pallas"):
         if name in test:
             path = test[name]
-            rows.append(
-                (
-                    "self-test",
-                    f"{name}: prefill {path['prefill_s'] * 1e3:.1f} ms, decode step "
-                    f"{path['decode_step_s'] * 1e3:.1f} ms, first run {path['with_compilation_s']:.1f} s"
-                    f"{' (interpreted)' if path['interpreted'] else ''}",
-                )
-            )
+            how = ", interpreted" if path["interpreted"] else ""
+            prefill, decode = _short(path["prefill_s"] * 1e3), _short(path["decode_step_s"] * 1e3)
+            first = _short(path["with_compilation_s"])
+            rows.append(("self-test", f"{name}{how}: prefill {prefill}, decode {decode} ms, first run {first} s"))
     verdict = {True: "passed", False: "FAILED", None: "not compared"}[test["passed"]]
     if (difference := test["relative_difference"]) is not None:
         verdict += f", logits differ by {difference:.1e} of the largest (allowed {test['relative_tolerance']:.0e})"
     return [*rows, ("self-test", verdict + (f": {test['reason']}" if test["reason"] else ""))]
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:.0f}"

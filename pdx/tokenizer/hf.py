@@ -78,10 +78,11 @@ def build_from_hf(directory: Path) -> tuple[tokenizers.Tokenizer, Settings]:
 
 
 def _ids(directory: Path, value: Any) -> list[int]:
+    """The ids of a field, which is one, a list or null; -1 is none (LLaMA's own files have it as `pad_token_id`)."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**32 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i < 2**32 for i in ids):
         raise ModelFileError(f"{directory}: a token id in config.json or generation_config.json is {value!r}")
-    return ids
+    return [i for i in ids if i != -1]
 
 
 def _decoder_of(added: Mapping[str, Any], config: Mapping[str, Any], backend: Any) -> dict[str, Any]:

@@ -119,8 +119,9 @@ def main(memory_bytes: int) -> None:
         request = json.loads(line)
         allow(request["seconds"])
         reply = render(request["template"], request["variables"], request["max_characters"])
-        if "message" in reply and len(reply["message"]) > 500:
-            reply["message"] = reply["message"][:500] + " ..."
+        if "message" in reply:  # one line, and no page
+            message = " ".join(reply["message"].split())
+            reply["message"] = message if len(message) <= 500 else message[:500] + " ..."
         print(json.dumps(reply), flush=True)
 
 

@@ -212,6 +212,15 @@ def test_a_pipe_is_written_to_in_order_and_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [pipe]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_an_output_without_room_is_named(tmp_path):
+    journal = InOrder(type(tmp_path)("/dev/full"), [1])
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        journal.add(1, {"n": 1})
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        journal.close()
+
+
 def test_devices_and_descriptors_are_no_ordinary_files(tmp_path):
     link = tmp_path / "null"
     link.symlink_to(os.devnull)

@@ -139,6 +139,17 @@ def test_the_self_test_can_fail():
         assert compare(logits, wrong)["reason"]
 
 
+def test_a_slow_self_test_still_fits_80_columns():
+    from pdx.doctor import _device_rows
+
+    path = {"prefill_s": 1.23456, "decode_step_s": 0.12345, "with_compilation_s": 123.45, "interpreted": True}
+    test = {"xla": path | {"interpreted": False}, "pallas": path, "passed": False, "reason": ""}
+    test |= {"relative_difference": 1.0, "relative_tolerance": 1e-3}
+    rows = _device_rows({"devices": None, "kernels": None, "self_test": test})
+    assert rows[1] == ("self-test", "pallas, interpreted: prefill 1235, decode 123 ms, first run 123 s")
+    assert all(len(f"{name:11}{value}") <= 80 for name, value in rows)
+
+
 @pytest.mark.slow
 def test_all_is_well_here():
     done = doctor("", "--json", JAX_PLATFORMS="cpu")

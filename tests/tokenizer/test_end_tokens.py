@@ -159,3 +159,12 @@ def test_the_tokenizers_eos_counts_beside_that_of_the_generation_config(tmp_path
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
     tokenizer = Tokenizer.from_hf_dir(tmp_path)
     assert {0, tokenizer.token_id("<|over|>")} <= tokenizer.eos_ids
+
+
+def test_an_id_of_minus_one_is_no_token_in_directories_too(tmp_path):
+    byte_level("qwen2").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"bos_token_id": -1, "eos_token_id": [-1, 5], "pad_token_id": -1}')
+    tokenizer = Tokenizer.from_hf_dir(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (None, None)
+    assert 5 in tokenizer.eos_ids
+    assert -1 not in tokenizer.eos_ids

@@ -71,6 +71,7 @@ def test_a_template_that_asks_for_too_much_is_stopped(what, renderer):
         ("{{ messages.append(1) }}", ModelFileError, "sandbox forbids"),
         ("{{ raise_exception('a' * 10**7) }}", RequestError, r"refuses these messages: a{500} \.\.\."),
         ("{{ raise_exception(none) }}", RequestError, "refuses these messages: None"),
+        ("{{ raise_exception('no\n tools') }}", RequestError, r"refuses these messages: no tools\."),
         ("{{ range(10**9) }}", RequestError, "Range too big"),
         ("{% include messages %}", RequestError, "refuses these messages"),
     ],

@@ -165,6 +165,7 @@ def test_split_special_tokens_holds_for_texts_and_not_for_the_template(tmp_path)
         ({"chat_template": {"default": 3}}, {}, "'default' is no text"),
         ({"chat_template": 3}, {}, "malformed chat_template"),
         ({}, {"generation_config.json": {"eos_token_id": [True]}}, r"token id in .* is \[True\]"),
+        ({}, {"config.json": {"pad_token_id": -2}}, "token id in .* is -2"),
     ],
 )
 def test_what_is_malformed_is_named(config, files, says, tmp_path):
