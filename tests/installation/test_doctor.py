@@ -140,7 +140,7 @@ def test_the_self_test_can_fail():
 
 
 def test_a_slow_self_test_still_fits_80_columns():
-    from pdx.doctor import _device_rows
+    from pdx.installation.doctor import _device_rows
 
     path = {"prefill_s": 1.23456, "decode_step_s": 0.12345, "with_compilation_s": 123.45, "interpreted": True}
     test = {"xla": path | {"interpreted": False}, "pallas": path, "passed": False, "reason": ""}
