@@ -1,4 +1,4 @@
-"""Every difference between the supported JAX versions (0.10.2 to 0.12), and nowhere else."""
+"""All code that depends on the JAX version (0.10.2 to 0.12)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jax
 from jax.sharding import AbstractDevice
 
 if jax.__version_info__ >= (0, 11):
-    # Pallas adds to the key of JAX's caches when it is imported. The ops import their kernels while they are traced:
-    # were it not here before, the first programs would be traced and compiled a second time.
+    # Importing Pallas changes the key of JAX's caches. The ops import their kernels at trace time; without this earlier
+    # import the first programs would be traced and compiled twice.
     import jax.experimental.pallas.fuser
 
 
 def abstract_device(kind: str, cores: int, platform: str, **facts) -> AbstractDevice:
-    """A device that is not here. `facts` become attributes of it, such as the `compute_capability` Mosaic asks for."""
+    """A device that is not present. `facts` become its attributes, such as the `compute_capability` Mosaic asks for."""
     wanted = {"device_kind": kind, "num_cores": cores, "platform": platform}
     known = inspect.signature(AbstractDevice).parameters
     cls = type("AbstractDevice", (AbstractDevice,), facts) if facts else AbstractDevice
@@ -23,19 +23,19 @@ def abstract_device(kind: str, cores: int, platform: str, **facts) -> AbstractDe
 
 
 def topology_arguments(platform: str) -> dict[str, object]:
-    """What `get_topology_desc` needs beside the name: JAX 0.10 asks for the host's bounds, later ones accept them."""
+    """Arguments of `get_topology_desc` beside the name. JAX 0.10 needs the host's bounds, later ones accept them."""
     return {"chips_per_host_bounds": (1, 1, 1)} if platform == "tpu" else {}
 
 
 def cost_dict(analysis: object) -> Mapping[str, float]:
-    """`Compiled.cost_analysis()` as one mapping: some versions give a list with one entry a program."""
+    """`Compiled.cost_analysis()` as one mapping; some versions return a list with one entry per program."""
     if isinstance(analysis, list | tuple):
         analysis = analysis[0] if analysis else {}
     return analysis or {}
 
 
 def scan_sizes(params: Mapping[str, object]) -> tuple[int, int]:
-    """Constants and carried values of a `scan` equation, which come first among its operands in this order."""
+    """Number of constants and of carried values of a `scan` equation. Its operands begin with them, in this order."""
     if "ft_in" in params:  # JAX 0.12
         consts, carry, _ = params["ft_in"].unpack()
         return len(list(consts)), len(list(carry))

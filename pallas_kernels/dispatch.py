@@ -1,13 +1,12 @@
-"""The one place that chooses an implementation, and runs it.
+"""Chooses the implementation of a call, and runs it. No other module does.
 
-`auto` takes the first that exists for the device and supports the call, and can say which and why. A named one, or a
-user's own (`pallas_kernels.implementation`), never falls back: what it cannot do raises NotImplementedError with the
-reason and what to use instead.
+`auto` takes the first implementation for the device that supports the call, XLA's where there is none; `explain` says
+which and why. A named implementation, or a user's own (`pallas_kernels.implementation`), never falls back: a call that
+it cannot do raises NotImplementedError with the reason and what to use instead.
 
-For experiments, the environment variable PDX_KERNELS, or `with use("xla"):` around the call, says what `auto` means; a
-name that the caller gives stands. Both are read while a function is traced: a function that was jitted before keeps the
-path that it was traced with. An op that has kernels only where XLA needs help (the page write) ignores an override that
-it lacks.
+For experiments, the environment variable PDX_KERNELS, or `with use("xla"):`, redefines `auto`; a name that the caller
+gives is not affected. Both are read at trace time: a function that is already jitted keeps its path. The page write has
+kernels only where XLA needs help: it ignores an override that it lacks.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import pallas_kernels.compat  # noqa: F401 (it imports what must be there before anything is traced)
+import pallas_kernels.compat  # noqa: F401 (imports what must be loaded before anything is traced)
 from pallas_kernels import hardware
 from pallas_kernels.gradients import has_derivative, raising_under_grad
 from pallas_kernels.implementation import ANY, InFolder, name_of, names, own, platforms_of, refusal, runs_on
@@ -47,7 +46,18 @@ class Choice:
 
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Inside, `auto` means this implementation."""
+    """Within this context, `auto` means `implementation`: `xla`, `tpu`, `gpu` or `auto`. Read at trace time.
+
+    Raises:
+      ValueError: not a known name.
+
+    Example:
+      >>> from pallas_kernels.decode_attention.api import explain
+      >>> from pallas_kernels.dispatch import use
+      >>> with use("xla"):
+      ...     print(explain(platform="tpu"))
+      decode_attention: xla (chosen by use())
+    """
     token = _override.set(_known(implementation, "implementation"))
     try:
         yield
@@ -64,14 +74,13 @@ def choose(
     *,
     helper: bool = False,
 ) -> Choice:
-    """Decide for one op.
+    """Choose the implementation of one call.
 
     Args:
       op: its name, for messages.
       implementation: what the caller asked for: a name, or an implementation of their own.
-      modules: the implementations this op has by name; `xla` is always among them.
-      call: the static facts of the call, to ask each implementation whether it can do it. None: what
-        a call without rarer features would take.
+      modules: the op's implementations by name; `xla` is always among them.
+      call: the static facts that each implementation is asked about. None: assume that all support the call.
       platform: `cpu`, `gpu` or `tpu`; None: that of the device traced for.
       helper: the op has kernels only where XLA needs help: it ignores an override that it lacks.
 
@@ -115,7 +124,7 @@ def _automatic(op: str, modules: Mapping[str, Any], call: Any, platform: str | N
 
 
 def _platform(modules: Mapping[str, Any], name: str) -> str:
-    """Of a named implementation, where possible without importing it."""
+    """The platform of a named implementation; one in a folder is not imported for it."""
     if isinstance(modules, InFolder):
         return modules.platform(name)
     return getattr(modules[name], "PLATFORM", name)
@@ -128,11 +137,11 @@ def _known(name: str, where: str) -> str:
 
 
 class Op:
-    """An op by name: its implementations, the choice among them, and the run of the chosen one.
+    """An op: its implementations, the choice among them, and the run of the chosen one.
 
     Args:
-      name: of the public function.
-      package: of its folder in this package; None: called as the op.
+      name: the name of its public function.
+      package: the op's folder in this package; None: the same name.
       helper: see `choose`.
     """
 
@@ -147,19 +156,32 @@ class Op:
         return getattr(import_module(f"{self._package}.api"), self.name)
 
     def implementation(self, given: Implementation) -> Implementation:
-        """A name as it is; a user's module, object or function as an implementation."""
+        """A name unchanged; a user's module, object or function as an implementation."""
         return given if isinstance(given, str) else own(given, self.public)
 
     def explain(self, implementation: Implementation = "auto", platform: str | None = None, call: Any = None) -> Choice:
-        """Which implementation a call takes, and why. Raises as the op does."""
+        """Say which implementation a call takes, and why. Raises as the op does.
+
+        Args:
+          implementation: as the op's caller gives it.
+          platform: `cpu`, `gpu` or `tpu`; None: that of the device traced for.
+          call: the call's static facts; None: assume that all implementations support it.
+
+        Example:
+          >>> from pallas_kernels.decode_attention.api import explain
+          >>> print(explain(platform="tpu"))
+          decode_attention: tpu (Pallas kernel for tpu)
+          >>> print(explain("xla"))
+          decode_attention: xla (named by the caller)
+        """
         given = self.implementation(implementation)
         return choose(self.name, given, self.implementations, call, platform, helper=self._helper)
 
     def select(self, implementation: Implementation, call: Any, interpret: Any = False) -> Any:
-        """The implementation that a call runs: what `explain` says, held against the device traced for.
+        """The implementation that a call runs, if it can run on the device traced for.
 
         Raises:
-          ValueError, NotImplementedError: as `choose`; a kernel for another platform that is not to be interpreted.
+          ValueError, NotImplementedError: as `choose`. Also for a kernel for another platform without `interpret`.
         """
         given = self.implementation(implementation)
         choice = choose(self.name, given, self.implementations, call, helper=self._helper)
@@ -185,16 +207,16 @@ class Op:
         config: Any = None,
         interpret: Any = False,
     ) -> Any:
-        """Choose, settle the tiles, and run.
+        """Choose an implementation, resolve its tiles, and run it.
 
         Args:
           implementation, config, interpret: as the op's caller gave them.
-          arrays: the op's arrays by name, checked; None for those that this call has not.
+          arrays: the op's checked arrays by name; None: this call has no such array.
           call: its static facts.
 
         Raises:
           ValueError: a config for an implementation without tiles, or one that does not suit the call.
-          NotImplementedError: see `select`; a derivative where there is none.
+          NotImplementedError: see `select`; also a derivative that does not exist.
         """
         chosen = self.select(implementation, call, interpret)
         if hasattr(chosen, "heuristic"):

@@ -1,4 +1,4 @@
-"""What has no derivative, and says what to use instead."""
+"""Ops without a derivative: the error that says what to use instead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-# The XLA paths of flash and decode attention loop between bounds that are values: inside of jit they have no gradient.
+# The loop bounds of XLA's flash and decode attention are traced values: under jit they have no gradient either.
 _DENSE = "use reference_attention, or pdx.forward without a cache"
 _KERNELS = "the Pallas kernels have no derivative"
 _REASONS = {
@@ -18,12 +18,12 @@ _REASONS = {
 
 
 def has_derivative(op: str, platforms: tuple[str, ...]) -> bool:
-    """Whether an implementation for these platforms may have one: kernels for a TPU or a GPU have none."""
+    """Whether an implementation for these platforms may have a derivative. TPU and GPU kernels have none."""
     return op not in _REASONS or ("any" in platforms and op != "paged_attention")
 
 
 def raising_under_grad(function: Callable, op: str) -> Callable:
-    """`function`, with NotImplementedError in place of a derivative. Its arguments are pytrees of arrays."""
+    """`function`, but its derivative raises NotImplementedError. Its arguments are pytrees of arrays."""
     wrapped = jax.custom_jvp(function)
 
     @wrapped.defjvp

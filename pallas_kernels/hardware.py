@@ -1,12 +1,13 @@
-"""The one chip table: peaks, memories and matmul types of every chip the kernels are written for.
+"""The chip table: peaks, memories and matmul types of every chip that the kernels are written for.
 
-Sources. TPU peaks and HBM: Google Cloud's TPU pages and JAX's own table (`jax._src.tpu_info`); VMEM: the limits that
-libtpu 0.0.50 names when a kernel exceeds them. GPU rows are dense figures (without structured sparsity) from
-NVIDIA's datasheets as secondary tables give them: check a datasheet before relying on one. SM counts, clocks and
-shared memory: the device descriptions inside XLA's CUDA plugin (L4 and T4: their whitepapers).
+Sources. TPU peaks and HBM: Google Cloud's TPU pages and JAX's own table (`jax._src.tpu_info`). VMEM: the limits that
+libtpu 0.0.50 names when a kernel exceeds them. GPU figures are dense (without structured sparsity) and come from
+secondary tables of NVIDIA's datasheets: check the datasheet before relying on one. SM counts, clocks and shared
+memory: the device descriptions inside XLA's CUDA plugin (L4 and T4: their whitepapers).
 
-TPU clocks are the published peak over FLOPs a cycle: v6e and 7x then need two pushes a cycle of each 256x256 array.
-IEEE f32: on a TPU six bf16 passes (`precision=HIGHEST`), on a GPU one multiply-add a cycle of each f32 lane.
+TPU clocks are the published peak over the FLOPs per cycle; for v6e and 7x this assumes two pushes per cycle to each
+256x256 array. IEEE f32 takes six bf16 passes on a TPU (`precision=HIGHEST`), and one multiply-add per cycle and f32
+lane on a GPU.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import jax
 
 @dataclass(frozen=True)
 class Chip:
-    """What a kernel or a cost model may assume of one chip (not of one core, nor of one JAX device)."""
+    """The published figures of one whole chip (not of one core, nor of one JAX device)."""
 
     name: str
     platform: str  # tpu | gpu
-    kinds: tuple[str, ...]  # what JAX's `device.device_kind` says
+    kinds: tuple[str, ...]  # values of JAX's `device.device_kind`
     bf16_tflops: float | None  # None: no bf16 matrix unit
     int8_tops: float | None  # None: not native
-    hbm_gbps: float  # 1e9 bytes a second
+    hbm_gbps: float  # 1e9 bytes per second
     hbm_gib: float
     cores: int  # TensorCores or streaming multiprocessors
     clock_ghz: float
@@ -35,8 +36,8 @@ class Chip:
     fp8_tflops: float | None = None
     devices: int = 1  # JAX devices that a topology shows for one chip
     mxu: int = 0  # TPU: rows and columns of one matrix unit
-    vmem_mib: int = 0  # TPU: scoped VMEM a kernel gets a core unless it asks for more
-    vmem_capacity_mib: int = 0  # TPU: VMEM of a core, the most a kernel may ask for
+    vmem_mib: int = 0  # TPU: scoped VMEM of a core that a kernel has by default
+    vmem_capacity_mib: int = 0  # TPU: VMEM of a core, the most that a kernel may ask for
     smem_kib: int = 0  # TPU: scalar memory of a core; GPU: shared memory a block may opt into
     capability: tuple[int, int] | None = None  # GPU: compute capability
 
@@ -46,7 +47,7 @@ class Chip:
 
     @property
     def vmem_bytes(self) -> int:
-        """Scoped VMEM in bytes that a kernel has without asking for more."""
+        """Scoped VMEM in bytes that a kernel has by default."""
         return self.vmem_mib * 2**20
 
     @property
@@ -54,7 +55,7 @@ class Chip:
         return self.smem_kib * 1024
 
     def tflops(self, dtype: str = "bfloat16") -> float:
-        """Peak TFLOP/s of a matmul whose two sides are `dtype`; a type that is not native runs at bf16's rate."""
+        """Peak TFLOP/s of a matmul with both operands in `dtype`; a type that is not native runs at bf16's rate."""
         wide = self.bf16_tflops or self.fp16_tflops or self.f32_tflops
         if dtype == "float32":
             return self.f32_tflops
@@ -66,11 +67,11 @@ class Chip:
         return native.get(dtype) or wide
 
     def floor_cycles(self, flops: float, dtype: str = "bfloat16") -> float:
-        """Cycles that `flops` of matmul take at the published peak on one JAX device of this chip."""
+        """Cycles of `flops` of matmul at the published peak, on one JAX device of this chip."""
         return flops * self.devices * self.clock_ghz * 1e9 / (self.tflops(dtype) * 1e12)
 
     def seconds(self, flops: float, nbytes: float, dtype: str = "bfloat16") -> float:
-        """The roofline: what one whole chip needs at least for `flops` and `nbytes` of HBM traffic."""
+        """The roofline: the least seconds of one whole chip for `flops` and `nbytes` of HBM traffic."""
         return max(flops / (self.tflops(dtype) * 1e12), nbytes / (self.hbm_gbps * 1e9))
 
 
@@ -272,7 +273,7 @@ def chip(name: str) -> Chip:
     """The chip called `name` (`v5e`, `tpu7x`, `A100`, ...) or whose JAX device kind it is.
 
     Raises:
-      ValueError: the table has no such chip; the message lists those it has.
+      ValueError: the table has no such chip; the message lists its chips.
     """
     if (found := of_kind(name)) is not None:
         return found
@@ -284,18 +285,18 @@ def chip(name: str) -> Chip:
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip with this JAX `device_kind`, None if the table lacks it (slices of a GPU, other makes)."""
+    """The chip with this JAX `device_kind`; None if it is not in the table (a GPU slice, another vendor)."""
     return next((c for c in CHIPS.values() if device_kind in c.kinds), None)
 
 
 def detect(platform: str | None = None) -> Chip | None:
-    """The chip that is traced for: the abstract mesh's under AOT, else this process' default device's.
+    """The chip traced for: the abstract mesh's under AOT, else that of the default device.
 
     Args:
-      platform: `tpu` or `gpu`, what a kernel is for; None: any.
+      platform: accept only a `tpu` or only a `gpu`; None: any.
 
     Returns:
-      None on a CPU, on a chip that the table lacks, and on one of another platform.
+      None for a CPU, for a chip that is not in the table, and for one of another platform.
     """
     kind = _device_kind()
     found = of_kind(kind) if kind else None
@@ -303,7 +304,7 @@ def detect(platform: str | None = None) -> Chip | None:
 
 
 def platform_of(device: object | None = None) -> str:
-    """`cpu`, `gpu` or `tpu` of a JAX device, or of what is traced for (see `detect`)."""
+    """`cpu`, `gpu` or `tpu`: of a JAX device, or of the one traced for (see `detect`)."""
     if device is None:
         abstract = _abstract_device()
         if abstract is not None and (known := of_kind(abstract.device_kind)) is not None:
@@ -313,7 +314,7 @@ def platform_of(device: object | None = None) -> str:
 
 
 def without_pallas() -> str | None:
-    """Why the GPU that is traced for runs no Pallas kernel; None where it does, and where it is no GPU."""
+    """Why the GPU traced for runs no Pallas kernel; None if it runs them, or if it is not a GPU."""
     if platform_of() != "gpu":
         return None
     device, kind = _device(), _device_kind() or "this GPU"
@@ -330,7 +331,7 @@ def _device_kind() -> str | None:
 
 
 def _device():
-    """What is traced for: the abstract device under AOT, else the default one."""
+    """The device traced for: the abstract one under AOT, else the default one."""
     abstract = _abstract_device()
     return _default_device() if abstract is None else abstract
 

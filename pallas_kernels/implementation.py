@@ -1,22 +1,23 @@
-"""What an implementation of an op is, where the library's own are found, and how a user's function becomes one.
+"""Implementations of an op: what they declare, how the library finds its own, how a user's function becomes one.
 
 An implementation is a module, or any other object, with
 
     run(arrays, call, config, interpret)
 
-which returns what the op returns: `arrays` by the names of the op's arguments (those that the call has), `call` its
-checked static facts, `config` its tiles, `interpret` whether Pallas is to be interpreted. It may declare
+It returns what the op returns. `arrays` holds the arrays of the call by the names of the op's arguments, `call` the
+checked static facts, `config` the tiles; `interpret` asks for Pallas' interpreter. An implementation may declare
 
-    NAME              what `implementation=` calls it
-    PLATFORM          where it runs uninterpreted: tpu, gpu, or a tuple of these; any, if not declared
-    LAYOUTS           the layouts of K and V that it reads; every one, if not declared
-    supported(call)   None, or why it cannot do the call
-    Config            a frozen dataclass of tiles, with heuristic(call, chip) -> Config
-    misfit(call, config), candidates(call, chip)
-                      why tiles do not suit a call; tiles for the tuner to try
+    NAME                      its name for `implementation=`
+    PLATFORM                  where it runs natively: tpu, gpu, or a tuple of these; default: any
+    LAYOUTS                   the layouts of K and V that it reads; default: all
+    supported(call)           None, or why it cannot do the call
+    Config                    a frozen dataclass of tiles, with
+    heuristic(call, chip)     the Config of a call
+    misfit(call, config)      None, or why these tiles do not suit the call
+    candidates(call, chip)    Configs for the tuner to try
 
-A module in an op's folder that declares NAME is found by being there. A function is one too: it takes the op's public
-arguments, those of them that it knows (`FromFunction`).
+A module in an op's folder that declares NAME is found without being listed anywhere. A function is an implementation
+too: it takes those of the op's public arguments that its signature names (`FromFunction`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from types import ModuleType
 from typing import Any
 
 ANY = "any"
-# Settings that a folded cache does not tell, or that only make a call faster: a function need not know them.
+# A function need not take these: settings that only a folded cache needs, and hints for speed.
 _DERIVED, _HINTS = ("kv_heads", "value_dim"), ("decode_rows", "max_queries")
 
 
 class InFolder(Mapping[str, ModuleType]):
-    """The implementations in an op's package by name: `xla`, then those named as their platform, then the others.
+    """The implementations in an op's package by name: `xla`, then those named like their platform, then the others.
 
-    Files are only searched for what they declare. A module is imported when it is asked for: Pallas takes a while.
+    Listing them reads the files' text only. A module is imported when it is asked for, since Pallas imports slowly.
     """
 
     def __init__(self, package: str):
@@ -65,7 +66,7 @@ class InFolder(Mapping[str, ModuleType]):
 
 @cache
 def declared(package: str) -> dict[str, tuple[str, str]]:
-    """Of the implementations in a package by name: their module, and their platform."""
+    """Name -> (module, platform) of the implementations in a package."""
     found = {}
     for path in sorted(Path(find_spec(package).origin).parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -78,26 +79,26 @@ def declared(package: str) -> dict[str, tuple[str, str]]:
 
 @cache
 def names() -> tuple[str, ...]:
-    """What `implementation=` may be called, over all ops: `auto` first."""
+    """All names that `implementation=` takes, over all ops; `auto` first."""
     folders = (path.parent.name for path in sorted(Path(__file__).parent.glob("*/api.py")))
     known = (name for folder in folders for name in declared(f"{__package__}.{folder}"))
     return tuple(dict.fromkeys(("auto", "xla", "tpu", "gpu", *known)))
 
 
 def platforms_of(implementation: Any) -> tuple[str, ...]:
-    """Where an implementation runs: `tpu`, `gpu` or both; `any` alone if everywhere."""
+    """The platforms an implementation runs on: `tpu`, `gpu` or both; `("any",)` if it runs everywhere."""
     declared = getattr(implementation, "PLATFORM", ANY)
     return (declared,) if isinstance(declared, str) else tuple(declared)
 
 
 def runs_on(implementation: Any, platform: str) -> bool:
-    """Whether an implementation runs on `cpu`, `gpu` or `tpu` without being interpreted."""
+    """Whether an implementation runs natively on `cpu`, `gpu` or `tpu`."""
     platforms = platforms_of(implementation)
     return ANY in platforms or platform in platforms
 
 
 def refusal(implementation: Any, call: Any) -> str | None:
-    """Why an implementation cannot do a call; None: it can."""
+    """None, or why an implementation cannot do a call."""
     layouts, layout = getattr(implementation, "LAYOUTS", None), getattr(call, "layout", None)
     if layouts and layout and layout not in layouts:
         return f"it reads K and V in the layout {' or '.join(map(repr, layouts))}, not {layout!r}"
@@ -111,7 +112,7 @@ def own(given: Any, public: Callable) -> Any:
     """A user's module, object or function as an implementation; `public` is the op's function.
 
     Raises:
-      ValueError: it has no `run` and is no function.
+      ValueError: it has no `run` and is not a function.
     """
     if hasattr(given, "run"):
         return given
@@ -124,13 +125,13 @@ def own(given: Any, public: Callable) -> Any:
 
 
 def name_of(implementation: Any) -> str:
-    """What a user's implementation is called in messages and tables."""
+    """The name of a user's implementation in messages and tables."""
     name = getattr(implementation, "NAME", None) or getattr(implementation, "__qualname__", None)
     return name or getattr(implementation, "__name__", None) or type(implementation).__name__
 
 
 def load(reference: str) -> Any:
-    """What `package.module:name`, or `package.module` alone, stands for.
+    """Import `package.module:name`, or `package.module` alone.
 
     Raises:
       ValueError: there is no such module, or it has no such name.
@@ -146,7 +147,7 @@ def load(reference: str) -> Any:
 
 
 def reference_of(implementation: Any) -> str | None:
-    """How another process can `load` an implementation; None if it cannot, as what was made in a notebook."""
+    """The string by which another process can `load` an implementation; None if it cannot (made in a notebook)."""
     if isinstance(implementation, ModuleType):
         return implementation.__name__
     module, name = getattr(implementation, "__module__", None), getattr(implementation, "__qualname__", "")
@@ -155,15 +156,15 @@ def reference_of(implementation: Any) -> str | None:
 
 
 class FromFunction:
-    """A function of an op's public arguments as an implementation of it.
+    """A function of an op's public arguments, as an implementation of the op.
 
-    It is given the arguments that its signature names, the op's first ones by position. A call that needs another one
-    is refused with that one's name: a function without `window` attends to everything before a query.
+    It gets the arguments that its signature names; those that the op takes by position, by position. A call that
+    needs another argument is refused with that argument's name: without `window`, say, the result would be wrong.
 
-    What it declares, it has as attributes: `mine.LAYOUTS = ("heads_last",)`.
+    The function declares things by attributes: `mine.LAYOUTS = ("heads_last",)`.
 
     Attributes:
-      LAYOUTS: the function's own; else, where it takes no `layout`, only the op's default.
+      LAYOUTS: the function's own; by default all if it takes a `layout`, else only the op's default layout.
     """
 
     def __init__(self, function: Callable, public: Callable):
@@ -184,7 +185,7 @@ class FromFunction:
         return self._open or name in self._takes
 
     def _needed(self, call: Any) -> Iterator[str]:
-        """Names of the public arguments by keyword that a call needs to be told."""
+        """Names of the keyword arguments that a function must take to do this call."""
         for name, p in self._of_op.items():
             if p.kind is not p.KEYWORD_ONLY or name in (*_HINTS, "layout"):
                 continue
@@ -192,7 +193,7 @@ class FromFunction:
             if name in _DERIVED:
                 needed = getattr(call, "layout", "") == "folded"
             elif name in ("k_scale", "v_scale"):
-                needed = call.kv_dtype == "int8"
+                needed = getattr(call, "kv_dtype", call.dtype) == "int8"
             elif p.default is None:  # a call says only whether it has such an array
                 needed = value not in (None, False)
             else:
@@ -209,18 +210,11 @@ class FromFunction:
         return supported(call) if supported else None
 
     def run(self, arrays: Mapping[str, Any], call: Any, config: Any = None, interpret: Any = False) -> Any:
-        """Call the function; see the module's docstring."""
-        settings = {n: getattr(call, n) for n in self._of_op if hasattr(call, n)} | dict(arrays)
-        settings |= {"config": config, "interpret": interpret}
-        positional = [n for n, p in self._of_op.items() if p.kind is not p.KEYWORD_ONLY]
-        named = {n: settings.get(n) for n in (*self._of_op, "config", "interpret") if n not in positional}
-        flags = [
-            n for n, x in named.items() if isinstance(x, bool) and n not in arrays and _is_array(self._of_op.get(n))
-        ]
-        named |= dict.fromkeys(flags)  # a call says only whether there are sinks; without them the function gets None
-        return self.function(*(settings[n] for n in positional), **{n: x for n, x in named.items() if self._knows(n)})
-
-
-def _is_array(parameter: inspect.Parameter | None) -> bool:
-    """Whether a public argument is an array or None, by its default."""
-    return parameter is not None and parameter.default in (None, inspect.Parameter.empty)
+        """Call the function with the arrays, and with the settings that the call holds; see the class."""
+        # Of arrays such as sinks a call only says, as a bool, whether there are any: for none the function gets None.
+        held = {n: getattr(call, n, None) for n, p in self._of_op.items() if p.kind is p.KEYWORD_ONLY}
+        flags = [n for n, x in held.items() if isinstance(x, bool) and not isinstance(self._of_op[n].default, bool)]
+        named = held | dict.fromkeys(flags) | {"config": config, "interpret": interpret}
+        named |= {n: x for n, x in arrays.items() if n in held}
+        first = (arrays[n] for n, p in self._of_op.items() if p.kind is not p.KEYWORD_ONLY)
+        return self.function(*first, **{n: x for n, x in named.items() if self._knows(n)})

@@ -1,7 +1,7 @@
-"""How keys and values lie in memory: one array of a cache, [batch, slots, KV heads, head size] in some order.
+"""The memory layouts of a cache's keys and values: the order of batch, slots, KV heads and head size.
 
-A layout is a property of the device: what its kernels read without a copy. `folded` keeps a head size below 128 from
-being padded to 128 head by head: only K*H is rounded up to whole lanes.
+The device decides: each layout is the one that a device's kernels read without a copy. `folded` puts the heads side by
+side, so that only K*H is rounded up to 128 lanes and not each head below 128.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SCALAR_BYTES = 3 << 18
 
 
 def as_int32(x):
-    """Numbers that say where things are, in the type that all ops count in; those that it cannot hold stay as far out.
+    """Positions, lengths and indices in int32; numbers that int32 cannot hold are clipped to its range.
 
-    In a smaller or unsigned type a difference of two positions would wrap. None stays None.
+    In a smaller or unsigned type the difference of two positions would wrap. None stays None.
     """
     if x is None or x.dtype == jnp.int32:
         return None if x is None else jnp.asarray(x)
     mine, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
-    xp = np if isinstance(x, np.ndarray) else jnp  # jax.numpy would cut an int64 first
+    xp = np if isinstance(x, np.ndarray) else jnp  # jax.numpy would truncate an int64 first
     if theirs.max > mine.max:
         x = xp.minimum(x, mine.max)
     if theirs.min < mine.min:
@@ -42,12 +42,12 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def folded_width(heads: int, dim: int) -> int:
-    """Length of the last axis of a folded array: `heads` heads of `dim`, rounded up to whole lanes."""
+    """Length of a folded array's last axis: heads * dim, rounded up to a multiple of 128."""
     return round_up(heads * dim, LANES)
 
 
 def cache_shape(layout: Layout, batch: int, slots: int, heads: int, dim: int) -> tuple[int, ...]:
-    """Shape of K or V: [B, K, S, H], [B, S, C] or [B, S, K, H]. Pages: P for B and p for S."""
+    """Shape of K or V: [B, K, S, H], [B, S, C] or [B, S, K, H]. Of pages: P in place of B, p in place of S."""
     if layout == "heads_first":
         return (batch, heads, slots, dim)
     if layout == "heads_last":
@@ -62,7 +62,7 @@ def slot_axis(layout: Layout) -> int:
 
 
 def fold(x: Float[Array, "*n K H"]) -> Float[Array, "*n C"]:
-    """Heads side by side in one axis of whole lanes; the lanes behind the last head are zero."""
+    """Put the heads side by side in one axis, padded with zeros to a multiple of 128."""
     *n, heads, dim = x.shape
     x = x.reshape(*n, heads * dim)
     padding = folded_width(heads, dim) - heads * dim
@@ -70,12 +70,12 @@ def fold(x: Float[Array, "*n K H"]) -> Float[Array, "*n C"]:
 
 
 def unfold(x: Float[Array, "*n C"], heads: int, dim: int) -> Float[Array, "*n K H"]:
-    """The heads of a folded array; what lies behind the last one is dropped."""
+    """The heads of a folded array, without its padding."""
     return x[..., : heads * dim].reshape(*x.shape[:-1], heads, dim)
 
 
 def to_layout(x: Float[Array, "B S K H"], layout: Layout) -> Array:
-    """Lay `heads_last` values out as `layout`: a copy, for tests and for small arrays."""
+    """Convert from `heads_last` to `layout`. It copies: for tests and small arrays."""
     if layout == "heads_first":
         return x.transpose(0, 2, 1, 3)
     return fold(x) if layout == "folded" else x
@@ -89,11 +89,11 @@ def from_layout(x: Array, layout: Layout, heads: int, dim: int) -> Float[Array, 
 
 
 def slot_block(x: Array, layout: Layout, start, size: int, heads: int, dim: int) -> Array:
-    """`size` slots from `start` on: [B, K, size, H] of `heads_first`, else [B, size, K, H]."""
+    """`size` slots from `start` on: [B, K, size, H] for `heads_first`, else [B, size, K, H]."""
     block = lax.dynamic_slice_in_dim(x, start, size, axis=slot_axis(layout))
     return unfold(block, heads, dim) if layout == "folded" else block
 
 
 def head_axes(layout: Layout) -> str:
-    """The einsum letters of what `slot_block` returns."""
+    """The einsum letters of the array that `slot_block` returns."""
     return "bksh" if layout == "heads_first" else "bskh"

@@ -1,4 +1,4 @@
-"""Which stored key a query may see, and the arithmetic that every attention path shares."""
+"""The attention mask, and the arithmetic that all attention paths share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Where a running maximum starts, and a masked logit: finite, so that a row with nothing to see gives zero and not NaN,
-# and so far below the start that its weight exp(MASKED - START) is exactly zero before a query has seen a key.
+# The running maximum starts at START; a masked logit is MASKED. Both are finite, so that a query that sees nothing
+# gives zero and not NaN. exp(MASKED - START) is exactly zero, so masked keys have no weight even before a key is seen.
 START, MASKED = -1e30, -2e30
 
 
@@ -20,10 +20,10 @@ def visible(
     tree: Bool[Array, "B T C"] | None = None,
     starts: Int[Array, " B"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Causal, within the window and as the tree says, where there are such.
+    """Which keys each query sees: the causal mask, the window and the tree, each if given.
 
-    A key position below zero is a slot that holds nothing of this row. The tree speaks of the C positions from
-    `starts` on, the chunk's own.
+    A key position below zero marks a slot that holds nothing of this row. The tree masks the chunk's own tokens only,
+    the C positions from `starts` on.
     """
     q, k = query_positions[:, :, None], key_positions[:, None, :]
     mask = k >= 0
@@ -40,12 +40,12 @@ def visible(
 
 
 def soft_cap(logits: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
-    """cap * tanh(logits / cap), as Gemma 2 bounds its logits; None leaves them alone."""
+    """cap * tanh(logits / cap), as in Gemma 2; None: the logits unchanged."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def sink_logits(sinks: Float[Array, " N"] | None) -> Float[Array, " N"] | None:
-    """Sinks in f32. One of -inf is none; one of infinity, a softmax of nothing else, is NaN: it must not give zeros."""
+    """Sinks in f32. -inf is no sink. Infinity becomes NaN: it would take all weight and silently give zeros."""
     if sinks is None:
         return None
     sinks = sinks.astype(jnp.float32)
@@ -53,5 +53,5 @@ def sink_logits(sinks: Float[Array, " N"] | None) -> Float[Array, " N"] | None:
 
 
 def precision_of(dtype) -> jax.lax.Precision:
-    """f32 means IEEE f32 in every dot: accelerators use less unless they are told."""
+    """HIGHEST for f32: by default accelerators multiply f32 with less than IEEE precision."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT

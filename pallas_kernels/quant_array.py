@@ -1,10 +1,10 @@
-"""Quantized matrices: what weights in int8 and int4 are, and how they are made.
+"""Quantized matrices: int8 and int4 weights with their scales, and how they are made.
 
     w[o, i] = values[o, i] * scales[i // g, o] + offsets[i // g, o]
 
-`values` lie `[out, in]` as the matrix did, so that a row of them is read in one piece; scales and offsets lie
-`[in/g, out]`: a product's results `[M, out]` are multiplied by their rows as they lie, and on a TPU an axis of few
-groups must not be the last one, which is padded to 128.
+`values` are `[out, in]` like the matrix, so that a row is contiguous. Scales and offsets are `[in/g, out]` for two
+reasons: a product's results `[M, out]` are multiplied by rows of scales without a transpose, and a TPU would pad a
+last axis of few groups to 128.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pallas_kernels.quantize_kv import quantize_kv
 
 Activations = Literal["float", "int8"]
 GROUPS = (32, 64, 128)
-# int4: the largest value of a group becomes +-7, and -8 is not used: symmetric, as int8 without -128.
+# Symmetric: int4 does not use -8, int8 not -128.
 LEVELS = {8: 127, 4: 7}
 DTYPES = {8: jnp.int8, 4: jnp.int4}
 
@@ -31,15 +31,22 @@ DTYPES = {8: jnp.int8, 4: jnp.int4}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantArray:
-    """A matrix of whole numbers with scales.
+    """A quantized matrix: integers with scales, a pytree. `quantize` makes one.
 
     Attributes:
       values: int8 or int4 [out, in]; JAX keeps int4 two to a byte in memory.
       scales: f32 [in/g, out]; g = in is one scale per output channel.
-      offsets: f32 [in/g, out] of an affine matrix, None of a symmetric one.
-      activations: what a product's other side is: `float` as it comes (W8A16, W4A16), or `int8`, quantized for each
-        row (W8A8); static.
-      stands_for: the name of the floating type that the matrix had, which a lookup gives back; static.
+      offsets: f32 [in/g, out] of an affine matrix; None: symmetric.
+      activations: how a product treats its activations: `float` leaves them (W8A16, W4A16), `int8` quantizes each row
+        (W8A8); static.
+      stands_for: name of the matrix's dtype before it was quantized, the default of `dequantize`; static.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels import QuantArray
+      >>> w = QuantArray(values=jnp.ones((4, 64), jnp.int4), scales=jnp.ones((2, 4)))
+      >>> w.shape, w.bits, w.group, w.nbytes  # 4 * 64 / 2 bytes of int4 and 2 * 4 scales in f32
+      ((4, 64), 4, 32, 160)
     """
 
     values: Int[Array, "out in"]
@@ -50,12 +57,12 @@ class QuantArray:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in], of the matrix it stands for."""
+        """[out, in] of the matrix."""
         return tuple(self.values.shape)
 
     @property
     def dtype(self):
-        """Of the matrix it stands for."""
+        """Of the matrix before it was quantized."""
         return jnp.dtype(self.stands_for)
 
     @property
@@ -84,10 +91,10 @@ class QuantArray:
 
 
 def check(w: QuantArray) -> QuantArray:
-    """`w`, if its parts belong together.
+    """Return `w` if its parts fit together.
 
     Raises:
-      ValueError: parts that are missing, of the wrong type, or of shapes that do not fit.
+      ValueError: a part is missing, of the wrong type, or of a shape that does not fit.
     """
     if w.scales is None:
         raise ValueError("a QuantArray needs scales [in/g, out]; there are none")
@@ -109,7 +116,7 @@ def check(w: QuantArray) -> QuantArray:
 
 
 def group_of(columns: int, group: int | None) -> int:
-    """The size of a group; None: the whole row. Raises ValueError if it does not divide the columns."""
+    """The size of a group; None means the whole row. Raises ValueError if it does not divide the columns."""
     if group is None:
         return columns
     if group < 1 or columns % group:
@@ -128,13 +135,15 @@ def quantize(
     symmetric: bool = True,
     activations: Activations = "float",
 ) -> QuantArray:
-    """Round a matrix to the nearest values of its groups, half to even.
+    """Quantize a matrix group by group, rounding half to even.
 
-    Symmetric: the largest magnitude of a group is 127 (int8) or 7 (int4) steps. Affine (int4): 16 levels from the
-    group's least value to its largest.
+    Symmetric: a group's largest magnitude becomes 127 (int8) or 7 (int4). Affine (int4 only): 16 levels from the
+    group's smallest value to its largest.
 
     Args:
-      group: values along `in` that share a scale; None: all of a row.
+      bits: 8 or 4.
+      group: values along `in` that share a scale; None: a whole row.
+      activations: see `QuantArray`.
 
     Raises:
       ValueError: bits other than 8 and 4, a group that does not divide a row, affine int8.
@@ -164,7 +173,7 @@ def quantize(
 
 
 def dequantize(w: QuantArray, dtype=None) -> Float[Array, "out in"]:
-    """The matrix that `w` stands for."""
+    """The float matrix, in `dtype`; None: in the dtype that it had."""
     rows, columns = w.shape
     grouped = w.values.astype(jnp.float32).reshape(rows, w.groups, w.group) * w.scales.T[..., None]
     if w.offsets is not None:
@@ -173,10 +182,10 @@ def dequantize(w: QuantArray, dtype=None) -> Float[Array, "out in"]:
 
 
 def take_rows(w: QuantArray, rows: Int[Array, ...], dtype=None) -> Float[Array, "... in"]:
-    """Some rows of the matrix, dequantized: the lookup of an embedding. Row numbers outside are clipped."""
+    """Rows of the matrix, dequantized: an embedding lookup. Row numbers past its end are clipped."""
     if rows.size == 1:
-        # One row is a slice, which a TPU takes out of a copy of the whole table, laid out as the wide row lies; two are
-        # a gather from where it lies.
+        # XLA turns the gather of one row into a slice, and on a TPU re-lays the whole table for it. A gather of two
+        # rows reads the table in place.
         twice = lax.optimization_barrier(jnp.repeat(rows.reshape(1), 2))
         return take_rows(w, twice, dtype)[:1].reshape(*rows.shape, w.shape[1])
     values = jnp.take(w.values, rows, axis=0, mode="clip")
@@ -192,10 +201,10 @@ def from_blocks(
     bits: int = 8,
     dtype: str = "float32",
 ) -> QuantArray:
-    """A QuantArray of blocks as files hold them, on the host: a scale (and an offset) a row and group.
+    """A QuantArray from blocks as files store them, on the host: one scale (and offset) per row and group.
 
     Raises:
-      ValueError: values outside what `bits` hold, or shapes that do not fit.
+      ValueError: values outside the range of `bits`, or shapes that do not fit.
     """
     low, high = (-8, 7) if bits == 4 else (-128, 127)
     if values.size and not low <= values.min() <= values.max() <= high:
@@ -205,6 +214,6 @@ def from_blocks(
 
 
 def quantize_rows(x: Float[Array, "M in"]) -> tuple[Int[Array, "M in"], Float[Array, "M 1"]]:
-    """Activations for W8A8: int8, rounded half to even, and a scale a row: x ~ values * scale."""
+    """Quantize activations for W8A8: int8, rounded half to even, one scale per row; x ~ values * scales."""
     values, scales = quantize_kv(x)
     return values, scales[:, None]

@@ -1,8 +1,8 @@
-"""Which tiles a kernel takes: explicit > tuned table > heuristic.
+"""The tiles of a kernel: the caller's, else those of the chip's tuned table, else those of the heuristic.
 
-A table is `tuned/<chip>.json`: op -> bucket -> the Config and how it was found (`tuning` makes them). A bucket is a
-call with its sizes rounded up to powers of two, so that neighbours share an entry. Every kernel asks `resolve` once
-a trace: a dictionary look-up.
+A table is `tuned/<chip>.json`: op -> bucket -> the Config and how it was found (`analysis.tuning` makes tables). A
+bucket is a call with its sizes rounded up to powers of two, so that similar calls share an entry. Each call asks
+`resolve` once per trace, which costs a dictionary look-up.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pallas_kernels import hardware
 from pallas_kernels.hardware import Chip
 from pallas_kernels.implementation import platforms_of, runs_on
 
-ENVIRONMENT = "PDX_TUNED"  # another folder of tables, for a device whose packages cannot be written to
+ENVIRONMENT = "PDX_TUNED"  # another folder of tables, where the package's own is read-only
 FOLDER = Path(__file__).parent / "tuned"
-# Of a call: what tiles do not depend on, and sizes that neighbours share.
+# Fields of a call: those that tiles do not depend on, and sizes that are rounded.
 _IGNORED = ("op", "scale", "out_dtype")
 _SIZES = ("batch", "queries", "slots", "tokens", "rows", "width", "pages", "max_queries", "decode_rows")
 _PLAIN = (None, False, 0)
 
 
 def bucket(call: Any) -> str:
-    """The name under which a call's tiles are kept: its static facts, sizes rounded up to powers of two."""
+    """The key of a call in a table: its static facts, with sizes rounded up to powers of two."""
     parts = []
     for f in fields(call):
         value = getattr(call, f.name)
@@ -41,12 +41,12 @@ def bucket(call: Any) -> str:
 
 
 def folder_of(folder: Path | None = None) -> Path:
-    """Where tables are: in `folder`, else in $PDX_TUNED, else in the package."""
+    """The folder of the tables: `folder`, else $PDX_TUNED, else the package's."""
     return folder or Path(os.environ.get(ENVIRONMENT) or FOLDER)
 
 
 def path_of(chip: Chip, folder: Path | None = None) -> Path:
-    """The table of a chip, see `folder_of`."""
+    """The file of a chip's table, in `folder_of(folder)`."""
     return folder_of(folder) / f"{chip.name}.json"
 
 
@@ -56,13 +56,13 @@ def _table(path: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table in a file, {} where there is none. Raises ValueError naming what in it is not a table of tiles."""
+    """The table in a file; {} if there is no file. Raises ValueError naming what is wrong in it."""
     if not path.exists():
         return {}
     remedy = "correct it, or remove the file and tune again"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"the tuned table {path} is not JSON ({error}): {remedy}") from error
     if not isinstance(table, dict) or not isinstance(table.get("ops"), dict):
         raise ValueError(f'the tuned table {path} must be an object with "ops", an object of ops: {remedy}')
@@ -78,7 +78,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def forget() -> None:
-    """Read the tables again when they are asked next."""
+    """Drop the tables that were read: the next look-up reads the files again."""
     _table.cache_clear()
 
 
@@ -90,7 +90,7 @@ def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) ->
 
 
 def _config(op: str, call: Any, chip: Chip, entry: dict[str, Any], module: ModuleType, folder: Path | None) -> Any:
-    """An entry's Config. Raises ValueError naming the entry, where its fields are not those of the kernel's Config."""
+    """An entry's Config. Raises ValueError naming the entry if its fields are not those of the kernel's Config."""
     try:
         return module.Config(**entry["config"])
     except (TypeError, ValueError) as error:
@@ -102,27 +102,29 @@ def _config(op: str, call: Any, chip: Chip, entry: dict[str, Any], module: Modul
 
 
 def misfit(module: ModuleType, call: Any, config: Any) -> str | None:
-    """Why a Config does not suit a call; None: it does, as every one that can be made if the kernel does not say."""
+    """None, or why a Config does not suit a call. A kernel without `misfit` takes every Config."""
     return module.misfit(call, config) if hasattr(module, "misfit") else None
 
 
 def entry_of(op: str, module: ModuleType) -> str:
-    """Under what name a table keeps an implementation's tiles: the op, and for a platform's further ones their own."""
+    """The key of an implementation in a table: the op, and its own name too if that is not its platform's."""
     name = getattr(module, "NAME", None)
     return op if name is None or name in platforms_of(module) else f"{op}/{name}"
 
 
 def resolve(op: str, call: Any, config: Any, module: ModuleType, folder: Path | None = None) -> tuple[Any, str]:
-    """The tiles of a call and where they come from: `explicit`, `tuned` or `heuristic`.
+    """The tiles of a call and their source: `explicit`, `tuned` or `heuristic`.
+
+    The chip is the one traced for, if it is of the implementation's platform; else None, for which the heuristic has
+    a default. Tuned tiles of the bucket that do not suit this call are ignored.
 
     Args:
       config: the caller's; None: not given.
-      module: the implementation, with PLATFORM, `Config`, `heuristic(call, chip)` and, where not every Config suits
-        every call, `misfit(call, config)`. The chip is this process' if it is of this platform; else none, for which
-        the heuristic has a default. A bucket's tiles that do not suit this very call are passed over.
+      module: the implementation, with PLATFORM, `Config`, `heuristic(call, chip)` and, if not every Config suits every
+        call, `misfit(call, config)`.
 
     Raises:
-      ValueError: an explicit Config that does not suit the call; a table that cannot be read, by its file and entry.
+      ValueError: an explicit Config that does not suit the call; a table that cannot be read, with file and entry.
     """
     if config is not None:
         if (why := misfit(module, call, config)) is not None:

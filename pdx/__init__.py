@@ -1,7 +1,17 @@
 """pdx: LLM inference as two problems, prefill and decode, in JAX and Pallas.
 
-Names are imported on first use, so that `import pdx` and `pdx --help` stay light. The first one raises VersionError if
-jax, jaxlib and libtpu or a CUDA plugin are of releases that do not fit.
+Names are imported on first use, so `import pdx` and `pdx --help` stay light. The first name raises VersionError if the
+releases of jax, jaxlib and libtpu (or the CUDA plugin) do not fit together.
+
+The examples in the docstrings share one tiny random model, and run without a download:
+
+    >>> import jax, jax.numpy as jnp, pdx
+    >>> cfg = pdx.ModelConfig(
+    ...     "llama", vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64,
+    ...     max_context=256)
+    >>> params = pdx.init_params(cfg, jax.random.key(0))
+    >>> tokens = jnp.array([[5, 9, 2], [7, 1, 0]])  # the second row has two tokens and one of padding
+    >>> lengths = jnp.array([3, 2])
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""Compile the steps for a chip that is not here: does it fit, what does it move, which kernels does it run?
+"""Compile the steps for a chip that is not here: does a step fit, what does it move, which kernels does it run?
 
-The real compilers (libtpu; XLA and ptxas for GPUs) run on a CPU; `pallas_kernels.analysis.targets` says what must be
-installed and what the environment must hold before jax starts. Nothing here is a measured time.
+The real compilers (libtpu; XLA and ptxas for GPUs) run on a CPU. `pallas_kernels.analysis.targets` says what must be
+installed, and which environment variables must be set before jax starts. Nothing here is a measured time.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ def compile_step(
     """Compile one step of a model for `target`.
 
     Args:
-      step: `prefill` and `verify` take `tokens` tokens a row, `decode_step` one; `mixed_step` packs `tokens` tokens:
-        one for each of `batch` decode rows, and where there are more, the chunk of another row.
-      cfg: any model's; weights are not needed.
+      step: `prefill` and `verify` take `tokens` tokens per row, `decode_step` one. `mixed_step` packs `tokens` tokens:
+        one for each of `batch` decode rows; any others are the chunk of one more row.
+      cfg: of any model; weights are not needed.
       target: a chip (`v5e`, `h100`, ...) or a slice of several (`v5e:2x4`).
-      batch, capacity: rows of the cache and tokens that each can hold; over pages, enough of them for that.
+      batch, capacity: rows of the cache, and tokens that each can hold; a paged cache gets enough pages for them.
       dtype, kv_dtype: of parameters and cache (None: dtype).
       quantize: which weights are int8 or int4, see `pdx.quant`; None: none.
       mesh: sizes of the axes `data` and `model` over the slice's chips, or a text such as `model=8`; None: one chip.
-      kernels: the target's Pallas kernels, XLA over a cache that lies the same way, or implementations of one's own by
-        op (`pdx.layers.kernels`).
+      kernels: the target's Pallas kernels, XLA over the same cache layout, or one's own implementations by op
+        (`pdx.layers.kernels`).
 
     Raises:
       ValueError: an unknown step or target, a policy that does not fit the model.
       pallas_kernels.analysis.targets.CompilerMissing: the target's compiler is not installed.
       NotImplementedError: a Pallas kernel that does not take this model.
-      jax.errors.JaxRuntimeError: what the compiler refuses: too little memory, for one.
+      jax.errors.JaxRuntimeError: the compiler refuses the step, for example because it needs too much memory.
     """
     function, arguments = step_arguments(
         step,
@@ -97,7 +97,7 @@ def step_arguments(
     mesh: Mapping[str, int] | str | None = None,
     kernels: Kernels = "pallas",
 ) -> tuple[Any, dict[str, Any]]:
-    """The jitted step and its arguments: arrays as shapes, placed on `target`'s chips, and static hints."""
+    """The jitted step and its arguments: abstract arrays placed on `target`'s chips, and static values."""
     if step not in get_args(Step):
         raise ValueError(f"step {step!r} is not one of {', '.join(get_args(Step))}")
     chips = Target.get(target)
@@ -121,12 +121,12 @@ def step_arguments(
 
 
 def _layout(kernels: Kernels, platform: str) -> Layout:
-    """Of a cache for a platform: its own, unless kernels of the caller's read another."""
+    """The cache layout for a platform: its default, unless the caller's own kernels read another."""
     return default_layout(platform) if isinstance(kernels, str) else layout_for(kernels, platform)
 
 
 def _packed(cfg: ModelConfig, decode_rows: int, capacity: int, tokens: int, where: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a mixed step: pages for all that its rows can hold, and one chunk beside the decode rows."""
+    """Arguments of a mixed step: pages for the full capacity of its rows, the decode rows and one chunk."""
     if tokens < decode_rows:
         raise ValueError(f"a mixed step of {tokens} tokens has none for some of its {decode_rows} decode rows")
     count = decode_rows + (tokens > decode_rows)

@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: Python's, numpy's, or arrays without dimensions; checked once, plain from then on."""
+"""Numbers from callers: Python's, numpy's, or zero-dimensional arrays. They are checked once and made plain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdx.errors import RequestError
 
 
 def plain(value: Any) -> Any:
-    """An array without dimensions (numpy's or jax's) as the Python number in it; anything else as it is."""
+    """A zero-dimensional array (numpy's or jax's) as a Python number; anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
@@ -28,7 +28,7 @@ def number(name: str, value: Any, low: float, high: float, hint: str = "", *, op
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None, hint: str = "") -> int:
-    """`value` as an int from `low` to `high` (None: any). Raises RequestError; a bool is no number."""
+    """`value` as an int from `low` to `high` (None: no limit). Raises RequestError, also for a bool."""
     value = plain(value)
     good = isinstance(value, Integral) and not isinstance(value, bool)
     if not good or (low is not None and value < low) or (high is not None and value > high):

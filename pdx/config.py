@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_tanh"]
-# Above what any model has: a corrupted size must not become a tuple of its length.
+# More than any model has. The limit keeps a corrupted size from becoming a huge tuple.
 MOST_LAYERS, MOST_HEAD_DIM = 10_000, 65_536
 
 
@@ -20,8 +20,14 @@ MOST_LAYERS, MOST_HEAD_DIM = 10_000, 65_536
 class RopeConfig:
     """Rotary position embedding over halves: angle[t, i] = t * theta**(-2i/H) / divisors[i].
 
-    Every published frequency scaling (linear, llama3, yarn) is a divisor per frequency, so the
-    families turn theirs into `divisors` and the layer knows one rule.
+    Every published frequency scaling (linear, llama3, yarn) is a divisor per frequency. The family files convert
+    theirs to `divisors`, and the layer has one rule.
+
+    Example:
+      >>> import dataclasses
+      >>> longer = dataclasses.replace(cfg, rope=pdx.RopeConfig(theta=500_000.0, divisors=(1.0, 1.0, 2.0, 8.0)))
+      >>> longer.layer_rope(0).theta
+      500000.0
     """
 
     theta: float = 10_000.0
@@ -35,6 +41,15 @@ class ModelConfig:
 
     Dimensions as in `pdx.shapes`: D `d_model`, L `num_layers`, N `num_heads`, K `num_kv_heads`,
     H `head_dim`, F `d_ff`, V `vocab_size`.
+
+    Raises:
+      ValueError: sizes that do not fit together; the text names the field.
+
+    Example:
+      >>> cfg.group_size, cfg.windows
+      (2, (None, None))
+      >>> pdx.ModelConfig.from_json(cfg.to_json()) == cfg
+      True
     """
 
     family: str
@@ -47,9 +62,9 @@ class ModelConfig:
     d_ff: int
     max_context: int
     rope: RopeConfig = RopeConfig()
-    # Window layers of Gemma 3 rotate with a base of their own; None: `rope` everywhere.
+    # The RoPE of window layers (Gemma 3 has a separate base there); None: `rope` everywhere.
     rope_window: RopeConfig | None = None
-    # One entry a layer: how many positions a query sees, itself included. None: all of them.
+    # One entry per layer: how many positions a query sees, itself included. None: all of them.
     windows: tuple[int | None, ...] = ()
     norm_eps: float = 1e-5
     activation: Activation = "silu"
@@ -62,7 +77,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of each query and key head before RoPE
-    post_norms: bool = False  # a norm behind attention and behind the MLP, before the residual sum
+    post_norms: bool = False  # a norm after attention and after the MLP, before the residual sum
 
     def __post_init__(self):
         for name in (

@@ -2,7 +2,15 @@
 
 
 class PdxError(Exception):
-    """Base of every error pdx raises on purpose; the command line prints it without a traceback."""
+    """Base of every error pdx raises on purpose; the command line prints it without a traceback.
+
+    Example:
+      >>> try:
+      ...     pdx.SamplingOptions(temperature=-1)
+      ... except pdx.PdxError as error:
+      ...     print(type(error).__name__, "of", "temperature" in str(error))
+      RequestError of True
+    """
 
 
 class ModelNotFoundError(PdxError):

@@ -1,4 +1,4 @@
-"""Meshes of devices: what a user may hand over, and what becomes of it. One device is a mesh of one device."""
+"""Meshes of devices: which are accepted, and how they are converted. One device is a mesh of one device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 MESH_AXES = ("data", "model")
 
-# What a program is traced for: a mesh, one device (None), or whatever its arguments lie on, which nobody has said.
+# A program is traced for a mesh, for one device (None), or for the unknown devices of its arguments.
 ANY_DEVICES = "any devices"
 Devices = Mesh | None | Literal["any devices"]
 MESH_HELP = "expected axes out of data, model with a size each, such as data=2,model=4"
@@ -63,7 +63,7 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[ja
 
 
 def _size(n: Any) -> int | None:
-    """A number of devices, None for what is none."""
+    """`n` as a number of devices; None if it is none."""
     with suppress(TypeError):
         if not isinstance(n, bool | np.bool_) and (n := operator.index(n)) > 0:
             return n
@@ -71,7 +71,7 @@ def _size(n: Any) -> int | None:
 
 
 def as_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
-    """Any mesh that a user may hand over, as pdx works with it: the axes `data` and `model`, placed by the compiler.
+    """Convert any mesh that a user may pass to pdx's own: axes `data` and `model`, placed by the compiler.
 
     Devices keep their order. An axis that is missing gets size 1, axes of size 1 with other names are dropped, and
     explicit axes (the default of `jax.make_mesh`) become automatic. None stays None.
@@ -80,7 +80,7 @@ def as_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
         OrderedDict({'data': 1, 'model': 1})
 
     Raises:
-      RequestError: other axes, an abstract mesh, a device that stands twice, or what is no mesh.
+      RequestError: other axes, an abstract mesh, a repeated device, or something that is no mesh.
     """
     if mesh is None:
         return None
@@ -111,15 +111,15 @@ def on_several_devices(mesh: Devices) -> TypeGuard[Mesh]:
 
 
 def on_one_device(mesh: Devices) -> bool:
-    """Whether arguments lie on one device: as said, or because the process has no other."""
+    """Whether arguments are on one device: `mesh` says so, or the process has only one."""
     return jax.device_count() == 1 if mesh == ANY_DEVICES else not on_several_devices(mesh)
 
 
 @contextmanager
 def no_ambient_mesh() -> Iterator[None]:
-    """Inside, a mesh that the caller has set with `jax.set_mesh` does not count: pdx's arrays name their own.
+    """Inside, a mesh that the caller has set with `jax.set_mesh` is ignored, since pdx's arrays name their own.
 
-    Under a trace, where the mesh cannot be changed, it stays.
+    Under a trace it stays, since it cannot be changed there.
     """
     with ExitStack() as stack:
         if not jax.sharding.get_abstract_mesh().empty:
@@ -153,7 +153,7 @@ def on_own_mesh(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_mesh(parameter: Any, mesh: Mesh | None) -> None:
-    """Raise RequestError for a cache on `mesh` where a parameter lies on another one."""
+    """Raise RequestError if the cache is on `mesh` and the parameter on another mesh."""
     sharding = None if isinstance(parameter, jax.core.Tracer) else getattr(parameter, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh == mesh or sharding.mesh.size == 1:
         return

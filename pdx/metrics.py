@@ -1,4 +1,4 @@
-"""What a request took, the two phases apart. No clock and no I/O in here."""
+"""The timing of requests, with the two phases separate. No clock and no I/O in here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pdx.errors import RequestError
 
 @dataclass(frozen=True)
 class RequestTiming:
-    """Seconds of one request, from the moment its prefill began, without compilation.
+    """Seconds of one request, counted from the start of its prefill, without compilation.
 
     ttft_s: until the first token was on the host (prefill).
-    e2e_s: until the last one was.
+    e2e_s: until the last token was on the host.
     """
 
     tokens: int
@@ -23,7 +23,7 @@ class RequestTiming:
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds a token behind the first (decode): (E2E - TTFT) / (n - 1). None for fewer than two."""
+        """Seconds per token after the first (decode): (E2E - TTFT) / (n - 1). None for fewer than two tokens."""
         return (self.e2e_s - self.ttft_s) / (self.tokens - 1) if self.tokens > 1 else None
 
 
@@ -40,11 +40,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class ServedTiming(RequestTiming):
-    """Seconds of a request that an engine served, from its submission: TTFT includes the queue.
+    """Seconds of a request that an engine served, counted from its submission: TTFT includes the queue.
 
-    queue_s: until its first token was planned.
-    gaps_s: between one token and the next, as they came to the host (inter-token latency).
-    hit_tokens: of its prompt, found in the prefix cache; preemptions: how often it had to give its pages up.
+    queue_s: until it was first admitted.
+    gaps_s: between one token and the next on the host (inter-token latency).
+    hit_tokens: prompt tokens found in the prefix cache; preemptions: how often it was preempted.
     """
 
     queue_s: float = 0.0
@@ -59,8 +59,8 @@ class ServedTiming(RequestTiming):
 
 @dataclass(frozen=True)
 class Spread:
-    """A distribution as benchmarks tell it: `count` values, their mean, percentiles (linear between two values, as
-    numpy's default) and the largest. NaN of none."""
+    """The summary of a distribution: `count` values, their mean, percentiles (linear between two values, numpy's
+    default) and the largest. NaN without values."""
 
     count: int
     mean: float
@@ -78,9 +78,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Objectives:
-    """What a request must keep to be a good one, in seconds, each at most; None: anything.
+    """The upper limits that a good request meets, in seconds; None: no limit.
 
-    As in vLLM's benchmark, a request of one token keeps any `tpot_s`. Raises RequestError for an objective that is not
+    As in vLLM's benchmark, a request of one token meets any `tpot_s`. Raises RequestError for an objective that is not
     above zero.
     """
 
@@ -99,24 +99,27 @@ class Objectives:
 
 
 def goodput(timings: Iterable[RequestTiming], objectives: Objectives, duration_s: float) -> float:
-    """Requests a second that met all objectives."""
+    """Requests per second that met all objectives."""
     return sum(objectives.met(t) for t in timings) / duration_s
 
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """What an engine has done since its warm-up, and where it stands.
+    """An engine's counters since its warm-up, and its present state.
 
     Attributes:
       finished, failed, cancelled: requests; a timeout counts as cancelled.
-      decode_tokens, prefill_tokens: computed, by phase; hit_tokens: of prompts, not computed but found.
-      occupancy: mean share of slots that a step had a row for; preemptions: of all requests.
-      pages_used, pages_cached, pages: held by requests, held by the prefix tree alone, in all; through all groups.
-      step_s: seconds of a step, mean, median and 99th percentile of the last few thousand, as the host sees them.
-      gap_s: mean seconds between the end of a step and the dispatch of the next; 0 where it was dispatched before.
-      idle_share: of the time there was work, the share in which the device had none dispatched.
-      late: share of steps that were dispatched when the one before had ended.
-      compiles: programs compiled since the warm-up, 0 if all is well; warmup_s: seconds of that warm-up.
+      decode_tokens, prefill_tokens: tokens computed, by phase.
+      hit_tokens: prompt tokens found in the prefix cache, so not computed.
+      occupancy: mean share of slots with a row in a step.
+      preemptions: of all requests.
+      pages_used, pages_cached, pages: held by requests, held by the prefix tree alone, in all; over all page groups.
+      step_s: seconds per step on the host: mean, median and 99th percentile of the last few thousand steps.
+      gap_s: mean seconds from the end of a step to the dispatch of the next; 0 if that was dispatched earlier.
+      idle_share: the share of the time with work in which the device had no step dispatched.
+      late: the share of steps that were dispatched after the step before had ended.
+      compiles: programs compiled since the warm-up, 0 if all is well.
+      warmup_s: seconds of the warm-up.
     """
 
     steps: int

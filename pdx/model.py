@@ -1,5 +1,9 @@
 """The model: parameter declarations, initialisation and the one `forward` of every family.
 
+1. `embed` looks up tokens [B, T]; `cache.rows` says where each stands in its row and which are real.
+2. Each `layer` appends keys and values to its part of the cache, attends over it, and runs the MLP.
+3. The last norm and the head turn the wanted rows into logits; `cache.advance` records the new lengths.
+
 Prefill, decode and verification are this `forward` with T = chunk, 1 and draft + 1.
 """
 
@@ -32,11 +36,10 @@ Params = dict
 
 
 def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
-    """The parameters as declared: a tree of `ArraySpec`, one dict a layer (a list, not a stack).
+    """Declare the parameters: a tree of `ArraySpec`, with a list of one dict per layer (not stacked).
 
-    Matrices are stored ``[out, in]``. Norm weights are the factor itself, in f32: families that publish
-    an offset from one (Gemma) have it added when they are loaded. The cost model counts what is declared here, by
-    `part`.
+    Matrices are stored ``[out, in]``. Norm weights are the factor itself, in f32; for families that publish an offset
+    from one (Gemma), loading adds the one. The cost model counts what is declared here, by `part`.
     """
     d, f, n, k, h = cfg.d_model, cfg.d_ff, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
@@ -73,7 +76,13 @@ def param_specs(cfg: ModelConfig, dtype=jnp.float32) -> Params:
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
-    """Random parameters: normal with variance 1/in for matrices, ones for norms, zeros for biases."""
+    """Random parameters: normal with variance 1/in for matrices, ones for norms, zeros for biases.
+
+    Example:
+      >>> params = pdx.init_params(cfg, jax.random.key(0))
+      >>> params["embed"].shape, params["layers"][0]["k_proj"].shape
+      ((64, 32), (16, 32))
+    """
     leaves, tree = jax.tree.flatten(param_specs(cfg, dtype), is_leaf=is_spec)
 
     def make(spec: ArraySpec, key: jax.Array) -> jax.Array:
@@ -93,8 +102,8 @@ class ForwardOutput:
 
     logits: Float[Array, "B V"] | Float[Array, "B T V"] | None
     cache: DenseCache | PagedCache | None
-    final_hidden: Float[Array, "B T D"]  # behind the last norm, before the head
-    hidden: dict[int, Float[Array, "B T D"]]  # residual stream: 0 the embedding, i behind layer i
+    final_hidden: Float[Array, "B T D"]  # after the last norm, before the head
+    hidden: dict[int, Float[Array, "B T D"]]  # residual stream: 0 is the embedding, i is after layer i
 
 
 def forward(
@@ -109,28 +118,34 @@ def forward(
     hidden_layers: tuple[int, ...] = (),
     kernels: Kernels = "auto",
 ) -> ForwardOutput:
-    """Run T tokens a row behind what the cache holds, or by themselves without a cache.
+    """Run T new tokens per row after those in the cache, or on their own without a cache.
 
-    Over a paged cache the tokens of many requests are packed into one row [1, T], and `rows` says whose they are;
-    "last" logits are then those behind each request's last token, [R, V].
+    Over a paged cache the tokens of many requests are packed into one row [1, T], and `rows` says which request owns
+    each; "last" logits are then those of each request's last token, [R, V].
 
     Args:
       params: as `param_specs` declares them.
       tokens: token ids; ids outside the vocabulary are clipped into it.
-      cache: appended to and returned. None: plain causal attention inside the chunk, through static
-        shapes only, so that the result differentiates and vmaps.
-      lengths: how many of the T tokens of each row are real; the rest is padding, which is neither
-        written nor seen. None: all.
-      rows: whose the tokens are, in place of `lengths`; None: as the cache makes them of `lengths`.
+      cache: appended to and returned. None: causal attention inside the chunk only, with static shapes, so the result
+        can be differentiated and vmapped.
+      lengths: how many of the T tokens of each row are real; the rest is padding, which is neither written nor
+        attended to. None: all.
+      rows: positions and owners of the tokens, in place of `lengths`; None: the cache makes them from `lengths`.
       logits: of the last real token of each row [B, V], of all positions [B, T, V], or none.
         A row of length 0 has no last token: its logits mean nothing.
-      hidden_layers: residual streams to hand out: 0 is the embedding, i is behind layer i, up to L.
-      kernels: auto, xla or pallas, for attention over a cache; or implementations of one's own by op
+      hidden_layers: residual streams to return: 0 is the embedding, i is after layer i, up to L.
+      kernels: auto, xla or pallas, for attention over a cache; or one's own implementations by op
         (`pdx.layers.kernels`).
 
     Raises:
       ValueError: a layer that does not exist, no tokens, or a chunk larger than the cache was made for.
       RequestError: tokens or lengths of another shape or type; DonatedError: a cache that a step has used up.
+
+    Example:
+      >>> out = pdx.forward(params, cfg, tokens, lengths=lengths, hidden_layers=(0, 2))
+      >>> out.logits.shape, out.hidden[2].shape
+      ((2, 3, 64), (2, 3, 32))
+      >>> grads = jax.grad(lambda p: pdx.forward(p, cfg, tokens).logits.mean())(params)
     """
     kernels = settled(kernels)
     if cache is not None:
@@ -150,7 +165,7 @@ def forward(
     layer_rows = [rows] * cfg.num_layers if cache is None else cache.layer_rows(rows)
     rotations = {r: rotation(r, cfg.head_dim, rows.positions) for r in map(cfg.layer_rope, range(cfg.num_layers))}
 
-    # Without a cache nobody says where the parameters lie.
+    # Without a cache nothing says on which devices the parameters are.
     mesh = ANY_DEVICES if cache is None else cache.mesh
     x = embed(params["embed"], tokens, cfg.embed_scale, mesh)
     hidden = {0: x} if 0 in hidden_layers else {}
@@ -180,7 +195,7 @@ def forward(
 
 
 def _check_rows(rows: TokenRows | PackedRows, lengths, shape: tuple[int, ...], cache) -> None:
-    """Raise ValueError unless `rows` are of the kind that the cache takes, and say whose these tokens are."""
+    """Raise ValueError unless `rows` are of the kind that the cache takes and describe these tokens."""
     wanted = TokenRows if cache is None else cache.ROWS
     if not isinstance(rows, wanted) or rows.positions.shape != shape:
         where = f" for tokens {rows.positions.shape}" if isinstance(rows, TokenRows | PackedRows) else ""
@@ -189,7 +204,7 @@ def _check_rows(rows: TokenRows | PackedRows, lengths, shape: tuple[int, ...], c
         raise ValueError("lengths and rows both say which tokens are real: give one of them")
 
 
-# Jitted by itself so that layers of one kind are traced and lowered once, however many there are; the compiler
+# Jitted on its own so that layers of one kind are traced and lowered once, however many there are. The compiler
 # inlines the calls.
 @partial(jax.jit, static_argnames=("cfg", "window", "mesh", "kernels"))
 def layer(
@@ -204,7 +219,10 @@ def layer(
     mesh: Devices,
     kernels: Kernels,
 ):
-    """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache."""
+    """One layer: attention and MLP, each added to the residual stream. Returns the stream and the layer's cache.
+
+    Jitted, so it is traced once for all layers with the same configuration and window.
+    """
     y, cache = attention(
         p,
         cfg,

@@ -1,12 +1,12 @@
-"""Which weights are quantized, and how: policies, and the one place that multiplies by quantized matrices.
+"""Which weights are quantized, and how: policies, and the only module that multiplies by quantized matrices.
 
-A policy is a text: a kind for all matrices, then exceptions by name, the last that fits wins.
+A policy is a text: a kind for all matrices, then exceptions by name, of which the last match wins.
 
-    int8                          W8A16, a scale an output channel, embedding and head too
-    w8a8                          int8, and activations quantized for each token
+    int8                          W8A16, one scale per output channel, embedding and head too
+    w8a8                          int8, and activations quantized per token
     int4                          symmetric, in the largest groups of 128, 64, 32 that divide; embedding, head int8
     int4:g64:affine,lm_head=w8a8,layers.0.*=none,layers.-1.*=int8
-    stored                        as the file has them: GGUF's Q8_0, Q4_0 and Q4_1, the rest in float
+    stored                        as in the file: GGUF's Q8_0, Q4_0 and Q4_1, the rest in float
 
 or a TOML file with `default = "int4"` and a table `[layers]` of such exceptions.
 """
@@ -35,8 +35,8 @@ from pdx.meshes import ANY_DEVICES, Devices, on_one_device, on_several_devices
 from pdx.sharding import ArraySpec, is_spec, mesh_axis
 
 KINDS = "none, stored, int8, w8a8 or int4, with :g32, :g64 or :g128 for groups and :affine for int4 with offsets"
-# Parameters that are matrices; `lm_head` of a model with tied embeddings is the head apart from the lookup.
-# Those of latent attention (q_a to kv_b) are planned with only.
+# Parameters that are matrices. With tied embeddings, `lm_head` names the head only, not the lookup.
+# Those of latent attention (q_a to kv_b) exist only for planning.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "q_a", "q_b", "kv_a", "kv_b")
 MATRICES = ("embed", "lm_head", *(f"{x}_proj" for x in PROJECTIONS))
 
@@ -46,7 +46,7 @@ class Kind:
     """How a matrix is stored."""
 
     bits: int
-    group: int | None = None  # None: a scale an output channel; 0: the largest of GROUPS that divides
+    group: int | None = None  # None: one scale per output channel; 0: the largest of GROUPS that divides
     symmetric: bool = True
     activations: str = "float"
     as_stored: bool = False  # taken from the file value for value
@@ -58,7 +58,7 @@ class Kind:
         return next((g for g in reversed(GROUPS) if columns % g == 0), None)
 
 
-# What `stored` asks for before a file has said what it holds.
+# The kind `stored` before it is resolved, when the file is opened.
 STORED = Kind(0, as_stored=True)
 
 
@@ -83,13 +83,13 @@ def parse_kind(text: str) -> Kind | None:
 
 @dataclass(frozen=True)
 class Policy:
-    """Patterns of parameter names and their kinds; the last that fits wins."""
+    """Patterns of parameter names and their kinds; the last match wins."""
 
     rules: tuple[tuple[str, Kind | None], ...] = ()
 
     @classmethod
     def parse(cls, text: str | Path | Policy | None) -> Policy:
-        """Read a policy. Raises RequestError for what is none."""
+        """Read a policy. Raises RequestError for anything that is none."""
         if isinstance(text, Policy):
             return text
         if text is None:
@@ -104,7 +104,7 @@ class Policy:
 
     @classmethod
     def of(cls, params: dict) -> Policy:
-        """How parameters are stored, matrix by matrix."""
+        """The policy that describes how these parameters are stored, matrix by matrix."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
         kinds = {name_of(path): kind_of(x) for path, x in leaves if isinstance(x, QuantArray)}
         if "lm_head" not in params and "embed" in kinds:
@@ -130,7 +130,7 @@ class Policy:
             raise RequestError(f"a quantization policy has default and [layers], not {', '.join(unknown)}")
         kind = parse_kind(default)
         rules: list[tuple[str, Kind | None]] = [("*", kind)]
-        if kind is not None and kind.bits == 4:  # a vocabulary in int4 costs more than it saves
+        if kind is not None and kind.bits == 4:  # embedding and head in int4 cost more quality than they save bytes
             rules += [("embed", Kind(8)), ("lm_head", Kind(8))]
         return cls((*rules, *((pattern, parse_kind(text)) for pattern, text in exceptions)))
 
@@ -138,7 +138,7 @@ class Policy:
         return any(kind is not None for _, kind in self.rules)
 
     def resolve_layers(self, layers: int) -> Policy:
-        """The same with layers that are counted from the end, `layers.-1.*`, counted from the start."""
+        """The same policy with layers counted from the end (`layers.-1.*`) replaced by their index."""
 
         def from_start(pattern: str) -> str:
             return re.sub(r"^layers\.-(\d+)(?=\.|$)", lambda found: f"layers.{layers - int(found.group(1))}", pattern)
@@ -146,20 +146,20 @@ class Policy:
         return Policy(tuple((from_start(pattern), kind) for pattern, kind in self.rules))
 
     def kind(self, name: str) -> Kind | None:
-        """Of the parameter called `name`, such as `layers.3.q_proj`; None: it stays as it is."""
+        """The kind of a parameter by its name, such as `layers.3.q_proj`; None: it stays as it is."""
         if name.rpartition(".")[2] not in MATRICES:
             return None
         return next((kind for pattern, kind in reversed(self.rules) if fnmatchcase(name, pattern)), None)
 
     def resolve_stored(self, stored: Callable[[str], Kind | None], names: list[str]) -> Policy:
-        """The same with `stored` replaced, name by name, by what the file holds there (None: floats)."""
+        """The same policy with `stored` replaced, name by name, by the kind that the file holds (None: floats)."""
         matrices = dict.fromkeys(("embed", "lm_head", *names))
         asked = [n for n in matrices if self.kind(n) == STORED]
         rules = [(pattern, None if kind == STORED else kind) for pattern, kind in self.rules]
         return Policy((*rules, *((n, stored(n)) for n in asked)))
 
     def check(self, names: list[str]) -> None:
-        """Raise RequestError for a pattern that fits no matrix. Norms and biases may be named to stay as they are."""
+        """Raise RequestError for a pattern that matches no matrix. Norms and biases may be named with `none`."""
         matrices = [n for n in names if n.rpartition(".")[2] in MATRICES]
         for pattern, kind in self.rules:
             fits = (*matrices, "embed", "lm_head", *(names if kind is None else ()))
@@ -176,20 +176,20 @@ def name_of(path: tuple) -> str:
 
 
 def is_parameter(x) -> bool:
-    """Whether this is a parameter as a whole: where trees of declarations and of quantized arrays end."""
+    """Whether `x` is a whole parameter: the `is_leaf` of trees with declarations and quantized arrays."""
     return is_spec(x) or isinstance(x, QuantArray)
 
 
 def _with_head(params: dict, policy: Policy) -> dict:
-    """A copy in which a tied head that is stored otherwise than the lookup is a parameter of its own."""
+    """A copy in which a tied head with another kind than the embedding is a parameter of its own."""
     apart = "lm_head" not in params and policy.kind("lm_head") != policy.kind("embed")
     return params | ({"lm_head": params["embed"]} if apart else {})
 
 
 def quantized_specs(specs: dict, policy: Policy) -> dict:
-    """The declarations of the parameters, with those that the policy names as QuantArrays of declarations.
+    """The parameters' declarations, in which matrices that the policy names are QuantArrays of declarations.
 
-    A tied head that is stored otherwise than the lookup becomes a parameter of its own.
+    A tied head with another kind than the embedding becomes a parameter of its own.
 
     Raises:
       RequestError: a pattern that names no layer, a group size that does not divide a matrix, a `stored` that no file
@@ -220,8 +220,8 @@ def _declared(name: str, spec: ArraySpec, policy: Policy) -> ArraySpec | QuantAr
 
 
 def _part_specs(spec: ArraySpec, groups: int, bits: int) -> tuple[ArraySpec, ArraySpec]:
-    """Of a matrix that `spec` declares, its values, and its scales or offsets. Groups of columns are dealt out whole,
-    with their scales."""
+    """Declare the values, and the scales or offsets, of a matrix that `spec` declares. It shards by whole groups of
+    columns, with their scales."""
     rows, columns = spec.units or spec.shape
     pieces = math.gcd(columns, groups) if groups > 1 else columns
     scales = ArraySpec(
@@ -234,20 +234,20 @@ def _part_specs(spec: ArraySpec, groups: int, bits: int) -> tuple[ArraySpec, Arr
 
 
 def _parts(w: QuantArray, spec: ArraySpec, mesh: Mesh) -> QuantArray:
-    """Where the parts of `w` lie on `mesh`."""
+    """The placement of the parts of `w` on `mesh`."""
     values, scales = (s.partition(mesh) for s in _part_specs(spec, w.groups, w.bits))
     return replace(w, values=values, scales=scales, offsets=None if w.offsets is None else scales)
 
 
 @partial(jax.jit, static_argnames=("kind", "dtype"))
 def quantized(w: Float[Array, "out in"], kind: Kind, dtype: str) -> QuantArray:
-    """A matrix as the kind says; `dtype` is what it counts as."""
+    """Quantize a matrix as `kind` says; the result counts as an array of `dtype`."""
     return quantize(w.astype(dtype), kind.bits, kind.group_for(w.shape[1]), kind.symmetric, kind.activations)
 
 
 def check_policy(params: dict, policy: str | Path | Policy) -> tuple[dict, dict[str, Kind]]:
-    """Parameters with a head of its own if it is to be stored otherwise than a tied embedding, and the kinds of those
-    that the policy names. Raises RequestError as `quantized_specs`, before anything is computed."""
+    """The parameters, with a separate head if its kind differs from a tied embedding's, and the kinds of those that the
+    policy names. Raises RequestError as `quantized_specs`, before anything is computed."""
     policy = Policy.parse(policy).resolve_layers(len(params["layers"]))
     params = _with_head(params, policy)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)
@@ -259,13 +259,13 @@ def check_policy(params: dict, policy: str | Path | Policy) -> tuple[dict, dict[
 
 
 def quantize_params(params: dict, policy: str | Path | Policy) -> dict:
-    """Parameters with the matrices that the policy names rounded to the nearest. Raises RequestError for a policy that
-    does not fit them, and for parameters that are quantized already."""
+    """Round the matrices that the policy names to nearest. Raises RequestError for a policy that does not fit the
+    parameters, and for parameters that are already quantized."""
     return rounded(*check_policy(params, policy))
 
 
 def rounded(params: dict, kinds: Mapping[str, Kind]) -> dict:
-    """Parameters with those of `kinds` that are not quantized yet rounded to the nearest."""
+    """Round the parameters in `kinds` that are not yet quantized to nearest."""
 
     def one(path, x):
         kind = kinds.get(name_of(path))
@@ -279,8 +279,8 @@ def matmul(
 ) -> Float[Array, "*b out"]:
     """x @ w.T in `dtype` (None: that of x).
 
-    On a mesh each device multiplies its own part of the matrix, which `spec` declares; where that is a part of the
-    columns, one sum over the devices follows. Over several devices products are XLA's.
+    On a mesh each device multiplies its own part of the matrix, which `spec` declares. If the columns are sharded, one
+    sum over the devices follows. On several devices XLA computes the products.
     """
     product = partial(quantized_matmul, out_dtype=dtype, implementation="auto" if on_one_device(mesh) else "xla")
     if not on_several_devices(mesh) or spec is None:
@@ -288,7 +288,9 @@ def matmul(
     parts = _parts(w, spec, mesh)
     rows, columns = parts.values
     if columns is not None and w.activations == "int8":
-        return product(x, w)  # a row of activations has one scale, which no device can tell from its part of the row
+        return product(
+            x, w
+        )  # a row of activations has one scale, which a device cannot compute from its part of the row
 
     def each(x, w):
         y = product(x, w)
@@ -300,7 +302,7 @@ def matmul(
 
 
 def lookup(table: QuantArray, tokens: Int[Array, "B T"], spec: ArraySpec, mesh: Devices) -> Float[Array, "B T D"]:
-    """Rows of an embedding, dequantized. On a mesh each device looks up in its own rows, and one sum follows."""
+    """Rows of an embedding, dequantized. On a mesh each device looks up its own rows, and one sum follows."""
     parts = _parts(table, spec, mesh) if on_several_devices(mesh) else None
     if parts is None or parts.values[0] is None:
         return take_rows(table, tokens)

@@ -15,8 +15,8 @@ Shapes are written as strings for jaxtyping: ``Float[Array, "B T D"]``.
 
 from __future__ import annotations
 
-# Of a cache: what slots come in, the most drafted tokens that `truncate` must be able to take back at any time, and
-# the most tokens a call appends where nothing else is said.
+# Of a cache: the multiple that slots are rounded to, the most drafted tokens that `truncate` can always take back, and
+# the default for the most tokens that a call appends.
 SLOT_MULTIPLE = 128
 MAX_DRAFT = 16
 DEFAULT_CHUNK = 512

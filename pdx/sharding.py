@@ -1,8 +1,8 @@
-"""Logical axes: the one table from what an axis means to where it lies on a mesh.
+"""Sharding: array declarations with logical axes, and the one table from logical axes to mesh axes.
 
-Every parameter and cache leaf is declared as an `ArraySpec`: shape, dtype and logical axes together.
-Initialisation, loading, placement and the abstract arguments of ahead-of-time compilation all derive
-from that declaration. One device is a mesh of one device, without special cases.
+Every parameter and cache leaf is declared as an `ArraySpec`: shape, dtype and logical axes together. Initialisation,
+loading, placement and the abstract arguments of ahead-of-time compilation all derive from it. One device is a mesh of
+one device, without special cases.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = (
     "row_spec",
 )
 
-# Logical axis -> mesh axis. An axis that is not listed, or None, is on every device.
+# Logical axis -> mesh axis. An axis that is not listed, or None, is replicated.
 LOGICAL_TO_MESH: dict[str, str] = {
     "batch": "data",
     "heads": "model",
@@ -45,12 +45,11 @@ LOGICAL_TO_MESH: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array as declared: what it is before it holds anything.
+    """The declaration of one array: what it is, without its data.
 
-    `axes` names the logical meaning of each dimension (None: never sharded). `units` says in how many
-    indivisible pieces a dimension comes, where that is not its size: a projection of N heads of H has
-    N*H rows, but only whole heads may be dealt out. `part` is what the cost model calls the group that a
-    parameter belongs to (`pdx.cost.model_matrices.PARTS`).
+    `axes` names the logical axis of each dimension (None: never sharded). `units` is the number of indivisible pieces
+    of each dimension, where that is not its size: a projection of N heads of H has N*H rows, but shards by whole heads.
+    `part` is the cost model's name for the group of parameters (`pdx.cost.model_matrices.PARTS`).
     """
 
     shape: tuple[int, ...]
@@ -70,13 +69,13 @@ class ArraySpec:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def held_bytes(self, mesh: Mesh | None) -> int:
-        """Bytes on all devices of `mesh` together: what stays whole is on each of them."""
+        """Bytes on all devices of `mesh` together; replicated parts count once per device."""
         if mesh is None:
             return self.size_bytes
         return mesh.size * replace(self, shape=self.sharding(mesh).shard_shape(self.shape), units=None).size_bytes
 
     def partition(self, mesh: Mesh) -> PartitionSpec:
-        """Where the table puts each dimension on `mesh`; what does not divide stays whole."""
+        """The mesh axis of each dimension on `mesh`; a dimension that does not divide evenly is replicated."""
         units = self.units or self.shape
         return PartitionSpec(*(mesh_axis(axis, n, mesh) for axis, n in zip(self.axes, units, strict=True)))
 
@@ -89,7 +88,7 @@ class ArraySpec:
 
 
 def mesh_axis(axis: str | None, units: int, mesh: Mesh) -> str | None:
-    """The mesh axis for `units` pieces of a logical axis, or None where they cannot be dealt out evenly."""
+    """The mesh axis for `units` pieces of a logical axis, or None if they do not divide evenly."""
     name = LOGICAL_TO_MESH.get(axis) if axis else None
     if name is None or name not in mesh.shape or mesh.shape[name] == 1 or units % mesh.shape[name]:
         return None
@@ -101,7 +100,7 @@ def is_spec(x: Any) -> bool:
 
 
 def replicated(specs: Iterable[ArraySpec], mesh: Mesh) -> list[str]:
-    """Sentences on the logical axes that the table would shard but that do not divide, for the user to read."""
+    """Sentences for the user about logical axes that are replicated because they do not divide evenly."""
     said: dict[str, str] = {}
     for spec in specs:
         for axis, units in zip(spec.axes, spec.units or spec.shape, strict=True):
@@ -112,26 +111,26 @@ def replicated(specs: Iterable[ArraySpec], mesh: Mesh) -> list[str]:
 
 
 def constrain(x: jax.Array, spec: ArraySpec, mesh: Mesh | None) -> jax.Array:
-    """Hold `x` to the placement of `spec` inside a jitted function; without a mesh, nothing.
+    """Constrain `x` to the placement of `spec` inside a jitted function; without a mesh, return it unchanged.
 
-    A step must return its cache as it took it: otherwise the compiler may choose another placement,
-    which breaks the aliasing and compiles the next call anew.
+    A step must return its cache with the placement that it received. Otherwise the compiler may choose another one,
+    which breaks the aliasing and recompiles the next call.
     """
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec.sharding(mesh))
 
 
 def row_spec(x: Any) -> ArraySpec:
-    """An array with a row for each request: the first axis is the batch."""
+    """The declaration of an array with one row per request: the first axis is the batch."""
     return ArraySpec(x.shape, ("batch", *[None] * (x.ndim - 1)), x.dtype)
 
 
 def constrain_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """`constrain` for a tree of arrays with a row for each request."""
+    """`constrain` for a tree of arrays with one row per request."""
     return jax.tree.map(lambda x: constrain(x, row_spec(x), mesh), tree)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Put a tree of arrays with a row for each request onto `mesh`."""
+    """Put a tree of arrays with one row per request onto `mesh`."""
     return tree if mesh is None else jax.tree.map(lambda x: jax.device_put(x, row_spec(x).sharding(mesh)), tree)
 
 

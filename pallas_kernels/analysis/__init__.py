@@ -1,1 +1,1 @@
-"""Instruments: what kernels move, need and take, counted and compiled without their chips, or timed on them."""
+"""Instruments: bytes, FLOPs and compiler figures of kernels without their chips, and their times on a device."""

@@ -1,4 +1,4 @@
-"""Equations of a jaxpr on numpy values: fast for what kernels compute with scalars, JAX itself for the rest."""
+"""Evaluates equations of a jaxpr on numpy values: in numpy for the frequent scalar ones, by JAX for the rest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NUMPY = {
 
 
 def evaluator(eqn) -> Callable[[list], list]:
-    """A function of an equation's known operands: in numpy where it is a frequent one, else by JAX itself."""
+    """A function of an equation's known operands: in numpy if the primitive is a frequent one, else by JAX."""
     name, params = eqn.primitive.name, eqn.params
     if name in _NUMPY:
         operation, dtype = _NUMPY[name], eqn.outvars[0].aval.dtype

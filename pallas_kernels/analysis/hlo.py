@@ -1,7 +1,7 @@
-"""Reading what XLA compiled: the text of an optimized HLO module, as `Compiled.as_text()` gives it.
+"""Reads the text of an optimized HLO module, as `Compiled.as_text()` gives it.
 
-What is asked of a step: is the cache aliased or copied, are weights padded, transposed or re-laid before a kernel,
-which collectives run, and do dots keep the precision that was asked for.
+It answers, for a compiled step: Is the cache aliased or copied? Are weights padded, transposed or re-laid before a
+kernel? Which collectives run? Do dots keep the requested precision?
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-# Opcodes that only move data. What a fusion does is what its root does.
+# Opcodes that only move data. A fusion counts as its root.
 MOVES = ("copy", "copy-start", "pad", "transpose", "reshape", "concatenate", "slice", "dynamic-slice", "gather")
 _THROUGH = ("bitcast", "convert", "copy-done", "tuple", "get-tuple-element", "optimization-barrier")
 _COLLECTIVES = (
@@ -41,12 +41,12 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """Bytes without padding."""
         return prod(self.dims) * _bits(self.dtype) // 8
 
     @property
     def padded_bytes(self) -> int:
-        """As it lies in memory: the minor axes rounded up to the layout's first tile."""
+        """Bytes in memory: the minor axes rounded up to the layout's first tile."""
         order = [int(n) for n in self.layout.split(":")[0].split(",") if n]
         tile = re.search(r"T\(([\d,]+)\)", self.layout)
         if not tile or not self.dims:
@@ -71,13 +71,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """One instruction: a line of a computation."""
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]  # one, or those of a tuple
     operands: tuple[str, ...]
-    rest: str  # what follows the opcode's parenthesis
+    rest: str  # the text after the opcode's parenthesis
     computation: str
     root: bool
 
@@ -89,7 +89,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from."""
+        """The operation of the traced program that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
@@ -119,18 +119,18 @@ class Module:
 
     @cached_property
     def fused(self) -> frozenset[str]:
-        """Computations that run inside an instruction: their own intermediate results are not in memory."""
+        """Computations that run inside one instruction: their intermediate results are not in memory."""
         every = (i for c in self.computations.values() for i in c.values())
         return frozenset(i.called for i in every if i.opcode == "fusion" and i.called)
 
     def instructions(self) -> Iterator[Instruction]:
-        """What runs: fused computations are part of their fusion."""
+        """The instructions that run; those inside of a fusion are left out."""
         for name, body in self.computations.items():
             if name not in self.fused:
                 yield from body.values()
 
     def acts_as(self, instruction: Instruction) -> str:
-        """The opcode of an instruction; of a fusion, what produces its result behind bitcasts and converts."""
+        """The opcode of an instruction; of a fusion, that of its root, behind bitcasts and converts."""
         while instruction.opcode == "fusion" and instruction.called in self.computations:
             body = self.computations[instruction.called]
             instruction = next(i for i in body.values() if i.root)
@@ -139,7 +139,7 @@ class Module:
         return instruction.opcode
 
     def source(self, instruction: Instruction) -> Instruction:
-        """What an instruction's first operand was before copies and bitcasts: a parameter, say."""
+        """The source of an instruction's first operand, behind copies and bitcasts: a parameter, for example."""
         body = self.computations[instruction.computation]
         while instruction.operands and instruction.operands[0] in body:
             if instruction.opcode not in (*_THROUGH, *MOVES, "fusion"):
@@ -173,10 +173,10 @@ def _bits(dtype: str) -> int:
 
 
 def moved(text: str, at_least: int, *, opcodes: tuple[str, ...] = MOVES) -> list[Instruction]:
-    """Instructions, fusions included, that copy, pad, transpose, slice or re-lay at least so many bytes.
+    """Instructions, fusions included, that copy, pad, transpose, slice or re-lay `at_least` bytes or more.
 
     A prefetch into VMEM that keeps the layout does not count: the kernel would read the same bytes itself.
-    Judge with buffers larger than VMEM; small ones are moved there for good reasons.
+    Use buffers larger than VMEM; XLA has good reasons to move small ones there.
     """
     module = Module(text)
     found = []
@@ -191,7 +191,7 @@ def moved(text: str, at_least: int, *, opcodes: tuple[str, ...] = MOVES) -> list
 
 
 def aliases(text: str) -> dict[tuple[int, ...], int]:
-    """`input_output_alias`: index of an output -> number of the parameter whose memory it takes."""
+    """`input_output_alias`: index of an output -> number of the parameter whose memory it reuses."""
     start = text.find("input_output_alias={")
     if start < 0:
         return {}
@@ -201,25 +201,25 @@ def aliases(text: str) -> dict[tuple[int, ...], int]:
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
-    """Opcode and result bytes a device of each collective; one inside a loop is listed once."""
+    """Opcode and result bytes per device of each collective. One inside a loop is listed once."""
     counted: dict[tuple[str, int, str], Counter] = {}
     for where, body in Module(text).computations.items():
         for i in body.values():
             name = i.opcode.removesuffix("-start")
             if name in _COLLECTIVES:
                 started = i.opcode.endswith("-start")
-                # An asynchronous one gives its operands beside its results.
+                # An asynchronous collective returns its operands beside its results.
                 shapes = i.shapes[len(i.shapes) // 2 :] if started and len(i.shapes) > 1 else i.shapes
                 channel = re.search(r"channel_id=(\d+)", i.rest)
                 key = name, sum(s.bytes for s in shapes), channel.group(0) if channel else i.name
                 counted.setdefault(key, Counter())[where, started] += 1
-    # Several may share a channel, but an asynchronous one also appears as its start and in other computations.
+    # Collectives may share a channel; an asynchronous one appears again as its start and in other computations.
     return [key[:2] for key, places in counted.items() for _ in range(max(places.values()))]
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A matrix product of the program (those inside Pallas kernels are not in this text)."""
+    """A matrix product of the program. The text does not show those inside Pallas kernels."""
 
     name: str
     operands: tuple[str, ...]  # dtypes
@@ -227,12 +227,12 @@ class Dot:
 
     @property
     def ieee(self) -> bool:
-        """Whether f32 operands are multiplied as f32 (narrower ones always are exact)."""
+        """Whether f32 operands are multiplied in IEEE f32; true for narrower types, whose products are exact."""
         return "f32" not in self.operands or set(self.precision) == {"highest"}
 
 
 def dots(text: str) -> list[Dot]:
-    """Every dot, convolution and cuBLAS call with the types and precisions of its operands."""
+    """Every dot, convolution and cuBLAS call, with the types and precisions of the operands."""
     found = []
     for body in Module(text).computations.values():
         for i in body.values():
@@ -249,7 +249,7 @@ _PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mos
 
 
 def pallas_calls(text: str) -> int:
-    """How many Pallas kernels a program calls."""
+    """The number of Pallas kernels that a program calls."""
     calls = (i.rest for i in Module(text).instructions() if i.opcode.startswith("custom-call"))
     return sum(any(f'custom_call_target="{name}"' in rest for name in _PALLAS) for rest in calls)
 
@@ -264,8 +264,8 @@ def vmem_bytes(text: str) -> int:
 def estimated_cycles(text: str, target: str = "tpu_custom_call") -> dict[str, int]:
     """The compiler's static cycles of each custom call, by instruction name.
 
-    They are there only if the process was started with `targets.environment(profile=...)`. A loop with a dynamic
-    number of turns is guessed, so a ragged kernel has no usable figure; cycles of several instructions overlap.
+    Only a process started with `targets.environment(profile=...)` has them. The compiler guesses the turns of a dynamic
+    loop, so kernels with such loops have no usable figure. Cycles of different instructions overlap.
     """
     found = {}
     for i in Module(text).instructions():

@@ -1,4 +1,4 @@
-"""Kernels that JAX ships itself, in the shapes of our cases: what static figures stand beside."""
+"""Kernels that JAX ships, called with the cases of this library: peers for the static figures."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import jax
 
 from pallas_kernels.analysis.problem import Problem
 
-# Query, KV and inner KV block of JAX's prefill kernel, the best first: of these on v5e, v5p and v6e, by static cycles.
+# Query, KV and inner KV block of JAX's prefill kernel, best first, by static cycles on v5e, v5p and v6e.
 JAX_FLASH_TILES = ((1024, 2048, 1024), (512, 2048, 512), (1024, 1024, 1024), (512, 1024, 512), (512, 512, 512))
 
 
 def jax_flash(problem: Problem, tiles: tuple[int, int, int]) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
     """`jax.experimental.pallas.ops.tpu.flash_attention` for an unmasked case, and its arguments.
 
-    It has no GQA: K and V come with as many heads as Q, which costs it bytes but no FLOPs.
+    It has no GQA: K and V get as many heads as Q, which costs it bytes but no FLOPs.
 
     Raises:
-      ValueError: a case with a mask or with rarer features, which that kernel does not have.
+      ValueError: the case has a mask, or a feature that this kernel lacks.
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as ops
 

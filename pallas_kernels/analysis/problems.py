@@ -1,9 +1,9 @@
-"""The problems of every op in one form, for what compiles, counts and tunes them.
+"""The problems of every op, made from its cases, for AOT compilation, counting, tuning and timing.
 
 An op's package has `cases.py` with `CASES` (small, for every test) and `LARGE` (real sizes, for compilers and
-counts). A case has `.name` and `.smoke` (bool, False if absent); what its arrays are is said here, op by op:
-`OPS[op](case, implementation)` gives a `Problem`. A new op needs its cases and an entry in OPS, nothing else; a new
-implementation of an op needs nothing: it is found in the op's folder, or given as a module or function.
+counts). A case has `.name` and `.smoke` (bool, False if absent). `OPS[op](case, implementation)` makes a `Problem` of
+it. A new op needs its cases and an entry in OPS. A new implementation needs nothing: it is found in the op's folder, or
+given as a module or function.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _dense(op: str) -> Callable:
 
 
 def _dense_needs(case: Any) -> tuple[int, int, int]:
-    """Cached tokens that some query sees, real queries, and pairs of a query with a key it sees."""
+    """Counts of cached tokens that some query sees, of real queries, and of pairs of a query and a key that it sees."""
     tokens = queries = pairs = 0
     for held, new in zip(case.held, case.new, strict=True):
         if not new:
@@ -92,7 +92,7 @@ def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Prob
     from pallas_kernels.paged_attention.pieces import full_rows
 
     layout, rows, width = layout or layout_of("paged_attention", implementation), len(case.lengths), case.table_width
-    # As the op's tests draw them: every row's own pages, and spare ones.
+    # As in the op's tests: each row has pages of its own, and there are spare ones.
     pages = sum(-(-n // case.page) for n in case.lengths) + case.spare
     dtype, kv = jnp.dtype(case.dtype), jnp.dtype(case.stored)
     shapes = {
@@ -135,7 +135,7 @@ def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Prob
             interpret=interpret,
         )
 
-    # Every row's own pages, so that what is timed is read from memory; what lies behind them names pages of others.
+    # Each row has pages of its own, so that timed reads come from memory. Unused entries name other rows' pages.
     tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
     at = 0
     for row, n in enumerate(case.lengths):
@@ -171,7 +171,7 @@ def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Prob
 
 
 def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
-    """Bytes and FLOPs of `tokens` cached tokens, `queries` queries, and `pairs` of a query and a key."""
+    """Needed bytes and FLOPs of `tokens` cached tokens, `queries` queries and `pairs` of a query and a key."""
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
     sizes = call.head_dim + call.value_dim
     scales = 8 if call.kv_dtype == "int8" else 0
@@ -180,7 +180,7 @@ def _needs(call: Any, tokens: int, queries: int, pairs: int) -> tuple[int, int]:
 
 
 def _stored(call: Any, tokens: int, queries: int) -> int:
-    """Bytes of `tokens` cached tokens as they lie in memory, and of `queries` queries and results."""
+    """Bytes of `tokens` cached tokens in memory, padding included, and of `queries` queries and results."""
     folded = call.layout == "folded"
     sizes = call.head_dim, call.value_dim
     columns = sum(folded_width(call.kv_heads, n) if folded else call.kv_heads * n for n in sizes)
@@ -231,7 +231,7 @@ def _matmul(case: Any, implementation: Any, layout: Layout | None = None) -> Pro
     )
 
 
-# (case, implementation[, layout of its cache instead of the implementation's own]) -> Problem
+# (case, implementation[, layout of the cache, if not the implementation's]) -> Problem
 OPS: dict[str, Callable[..., Problem]] = {
     "flash_attention": _dense("flash_attention"),
     "decode_attention": _dense("decode_attention"),
@@ -241,10 +241,10 @@ OPS: dict[str, Callable[..., Problem]] = {
 
 
 def named(op: str, platform: str, reference: str | None) -> Any:
-    """What a command was told: None stands for the platform's first, `package.module:name` for a user's own.
+    """The implementation of a command's argument: None is the platform's first, `package.module:name` a user's own.
 
     Raises:
-      ValueError: there is nothing of that name.
+      ValueError: there is no such implementation.
     """
     if reference is None:
         return for_platform(op, platform)[0]
@@ -256,18 +256,18 @@ def named(op: str, platform: str, reference: str | None) -> Any:
 
 
 def layout_of(op: str, given: Any) -> Layout:
-    """The layout that an implementation reads: its first, or the op's default where it reads all of them."""
+    """The layout that an implementation gets: the first that it declares, or the op's default if it reads all."""
     return (getattr(implementation(op, given), "LAYOUTS", None) or ("heads_first",))[0]
 
 
 def for_platform(op: str, platform: str) -> list[str]:
-    """The names of an op's implementations for a platform, the one that `auto` takes first."""
+    """The names of an op's implementations for a platform, in the order in which `auto` tries them."""
     found = op_of(op).implementations
     return [name for name in found if found.platform(name) == platform]
 
 
 def ops(platform: str | None = None) -> list[str]:
-    """The ops with cases, or those that have a kernel for a platform."""
+    """The ops with cases; with a platform, those that have a kernel for it."""
     return [op for op in OPS if platform is None or for_platform(op, platform)]
 
 
@@ -275,8 +275,8 @@ def problems(op: str, implementation: Any, name: str | None = None, large_only: 
     """The problems of an op for an implementation, real sizes first.
 
     Args:
-      name: only cases whose name holds it.
-      large_only: without the small cases.
+      name: only cases whose name contains it.
+      large_only: leave the small cases out.
 
     Raises:
       ValueError: no such op.

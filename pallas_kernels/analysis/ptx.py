@@ -1,6 +1,6 @@
-"""What ptxas makes of a GPU program: registers, spills, shared memory, tensor-core instructions.
+"""Figures of a GPU program from ptxas: registers, spills, shared memory, tensor-core instructions.
 
-Reads the folder that XLA dumps into (`xla_dump_to`, `xla_dump_emitter_re=ptx`).
+It reads the folder that XLA dumps PTX into (`xla_dump_to`, `xla_dump_emitter_re=ptx`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Kernel:
     name: str
     arch: str  # sm_80, sm_90a, ...
     registers: int  # a thread
-    spill_bytes: int  # stores and loads, a thread
+    spill_bytes: int  # stores and loads, per thread
     stack_bytes: int
-    shared_bytes: int  # static and dynamic, a block
+    shared_bytes: int  # static and dynamic, per block
     mma: Mapping[str, int] = field(default_factory=dict)  # PTX matrix instructions, without their operands
     sass: Mapping[str, int] | None = None  # SASS matrix instructions; None: nvdisasm is not installed
 
@@ -42,9 +42,9 @@ class Kernel:
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """The path of `ptxas` or `nvdisasm`, of NVIDIA's wheels (extra `aot-gpu`) or of a CUDA installation.
+    """The path of `ptxas` or `nvdisasm`, from NVIDIA's wheels (extra `aot-gpu`) or a CUDA installation.
 
-    The newest where there are several: XLA writes PTX for the newest it finds, and an older ptxas refuses that.
+    It is the newest one: XLA writes PTX for the newest that it finds, and an older ptxas rejects that.
     """
     found = [path for path in (*_in_wheels(name), shutil.which(name)) if path and os.path.exists(path)]
     return max(found, key=_version, default=None)
@@ -69,7 +69,7 @@ def read(folder: Path) -> tuple[Kernel, ...]:
     """The kernels of every PTX file in `folder`.
 
     Raises:
-      RuntimeError: ptxas is not there or refuses a file; the message is its own.
+      RuntimeError: ptxas is not installed, or rejects a file; the message is its own.
     """
     dynamic = _dynamic_shared(folder)
     found: list[Kernel] = []
@@ -81,7 +81,7 @@ def read(folder: Path) -> tuple[Kernel, ...]:
 
 
 def _dynamic_shared(folder: Path) -> dict[str, int]:
-    """Shared memory of each launch. ptxas cannot know it: Triton's is `extern`, sized when the kernel starts."""
+    """Dynamic shared memory of each launch. ptxas does not know it: Triton's is `extern`, sized at launch."""
     line = re.compile(r"kCustomKernel.*?\]\s+(\S+)\s+grid:.*?shared_memory: (\d+) bytes")
     said = "\n".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
     return {name: int(size) for name, size in line.findall(said)}
@@ -122,7 +122,7 @@ def _assemble(path: Path, text: str, dynamic: Mapping[str, int]) -> list[Kernel]
 
 
 def _by_entry(text: str) -> dict[str, Counter]:
-    """Matrix instructions of each entry function of a PTX text."""
+    """Matrix instructions per entry function of a PTX text."""
     parts = re.split(r"\.entry\s+([\w$]+)\s*\(", text)
     return {name: Counter(_PTX_MMA.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 

@@ -1,9 +1,9 @@
-"""Running a program for its scalars: what is known is computed, everything else is skipped.
+"""Runs a program for its scalars: known values are computed, everything else is skipped.
 
-A Pallas kernel decides by scalars (program ids, lengths, page tables) which blocks it fetches, which loops it runs
-and which dots it does. This interpreter walks a jaxpr with numpy: a value is `Known` or None (not known), refs are
-`Ref`s, and a listener hears every equation that moves data or multiplies matrices. Control flow that hangs on an
-unknown value raises, since nothing could be said about it.
+Scalars (program ids, lengths, page tables) decide which blocks a Pallas kernel fetches, which loops it runs and which
+dots it does. This interpreter runs a jaxpr in numpy. A value is `Known` or None (unknown), refs are `Ref`s, and a
+listener gets every equation that moves data or multiplies matrices. Control flow that depends on an unknown value
+raises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOTHING = frozenset()
 
 
 class Known:
-    """A value, and the grid axes whose program id it was computed from."""
+    """A value, and the grid axes whose program ids it depends on."""
 
     __slots__ = ("axes", "value")
 
@@ -36,7 +36,7 @@ class Known:
 
 @dataclass
 class Ref:
-    """Memory: its contents are followed if `value` is an array."""
+    """Memory. Its contents are tracked if `value` is an array."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -47,19 +47,19 @@ class Ref:
 
 
 class UnknownControl(ValueError):
-    """A branch or a loop bound depends on something that is not known."""
+    """A branch or a loop bound depends on an unknown value."""
 
 
 @dataclass
 class Interpreter:
-    """Runs jaxprs; `listen(equation, operands)` hears what LISTENED names."""
+    """Runs jaxprs; `listen(equation, operands)` is called for the primitives in LISTENED."""
 
     listen: Callable[[Any, list], Any]
-    limit: int = 1 << 20  # elements; larger values are not followed
+    limit: int = 1 << 20  # elements; larger values are not tracked
     kernel: bool = False
     program: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
-    # The axes that decided anything so far: programs that agree in them take the same path.
+    # The grid axes that decided anything so far: programs with equal ids on them take the same path.
     decided: set[int] = field(default_factory=set)
     _busy: dict[int, bool] = field(default_factory=dict)
     _ways: dict[int, Callable] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Interpreter:
     _matter: dict[int, list] = field(default_factory=dict)
 
     def run(self, jaxpr: Jaxpr, consts, args) -> list:
-        """The outputs of a jaxpr: Known, None or Ref each."""
+        """The outputs of a jaxpr, each Known, None or a Ref."""
         known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         known.update(zip(jaxpr.invars, args, strict=True))
         literals = self._literals
@@ -92,7 +92,7 @@ class Interpreter:
         return self.run(closed, [], args)
 
     def _live(self, jaxpr: Jaxpr) -> list:
-        """The equations that matter: those that are listened to, and those whose results these or the caller take."""
+        """The equations to run: those listened to, and those whose results they or the caller use."""
         if id(jaxpr) not in self._matter:
             needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
             for eqn in reversed(jaxpr.eqns):
@@ -110,7 +110,7 @@ class Interpreter:
         return way(self, eqn, args)
 
     def _way(self, eqn) -> Callable:
-        """How an equation is run: decided once, since loops come back to it."""
+        """The function that runs an equation; chosen once, since loops repeat it."""
         name, params = eqn.primitive.name, eqn.params
         if name in _CONTROL:
             return _CONTROL[name]
@@ -195,7 +195,7 @@ class Interpreter:
         return self._busy[id(jaxpr)]
 
     def _heard(self, eqn) -> bool:
-        """Whether an equation, or anything inside it, is listened to."""
+        """Whether an equation, or one inside it, is listened to."""
         return eqn.primitive.name in LISTENED or any(map(self.busy, inside(eqn)))
 
 
@@ -265,7 +265,7 @@ _CONTROL = {"scan": _scan, "while": _while, "cond": _cond, "run_scoped": _run_sc
 
 
 def scratch(aval) -> Ref:
-    """Memory that a kernel allocates: scalar memory is followed, starting at zero."""
+    """Memory that a kernel allocates. Scalar memory is tracked, and starts at zero."""
     ref = Ref(tuple(aval.shape), getattr(aval, "dtype", None), space_of(aval))
     if ref.space == "smem":
         ref.value = np.zeros(ref.shape, ref.dtype)
@@ -278,7 +278,7 @@ def space_of(aval) -> str:
 
 
 def indices(eqn, args: list, shape: tuple[int, ...]):
-    """The numpy index that a load or store uses and the grid axes in it; None if it is not known."""
+    """The numpy index of a load or store, and the grid axes it depends on; None if it is unknown."""
     key = "tree" if "tree" in eqn.params else "args_tree"
     if key == "tree":
         first = 2 if eqn.primitive.name in ("swap", "addupdate") else 1
@@ -299,7 +299,7 @@ def indices(eqn, args: list, shape: tuple[int, ...]):
                     return None
                 axes, start = axes | start.axes, int(start.value)
             if arrays:
-                return None  # a slice beside index arrays: nobody decides by such a value
+                return None  # a slice beside index arrays: no control flow depends on such values
             index.append(slice(start, start + i.size * (i.stride or 1), i.stride or 1))
         elif isinstance(i, Known):
             axes = axes | i.axes
@@ -308,6 +308,6 @@ def indices(eqn, args: list, shape: tuple[int, ...]):
             index.append(i)
         else:
             return None
-    if arrays:  # what a mask hides may point anywhere
+    if arrays:  # masked-out indices may point anywhere
         index = [np.clip(i, 0, n - 1) for i, n in zip(index, shape, strict=True)]
     return tuple(index), axes

@@ -1,19 +1,20 @@
-"""What can be said of an op's kernels without their chip.
+"""Static figures of an op's kernels, without their chip.
 
     python -m pallas_kernels.analysis.static decode_attention --target v5e [--case NAME] [--small] [--json]
         [--config A=1,B=2] [--with NAME or package.module:name]
 
-For each case: bytes moved (counted from grid, index maps and DMAs) over the bytes that the rows' own K, V, Q and O
-hold, and over those as they are stored: on a TPU K*H is rounded up to whole lanes, and packed queries have padding
-whose zeros are written; what the CostEstimate declares over the count, for full rows; FLOPs done over needed; the
-roofline time of what is needed; VMEM (a GPU: shared memory, registers, spills) from the compiler; and, for kernels
-without loops of dynamic length, the compiler's static cycles, over them those at the published peak, and those of the
-matrix units, of which heads narrower than a unit leave a part idle. `--peer` puts JAX's own prefill kernel beside it.
-These are static figures, not times.
+For each case:
+- bytes moved, counted from grid, index maps and DMAs, over the bytes needed: the rows' own K, V, Q and O;
+- bytes moved over the bytes stored: on a TPU with K*H rounded up to whole lanes and padding of packed queries written;
+- the CostEstimate's bytes over the count, for full rows; FLOPs done over needed; the roofline time of what is needed;
+- from the compiler VMEM, or on a GPU shared memory, registers and spills;
+- for kernels without dynamic loops the compiler's static cycles, and over them the cycles at the published peak and
+  those that the matrix units need, of which narrow heads leave a part idle.
+`--peer` adds JAX's own prefill kernel. These are static figures, not times.
 
     python -m pallas_kernels.analysis.static decode_attention --summary [--target v5e]
 
-A line a target: the worst and the median of the bytes moved over those needed, and over those as they are stored.
+One line per target: the worst and the median of bytes moved over bytes needed, and over bytes stored.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
     """One row of the table, in a process that was started with `targets.environment()`.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler refuses.
-      UnknownControl: the kernel decides by values that the case does not give.
+      jax.errors.JaxRuntimeError: the compiler rejects the program.
+      UnknownControl: control flow depends on values that the case does not give.
     """
     chip, problem = target.chip, problem.as_projected()
     with target.tracing():
@@ -93,13 +94,13 @@ def cycles(
     timeout: float = 300,
     peer: tuple[int, ...] | None = None,
 ) -> int | None:
-    """The compiler's static cycles of a problem's kernels, from a process of its own: asking can end it.
+    """The compiler's static cycles of a problem's kernels, from a process of its own, which the compiler can end.
 
     Args:
-      peer: tiles of JAX's own kernel, whose cycles are asked for instead (see `peers`).
+      peer: tiles of JAX's own kernel; its cycles are returned instead.
 
     Returns:
-      None where the compiler gives none (GPUs, v4, some DMAs) or takes too long.
+      None if the compiler gives none (GPUs, v4, some DMAs) or takes too long.
     """
     if target.chip.platform != "tpu" or (given := problem.reference) is None:
         return None
@@ -130,7 +131,7 @@ def cycles(
 
 
 def row(problem: Problem, target: str, config: Any = None) -> dict[str, Any]:
-    """The row of one problem, compiled in subprocesses; `error` if it failed.
+    """The row of one problem, compiled in subprocesses; it has `error` if that failed.
 
     Raises:
       ValueError, CompilerMissing, RuntimeError: see `table`.
@@ -159,7 +160,7 @@ def table(
     """The rows for an op on a target, compiled in subprocesses; a row that failed has `error`.
 
     Args:
-      own: an implementation by its name, or `package.module:name` of a user's; None: the first for the platform.
+      own: the name of an implementation, or `package.module:name` of a user's; None: the platform's first.
 
     Raises:
       ValueError: no such op, target or case, or no kernel that takes it; the message lists what there is.
@@ -191,10 +192,11 @@ def table(
 def taken(
     op: str, target: Target, case: str | None = None, small: bool = False, exact: bool = False, own: str | None = None
 ) -> list[Problem]:
-    """The problems of an op that its kernel for the target takes, or one's own (see `table`).
+    """The problems of an op that its kernel for the target, or `own` (see `table`), supports.
 
     Args:
-      case, small: those whose name holds `case` (`exact`: is it), real sizes only unless `small`.
+      case: only cases whose name contains it; with `exact`, the case of this name.
+      small: the small cases too, not only those of real size.
 
     Raises:
       ValueError: no such op or case, or no kernel for them; the message lists what there is.
@@ -236,7 +238,7 @@ def _config_text(config: Any) -> str:
 
 
 def _parse_config(problem: Problem, text: str | None) -> Any:
-    """A Config from `a=1,b=2`: what is not named is the heuristic's. Values are Python literals."""
+    """A Config from `a=1,b=2`; fields that are not named are the heuristic's. Values are Python literals."""
     if not text:
         return None
     import ast
@@ -276,7 +278,7 @@ def _chosen(args: argparse.Namespace, target: Target) -> list[Problem]:
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    """The quotients of a row that tables print; those of cycles only where there are cycles."""
+    """The ratios of a row that tables print; those of cycles only if there are cycles."""
     found = {
         "moved": row["bytes"] / max(row["bytes_needed"], 1),
         "stored": row["bytes"] / max(row["bytes_stored"], 1),
@@ -350,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--with", dest="own", help="another implementation of the op: its name, or package.module:name")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--exact", help=argparse.SUPPRESS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or tiles of the peer
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or the peer's tiles
     parser.add_argument("--peer", action="store_true", help="JAX's own prefill kernel beside cases without a mask")
     parser.add_argument(
         "--summary",
@@ -372,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _summaries(args: argparse.Namespace) -> None:
     names = [args.target] if args.target else targets.NAMES
-    # Where none has the op, the first says why.
+    # If no target has the op, the error of the first says why.
     chosen = [t for t in names if args.op in problems.ops(Target.get(t).chip.platform)] or names[:1]
     print("\n".join([SUMMARY, summary(args.op, chosen[0])]), flush=True)
     for name in chosen[1:]:

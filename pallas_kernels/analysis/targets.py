@@ -1,12 +1,12 @@
-"""Chips that are not here: compile a function for one with its real compiler, on a CPU.
+"""Targets: compiles a function for an absent chip with the chip's real compiler, on a CPU.
 
     target = Target.get("v5e")                       # "v5e:2x4", "7x", "h100", "h100:8", ...
     compiled = target.compile(fn, jax.ShapeDtypeStruct((8, 128), jnp.bfloat16), donate_argnums=0)
     compiled.vmem_bytes, compiled.memory, compiled.text, compiled.kernels
 
-libtpu compiles for every TPU generation, ptxas for every GPU from Ampere. A compiler can end the process, and libtpu
-reads its environment once: run this in a subprocess started with `environment(...)`. Nothing here measures a time on
-a device; `seconds` is how long compiling took.
+libtpu compiles for every TPU generation, ptxas for every GPU from Ampere on. A compiler can end the process, and libtpu
+reads its environment once: run this in a subprocess started with `environment(...)`. `seconds` is the time of
+compiling; nothing here measures a time on a device.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ENVIRONMENT = {
 }
 
 _ONE_CHIP = {"v4": "1x1x1", "v5p": "1x1x1", "7x": "1x1x1"}  # three axes; the others have two
-# What XLA's CUDA backend asks beyond the chip table: f32 lanes an SM, L2, shared memory and threads an SM, bytes.
+# Facts for XLA's CUDA backend beyond the chip table: f32 lanes per SM, L2, shared memory and threads per SM, bytes.
 _GPU_FACTS = {
     "a100": (64, 41943040, 167936, 2048, 85100068864),
     "a100-40": (64, 41943040, 167936, 2048, 42331013120),
@@ -65,11 +65,11 @@ class CompilerMissing(RuntimeError):
 
 
 def environment(*, profile: str | os.PathLike | None = None) -> dict[str, str]:
-    """What a process that compiles for absent chips must find in `os.environ` before it imports jax.
+    """The environment variables of a process that compiles for absent chips, to be set before it imports jax.
 
     Args:
-      profile: a folder for libtpu's static profiles; with it compiled texts hold `estimated_cycles`. It can abort
-        the process (all of v4, some DMAs on v5e): one subprocess a kernel then.
+      profile: a folder for libtpu's static profiles; with it, compiled texts have `estimated_cycles`. It can abort the
+        process (all of v4, some DMAs on v5e): use one subprocess per kernel then.
     """
     said = dict(_ENVIRONMENT)
     if profile is not None:
@@ -78,7 +78,7 @@ def environment(*, profile: str | os.PathLike | None = None) -> dict[str, str]:
 
 
 def missing(name: str) -> str | None:
-    """Why this installation cannot compile for the target, and what to install; None if it can."""
+    """None, or why this installation cannot compile for the target, and what to install."""
     target = Target.get(name)
     if target.chip.platform == "tpu":
         if not _installed("libtpu"):
@@ -94,28 +94,28 @@ def missing(name: str) -> str | None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is absent too
+    except ModuleNotFoundError:  # the parent package is absent too
         return False
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one function for one target."""
+    """The result of compiling one function for one target."""
 
     target: str
     seconds: float  # lowering and compiling, on this machine
     text: str  # the optimized HLO
-    memory: Mapping[str, int]  # bytes a device: argument, output, temp, alias, code
-    cost: Mapping[str, float]  # XLA's own analysis: a Pallas call counts as its CostEstimate says
+    memory: Mapping[str, int]  # bytes per device: argument, output, temp, alias, code
+    cost: Mapping[str, float]  # XLA's own analysis; a Pallas call counts by its CostEstimate
     vmem_bytes: int = 0  # TPU: the most scoped VMEM that one kernel uses
     kernels: tuple[ptx.Kernel, ...] = ()  # GPU: registers, spills, shared memory and tensor-core instructions
     executable: Any = field(default=None, repr=False, compare=False)  # jax.stages.Compiled
 
 
 def _topology(known: Chip, shape: str) -> str:
-    """The slice that a target's name asks for, that of one chip if `shape` is empty. Raises ValueError: no such slice.
+    """The topology of a slice; of one chip if `shape` is empty. Raises ValueError: no such slice.
 
-    libtpu describes slices that nobody can have, such as 9x9.
+    The check is needed: libtpu also describes slices that do not exist, such as 9x9.
     """
     one = _ONE_CHIP.get(known.name, "1x1")
     if known.platform == "gpu":
@@ -158,7 +158,7 @@ class Target:
 
         Raises:
           CompilerMissing: libtpu or the CUDA plugin is not installed.
-          RuntimeError: the environment of this process was not set before jax started.
+          RuntimeError: this process started jax without `environment(...)`.
         """
         if (why := missing(self.name)) is not None:
             raise CompilerMissing(why)
@@ -180,18 +180,18 @@ class Target:
         return list(described.devices)
 
     def mesh(self, axes: Mapping[str, int]) -> Mesh:
-        """A mesh over the first devices of the slice, for NamedShardings of the arguments of `compile`."""
+        """A mesh over the first devices of the slice, for NamedShardings of `compile`'s arguments."""
         devices = self.devices()[: prod(axes.values())]
         return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
 
     @contextmanager
     def tracing(self):
-        """Code traced inside sees this chip: `hardware.detect()`, Mosaic's and Triton's own questions.
+        """Within this context, code is traced for this chip: `hardware.detect()`, Mosaic and Triton see it.
 
-        Needs no compiler: kernels can be traced and counted for a chip wherever jax runs.
+        It needs no compiler: kernels can be traced and counted for a chip wherever jax runs.
         """
         facts = {}
-        if self.chip.platform == "gpu":  # a plain device would make Mosaic assume Hopper
+        if self.chip.platform == "gpu":  # without a capability, Mosaic would assume Hopper
             facts["compute_capability"] = ".".join(map(str, self.chip.capability))
         cores = self.chip.cores // self.chip.devices
         device = compat.abstract_device(self.chip.kinds[0], cores, self.chip.platform, **facts)
@@ -210,14 +210,14 @@ class Target:
         """Compile `fn(*args, **kwargs)`.
 
         Args:
-          fn: what to compile; a jitted function is taken as it is, with its own donated and static arguments.
-          args: pytrees of arrays or ShapeDtypeStructs; one with a sharding keeps it, all others live on the slice's
+          fn: the function; a jitted one keeps its own donated and static arguments.
+          args: pytrees of arrays or ShapeDtypeStructs. One with a sharding keeps it, the others are on the slice's
             first device.
           donate_argnums, static_argnums, static_argnames: as of `jax.jit`.
 
         Raises:
           CompilerMissing: see `devices`.
-          jax.errors.JaxRuntimeError: the compiler refuses (too much VMEM or HBM, ...), with its own message.
+          jax.errors.JaxRuntimeError: the compiler rejects the program (too much VMEM or HBM, ...); its own message.
         """
         first = self.devices()[0]
         if not hasattr(fn, "lower"):

@@ -1,7 +1,7 @@
-"""Calls one behind the other in one program, each fed a value of the result before: what benchmarks and tuner time.
+"""The loop that benchmarks and the tuner time: calls in sequence in one program, each fed from the last result.
 
-What is fed back is one value, written in place: a call that waits for one value of a result waits for its kernel, and
-a pass over the whole result would be charged to the op.
+Only one element is fed back, written in place. That is enough to wait for the kernel, and a pass over the whole
+result would be counted as the op's time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LARGEST = 100.0  # of a value that is fed back: they must not grow from call to call
+LARGEST = 100.0  # magnitude of the element fed back, so that values do not grow from call to call
 
-Turn = Callable[[Any, Any], Any]  # (state, held) -> state; the first of a state is what was given
+Turn = Callable[[Any, Any], Any]  # (state, held) -> state; state[0] is x
 
 
 def chained(fn: Callable[..., Any]) -> Turn:
-    """A turn that calls `fn(x, *held)`; the state is x and the result before, of which x takes a value."""
+    """A turn: overwrites one element of x with one of the last result, then calls `fn(x, *held)` again.
+
+    The state is (x, last result).
+    """
 
     def turn(state, held):
-        # Behind the barrier weights and caches hang on the result too: what a call makes of them (widened, laid out
-        # anew) is made in every turn, as in every call.
+        # The barrier makes weights and caches depend on the last result too. So XLA widens or re-lays them in every
+        # turn, as in every call, and not once before the loop.
         (x, result), held = lax.optimization_barrier((state, held))
         x = fed(x, result)
         return x, fn(x, *held)
@@ -32,12 +35,12 @@ def chained(fn: Callable[..., Any]) -> Turn:
 
 
 def fed(x: jax.Array, result: jax.Array) -> jax.Array:
-    """x with the first value of a result in the place of its own."""
+    """x with its first element replaced by that of `result`."""
     value = jnp.clip(result[(0,) * result.ndim].astype(jnp.float32), -LARGEST, LARGEST)
     return x.at[(0,) * x.ndim].set(value.astype(x.dtype))
 
 
 def start(fn: Callable[..., jax.Array], x: jax.Array, *held: Any) -> tuple[jax.Array, jax.Array]:
-    """The state before the first turn, of which that turn takes x as it is."""
+    """The state before the first turn, which leaves x as it is."""
     shape = jax.eval_shape(fn, x, *held)
     return x, fed(jnp.zeros(shape.shape, shape.dtype), x)

@@ -1,12 +1,12 @@
-"""What a Pallas call moves and multiplies: counted from its grid, index maps, DMAs and dots, not estimated.
+"""Bytes moved and FLOPs done by Pallas calls: counted from grids, index maps, DMAs and dots, not estimated.
 
     counted = count(fn, q, k, lengths)      # lengths a numpy array: its values are known; q, k may be shapes only
     counted.bytes, counted.flops, [call.declared for call in counted.calls]
 
-On a TPU a block is fetched when its index differs from the step before and written back when it is left; refs in
-`pl.ANY` or HBM move nothing by themselves, only `dma_start`s between HBM and a core's memory do. Operands of scalar
-prefetch count once. On a GPU blocks are only pointers: what the programs load and store counts, masked lanes
-excepted; what the L2 cache answers is in it. Grid steps run one after the other, as on one core.
+On a TPU a block is fetched when its index differs from the last step's, and written back when the index changes.
+Refs in `pl.ANY` or HBM move nothing; `dma_start`s between HBM and a core's memory do. Operands of scalar prefetch
+count once. On a GPU blocks are only pointers: loads and stores count, without masked lanes, and also if the L2 cache
+serves them. Grid steps run one after the other, as on one core.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jax import tree_util
 
 from pallas_kernels.analysis.scalars import NOTHING, Interpreter, Known, Ref, UnknownControl, inside, scratch, space_of
 
-_FAR = ("any", "hbm", "default", "gmem")  # memory of the device, when a DMA or a GPU kernel names it
+_FAR = ("any", "hbm", "default", "gmem")  # memory spaces in the device's memory
 
 
 @dataclass
 class Call:
-    """One pallas_call of a program, all runs of it together."""
+    """One pallas_call of a program, with all its runs added up."""
 
     name: str
     grid: tuple[int, ...]
@@ -38,7 +38,7 @@ class Call:
     operands: Counter = field(default_factory=Counter)  # bytes by operand or by its DMAs
     dots: Counter = field(default_factory=Counter)  # FLOPs by the dtype of the operands
     precisions: set = field(default_factory=set)  # of dots with f32 operands
-    dynamic: bool = False  # whether it has loops whose length the compiler cannot know
+    dynamic: bool = False  # whether it has loops of dynamic length
 
     @property
     def bytes(self) -> int:
@@ -69,15 +69,15 @@ class Counted:
 
 
 def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Counted:
-    """Count what `fn(*args, **kwargs)` moves in Pallas calls.
+    """Count the bytes and FLOPs of the Pallas calls in `fn(*args, **kwargs)`.
 
     Args:
       fn: traced once, never run on a device.
       args, kwargs: arrays, whose values are known, or ShapeDtypeStructs, whose values are not.
-      platform: `tpu` or `gpu`: what a pallas_call's blocks mean.
+      platform: `tpu` or `gpu`; it decides how blocks are counted.
 
     Raises:
-      UnknownControl: what is moved depends on an array whose values are not known.
+      UnknownControl: the count depends on an array without known values.
     """
     calls: list[Call] = []
 
@@ -90,11 +90,10 @@ def count(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Cou
 
 
 def multiplied(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Counter[tuple[str, str]]:
-    """FLOPs of every matrix product of `fn(*args, **kwargs)`, by kernel ("" outside of all) and type of the operands,
-    outside of kernels the wider of the two.
+    """FLOPs of the matrix products of `fn(*args, **kwargs)`, by kernel ("" outside of kernels) and operand type.
 
-    A product in a loop counts as often as the loop turns, one in a kernel as often as its grid and loops come to it.
-    Arguments as of `count`.
+    Outside of kernels the operand type is the wider of the two. A product counts once per turn of its loop and per
+    step of its kernel's grid. Arguments are those of `count`.
     """
     found: Counter[tuple[str, str]] = Counter()
 
@@ -128,7 +127,7 @@ def _run(fn: Callable, args: tuple, kwargs: dict, listen: Callable) -> None:
 
 
 def dots(jaxpr: Any) -> Iterator[Any]:
-    """Every dot_general equation of a jaxpr, those inside kernels too."""
+    """Every dot_general equation of a jaxpr, also those inside kernels."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn
@@ -137,7 +136,7 @@ def dots(jaxpr: Any) -> Iterator[Any]:
 
 
 def dot_flops(eqn) -> int:
-    """Two a multiply-add."""
+    """FLOPs of a dot_general, two per multiply-add."""
     (contract, _), _ = eqn.params["dimension_numbers"]
     a, out = eqn.invars[0].aval, eqn.outvars[0].aval
     return 2 * prod(out.shape) * prod(a.shape[i] for i in contract)
@@ -186,7 +185,7 @@ def _operand(known: Known | None, aval, space: str, name: str) -> Ref:
 
 
 class Block:
-    """One operand of a pallas_call as its grid walks over it."""
+    """One operand of a pallas_call, and its current block as the grid proceeds."""
 
     def __init__(self, mapping, position: int, value: Known | None, is_input: bool):
         self.mapping, self.value, self.is_input = mapping, value, is_input
@@ -207,7 +206,7 @@ class Block:
         return tuple(int(x.value) for x in out), axes
 
     def visit(self, step, grid, scalars, call: Call) -> Ref:
-        """The ref that the kernel is given at this step; a block that is new here is counted."""
+        """The ref that the kernel gets at this step. A block that differs from the last step's is counted."""
         shape, dtype = tuple(self.aval.shape), self.aval.dtype
         if self.space in ("any", "hbm") or call.platform == "gpu" or self.space == "semaphore_mem":
             whole = Ref(shape, dtype, self.space, None, NOTHING, self.name)
@@ -228,7 +227,7 @@ class Block:
         return Ref(shape, dtype, "vmem" if self.space == "default" else self.space, part, axes, self.name)
 
     def leave(self, call: Call) -> None:
-        """The last block of an output is written back at the end."""
+        """Count the write of an output's last block, at the end of the grid."""
         if self.index is not None and not self.is_input:
             call.operands[self.name] += self._bytes(self.index)
 
@@ -244,7 +243,7 @@ class Block:
         return found
 
     def _bytes(self, index) -> int:
-        """What of the block lies inside the array."""
+        """Bytes of the block that lie inside the array."""
         sizes = [max(s.stop - s.start, 0) for s in self._slices(index)]
         return prod(sizes) * _bits(self.array.dtype) // 8
 
@@ -256,14 +255,14 @@ class Block:
 
 
 class Runs:
-    """The kernel's body at each grid step. Steps that must take the same path as one before are not run again."""
+    """Runs the kernel's body at each grid step. Steps that take the path of an earlier one are not run again."""
 
     def __init__(self, call: Call, jaxpr, grid: tuple[int, ...], independent: bool):
         self.call, self.jaxpr, self.grid, self.independent = call, jaxpr, grid, independent
         self.seen: dict[frozenset[int], dict[tuple, list]] = {}
         self.heard: list[tuple[Counter, str, int]] = []
         self.sizes: dict[int, int] = {}
-        # On a TPU only scalars decide; index arrays and masks of a GPU kernel are about so large.
+        # On a TPU only scalars matter; a GPU kernel's index arrays and masks are up to about this large.
         self.interpreter = Interpreter(self.listen, 1 << 16 if call.platform == "gpu" else 256, kernel=True)
         self.silent = not self.interpreter.busy(jaxpr)
 
@@ -307,7 +306,7 @@ class Runs:
         if id(eqn) not in self.sizes:
             shape, dtype = _shape(source)
             self.sizes[id(eqn)] = prod(shape) * _bits(dtype) // 8
-        for ref in far:  # from HBM to HBM is a read and a write
+        for ref in far:  # HBM to HBM counts as a read and a write
             self.heard.append((self.call.operands, ref.name, self.sizes[id(eqn)]))
 
     def _access(self, eqn, args: list) -> None:
@@ -334,7 +333,7 @@ def _bits(dtype) -> int:
 
 
 def _shape(ref) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of a ref with its transforms applied."""
+    """Shape and dtype of a ref after its transforms."""
     base = getattr(ref, "ref", ref)
     shape, dtype = base.shape, base.dtype
     for t in getattr(ref, "transforms", ()):

@@ -1,10 +1,10 @@
-"""Making the tables of tiles that `tiles.resolve` reads.
+"""Makes the tables of tiles that `tiles.resolve` reads.
 
     python -m pallas_kernels.analysis.tuning decode_attention --target v5e [--case NAME] [--write] [--folder DIR]
 
-measures on the device if this process has that chip. Elsewhere it ranks candidates by what compiles, the compiler's
-static cycles (where a kernel has them) and the bytes moved, and says so: such an entry's `rung` is "static", and a
-measured one replaces it.
+measures on the device if this process has that chip. Elsewhere it ranks the candidates that compile by the compiler's
+static cycles (if the kernel has them), bytes moved and FLOPs. Such an entry's `rung` is "static"; a measured entry
+replaces it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pallas_kernels.tiles import bucket
 
 @dataclass(frozen=True)
 class Candidate:
-    """One Config as it was judged: `score` in seconds, smaller is better; None if it does not compile or run."""
+    """One Config and its score in seconds, smaller is better; None if it does not compile or run."""
 
     config: Any
     score: float | None
@@ -42,8 +42,8 @@ class Candidate:
 def measure(fn: Callable[..., Any], arrays: Sequence[jax.Array], loops: int = 64, repeats: int = 5) -> float:
     """Median seconds of one call of `fn(*arrays)` on this process' device.
 
-    `loops` calls run inside one program, each with a first argument that has a value of the result before, behind a
-    barrier: nothing is hoisted, overlapped or left out, and the launch is paid once.
+    `loops` calls run inside one program (`timing_loop`). Each depends on the result of the one before, through a
+    barrier: nothing is hoisted, overlapped or left out, and there is one launch.
     """
     turn = chained(first := lambda *a: jax.tree.leaves(fn(*a))[0])
 
@@ -61,7 +61,7 @@ def measure(fn: Callable[..., Any], arrays: Sequence[jax.Array], loops: int = 64
 
 
 def values(problem: Any, seed: int = 0) -> list[jax.Array]:
-    """Arrays of a problem: its scalars as they are, the rest random."""
+    """The arrays of a problem: its scalars, and random values for the rest."""
     rng = np.random.default_rng(seed)
     found = []
     for x in problem.arguments():
@@ -74,7 +74,7 @@ def values(problem: Any, seed: int = 0) -> list[jax.Array]:
 
 
 def candidates(problem: Any, chip: Chip) -> list[Any]:
-    """The heuristic's Config first, then what the kernel's module proposes, else its neighbours."""
+    """The heuristic's Config, then the implementation's `candidates`, else the neighbours of the heuristic's."""
     module = problem.module
     first = module.heuristic(problem.call, chip)
     proposed = module.candidates(problem.call, chip) if hasattr(module, "candidates") else neighbours(first)
@@ -82,7 +82,7 @@ def candidates(problem: Any, chip: Chip) -> list[Any]:
 
 
 def neighbours(config: Any) -> list[Any]:
-    """Configs in which one number is half or twice as large, those that the Config itself allows."""
+    """Configs with one number halved or doubled, as far as the Config accepts it."""
     found = []
     for f in fields(config):
         value = getattr(config, f.name)
@@ -96,16 +96,16 @@ def neighbours(config: Any) -> list[Any]:
 
 
 def tune(problem: Any, target: str | None = None) -> tuple[str, list[Candidate]]:
-    """Judge the candidates of a problem (`problems.Problem`).
+    """Score the candidates of a problem.
 
     Args:
-      target: a name of `targets`; None, or the chip of this process: measured here.
+      target: a name of `targets`. None, or this process' chip: measure here.
 
     Returns:
-      The rung, `measured` or `static`, and the candidates, best first; those that failed come last.
+      The rung, `measured` or `static`, and the candidates, best first, failed ones last.
 
     Raises:
-      ValueError: no target given, and this process has no chip of the table.
+      ValueError: no target, and this process has no chip of the table.
     """
     here = hardware.detect()
     if target is None and here is None:
@@ -125,7 +125,7 @@ def _measured(problem: Any) -> Callable[[Any], Candidate]:
     def judge(config):
         try:
             seconds = measure(problem.fn(config), arrays)
-        except Exception as error:  # too much VMEM, tiles that do not fit: a candidate that is out
+        except Exception as error:  # too much VMEM, or tiles that do not fit: the candidate fails
             return Candidate(config, None, error=str(error).splitlines()[0])
         return Candidate(config, seconds, {"seconds": seconds})
 
@@ -140,14 +140,14 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
     def judge(config):
         try:
             row = static.row(problem, target, config)
-        except ValueError:  # no such target: no candidate is to blame
+        except ValueError:  # no such target: not the candidate's fault
             raise
         except Exception as error:
             row = {"error": str(error)}
         if "error" in row:
             return Candidate(config, None, error=row["error"].splitlines()[0])
         figures = {k: row.get(k) for k in ("bytes", "flops", "cycles", "vmem_bytes", "dynamic")}
-        # Dots that are done for masked tiles cost as much as the others; a core of several does its share of cycles.
+        # Dots of masked tiles cost as much as others. Of several cores, each does its share of the cycles.
         score = max(row["moved_seconds"], row["flops"] / (chip.tflops(problem.multiplied) * 1e12))
         if row.get("cycles") and not row["dynamic"]:
             score = max(score, row["cycles"] / (chip.clock_ghz * 1e9))
@@ -159,7 +159,7 @@ def _static(problem: Any, target: str) -> Callable[[Any], Candidate]:
 
 
 def write(op: str, call: Any, chip: Chip, rung: str, best: Candidate, folder: Path | None = None) -> Path:
-    """Keep the best candidate of a call's bucket; a static ranking does not replace a measurement."""
+    """Write the best candidate of a call's bucket to the table. A static one does not replace a measured one."""
     path = tiles.path_of(chip, folder)
     table = tiles.read(path) or {"device": chip.name, "ops": {}}
     entries = table["ops"].setdefault(op, {})
@@ -206,16 +206,16 @@ def run(
     say: Callable[[str], None] = print,
     own: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Tune an op's cases, `say` what was found, best first, and return it.
+    """Tune an op's cases; pass each result to `say`, best first, and return all.
 
     Args:
       target: the chip to rank for; None: measure on this process' device.
-      case: only cases whose name holds this; None: all of real size.
+      case: only cases whose name contains this; None: all of real size.
       keep: write the best into the table in `folder`.
-      own: another implementation: its name, or `package.module:name` of a user's; None: the platform's first.
+      own: the name of an implementation, or `package.module:name` of a user's; None: the platform's first.
 
     Raises:
-      ValueError: no such op, chip or case, no chip here and no target, or a case none of whose candidates works.
+      ValueError: no such op, chip or case; neither a chip here nor a target; or no candidate of a case works.
       targets.CompilerMissing: ranking needs a compiler that is not installed.
     """
     from pallas_kernels.analysis import problems, targets

@@ -1,1 +1,1 @@
-"""What the attention ops share: the call and its checks, the blocked XLA path, the merge of parts, shapes of cases."""
+"""Shared by the attention ops: the call and its checks, the blocked XLA path, the merge of parts, and cases."""

@@ -1,8 +1,8 @@
-"""Attention in XLA block by block, with an online softmax: memory does not grow with T*S, time follows the context.
+"""Attention in XLA, block by block, with an online softmax. Memory does not grow with T*S; time follows the context.
 
-The loops run over blocks of *positions*, between the first that any query of the block can see and the
-last that any row holds, so capacity costs nothing and keys outside a window are neither read nor computed.
-Milakov & Gimelshein 2018 (online softmax); Rabe & Staats 2021 (chunked attention).
+The loop runs over blocks of *positions*, from the first that a query of the block sees to the last that a row holds.
+So unused capacity costs nothing, and keys outside a window are neither read nor computed.
+Sources: Milakov & Gimelshein 2018 (online softmax); Rabe & Staats 2021 (chunked attention).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pallas_kernels.masking import MASKED, START, precision_of, soft_cap, visibl
 
 
 def block_size(slots: int, wanted: int) -> int:
-    """The largest divisor of `slots` up to `wanted`: a block of positions must be one run of slots."""
+    """The largest divisor of `slots` up to `wanted`: then each block of positions is one run of slots."""
     return max(d for d in range(1, min(slots, wanted) + 1) if slots % d == 0)
 
 
 def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int, key_block: int):
-    """The same function as `flash_attention.reference.attention`, in blocks of at most the given sizes."""
+    """Compute `flash_attention.reference.attention` in blocks of at most `query_block` by `key_block`."""
     q, k, v, starts = (arrays[name] for name in ("q", "k", "v", "starts"))
     lengths, sinks, tree = (arrays.get(name) for name in ("lengths", "sinks", "tree"))
     b, t, n, h = q.shape
@@ -41,7 +41,7 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
         tree = None if tree is None else jnp.pad(tree, ((0, 0), (0, padding), (0, 0)))
-    # Rows of G*bq queries for each KV head: one matmul reads a block of K once for the whole group.
+    # A KV head's G*bq queries are the rows of one matmul, which reads a block of K once for the whole group.
     rows = q.reshape(b, blocks, bq, kv_heads, group, h).transpose(1, 0, 3, 4, 2, 5)  # [blocks, B, K, G, bq, H]
     position_rows = query_positions.reshape(b, blocks, bq).transpose(1, 0, 2)
     tree_rows = None if tree is None else tree.reshape(b, blocks, bq, t).transpose(1, 0, 2, 3)
@@ -65,7 +65,7 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
             if call.int8:
                 logits *= scales(arrays["k_scale"], slot)[:, :, None]
             key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
-            # In a ring, a slot of this block may hold a newer position of a longer row.
+            # In a ring, a slot may hold a newer position instead: one turn further.
             held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
             mask = visible(
                 positions,
@@ -75,7 +75,7 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
                 tree=branches,
                 starts=starts,
             )
-            # What a slot's last request left there has weight zero, but zero times NaN is NaN.
+            # Stale values have weight zero, but they may be NaN, and zero times NaN is NaN.
             values = jnp.where(held[:, None, :, None] if axes == "bksh" else held[:, :, None, None], values, 0)
             logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, call.softcap)
             logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * bq, bs)
@@ -120,9 +120,9 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
 
 
 def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, block: int):
-    """The blocks of positions that these queries see: the first, and one past the last.
+    """The first block of positions that these queries see, and one past the last.
 
-    Queries of padding and of inactive rows lie outside their row: no block is read for them.
+    Padding queries, and those of inactive rows, are outside of their row: no block is read for them.
     """
     real = (positions >= 0) & (positions < lengths[:, None])
     ends = positions
@@ -137,13 +137,13 @@ def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, b
 
 
 def _finish(top, total, acc, sink):
-    """Results and log-sum-exp of a softmax's running maximum, sum and product; `sink` joins it last."""
-    saw = top != START  # true for NaN, which must come out as NaN
+    """Results and log-sum-exp from a softmax's running maximum, sum and weighted values; the sink joins here."""
+    saw = top != START  # true for NaN, so that it propagates
     if sink is not None:
         new_top = jnp.maximum(top, sink)
         fade = jnp.where(saw, jnp.exp(top - new_top), 0)
         total, acc = total * fade + jnp.exp(sink - new_top), acc * fade[..., None]
-        top, saw = new_top, new_top != START  # a sink of -inf is none
+        top, saw = new_top, new_top != START  # -inf: no sink
     total = jnp.where(saw, total, 1.0)
     out = jnp.where(saw[..., None], acc / total[..., None], 0.0)
     return out, jnp.where(saw, top + jnp.log(total), -jnp.inf)

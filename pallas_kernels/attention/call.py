@@ -1,4 +1,4 @@
-"""What attention over a dense cache is called with: the static facts of a call, and the checks of its arguments."""
+"""The static facts of a call of attention over a dense cache, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pallas_kernels.masking import sink_logits
 
 @dataclass(frozen=True)
 class Call:
-    """The static facts of one call; what `supported` and `heuristic` of an implementation judge by."""
+    """The static facts of one call. An implementation's `supported` and `heuristic` decide by them."""
 
     op: str
     batch: int
@@ -42,7 +42,7 @@ class Call:
 
     @property
     def group(self) -> int:
-        """Query heads to a KV head."""
+        """G, query heads per KV head."""
         return self.heads // self.kv_heads
 
     @property
@@ -52,11 +52,12 @@ class Call:
 
 
 def check_arrays(op: str, arrays: Mapping[str, Any], stored: tuple[str, ...], integers: tuple[str, ...]) -> None:
-    """Raise ValueError unless all arrays are of types that attention takes.
+    """Raise ValueError unless all arrays have types that attention takes.
 
     Args:
-      stored: names of K and V; integers: of the arrays that say where things are. Those of `arrays` that are neither
-        may be None: the mask `tree`, and floating ones.
+      arrays: by name. `tree` is boolean; those not listed below are floating. Both may be None.
+      stored: names of K and V, which are floating or int8.
+      integers: names of the arrays of positions, lengths and indices.
     """
     check_array(op, "q", arrays["q"], "floating")
     for name in stored:
@@ -69,7 +70,7 @@ def check_arrays(op: str, arrays: Mapping[str, Any], stored: tuple[str, ...], in
 
 
 def plain_scale(op: str, scale: Any) -> float | None:
-    """The number that multiplies the logits; None if it is traced. Raises ValueError unless it is finite."""
+    """The scale of the logits as a float; None if it is traced. Raises ValueError unless it is finite."""
     if isinstance(scale, jax.core.Tracer):
         return None
     number = isinstance(scale, int | float | np.generic | jax.Array | np.ndarray)
@@ -79,7 +80,7 @@ def plain_scale(op: str, scale: Any) -> float | None:
 
 
 def check_softcap(op: str, softcap: Any) -> None:
-    """Raise ValueError unless the cap bounds something: an infinite one would give NaN, not uncapped logits."""
+    """Raise ValueError unless the cap is positive and finite: an infinite one would give NaN, not uncapped logits."""
     if softcap is not None and not (isinstance(softcap, int | float | np.generic) and 0 < softcap < math.inf):
         raise ValueError(f"{op}: softcap must be positive and finite, or None for no cap; got {softcap!r}")
 
@@ -97,13 +98,14 @@ def make_call(
     value_dim: int | None = None,
     return_lse: bool = False,
 ) -> Call:
-    """Check the arguments of an op over a dense cache and gather their static facts.
+    """Check the arguments of an op over a dense cache and gather the static facts.
 
     Args:
-      arrays: by name: q, k, v, starts, lengths, sinks, k_scale, v_scale, tree; None or absent: the call has none.
+      arrays: by name: q, k, v, starts, lengths, sinks, k_scale, v_scale, tree. None or absent: the call has no such
+        array.
 
     Raises:
-      ValueError: naming the argument and what it should be.
+      ValueError: an argument does not fit; the message names it and says what it should be.
     """
     arrays = dict.fromkeys(("lengths", "sinks", "k_scale", "v_scale", "tree")) | dict(arrays)
     check_arrays(op, arrays, ("k", "v"), ("starts",) if arrays["lengths"] is None else ("starts", "lengths"))
@@ -149,7 +151,7 @@ def make_call(
 
 
 def _check_cache(op: str, arrays: Mapping[str, Any], layout: Layout, kv_heads, value_dim) -> tuple[int, int]:
-    """Check K and V beside q, and the scales of int8; returns KV heads and the head size of V."""
+    """Check that K, V and the scales of int8 fit q; return the KV heads and the head size of V."""
     q, k, v = (arrays[name] for name in "qkv")
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -189,7 +191,7 @@ def _check_cache(op: str, arrays: Mapping[str, Any], layout: Layout, kv_heads, v
 
 
 def check_rows(op: str, starts, lengths) -> None:
-    """Raise ValueError for rows of a dense cache that stand or end below zero. Waits for the arrays."""
+    """Raise ValueError if a row's start or length is below zero. Waits for the arrays."""
     found = seen(starts) if lengths is None else seen(starts, lengths)
     if found is None:
         return
@@ -203,6 +205,6 @@ def check_rows(op: str, starts, lengths) -> None:
 
 
 def as_given_to_kernels(arrays: Mapping[str, Any], scale: Any, *integers: str) -> dict[str, Any]:
-    """The arrays of a checked call: positions and lengths in int32, sinks in f32, and the scale if it is traced."""
+    """The arrays that implementations get: integers in int32, sinks in f32, and the scale if it is traced."""
     traced = {"scale": scale} if isinstance(scale, jax.core.Tracer) else {}
     return {**arrays, **traced, **{n: as_int32(arrays[n]) for n in integers}, "sinks": sink_logits(arrays["sinks"])}

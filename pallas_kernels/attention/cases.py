@@ -1,6 +1,6 @@
-"""Attention problems over a dense cache: what a case is, and the numbers that fill it.
+"""Cases of attention over a dense cache, and random data for them.
 
-Each op lists its cases in `cases.py`; tests, the tuner, the compilers' runs and benchmarks share them.
+Each op lists its cases in `cases.py`; tests, the tuner, AOT compilation and benchmarks share them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, round_up, to_l
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that hold `held` tokens and are given `new` more, at most T; a row with `new` 0 takes no part."""
+    """Rows that hold `held` tokens and get `new` more, at most T. A row with `new` 0 is inactive."""
 
     name: str
     held: tuple[int, ...]
@@ -35,8 +35,8 @@ class Case:
     scale: float | None = None
     dtype: str = "float32"
     kv_dtype: str | None = None  # None: dtype
-    full: bool = False  # every row holds S tokens, and the op is told so: no lengths
-    smoke: bool = False  # one of the few that every run of the compilers takes
+    full: bool = False  # every row holds S tokens, and the op gets no lengths
+    smoke: bool = False  # part of the short list for AOT compilation
 
     @property
     def heads(self) -> int:
@@ -48,17 +48,17 @@ class Case:
 
     @property
     def lengths(self) -> np.ndarray:
-        """What the op is told: tokens held, the new ones included; 0 for a row that takes no part."""
+        """The op's `lengths`: tokens held, the new ones included; 0 for an inactive row."""
         return np.array([h + n if n else 0 for h, n in zip(self.held, self.new, strict=True)], np.int32)
 
     @property
     def positions(self) -> np.ndarray:
-        """[B, T]: where the queries stand."""
+        """[B, T]: positions of the queries."""
         return (np.array(self.held)[:, None] + np.arange(self.queries)).astype(np.int32)
 
     @property
     def real(self) -> np.ndarray:
-        """[B, T]: which queries are not padding."""
+        """[B, T]: true for queries that are not padding."""
         return np.arange(self.queries) < np.array(self.new)[:, None]
 
     def settings(self, layout: Layout = "heads_first") -> dict:
@@ -74,7 +74,7 @@ class Case:
         }
 
     def abstract(self, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-        """The array arguments of a call, as shapes, for compiling."""
+        """The array arguments of a call as shapes, for compiling."""
         b, t, kv_dtype = len(self.held), self.queries, jnp.dtype(self.kv_dtype or self.dtype)
         shapes = {
             "q": ((b, t, self.heads, self.head_dim), jnp.dtype(self.dtype)),
@@ -96,28 +96,28 @@ class Case:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A case with numbers in it: the queries, and the histories that a cache is made of."""
+    """A case with data: the queries, and each row's keys and values, from which a cache is made."""
 
     case: Case
     q: np.ndarray  # [B, T, N, H] f32
-    keys: np.ndarray  # [B, longest, K, H] f32 (int8: the whole numbers)
+    keys: np.ndarray  # [B, longest, K, H] f32 (int8: the integers)
     values: np.ndarray
     key_scales: np.ndarray | None  # [B, longest, K]
     value_scales: np.ndarray | None
     sinks: np.ndarray | None  # [N]
     tree: np.ndarray | None  # [B, T, T]
-    unwritten: float  # what lies in slots that were never written
+    unwritten: float  # content of slots that were never written
 
     def histories(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values as they count, scales included."""
+        """Keys and values, dequantized where they are int8."""
         if not self.case.quantized:
             return self.keys, self.values
         return self.keys * self.key_scales[..., None], self.values * self.value_scales[..., None]
 
     def arguments(self, layout: Layout = "heads_first") -> dict:
-        """The array arguments of a call, K and V as a ring in `layout`."""
+        """The array arguments of a call, with K and V as a ring in `layout`."""
         case, kv_dtype = self.case, jnp.dtype(self.case.kv_dtype or self.case.dtype)
-        stored = [h + n for h, n in zip(case.held, case.new, strict=True)]  # a row that takes no part still holds
+        stored = [h + n for h, n in zip(case.held, case.new, strict=True)]  # an inactive row still holds its tokens
 
         def cache(history):
             slots = write_ring(history, stored, case.slots, 0.0 if case.quantized else self.unwritten)
@@ -146,7 +146,7 @@ class Drawn:
 
 
 def write_ring(history: np.ndarray, lengths, slots: int, unwritten: float) -> np.ndarray:
-    """A cache [B, S, ...] after a row's tokens were written one by one, `unwritten` where none has been."""
+    """A cache [B, S, ...] after each row's tokens were written in turn; slots never written hold `unwritten`."""
     cache = np.full((history.shape[0], slots, *history.shape[2:]), unwritten, np.float32)
     for row, length in enumerate(lengths):
         for position in range(max(0, length - slots), length):
@@ -155,9 +155,9 @@ def write_ring(history: np.ndarray, lengths, slots: int, unwritten: float) -> np
 
 
 def draw(case: Case, seed: int = 0, unwritten: float = float("nan")) -> Drawn:
-    """Fill a case with standard normal numbers, rounded to the types that hold them.
+    """Fill a case with standard normal numbers, rounded to their types.
 
-    Queries are three times as large, so that a softmax has something to choose and a cap something to bend.
+    Queries are three times as large: the softmax gets uneven weights, and the soft cap has an effect.
     """
     rng = np.random.default_rng(seed)
     batch, longest = len(case.held), max(*(h + n for h, n in zip(case.held, case.new, strict=True)), 1)

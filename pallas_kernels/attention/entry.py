@@ -1,4 +1,4 @@
-"""One call of an attention op over a dense cache: checked, described, dispatched."""
+"""The entry of the attention ops over a dense cache: check the arguments, make the `Call`, run the op."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def attend(
     config: Any,
     interpret: Any,
 ) -> Any:
-    """Run `op`: `arrays` and `settings` are the arguments of `flash_attention`, arrays and others, by name."""
+    """Run `op`. `arrays` and `settings` are the arguments of `flash_attention` by name, arrays and the others."""
     call = make_call(op.name, arrays, **settings)
     check_rows(op.name, arrays["starts"], arrays["lengths"])
     arrays = as_given_to_kernels(arrays, settings["scale"], "starts", "lengths")

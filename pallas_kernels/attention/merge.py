@@ -1,4 +1,4 @@
-"""What the Pallas decode kernels share outside of the kernel: the merge of splits."""
+"""The merge of a context's parts, which the Pallas decode kernels share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 def merge(
     out: Float[Array, "P *rows H"], lse: Float[Array, " P *rows"]
 ) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
-    """One softmax from the P parts of a context, each normalized by itself; f32.
+    """Merge P parts of a context, each with a softmax of its own, into one softmax, in f32.
 
-    A part that saw nothing has a log-sum-exp of -inf, and its output may be anything.
+    A part that saw nothing has a log-sum-exp of -inf; its output may be anything.
     Source: Dao et al. 2023 (Flash-Decoding).
     """
     top = lse.max(0)

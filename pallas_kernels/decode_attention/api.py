@@ -1,4 +1,12 @@
-"""Decode attention: one query a row, or a few of a draft, against a long cache."""
+"""Decode attention: one query a row, or the few of a draft, against a long dense cache.
+
+The way of a call:
+  arguments       `attention.call.make_call` checks them and gathers the static facts in a `Call`
+  Call            `OP.run` (`dispatch`) chooses the implementation and its tiles
+  implementation  `xla` loops over blocks of keys; `tpu` and `gpu` lay queries out and set up the grid
+  kernel          `tpu_kernel`, `gpu_kernel`: one part of a row's context; `attention.merge` joins the parts
+  result          [B, T, N, Hv], with `return_lse` also the log-sum-exp [B, T, N]
+"""
 
 from __future__ import annotations
 
@@ -36,14 +44,26 @@ def decode_attention(
     interpret=False,
     config=None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Softmax attention of 1 to 16 queries a row; bound by the reading of K and V.
+    """Softmax attention of 1 to 16 queries a row. Reading K and V bounds its time.
 
-    The arguments are those of `flash_attention`; the G query heads of a KV head share one read of it, and
-    what is read follows what the rows hold, not the capacity.
+    The arguments are those of `flash_attention`. The G query heads of a KV head share one read of it. The bytes read
+    follow what the rows hold, not the capacity.
 
     Raises:
       ValueError: shapes that do not fit, or more than 16 queries a row.
-      NotImplementedError: a named implementation that does not exist for this call, or the gradient of a kernel.
+      NotImplementedError: a named implementation that cannot take this call, or the gradient of a kernel.
+
+    Example: equal keys give equal weights, so a query gets the mean of the values that it sees.
+      >>> from functools import partial
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels import decode_attention
+      >>> q, k = jnp.ones((1, 1, 4, 8)), jnp.zeros((1, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
+      >>> v = jnp.ones((1, 2, 16, 8)) * jnp.arange(16.0)[:, None]  # the value of position p is p
+      >>> attend = jax.jit(partial(decode_attention, scale=8**-0.5))
+      >>> out = attend(q, k, v, starts=jnp.array([7]), lengths=jnp.array([8]))  # the mean of 0 to 7
+      >>> out.shape, float(out[0, 0, 0, 0])
+      ((1, 1, 4, 8), 3.5)
 
     Source: Dao et al. 2023 (Flash-Decoding); the meaning is `flash_attention.reference.attention`.
     """

@@ -1,4 +1,4 @@
-"""The problems of decode attention: what tests, the tuner and the compilers' runs share."""
+"""The cases of decode attention, shared by tests, the tuner, AOT compilation and benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = (
     Case("bf16, window, soft cap", (300, 20), (4, 2), 4, 256, dtype="bfloat16", window=99, softcap=5.0),
 )
 
-# What a published model or a feature needs that the list above has not.
+# Features and models that the list above does not cover.
 FEATURES = (
     Case("attention sinks", (60, 2), (2, 1), 2, 128, sinks=True, group=3),
     Case("attention sinks and a window, nobody in row one", (200, 9, 0), (1, 0, 1), 1, 256, sinks=True, window=30),
@@ -76,7 +76,7 @@ SHAPES = tuple(
     )
 )
 
-# Real sizes, for the compilers: half a gigabyte of cache and more shows what is copied.
+# Real sizes, for the compilers. A cache of half a gigabyte or more shows whether it is copied.
 LARGE = (
     Case("Llama 3 8B, bf16", (2047,) * 64, (1,) * 64, 1, 2048, 8, 4, 128, dtype="bfloat16", smoke=True),
     Case("SmolLM2 135M, bf16", (8191,) * 64, (1,) * 64, 1, 8192, 3, 3, 64, dtype="bfloat16"),

@@ -1,7 +1,7 @@
 """Decode attention as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
 
-A decode step is bound by the reading of K and V. A program reads one part of one row's context for one KV head, once
-for all its query heads and queries; parts are merged by their log-sum-exp outside.
+Reading K and V bounds a decode step. A program reads one part of one row's context for one KV head, once for all its
+queries and query heads. The parts are merged afterwards by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NAME = "gpu"
 PLATFORM = "gpu"
 LAYOUTS = ("heads_last",)
 MAX_QUERIES = 16
-# Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
+# Pallas computes offsets, in elements, in signed 32-bit integers for arrays of up to 2^32 bytes.
 MOST_ELEMENTS = 2**31
-# The least context of a part, in keys: for T*G rows it writes and reads again 8 T*G*Hv bytes of f32 result, which
-# beside 4 * 64 T*G*H bytes of K and V in bf16 is 3%.
+# The fewest keys of a part, per row. The part's f32 result is written and read again: for T*G rows 8 T*G*Hv bytes, 3%
+# of the 4 * 64 T*G*H bytes of K and V in bf16.
 KEYS_OF_A_ROW = 64
 LEAST_KEYS = 256
 # A program holds about 40 KiB of shared memory and 4 warps: L4 runs two on a multiprocessor, A100 four, H100 five.
@@ -38,10 +38,10 @@ class Config:
     """Tiles.
 
     Attributes:
-      block_k: keys attended to at once, a power of two, at least 16.
-      splits: the most parts that a row's context is cut into; a short row is cut into fewer.
-      block_rows: the most queries of one KV head (T * G) in a program, a power of two, at least 16.
-      num_warps, num_stages: of Triton; a stage holds block_k keys and values in shared memory.
+      block_k: keys of one step; a power of two, at least 16.
+      splits: the most parts of a row's context; a short row has fewer.
+      block_rows: the most rows of a program, one per query and head (T * G); a power of two, at least 16.
+      num_warps, num_stages: Triton's; a stage holds block_k keys and values in shared memory.
     """
 
     block_k: int
@@ -60,7 +60,7 @@ class Config:
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the GPU kernel cannot do the call."""
+    """None, or why the GPU kernel cannot do the call."""
     if call.dtype not in ("bfloat16", "float16", "float32"):
         return f"the GPU kernel takes queries in bfloat16, float16 or float32, not {call.dtype}"
     if call.kv_dtype not in (call.dtype, "bfloat16", "float16", "float32", "int8"):
@@ -76,14 +76,15 @@ def supported(call: Call) -> str | None:
 
 
 def heuristic(call: Call, chip: Chip | None) -> Config:
-    """Tiles for a chip; None: as for an A100.
+    """Tiles for a chip; None: an A100.
 
-    Bytes: only what a row holds is read, so that the block costs nothing but masked work in the last one. FLOPs: the
-    tensor cores multiply 16 rows at least, T*G of which count, and at 16 rows they keep up with memory. Shared
-    memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that two stages and q fit the 99 KiB of L4
-    even at 64 rows of 256. Registers: f32 has no tensor core and no room for more than 32 keys or 16 KiB a stage, and
-    a program of 64 rows needs 8 warps: with 4, ptxas gave all 255 registers or spilled. Splits: PROGRAMS_A_CORE
-    programs for every multiprocessor, as long as a part is worth its own result.
+    Bytes: only what a row holds is read; a larger block only adds masked work in the row's last block.
+    FLOPs: tensor cores multiply at least 16 rows, of which T*G are real; at 16 rows they keep up with memory.
+    Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16): two stages and q fit the 99 KiB of L4 even
+    at 64 rows of 256.
+    Registers: f32 has no tensor core, and no room for more than 32 keys or 16 KiB per stage. 64 rows need 8 warps: with
+    4, ptxas used all 255 registers or spilled.
+    Splits: PROGRAMS_A_CORE programs per multiprocessor, as long as a part is large beside its result.
     """
     cores = chip.cores if chip else hardware.chip("a100").cores
     dtype = compute_dtype(call)
@@ -102,7 +103,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
 
 
 def compute_dtype(call: Call) -> jnp.dtype:
-    """What the dots multiply: the queries' type, f32 where K and V are f32 or another 16-bit type."""
+    """The operand type of the dots: the queries', or f32 if K and V are f32 or another 16-bit type."""
     same = call.kv_dtype in (call.dtype, "int8")
     return jnp.dtype(call.dtype if same else jnp.float32)
 
@@ -112,13 +113,13 @@ def _least_keys(call: Call) -> int:
 
 
 def plan_for(call: Call, config: Config) -> Plan:
-    """The kernel's static facts."""
+    """The static inputs of the kernel."""
     block_rows = min(config.block_rows, padded(call.queries * call.group))
     return Plan(call, config, block_rows, -(-_least_keys(call) // config.block_k), compute_dtype(call))
 
 
 def cost(plan: Plan) -> pl.CostEstimate:
-    """Of full rows: what their queries see of K and V, scales, queries and results, once each."""
+    """The cost of full rows: K and V that their queries see, scales, queries and results, once each."""
     call, splits = plan.call, plan.config.splits
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
     seen = min(call.slots, call.window + call.queries - 1) if call.window else call.slots
@@ -136,7 +137,7 @@ def cost(plan: Plan) -> pl.CostEstimate:
 
 
 def run(arrays, call: Call, config: Config, interpret=False):
-    """See `api.decode_attention`: call the kernel and merge its parts."""
+    """See `api.decode_attention`. Calls the kernel and merges its parts."""
     plan = plan_for(call, config)
     q, tree = arrays["q"], arrays.get("tree")
     b, t, n, _ = q.shape

@@ -1,7 +1,7 @@
-"""The body of decode attention on GPU (Triton): one part of one row's context for one KV head a program.
+"""The body of decode attention on GPU (Triton): a program takes one part of one row's context for one KV head.
 
-K, V and the queries are read where they lie, through arrays of indices with a mask: what no query sees is not
-read, and head sizes that are no power of two are padded in registers only.
+K, V and the queries are read in place, through arrays of indices with a mask. Keys that no query sees are not read, and
+head sizes that are not a power of two are padded in registers only.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is built from: static facts of a call, its tiles, and what follows from both."""
+    """The static inputs of the kernel: the call, its tiles, and what follows from both."""
 
     call: Call
     config: Any  # tiles: `gpu.Config`
-    block_rows: int  # of config, no more than there are rows
-    least_blocks: int  # a part has at least so many blocks: its result has to be written and merged
-    dtype: jnp.dtype  # what the tensor cores multiply
+    block_rows: int  # that of config, at most the rows there are
+    least_blocks: int  # the fewest blocks of a part, since its result is written and merged
+    dtype: jnp.dtype  # operand type of the dots
 
     @property
     def rows(self) -> int:
-        """Queries of one KV head: row t * G + g."""
+        """T * G queries of one KV head; query t of head g is row t * G + g."""
         return self.call.queries * self.call.group
 
 
 @dataclass(frozen=True)
 class Refs:
-    """The kernel's operands by name; None where the call has none."""
+    """The kernel's operands by name; None: the call has no such operand."""
 
     starts: object
     lengths: object
@@ -52,15 +52,15 @@ class Refs:
 
 
 def padded(n: int) -> int:
-    """What n rows or lanes take in registers: a power of two, and no less than a dot multiplies.
+    """n rows or lanes as padded in registers: a power of two, at least the 16 of a tensor core.
 
-    Triton compiles a bf16 product over eight lanes without a word, and an H200 gave wrong sums for it.
+    Triton compiles a bf16 product over eight lanes without an error, but on an H200 its sums were wrong.
     """
     return max(16, pl.next_power_of_2(n))
 
 
 def _span(plan: Plan, start, length):
-    """The positions [low, high) that some query of the row sees."""
+    """The positions [low, high) that the queries of the row see."""
     if not plan.call.lengths:
         low, high = jnp.int32(0), jnp.int32(plan.call.slots)
     else:
@@ -74,7 +74,7 @@ def _span(plan: Plan, start, length):
 
 
 def _part(plan: Plan, low, high, split):
-    """The blocks [first, end) of a split: equal parts, fewer for a short row; they depend on no neighbour."""
+    """The blocks [first, end) of a split. Parts are equal, fewer in a short row, and depend on this row alone."""
     first, end = low // plan.config.block_k, pl.cdiv(high, plan.config.block_k)
     if plan.config.splits == 1:
         return first, end
@@ -83,7 +83,7 @@ def _part(plan: Plan, low, high, split):
 
 
 def _seen(plan: Plan, keys, queries, start, low, high, bits):
-    """[rows, keys]: what each query sees; `bits` holds a query's tree."""
+    """[rows, keys]: the mask; `bits` holds each query's row of the tree."""
     seen = ((keys >= low) & (keys < high))[None, :]
     position = (start + queries)[:, None]
     if plan.call.causal:
@@ -125,7 +125,7 @@ def body(plan: Plan, refs: Refs) -> None:
     bits = plgpu.load(refs.bits.at[row, queries], mask=real, other=0) if call.tree else None
 
     def fetch(ref, slots, held, lanes, dim):
-        """[block_k, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
+        """[block_k, lanes]; zero in empty slots, since 0 * NaN is NaN."""
         return plgpu.load(
             ref.at[row, slots[:, None], head, lanes[None, :]], mask=held[:, None] & (lanes < dim)[None, :], other=0
         )
@@ -134,7 +134,7 @@ def body(plan: Plan, refs: Refs) -> None:
         top, total, acc = carry
         base = i * plan.config.block_k
         keys = base + jnp.arange(plan.config.block_k, dtype=jnp.int32)
-        # One modulo for the block where blocks divide the ring, else one for each key.
+        # One modulo per block if blocks divide the ring, else one per key.
         whole = call.slots % plan.config.block_k == 0
         slots = base % call.slots + keys - base if whole else keys % call.slots
         held = (keys >= low) & (keys < high)
@@ -168,17 +168,17 @@ def body(plan: Plan, refs: Refs) -> None:
     top = jnp.full((plan.block_rows,), START, jnp.float32)
     total = jnp.zeros((plan.block_rows,), jnp.float32)
     if call.sinks:
-        # Only one split may hold the sink: it enters the denominator once.
+        # Only one split adds the sink, which joins the denominator once.
         sink = plgpu.load(refs.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
         top = jnp.where(split == 0, jnp.maximum(sink, START), top)
         total = jnp.where(split == 0, jnp.exp(sink - top), total)
     acc = jnp.zeros((plan.block_rows, value_lanes.shape[0]), jnp.float32)
     top, total, acc = lax.fori_loop(first, jnp.maximum(first, end), step, (top, total, acc))
 
-    saw = top != START  # true for NaN, which must come out as NaN
+    saw = top != START  # true for NaN, so that it propagates
     divisor = jnp.where(saw, total, 1.0)
     out = jnp.where(saw[:, None], acc / divisor[:, None], 0.0)
-    # A part without blocks writes no result, only that it saw nothing; a row without any writes zeros.
+    # A part without blocks writes only a log-sum-exp of -inf; of an empty row, the first part writes zeros.
     wrote = real & ((split == 0) | (first < end))
     plgpu.store(
         refs.out.at[split, row, queries[:, None], heads[:, None], value_lanes[None, :]],

@@ -1,7 +1,7 @@
 """Decode attention as a Pallas kernel for TPU: v4, v5e, v5p, v6e and 7x.
 
-A decode step is bound by the reading of K and V. The cache enters the kernel as it lies in HBM; every row costs the
-tiles of 8 (f32), 16 (bf16) or 32 (int8) slots that its queries can see, once for all its query heads and queries.
+Reading K and V bounds a decode step. The cache stays in HBM, and the kernel reads it in place: per row the tiles of 8
+(f32), 16 (bf16) or 32 (int8) slots that its queries see, once for all its queries and query heads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = "tpu"
 PLATFORM = "tpu"
 LAYOUTS = ("folded",)
 MAX_QUERIES = 16
-TILE = {4: 8, 2: 16, 1: 32}  # slots of a tile in HBM by the bytes of an element
+TILE = {4: 8, 2: 16, 1: 32}  # bytes of an element: slots of a tile in HBM
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Config:
     """Tiles.
 
     Attributes:
-      block_k: slots fetched together, a multiple of 128; two such blocks of K and of V lie in VMEM.
-      tile_k: slots attended to at once, a multiple of 128 that divides block_k.
-      splits: parts of a row's context, one for each core of the device.
+      block_k: slots fetched together, a multiple of 128; VMEM holds two such blocks of K and of V.
+      tile_k: slots computed together, a multiple of 128 that divides block_k.
+      splits: parts of a row's context, one per core of the device.
     """
 
     block_k: int
@@ -49,7 +49,7 @@ class Config:
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the TPU kernel cannot do the call."""
+    """None, or why the TPU kernel cannot do the call."""
     kv = jnp.dtype(call.kv_dtype)
     if jnp.dtype(call.dtype) not in (jnp.bfloat16, jnp.float32):
         return f"the TPU kernel takes queries in bfloat16 or float32, not {call.dtype}"
@@ -61,27 +61,27 @@ def supported(call: Call) -> str | None:
         return f"decode takes at most {MAX_QUERIES} queries a row, not {call.queries}: use flash_attention"
     if call.kv_heads > LANES:
         return f"the TPU kernel takes at most {LANES} KV heads, not {call.kv_heads}"
-    # Where a row starts and ends, and its tree, whose last axis takes whole registers.
+    # Two scalars per row, and its tree, whose last axis is padded to whole registers.
     if 4 * call.batch * (2 + (LANES if call.tree else 0)) > SCALAR_BYTES:
         return f"the scalars of {call.batch} rows do not fit the TPU's scalar memory: split the batch"
     return None
 
 
 def heuristic(call: Call, chip: Chip | None) -> Config:
-    """Tiles for a chip; None: as for a v5e.
+    """Tiles for a chip; None: a v5e.
 
-    Bytes: neither block changes what is read, since only a row's own tiles are fetched. FLOPs: 2 T N (H + Hv) a key,
-    for T*N/K up to some tens far below what the bandwidth leaves time for. What is left is latency: a step of the
-    online softmax is one chain of matmul, maximum, exponential, matmul of some thousand cycles that nothing
-    overlaps but the fetch of the next block. So a block should hold about 1 MiB of K and V, which takes 0.3 us
-    (7x) to 1.3 us (v5e) to arrive. VMEM: two such blocks, and scores [rows of a pack, block] in f32 several times
-    over, stay below 8 of the 16 MiB. Splits: where one device is several cores (v5p), each takes its part of every
-    row, so that one long row fills the chip.
+    Bytes: the tiles do not change them, since only a row's own slots are fetched.
+    FLOPs: 2 T N (H + Hv) per key. Up to some tens of queries per KV head, they take far less time than the fetch.
+    Latency: a step of the online softmax is one chain (matmul, maximum, exponential, matmul) of some thousand cycles,
+    which only the fetch of the next block overlaps. So a block holds about 1 MiB of K and V, which takes 0.3 us (7x) to
+    1.3 us (v5e) to arrive.
+    VMEM: two such blocks, and a few copies of the logits [rows of a pack, block] in f32, take less than 8 of 16 MiB.
+    Splits: where a device has several cores (v5p), each takes a part of every row, so that one long row fills the chip.
     """
     width = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
     token = width * jnp.dtype(call.kv_dtype).itemsize
     wanted = max(LANES, min((1 << 20) // token, 2048) // LANES * LANES)
-    # A ring wraps between blocks only if they divide it; a cache that never wraps may take any block.
+    # Blocks must divide a ring, so that it wraps between two of them. A cache that never wraps takes any block.
     fitting = [n for n in range(LANES, min(wanted, call.slots) + 1, LANES) if call.slots % n == 0]
     block = fitting[-1]
     if call.window is None and block < wanted // 2:
@@ -94,21 +94,21 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
 
 
 def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call, None if it does."""
+    """None, or why a Config does not suit a call."""
     if call.window is not None and call.slots % config.block_k:
         return f"block_k must divide the ring's {call.slots} slots"
     return None
 
 
 def plan_for(call: Call, config: Config) -> Plan:
-    """The kernel's static facts."""
+    """The static inputs of the kernel."""
     wide = jnp.float32 in (jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype))
     dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
     return Plan(call, config, TILE[jnp.dtype(call.kv_dtype).itemsize], dtype)
 
 
 def cost(plan: Plan) -> pl.CostEstimate:
-    """Of full rows: their K and V (of a window's slots, whole tiles), scales, queries and results, once each."""
+    """The cost of full rows: K and V in whole tiles (a window's only), scales, queries and results, once each."""
     call, splits = plan.call, plan.config.splits
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
     seen = call.slots
@@ -130,7 +130,7 @@ def cost(plan: Plan) -> pl.CostEstimate:
 
 
 def run(arrays, call: Call, config: Config, interpret=False):
-    """See `api.decode_attention`: fold the queries, call the kernel, unfold, merge; all of it small beside K and V."""
+    """See `api.decode_attention`. Folds the queries, unfolds and merges the results: small arrays beside K and V."""
     plan = plan_for(call, config)
     q, k, v, tree = (arrays.get(name) for name in ("q", "k", "v", "tree"))
     b, t, n, h = q.shape
@@ -184,7 +184,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[shape for shape, _ in outputs.values()],
-        # Rows follow each other, since each fetches for the next; the splits are one for each core.
+        # Rows run in order, since each prefetches for the next; splits run in parallel, one per core.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=cost(plan),
         interpret=interpret,
@@ -207,15 +207,15 @@ def run(arrays, call: Call, config: Config, interpret=False):
 def _merged(
     plan: Plan, out: Float[Array, "P B R C"], lse: Float[Array, "P B R lanes"]
 ) -> tuple[Float[Array, "B R K*Hv"], Float[Array, "B R K"]]:
-    """The parts of a context as one, f32. Head by head on the lanes as the kernel wrote them: heads as an axis of their
-    own would be laid out anew, once for each part and twice as wide as the result."""
+    """Merge the parts of a context, in f32. Heads stay folded in the lanes, as the kernel wrote them: an axis of heads
+    would make XLA re-lay each part, at twice the width of the result."""
     dim = plan.call.value_dim
     heads = [merge(out[..., k * dim : (k + 1) * dim], lse[..., k]) for k in range(plan.call.kv_heads)]
     return jnp.concatenate([values for values, _ in heads], -1), jnp.stack([total for _, total in heads], -1)
 
 
 def _packed_sinks(plan: Plan, sinks: Float[Array, " N"]) -> Float[Array, "packs rows lanes"]:
-    """The sink of each row of each pack, in every lane; rows of padding have none."""
+    """Each row's sink, per pack and in every lane; -inf for rows of padding."""
     each = jnp.tile(
         sinks.astype(jnp.float32).reshape(plan.call.kv_heads, 1, plan.call.group), (1, plan.call.queries, 1)
     )

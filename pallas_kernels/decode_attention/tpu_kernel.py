@@ -1,13 +1,12 @@
-"""The body of decode attention on TPU: one row of the batch a grid step, its K and V fetched by the kernel's own DMAs.
+"""The body of decode attention on TPU: a grid step is one row of the batch, whose K and V the kernel's DMAs fetch.
 
-The cache stays in HBM. Blocks of `block_k` slots go into two buffers in turn; while one is computed the next
-is fetched, and while the row's last is computed the next row's first. Of a block only the tiles that the row's
-queries can see are fetched, as copies of 2^i tiles: sizes of DMAs are static, and the binary digits of a number of
-tiles give it exactly.
+The cache stays in HBM. Blocks of `block_k` slots are fetched into two buffers in turn: while one block is computed, the
+next is fetched, and during a row's last block the first one of the next row. Only tiles that the row's queries see
+are fetched. DMA sizes are static, so a block is fetched as DMAs of 2^i tiles, by the binary digits of their number.
 
-Heads lie side by side in the lanes. The fewest heads that fill whole registers of 128 lanes are a *pack*: their
-queries stand below each other, each zero outside its own head's lanes, so that one matmul over the pack's lanes
-gives the scores of all, and nothing is shifted along the lanes.
+Heads lie side by side in the lanes. A *pack* is the fewest heads that fill whole registers of 128 lanes. The queries of
+a pack are stacked as rows, each zero outside of its own head's lanes. So one matmul over the pack's lanes gives the
+logits of all its heads, and nothing is shifted along the lanes.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is built from: static facts of a call, its tiles, and what follows from both."""
+    """The static inputs of the kernel: the call, its tiles, and what follows from both."""
 
     call: Call
     config: Any  # tiles: `tpu.Config`
-    tile: int  # slots of one tile of K and V in HBM: the least that a DMA can fetch
-    dtype: jnp.dtype  # what the MXU multiplies
+    tile: int  # slots of one tile of K and V in HBM: the smallest DMA
+    dtype: jnp.dtype  # operand type of the dots
 
     @property
     def rows(self) -> int:
-        """Queries of one KV head: row t * G + g."""
+        """T * G queries of one KV head; query t of head g is row t * G + g."""
         return self.call.queries * self.call.group
 
     @property
     def by_slot(self) -> bool:
-        """Keys are walked slot by slot, not position by position: a block of positions would wrap inside itself."""
+        """Whether blocks are of slots, not of positions: here a block of positions could wrap inside itself."""
         return self.call.slots % self.config.block_k != 0
 
     @property
     def pack(self) -> int:
-        """KV heads of a pack."""
+        """Number of KV heads in a pack."""
         whole = math.lcm(*(LANES // math.gcd(d, LANES) for d in (self.call.head_dim, self.call.value_dim)))
         return min(whole, self.call.kv_heads)
 
     @property
     def padded_rows(self) -> int:
-        """Rows of one head in a pack: whole sublanes where heads stand below each other."""
+        """Rows of one head in a pack, padded to whole sublanes if heads are stacked."""
         return round_up(self.rows, SUBLANES) if self.pack > 1 else self.rows
 
     @property
@@ -67,7 +66,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Refs:
-    """The kernel's operands and scratch by name; None where the call has none."""
+    """The kernel's operands and scratch by name; None: the call has no such ref."""
 
     starts: object
     lengths: object
@@ -93,9 +92,9 @@ class Refs:
 
 
 def _span(plan: Plan, refs: Refs, row, split):
-    """The places [low, high) that this split reads of a row: positions, or slots (`Plan.by_slot`).
+    """The places [low, high) of a row that this split reads: positions, or slots (`Plan.by_slot`).
 
-    It depends on nothing but the row.
+    They depend on this row alone.
     """
     call = plan.call
     start = refs.starts[row]
@@ -122,7 +121,7 @@ def _span(plan: Plan, refs: Refs, row, split):
 
 
 def _count(plan: Plan, low, high):
-    """Blocks that a span touches."""
+    """Number of blocks that a span touches."""
     touched = pl.cdiv(high, plan.config.block_k) - low // plan.config.block_k
     return touched if isinstance(touched, int) else jnp.where(high > low, touched, 0)
 
@@ -174,13 +173,13 @@ def _lanes(heads: range, dim: int) -> slice:
 
 
 def _own_lanes(plan: Plan, head: int, heads: range, dim: int):
-    """[rows, lanes of the pack]: true in the lanes of its `head`-th head."""
+    """[rows, lanes of the pack]: true in the lanes of the pack's `head`-th head."""
     lane = lax.broadcasted_iota(jnp.int32, (plan.rows, len(heads) * dim), 1)
     return (lane >= head * dim) & (lane < (head + 1) * dim)
 
 
 def _begin(plan: Plan, refs: Refs, split):
-    """Queries into packs; an empty softmax, or one that holds the sink."""
+    """Lay the queries out in packs, and start the softmax: empty, or with the sink."""
     call = plan.call
     if plan.padded_rows != plan.rows or call.kv_heads % plan.pack:
         refs.queries[...] = jnp.zeros_like(refs.queries)
@@ -191,7 +190,7 @@ def _begin(plan: Plan, refs: Refs, split):
             refs.queries[p, pl.ds(i * plan.padded_rows, plan.rows), : q.shape[1]] = own
     refs.acc[...] = jnp.zeros_like(refs.acc)
     if call.sinks:
-        # Only one split may hold the sink: it enters the denominator once.
+        # Only one split adds the sink, which joins the denominator once.
         top = jnp.where(split == 0, jnp.maximum(refs.sinks[...], START), START)
         refs.top[...] = top
         refs.total[...] = jnp.where(split == 0, jnp.exp(refs.sinks[...] - top), 0.0)
@@ -201,18 +200,18 @@ def _begin(plan: Plan, refs: Refs, split):
 
 
 def _stacked(plan: Plan, values):
-    """One array for each head of a pack, below each other."""
+    """Stack arrays, one per head of a pack, as rows."""
     return values[0] if len(values) == 1 else jnp.concatenate(values, axis=0)
 
 
 def _mask(plan: Plan, refs: Refs, row, low, high, position):
-    """[rows of a pack, tile_k]: what each query sees of the keys from place `position` on."""
+    """[rows of one head, tile_k]: which of the keys from place `position` on each query sees."""
     call = plan.call
     start = refs.starts[row]
     shape = (plan.padded_rows, plan.config.tile_k)
     key = position + lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = (key >= low) & (key < high)
-    if plan.by_slot and call.lengths:  # where the ring has wrapped, slots before the newest one are a turn ahead
+    if plan.by_slot and call.lengths:  # in a wrapped ring, slots up to the newest one are a turn ahead
         newest = jnp.maximum(refs.lengths[row] - 1, 0)
         turn = newest // call.slots * call.slots
         key = key + jnp.where(key <= newest - turn, turn, turn - call.slots)
@@ -236,7 +235,7 @@ def _mask(plan: Plan, refs: Refs, row, low, high, position):
 
 
 def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, masked: bool):
-    """One step of the online softmax: the keys from `position` on, which lie at `offset` in their buffer."""
+    """One step of the online softmax, over the keys from `position` on; they are at `offset` in buffer `slot`."""
     call = plan.call
     keys = pl.ds(offset, plan.config.tile_k)
     if masked:
@@ -266,7 +265,7 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
         logits = soft_cap(logits, call.softcap)
         if masked:
             logits = jnp.where(mask, logits, MASKED)
-            v = jnp.where(held, v, jnp.zeros_like(v))  # a weight of zero does not silence NaN
+            v = jnp.where(held, v, jnp.zeros_like(v))  # 0 * NaN is NaN
         before = refs.top[p]
         top = jnp.maximum(before, logits.max(axis=1, keepdims=True))
         fade = jnp.exp(before - top)
@@ -288,12 +287,12 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
 
 
 def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
-    """Attend to what the buffer `slot` holds: the `index`-th block of the row's span."""
+    """Attend to the `index`-th block of the row's span, which is in buffer `slot`."""
     call = plan.call
     base = (low // plan.config.block_k + index) * plan.config.block_k
     size = plan.config.tile_k
     start = refs.starts[row]
-    # Keys in [from, to) are seen by every query of the row: they need no mask.
+    # Every query of the row sees the keys in [from, to): they need no mask.
     everyone_from = jnp.maximum(low, start + call.queries - call.window) if call.window else low
     everyone_to = high
     if call.causal:
@@ -321,7 +320,7 @@ def _block(plan: Plan, refs: Refs, row, low, high, index, slot):
 
 
 def _finish(plan: Plan, refs: Refs):
-    """Divide, and lay the heads side by side again."""
+    """Divide by the sums, and put the heads side by side again."""
     call = plan.call
     lane = lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
     lse = jnp.full((plan.rows, LANES), -jnp.inf, jnp.float32)
@@ -331,7 +330,7 @@ def _finish(plan: Plan, refs: Refs):
         for i, h in enumerate(heads):
             rows = pl.ds(i * plan.padded_rows, plan.rows)
             top, total = refs.top[p, rows], refs.total[p, rows]
-            saw = top != START  # true for NaN, which must come out as NaN
+            saw = top != START  # true for NaN, so that it propagates
             share = jnp.where(saw, 1.0 / jnp.where(saw, total, 1.0), 0.0)
             one = refs.acc[p, rows, :width] * share[:, :1]
             one = jnp.where(saw[:, :1], one, 0.0)

@@ -8,12 +8,12 @@ from pallas_kernels.hardware import platform_of
 
 NAME = "xla"
 PLATFORM = "any"
-# What a step reads too much is at most one block a row; smaller ones pay in loop overhead.
+# A row reads at most one block too much; smaller blocks cost more in loop overhead.
 KEY_BLOCK = 128
-# A GPU's host asks the device before each turn of such a loop whether there is another: few large blocks.
+# On a GPU each turn of the loop costs a round trip between host and device: few large blocks.
 KEY_BLOCK_GPU = 4096
 
 
 def run(arrays, call: Call, config=None, interpret=False):
-    """See `api.decode_attention`: takes every call, and has no tiles."""
+    """See `api.decode_attention`. It takes every call, and has no tiles."""
     return blocked_attention(arrays, call, call.queries, KEY_BLOCK_GPU if platform_of() == "gpu" else KEY_BLOCK)

@@ -1,11 +1,11 @@
-"""The problems of prefill attention: what tests, the tuner and the compilers' runs share."""
+"""The cases of prefill attention, shared by tests, the tuner, AOT compilation and benchmarks."""
 
 from __future__ import annotations
 
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention.cases import FEW
 
-# A chunk of a prompt. The XLA path's blocks are 256 queries by at most 256 keys.
+# Chunks of a prompt. The XLA path's blocks have 256 queries and at most 256 keys.
 CHUNKS = (
     Case("whole prompts, ragged", (0, 0, 0, 0), (40, 1, 0, 17), 40, 128, group=3),
     Case("chunk behind a context", (100, 0, 7), (28, 28, 3), 28, 128),

@@ -1,9 +1,8 @@
 """Prefill attention as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
 
-A program has one block of queries for one KV head; the G query heads stand beside one another in its rows, so that
-even a short chunk fills the tensor cores. It loops over the key blocks that its queries can see, and masks only those
-at the window's edge, on the diagonal and at the end of the row. A version for Hopper on Mosaic GPU has its place
-beside this file.
+A program takes one block of queries for one KV head. Its rows are the G query heads of each query, so that even a
+short chunk fills the tensor cores. It loops over the key blocks that its queries see, and masks only those at the
+window's edge, on the diagonal and at the end of the row.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pallas_kernels.hardware import Chip, chip
 NAME = "gpu"
 PLATFORM = "gpu"
 LAYOUTS = ("heads_last",)
-MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
+MOST_ELEMENTS = 2**31  # Pallas computes offsets in signed 32-bit integers
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Config:
     """Tiles.
 
     Attributes:
-      block_rows: rows of a program, one a query and head; a power of two, at least 16.
-      block_k: keys attended to at once; a power of two, at least 16.
-      num_warps, num_stages: of Triton; a stage holds block_k keys and values in shared memory.
+      block_rows: rows of a program, one per query and head; a power of two, at least 16.
+      block_k: keys of one step; a power of two, at least 16.
+      num_warps, num_stages: Triton's; a stage holds block_k keys and values in shared memory.
     """
 
     block_rows: int
@@ -63,18 +62,19 @@ def supported(call: Call) -> str | None:
 
 
 def compute_dtype(call: Call) -> jnp.dtype:
-    """What the dots multiply: the queries' type, f32 where K and V are of another float type."""
+    """The operand type of the dots: the queries', or f32 if K and V have another float type."""
     return jnp.dtype(call.dtype if call.kv_dtype in (call.dtype, "int8") else jnp.float32)
 
 
 def heuristic(call: Call, on: Chip | None) -> Config:
     """Tiles for a chip; None: an A100.
 
-    FLOPs: 128 rows of 16 bits make K and V count 128 FLOPs a byte, from L2, where the programs of a head meet.
-    Shared memory: q takes block_rows * H, a stage (H + Hv) * block_k, in the type of the dots; 128 rows and two
-    stages of 64 keys of 128 in bf16 take 96 KiB, which L4's 99 just hold, others have room for a third stage.
-    Registers: the accumulators of 128 rows of 128 take 64 a thread with 8 warps; wider heads take half the rows. f32
-    has no tensor core, and its operands lie in registers: 32 rows.
+    FLOPs: with 128 rows, each byte of K and V in 16 bits gives 128 FLOPs. They come from L2, which the programs of a
+    head share.
+    Shared memory, in the type of the dots: block_rows * H for q, (H + Hv) * block_k per stage. In bf16, 128 rows and
+    two stages of 64 keys of 128 take 96 KiB: L4 has 99, the others have room for a third stage.
+    Registers: with 8 warps, the accumulators of 128 rows of 128 take 64 per thread; wider heads get half the rows. f32
+    has no tensor core, and its operands stay in registers: 32 rows.
     """
     on = on or chip("a100")
     dtype = compute_dtype(call)
@@ -83,20 +83,20 @@ def heuristic(call: Call, on: Chip | None) -> Config:
         rows, keys = 32, 32 if widest <= 64 else 16
     else:
         rows, keys = (128, 64) if widest <= 128 else (64, 32)
-    if call.tree:  # its addresses take registers: 128 rows spilled
+    if call.tree:  # the tree's addresses take registers: 128 rows spilled
         rows, keys = min(rows, 64), 32
     rows = min(rows, max(16, pl.next_power_of_2(call.queries * call.group)))
     keys = min(keys, max(16, pl.next_power_of_2(call.slots)))
     if call.kv_dtype == "int8" and widest < 128:  # spilled with 128 rows
         rows = min(rows, 64)
     stages = 3 if on.smem_kib >= 160 and dtype != jnp.float32 and widest <= 128 else 2
-    # Small f32 heads leave little to do for 8 warps, which spilled on a B200.
+    # Small f32 heads get 4 warps: with 8, which have little to do there, a B200 spilled.
     many = rows * widest >= 64 * 128 or (dtype == jnp.float32 and rows > 16 and widest > 16)
     return Config(rows, keys, num_warps=8 if many else 4, num_stages=stages)
 
 
 def key_blocks(plan: Plan, start: int) -> int:
-    """Key blocks that the programs of one full row and KV head compute, its queries from `start` on."""
+    """Key blocks that the programs of one full row and KV head compute; its queries begin at position `start`."""
     call, tiles = plan.call, plan.config
     blocks = 0
     for i in range(plan.row_blocks):
@@ -109,7 +109,7 @@ def key_blocks(plan: Plan, start: int) -> int:
 
 
 def cost(plan: Plan) -> pl.CostEstimate:
-    """Of full rows, whose queries are their last: what the programs read and write; much of it comes from L2."""
+    """The cost of full rows, with the queries at their end: all loads and stores, also those that L2 serves."""
     call, tiles = plan.call, plan.config
     blocks = key_blocks(plan, max(call.slots - call.queries, 0)) * call.kv_heads
     io, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize

@@ -1,7 +1,7 @@
-"""The body of prefill attention on GPU (Triton): one block of a row's queries for one KV head a program.
+"""The body of prefill attention on GPU (Triton): a program takes one block of a row's queries for one KV head.
 
-K, V and the queries are read where they lie, through arrays of indices: head sizes that are no power of two are
-padded in registers only. Logits live in the base of exp2, which saves a multiplication for each.
+K, V and the queries are read in place through arrays of indices: head sizes that are not a power of two are padded in
+registers only. Logits are scaled by log2(e) for exp2, which saves a multiplication each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LN_2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is built from: static facts of a call, its tiles, and what follows from both."""
+    """The static inputs of the kernel: the call, its tiles, and what follows from both."""
 
     call: Call
     config: Any  # tiles: `gpu.Config`
-    dtype: jnp.dtype  # what the tensor cores multiply
+    dtype: jnp.dtype  # operand type of the dots
 
     @property
     def rows(self) -> int:
@@ -41,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Refs:
-    """The kernel's operands by name; None where the call has none."""
+    """The kernel's operands by name; None: the call has no such operand."""
 
     starts: object
     lengths: object
@@ -58,19 +58,19 @@ class Refs:
 
 @dataclass(frozen=True)
 class Block:
-    """Where a program's queries and keys are."""
+    """The queries and keys of a program."""
 
     row: object
-    head: object  # of K and V
-    queries: object  # [block_rows]: their places in the chunk
-    real: object  # [block_rows]: whether there is such a query
+    head: object  # KV head
+    queries: object  # [block_rows]: indices in the chunk
+    real: object  # [block_rows]: false for padding
     start: object
-    low: object  # positions [low, high) are held by the row
+    low: object  # the row holds positions [low, high)
     high: object
 
 
 def spans(plan: Plan, block: Block, first, last):
-    """Key blocks [begin, end) that the queries `first` to `last` see, and of them [clean, edge) without a mask."""
+    """Key blocks [begin, end) that the queries `first` to `last` see; those in [clean, edge) need no mask."""
     call, tiles = plan.call, plan.config
     size = tiles.block_k
     begin, end = block.low, block.high
@@ -85,7 +85,7 @@ def spans(plan: Plan, block: Block, first, last):
         edge = jnp.minimum(edge, block.start)
     if call.lengths and call.causal:
         end = jnp.where(block.start + first < block.high, end, 0)
-    if call.lengths and call.window is None:  # a ring that has wrapped: its first block holds the row's newest too
+    if call.lengths and call.window is None:  # in a wrapped ring the first block also holds the newest tokens
         clean, edge = (jnp.where(block.low > 0, 0, x) for x in (clean, edge))
     begin, end = begin // size, pl.cdiv(end, size)
     end = jnp.maximum(begin, end)
@@ -96,7 +96,7 @@ def spans(plan: Plan, block: Block, first, last):
 def body(plan: Plan, refs: Refs) -> None:
     """Grid (query blocks, K, B)."""
     call, tiles = plan.call, plan.config
-    # The last queries see the most under a causal mask: they start first.
+    # Under a causal mask the last queries see the most keys: they start first.
     i, head, row = plan.row_blocks - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
     lines = i * tiles.block_rows + jnp.arange(tiles.block_rows, dtype=jnp.int32)
     real = lines < plan.rows
@@ -133,7 +133,7 @@ def body(plan: Plan, refs: Refs) -> None:
         carry = lax.fori_loop(edge, end, masked, carry)
 
     top, total, acc = carry
-    saw = top != START  # true for NaN, which must come out as NaN
+    saw = top != START  # true for NaN, so that it propagates
     divisor = jnp.where(saw, total, 1.0)
     out = jnp.where(saw[:, None], acc / divisor[:, None], 0.0)
     plgpu.store(
@@ -151,7 +151,7 @@ def _lanes(dim: int):
 
 
 def fetch(plan: Plan, ref, block: Block, slots, held, dim: int):
-    """[block_k, dim to a power of two] of K or V; zero where nothing is held: a weight of zero must meet no NaN."""
+    """[block_k, dim rounded up to a power of two] of K or V; zero in empty slots, since 0 * NaN is NaN."""
     tiles = plan.config
     lanes = _lanes(dim)
     mask = None if held is None else held[:, None]
@@ -195,7 +195,7 @@ def attend(plan: Plan, refs: Refs, block: Block, q, i, carry, masked: bool):
     top, total, acc = carry
     base = i * tiles.block_k
     keys = base + jnp.arange(tiles.block_k, dtype=jnp.int32)
-    # One modulo for the block where blocks divide the ring, else one for each key.
+    # One modulo per block if blocks divide the ring, else one per key.
     slots = base % call.slots + keys - base if call.slots % tiles.block_k == 0 else keys % call.slots
     held = (keys >= block.low) & (keys < block.high) if masked else None
     k = fetch(plan, refs.k, block, slots, held, call.head_dim)

@@ -1,6 +1,6 @@
-"""What attention over a dense cache means, in a page: the whole score matrix at once.
+"""The definition of attention over a dense cache, in a page of jnp: the whole score matrix at once.
 
-Plain array operations with static shapes, so it differentiates and vmaps; its memory grows with T*S.
+It is plain array operations with static shapes, so it differentiates and vmaps. Its memory grows with T*S.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pallas_kernels.masking import MASKED, precision_of, sink_logits, soft_cap, 
 
 
 def slot_positions(lengths: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
-    """The position that each slot of a ring holds; below zero where it holds nothing.
+    """The position that each slot of a ring holds; below zero for an empty slot.
 
-    A cache of S slots keeps position p in slot p mod S. A cache that never wraps is the same thing.
+    A cache of S slots keeps position p in slot p mod S. A cache that never wraps follows the same rule.
     """
     last = lengths[:, None] - 1
     return last - (last - jnp.arange(slots)) % slots
@@ -41,7 +41,26 @@ def attention(
     value_dim: int | None = None,
     return_lse: bool = False,
 ):
-    """Softmax attention of T queries a row over what the row's cache holds; the contract is in `api.py`."""
+    """Softmax attention of T queries a row over what the row's cache holds. Its memory grows with T*S.
+
+    Arguments, results and errors are those of `flash_attention`, without implementation and tiles. It has a
+    gradient, also under `jit`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels import reference_attention
+      >>> q, k = jnp.ones((1, 1, 4, 8)), jnp.zeros((1, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
+      >>> v = jnp.ones((1, 2, 16, 8)) * jnp.arange(16.0)[:, None]  # the value of position p is p
+      >>> @jax.jit
+      ... @jax.value_and_grad
+      ... def attend(v):
+      ...     out = reference_attention(q, k, v, starts=jnp.array([3]), lengths=jnp.array([4]), scale=1.0)
+      ...     return out[0, 0, 0, 0]
+      >>> mean, weights = attend(v)  # equal keys give equal weights
+      >>> float(mean), weights[0, 0, :6, 0].tolist()
+      (1.5, [0.25, 0.25, 0.25, 0.25, 0.0, 0.0])
+    """
     b, t, n, h = q.shape
     if layout == "heads_first":
         kv_heads, k, v = k.shape[1], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -50,8 +69,8 @@ def attention(
         k, v = from_layout(k, layout, kv_heads, h), from_layout(v, layout, kv_heads, value_dim or h)
     slots, starts, lengths = k.shape[1], as_int32(starts), as_int32(lengths)
     precision = precision_of(q.dtype)
-    # Widening is exact, and XLA on the CPU has no kernel for this product of bf16; at bf16's precision an
-    # accelerator multiplies the f32 copies in bf16 all the same.
+    # Widening is exact, and XLA on the CPU has no kernel for this product in bf16. At bf16's precision an
+    # accelerator multiplies the f32 copies in bf16 anyway.
     grouped, k, v = (x.astype(jnp.float32) for x in (q.reshape(b, t, kv_heads, n // kv_heads, h), k, v))
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, precision=precision)
     if k_scale is not None:
@@ -62,7 +81,7 @@ def attention(
     key_positions = slot_positions(lengths, slots)
     positions = starts[:, None] + jnp.arange(t)
     mask = visible(positions, key_positions, causal=causal, window=window, tree=tree, starts=starts)[:, None, None]
-    held = key_positions >= 0  # a slot that holds nothing may hold NaN
+    held = key_positions >= 0  # an empty slot may hold NaN
     v = jnp.where(held[:, :, None, None], v, 0)
     logits = jnp.where(mask, logits, MASKED)
     top = logits.max(-1, keepdims=True)

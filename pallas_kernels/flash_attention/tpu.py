@@ -1,12 +1,12 @@
-"""Prefill attention on TPU, in Pallas: the grid, what each step of it fetches, and the choice of its tiles.
+"""Prefill attention as a Pallas kernel for TPU: the grid, the block specs and the choice of tiles.
 
-The cache is read as it lies: `folded`, [B, S, C]. A block of keys is `block_k` slots of as many lanes as hold whole
-heads (one head of 128, two of 64, eight of 80; the whole row where none do). The G query heads of a KV head stand
-below one another, so that a block of keys is read and loaded into the matrix unit once for all of them. Queries and
+The cache is read in place: `folded`, [B, S, C]. A block of keys is `block_k` slots by a group of lanes: the fewest that
+hold whole heads (one head of 128, two of 64, eight of 80), or all of them. The G query heads of a KV head are
+stacked as rows, so that a block of keys is read and loaded into the matrix unit once for all of them. Queries and
 result are [B, T, N*H], as projections make and take them.
 
-The grid is (row, lanes, query block, key block). Its index maps stop at the blocks that a query block can see: what
-lies after its last query, before its window or behind its row's end is neither fetched nor computed.
+The grid is (row, group of lanes, query block, key block). Index maps stop at the blocks that a query block sees: keys
+after its last query, before its window or past the row's end are neither fetched nor computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "tpu"
 PLATFORM = "tpu"
 LAYOUTS = ("folded",)
 MIB = 2**20
-SMALLEST = 16  # queries: rows of a bf16 register
+SMALLEST = 16  # queries; a bf16 register has 16 rows
 LONGEST_TREE = 512
 
 
@@ -37,11 +37,11 @@ LONGEST_TREE = 512
 class Config:
     """Tiles."""
 
-    block_q: int  # queries of one block; its matrices have G times as many rows
-    block_k: int  # slots fetched at once
-    tile_k: int  # keys of one matrix of logits; divides block_k
-    ones: bool = False  # row sums by columns of ones behind the values, in the matrix unit; False: by the vector unit
-    vmem_bytes: int | None = None  # what the kernel may use; None: the compiler's limit
+    block_q: int  # queries of one block, which has G times as many rows
+    block_k: int  # slots fetched together
+    tile_k: int  # keys computed together; divides block_k
+    ones: bool = False  # row sums in the matrix unit, by columns of ones beside the values; False: in the vector unit
+    vmem_bytes: int | None = None  # VMEM to ask for; None: the compiler's limit
 
 
 def supported(call: Call) -> str | None:
@@ -58,7 +58,7 @@ def supported(call: Call) -> str | None:
 
 
 def lane_heads(call: Call) -> int:
-    """KV heads in one block of lanes: as few as fill whole registers of K and of V, or all of them."""
+    """KV heads in one group of lanes: the fewest that fill whole registers of K and of V, or all heads."""
     fewest = max(LANES // gcd(LANES, call.head_dim), LANES // gcd(LANES, call.value_dim))
     return fewest if fewest < call.kv_heads else call.kv_heads
 
@@ -66,14 +66,14 @@ def lane_heads(call: Call) -> int:
 def heuristic(call: Call, on: Chip | None) -> Config:
     """Tiles for a chip; None: a v5e.
 
-    FLOPs: the matrix unit keeps its weights, a tile of K or V, while `rows` lines pass it: 2048 of them hide the
-    loading. Bytes: every block of K and V is read once for `rows` lines, `rows` FLOPs a byte in bf16, above the 240
-    (v5e) to 560 (v6e) that a chip needs to be bound by arithmetic. VMEM: a matrix of logits of 2048 x 512 is 4 MiB in
-    f32, and its weights and the accumulators as much again; K and V of 2048 slots of 128 are 2 MiB with both buffers.
-    Where loops are static, longer ones let the vector unit work on one chunk while the matrix unit has the next.
-    Where they follow the rows, smaller blocks leave fewer of them to be masked. On 256 x 256 units the sums come
-    free, as columns of the product with V that a head of 128 leaves empty.
-    Ranked by the compiler's static cycles on v5e, v5p and v6e (docs/kernels.md); not measured on a device.
+    FLOPs: the matrix unit holds a tile of K or V while `rows` rows of queries stream through it; 2048 rows hide the
+    loading of the tile. Bytes: a block of K and V is read once per `rows` rows, which is `rows` FLOPs per byte in bf16;
+    a chip is bound by arithmetic above 240 (v5e) to 560 (v6e). VMEM: logits of 2048 x 512 take 4 MiB in f32, their
+    weights and the accumulators as much again; K and V of 2048 slots of 128 take 2 MiB, double-buffered.
+    Static loops are long, so that the vector unit works on one chunk of keys while the matrix unit works on the next.
+    Loops that follow the rows get smaller blocks, so that less is masked. On 256 x 256 units row sums are free: they
+    are columns of the product with V that a head of 128 leaves empty.
+    Ranked by the compiler's static cycles on v5e, v5p and v6e (docs/kernel_figures.md); not measured on a device.
     """
     on = on or chip("v5e")
     heads = lane_heads(call)
@@ -81,7 +81,7 @@ def heuristic(call: Call, on: Chip | None) -> Config:
     rows = 2048 // min(heads, 4)
     if small or "float32" in (call.dtype, call.kv_dtype):
         rows //= 2
-    # Columns of ones fill up what the last tile of V leaves empty, if it leaves any.
+    # Columns of ones use the columns that the last tile of V leaves empty, if any.
     ones = call.value_dim % on.mxu != 0
     fixed = not (call.causal or call.lengths)
     wanted_k, wanted_tile = (2048, 512) if fixed else (1024, 512)
@@ -101,7 +101,7 @@ def _divisor(slots: int, most: int) -> int:
 
 
 def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call, None if it does."""
+    """None, or why a Config does not suit a call."""
     if call.slots % config.block_k or config.block_k % config.tile_k or config.tile_k % LANES:
         return f"block_k must divide the {call.slots} slots, and tile_k, in whole {LANES}, block_k"
     if config.block_q % SMALLEST:
@@ -110,10 +110,10 @@ def misfit(call: Call, config: Config) -> str | None:
 
 
 def plan_of(call: Call, config: Config, mxu: int) -> Plan:
-    """Everything static of the kernel for this call."""
+    """The static inputs of the kernel for this call."""
     steps = call.slots // config.block_k
     if call.window is not None:
-        # A ring's oldest and newest positions may share a block, hence one block more than it has.
+        # In a ring the oldest and the newest positions may share a block: one step more than there are blocks.
         steps = min(steps + 1, (config.block_q + call.window - 2) // config.block_k + 2)
     extra = 0
     if config.ones and not call.int8:
@@ -124,7 +124,7 @@ def plan_of(call: Call, config: Config, mxu: int) -> Plan:
 
 
 def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
-    """Key blocks that one full row's query blocks compute, and those that are fetched: not twice in a run."""
+    """Key blocks that the query blocks of one full row compute, and fetch: a repeated block is not fetched again."""
     call, tiles = plan.call, plan.config
     blocks, computed, fetched, before = call.slots // tiles.block_k, 0, 0, None
     for i in range(query_blocks):
@@ -142,7 +142,7 @@ def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
 
 
 def cost(plan: Plan) -> pl.CostEstimate:
-    """Of full rows, whose queries are their last: the blocks that the grid fetches and writes."""
+    """The cost of full rows, with the queries at their end: the blocks that the grid fetches and writes."""
     call, tiles = plan.call, plan.config
     queries = max(call.queries, SMALLEST)
     groups = -(-call.kv_heads // plan.heads)
@@ -169,7 +169,7 @@ def cost(plan: Plan) -> pl.CostEstimate:
 
 
 def run(arrays, call: Call, config: Config, interpret=False):
-    """See `api.flash_attention`: lay queries out, call the kernel, and lay its results out."""
+    """See `api.flash_attention`. Lays queries and results out around the kernel."""
     on = detect("tpu")
     plan = plan_of(call, config, on.mxu if on else LANES)
     q = arrays["q"]
@@ -200,7 +200,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
     if not plan.extra:
         scratch["total"] = pltpu.VMEM((plan.heads, plan.rows, LANES), jnp.float32)
     arrays = inputs.values()
-    if not interpret:  # else the compiler moves small ones to VMEM whole, beside the tiles, and may run out of it
+    if not interpret:  # else the compiler copies small arrays to VMEM, beside the tiles, and may run out of it
         arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     results = pl.pallas_call(
         partial(body, plan, (*scalars, *inputs, *outputs, *scratch)),
@@ -227,7 +227,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
 
 
 def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
-    """What each grid step fetches and writes."""
+    """The block specs: what each grid step fetches and writes."""
     call, tiles = plan.call, plan.config
     blocks = call.slots // tiles.block_k
     width = plan.heads * call.group

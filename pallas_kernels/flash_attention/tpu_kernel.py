@@ -1,6 +1,6 @@
-"""The body of the TPU prefill kernel: what one grid step does with a block of queries and a block of keys.
+"""The body of the TPU prefill kernel: one grid step attends with a block of queries to a block of keys.
 
-Logits live in the base of exp2: softmax(x) = exp2(x * log2(e) - top) / sum, which saves a multiplication for each.
+Logits are scaled by log2(e) for exp2: softmax(x) = exp2(x * log2(e) - top) / sum. This saves a multiplication each.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ LN_2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is static about one kernel. Rows are the G query heads of a KV head times the block's queries."""
+    """The static inputs of the kernel. Rows are the G query heads of a KV head times the block's queries."""
 
     call: Call
     config: Any  # tiles: `tpu.Config`
-    heads: int  # KV heads in one block of lanes
-    steps: int  # key blocks that one query block walks over
-    extra: int  # columns of ones behind the values, whose products are the row sums; 0: summed by lanes
-    tree: int  # columns of the tree; 0: none
+    heads: int  # KV heads in one group of lanes
+    steps: int  # key blocks of one query block: grid steps
+    extra: int  # columns of ones beside the values, which give the row sums; 0: the vector unit sums
+    tree: int  # columns of the tree, padded; 0: no tree
     compute: jnp.dtype
 
     @property
     def static(self) -> bool:
-        """Every query sees every slot: no loop depends on a number, nothing is masked."""
+        """Whether every query sees every slot: no loop bound is dynamic, nothing is masked."""
         return not (self.call.lengths or self.call.causal)
 
     @property
@@ -46,11 +46,10 @@ class Plan:
         return lengths[row] if self.call.lengths else self.call.slots
 
     def key_blocks(self, start, length, i):
-        """The first and the last block of keys that query block i sees, and whether it holds a real query.
+        """The first and the last key block that query block i sees, and whether it has a query that is not padding.
 
-        Blocks of positions under a window; without one blocks of slots, each walked once also where the ring has
-        wrapped. A block of padding behind a row's end is given the last blocks of the row, so that nothing is fetched
-        for it.
+        Key blocks are of positions under a window, else of slots, each visited once even if the ring has wrapped. A
+        query block of padding gets the key blocks of the row's last queries, so that nothing is fetched for it.
         """
         every = self.call.slots // self.config.block_k - 1
         if self.static:
@@ -66,7 +65,7 @@ class Plan:
         return jnp.minimum(first // self.config.block_k, last), last, live
 
     def position(self, place, length):
-        """Positions of the keys at these places: the same, but for slots of a ring that has wrapped."""
+        """Positions of the keys at these places; they differ only for slots of a wrapped ring."""
         if self.call.window is not None or not self.call.lengths:
             return place
         newest = jnp.maximum(length - 1, 0)
@@ -75,7 +74,7 @@ class Plan:
 
 
 class Step:
-    """One grid step: its references by name, and where its queries and keys stand."""
+    """One grid step: its refs by name, and the positions of its queries and keys."""
 
     def __init__(self, plan: Plan, refs: dict):
         self.plan, self.refs = plan, refs
@@ -88,11 +87,11 @@ class Step:
         self.key = (self.first + self.j) * self.tiles.block_k  # place of the first key: its position, or its slot
 
     def real_head(self, h: int):
-        """Whether KV head h of this block of lanes exists: the last block may hold fewer."""
+        """Whether KV head h of this group of lanes exists: the last group may hold fewer."""
         return self.lane_group * self.plan.heads + h < self.call.kv_heads
 
     def begin(self):
-        """Stack the G heads' queries, and start the softmax: from nothing, or from the sinks."""
+        """Stack the queries of the G heads, and start the softmax: empty, or with the sinks."""
         plan, refs = self.plan, self.refs
         d = self.call.head_dim
         for h in range(plan.heads):
@@ -101,7 +100,7 @@ class Step:
                 refs["queries"][h, rows, :] = refs["q"][0, :, n * d : (n + 1) * d].astype(plan.compute)
                 top = START
                 if self.call.sinks:
-                    # Lanes of a block's last heads may belong to no head: any finite number will do there.
+                    # The last group may have lanes without a head: any finite sink will do there.
                     n = jnp.minimum(self.lane_group * plan.heads * self.call.group + n, self.call.heads - 1)
                     top = jnp.maximum(refs["sinks"][n] * LOG2_E, START)
                 refs["top"][h, rows, :] = jnp.full((self.tiles.block_q, LANES), top, jnp.float32)
@@ -110,11 +109,11 @@ class Step:
         if plan.extra:
             if self.call.sinks:
                 refs["acc"][:, :, self.call.value_dim :] = jnp.ones((plan.heads, plan.rows, plan.extra), jnp.float32)
-        else:  # a sum is spread over the lanes: each holds its share
+        else:  # a row's sum is spread over the lanes: each lane holds a part
             refs["total"][...] = jnp.full_like(refs["total"], total / LANES)
 
     def walk(self):
-        """Attend to what this block of keys shows to this block of queries."""
+        """Attend with this block of queries to the keys of this block that it sees."""
         plan = self.plan
         chunks = self.tiles.block_k // self.tiles.tile_k
         if plan.static:
@@ -136,7 +135,7 @@ class Step:
                 lax.fori_loop(*self.chunks_seen(), self.attend_chunk, None)
 
     def clean(self, key, size: int):
-        """Whether every query of the block sees all `size` keys from place `key` on."""
+        """Whether every query of the block sees all `size` keys from place `key` on: no mask is needed."""
         plan = self.plan
         end = key + size  # one past the last
         seen = (end <= self.length) & ((key if self.call.window is not None else 0) >= self.length - self.call.slots)
@@ -149,7 +148,7 @@ class Step:
         return seen
 
     def chunks_seen(self):
-        """The range of chunks of this block that hold a key some query sees."""
+        """The range of chunks in this block that have a key which some query sees."""
         begin, end = 0, self.length
         if self.call.causal:
             end = jnp.minimum(end, self.low + self.tiles.block_q)
@@ -176,7 +175,7 @@ class Step:
         return carry
 
     def attend(self, offset, key):
-        """One chunk for every head. `key`: place of its first key where it has to be masked, else None."""
+        """Attend to one chunk, for every head. `key`: place of its first key; None: no mask is needed."""
         mask = None if key is None else self.mask(key)
         for h in range(self.plan.heads):
             self.attend_head(h, offset, key, mask)
@@ -194,7 +193,7 @@ class Step:
         if self.call.window is not None:
             mask &= place > query - self.call.window
         if plan.tree:
-            # Column place - start of the tree for each key: picked by a product with ones at those places.
+            # Each key takes the tree's column place - start: a product with a one-hot matrix picks it.
             column = lax.broadcasted_iota(jnp.int32, (plan.tree, self.tiles.tile_k), 0)
             pick = (column == place - self.start).astype(jnp.float32).astype(jnp.bfloat16)
             picked = jnp.dot(self.refs["tree"][0], pick, preferred_element_type=jnp.float32)
@@ -202,7 +201,7 @@ class Step:
         return mask
 
     def logits(self, h: int, offset, mask):
-        """[rows, tile_k], in the base of exp2."""
+        """[rows, tile_k], scaled for exp2."""
         plan, refs = self.plan, self.refs
         d = self.call.head_dim
         k = refs["k"][0, pl.ds(offset, self.tiles.tile_k), h * d : (h + 1) * d].astype(plan.compute)
@@ -227,7 +226,7 @@ class Step:
         return self.refs[name][0, pl.ds(head, 1), pl.ds(offset, self.tiles.tile_k)]
 
     def values(self, h: int, offset, key):
-        """[tile_k, value_dim + extra]: zero behind the row's end, for what lies there may be NaN."""
+        """[tile_k, value_dim + extra]; zero past the row's end, where memory may hold NaN."""
         plan = self.plan
         d = self.call.value_dim
         v = self.refs["v"][0, pl.ds(offset, self.tiles.tile_k), h * d : (h + 1) * d].astype(plan.compute)
@@ -265,13 +264,13 @@ class Step:
         refs["acc"][h] = refs["acc"][h] * _lanes(fade, self.call.value_dim + plan.extra) + product
 
     def finish(self):
-        """Divide by the sums, and lay the heads side by side again."""
+        """Divide by the sums, and put the heads side by side again."""
         plan, refs = self.plan, self.refs
         d = self.call.value_dim
         for h in range(plan.heads):
             acc, top = refs["acc"][h], refs["top"][h][:, :1]
             total = acc[:, d : d + 1] if plan.extra else refs["total"][h].sum(axis=1, keepdims=True)
-            saw = top != START  # true for NaN, which must come out as NaN
+            saw = top != START  # true for NaN, so that it propagates
             out = jnp.where(saw, acc[:, :d] / jnp.where(saw, total, 1.0), 0.0).astype(refs["out"].dtype)
             lse = jnp.where(saw, top * LN_2 + jnp.log(total), -jnp.inf) if self.call.return_lse else None
             for g in range(self.call.group):
@@ -282,7 +281,7 @@ class Step:
 
 
 def _lanes(x: jax.Array, width: int) -> jax.Array:
-    """[rows, LANES] of equal lanes -> [rows, width]."""
+    """[rows, LANES] with equal lanes -> [rows, width]."""
     if width <= LANES:
         return x[:, :width]
     whole = jnp.concatenate([x] * (-(-width // LANES)), axis=1)
@@ -290,7 +289,7 @@ def _lanes(x: jax.Array, width: int) -> jax.Array:
 
 
 def body(plan: Plan, names: tuple[str, ...], *refs):
-    """The kernel: `names` are those of the references, in their order."""
+    """The kernel. `names` are the names of the refs, in order."""
     step = Step(plan, dict(zip(names, refs, strict=True)))
 
     @pl.when(step.j == 0)

@@ -11,16 +11,16 @@ PLATFORM = "any"
 # At 1024 tokens on a CPU, blocks of 256 keys were a little faster than blocks of 128.
 QUERY_BLOCK = 256
 KEY_BLOCK = 256
-# A GPU's host asks the device before each turn of a loop over keys whether there is another: few large blocks. The
-# scores of one are 4 MiB a head and row of the batch.
+# On a GPU each turn of the loop costs a round trip between host and device: few large blocks. The logits of one block
+# take 4 MiB per head and row.
 QUERY_BLOCK_GPU = 512
 KEY_BLOCK_GPU = 2048
-# A short prompt must not pay for keys behind it.
+# Short prompts take smaller key blocks: less is computed past their end.
 SMALLEST_KEY_BLOCK = 128
 
 
 def run(arrays, call: Call, config=None, interpret=False):
-    """See `api.flash_attention`: takes every call, and has no tiles."""
+    """See `api.flash_attention`. It takes every call, and has no tiles."""
     if platform_of() == "gpu":
         return blocked_attention(arrays, call, QUERY_BLOCK_GPU, KEY_BLOCK_GPU)
     return blocked_attention(

@@ -18,7 +18,7 @@ SHAPES = {"folded": "[P, p, C]", "heads_last": "[P, p, K, H]", "heads_first": "[
 
 @dataclass(frozen=True)
 class Call:
-    """What a call is before its arrays have values; implementations choose from it."""
+    """The static facts of one call. An implementation's `supported` and `heuristic` decide by them."""
 
     tokens: int  # T, packed queries
     heads: int  # N
@@ -26,9 +26,9 @@ class Call:
     head_dim: int  # H
     value_dim: int  # Hv
     rows: int  # R
-    width: int  # M, pages a block table row can name
+    width: int  # M, pages of a block table's row
     pages: int  # P
-    page: int  # p, tokens a page
+    page: int  # p, tokens per page
     scale_heads: int  # Kp, 0 without scales
     dtype: str
     kv_dtype: str
@@ -47,19 +47,19 @@ class Call:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row's block table can name; there are no keys behind them."""
+        """Tokens that a row's block table can address; there are no keys past them."""
         return self.width * self.page
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one token's K and V in memory, scales included."""
+        """Bytes of one token's K and V, scales included."""
         width = folded_width if self.layout == "folded" else int.__mul__
         columns = width(self.kv_heads, self.head_dim) + width(self.kv_heads, self.value_dim)
         return jnp.dtype(self.kv_dtype).itemsize * columns + 2 * 4 * self.scale_heads
 
 
 def known(block_tables, call: Call):
-    """Block tables whose every entry names a page of the pool: what no query sees may be any number."""
+    """Block tables clipped to pages of the pool: entries that no query sees may be any number."""
     return jnp.clip(block_tables, 0, call.pages - 1).astype(jnp.int32)
 
 
@@ -68,7 +68,7 @@ def page_size(pages, layout: Layout) -> int:
 
 
 def check_layout(op: str, layout: Layout, *pools) -> None:
-    """Raise ValueError for an unknown layout, or for pages whose rank is not that layout's."""
+    """Raise ValueError for an unknown layout, or for pages of another rank."""
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if {x.ndim for x in pools} != {3 if layout == "folded" else 4}:
@@ -92,7 +92,7 @@ def check_pages(op: str, k_pages, v_pages, layout: Layout, heads: int, size: int
 
 
 def check_scales(op: str, k_pages, k_scale, v_scale, layout: Layout, heads: int) -> None:
-    """Raise ValueError unless there are scales exactly where the pages are int8, and they fit."""
+    """Raise ValueError unless int8 pages have scales that fit, and other pages have none."""
     if (k_scale is None) != (v_scale is None):
         raise ValueError(f"{op}: k_scale and v_scale go together")
     if (k_scale is not None) != (k_pages.dtype == jnp.int8):
@@ -109,7 +109,7 @@ def check_scales(op: str, k_pages, k_scale, v_scale, layout: Layout, heads: int)
 
 
 def heads_of(op: str, pages, layout: Layout, kv_heads: int | None) -> int:
-    """How many heads pages hold: read from their shape, or told for folded ones."""
+    """The number of KV heads, from the pages' shape; for folded pages, `kv_heads`."""
     stored = None if layout == "folded" else pages.shape[2 if layout == "heads_last" else 1]
     if stored is None and kv_heads is None:
         raise ValueError(f"{op}: folded pages do not say how many heads they hold: give kv_heads")
@@ -131,14 +131,14 @@ def make_call(
     decode_rows: int = 0,
     max_queries: int | None = None,
 ) -> Call:
-    """Check the arguments of `api.paged_attention` and gather their static facts.
+    """Check the arguments of `api.paged_attention` and gather the static facts.
 
     Args:
-      arrays: by name: q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale; the last
-        three None or absent where the call has none.
+      arrays: by name: q, k_pages, v_pages, block_tables, lengths, query_starts, sinks, k_scale, v_scale. The last
+        three may be None or absent.
 
     Raises:
-      ValueError: naming the argument and what it should be.
+      ValueError: an argument does not fit; the message names it and says what it should be.
     """
     op, stored, integers = "paged_attention", ("k_pages", "v_pages"), ("block_tables", "lengths", "query_starts")
     arrays = dict.fromkeys(("sinks", "k_scale", "v_scale")) | dict(arrays)
@@ -192,7 +192,7 @@ def make_call(
 
 
 def _check_pools(op: str, arrays: Mapping[str, Any], layout: Layout, kv_heads, value_dim) -> tuple[int, int]:
-    """Check the pages beside q, and their scales; returns KV heads and the head size of V."""
+    """Check that pages and scales fit q; return the KV heads and the head size of V."""
     q, k_pages, v_pages, block_tables = (arrays[name] for name in ("q", "k_pages", "v_pages", "block_tables"))
     check_layout(op, layout, k_pages, v_pages)
     if q.ndim != 3:
@@ -213,7 +213,7 @@ def _check_pools(op: str, arrays: Mapping[str, Any], layout: Layout, kv_heads, v
 
 
 def _check_rows(op: str, block_tables, lengths, query_starts) -> int:
-    """Check that the rows' arrays agree; returns how many rows there are."""
+    """Check that the rows' arrays agree; return the number of rows."""
     rows = lengths.shape[0] if lengths.ndim == 1 else -1
     if rows < 1 or block_tables.ndim != 2 or block_tables.shape[0] != rows or query_starts.shape != (rows + 1,):
         raise ValueError(
@@ -224,7 +224,7 @@ def _check_rows(op: str, block_tables, lengths, query_starts) -> int:
 
 
 def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
-    """Raise ValueError for packed rows that cannot be: out of order, longer than their table, without a page.
+    """Raise ValueError for impossible rows: out of order, longer than their table, on a page outside of the pool.
 
     Waits for the arrays.
     """
@@ -280,5 +280,5 @@ def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
 
 
 def _some(x: np.ndarray) -> str:
-    """A few of the numbers, for a message."""
+    """The first few numbers, for a message."""
     return f"{x[:8].tolist()}{' ...' if len(x) > 8 else ''}"

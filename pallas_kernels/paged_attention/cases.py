@@ -1,4 +1,4 @@
-"""The problems that tests, tuner and static tables share."""
+"""The cases of paged attention, shared by tests, the tuner, AOT compilation and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that hold `lengths` tokens, of which the last `queries` are asked about; T is padded to `tokens`."""
+    """Rows of `lengths` tokens, of which the last `queries` are this call's queries; T is padded to `tokens`."""
 
     name: str
     lengths: tuple[int, ...]
@@ -26,9 +26,9 @@ class Case:
     kv_dtype: str | None = None  # None: dtype
     decode_rows: int = 0
     max_queries: int | None = None
-    width: int | None = None  # pages a table row can name; None: what the longest row needs and one more
+    width: int | None = None  # pages of a block table's row; None: one more than the longest row needs
     spare: int = 3  # pages that no row holds
-    smoke: bool = False  # one of the few that every run of the compilers takes
+    smoke: bool = False  # part of the short list for AOT compilation
 
     @property
     def packed(self) -> int:
@@ -131,7 +131,7 @@ CASES = (
     Case("seven query heads a KV head, decode rows", (1, 33, 0, 70), (1, 1, 0, 1), group=7, max_queries=1),
 )
 
-# What a server runs; compiled for real targets, never interpreted. Pools of at least 512 MB of K and V.
+# Steps of a server, with at least 512 MB of K and V: compiled for real targets, never interpreted.
 LARGE = (
     Case(
         "llama-3-8b decode",

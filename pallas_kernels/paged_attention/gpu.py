@@ -1,8 +1,8 @@
 """Paged attention as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
 
-The packed queries are cut into pieces (`pieces.cut`), the queries of one row within one block of queries. A program
-attends one piece for one KV head, or one part of its context: decode rows and chunks run side by side, a decode
-row in a tile of 16 rows, a chunk in a larger one. Parts are merged by their log-sum-exp outside.
+The packed queries are cut into pieces (`pieces.cut`): the queries of one row within one block of queries. A program
+takes one piece, one KV head and one part of the context. Decode rows and chunks run side by side, a decode row in a
+tile of 16 rows, a chunk in a larger one. The parts are merged afterwards by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pallas_kernels.paged_attention.pieces import cut, full_rows
 NAME = "gpu"
 PLATFORM = "gpu"
 LAYOUTS = ("heads_last",)
-# Offsets in arrays of up to 2^32 bytes are 32-bit integers with a sign, in elements.
+# Pallas computes offsets, in elements, in signed 32-bit integers for arrays of up to 2^32 bytes.
 MOST_ELEMENTS = 2**31
-# The least context of a part: beside it the part's f32 result, written and read again, is a few percent.
+# The fewest keys of a part: its f32 result, written and read again, is then a few percent of its K and V.
 LEAST_KEYS = 512
 PROGRAMS_A_CORE = 4
 
@@ -38,10 +38,10 @@ class Config:
     """Tiles.
 
     Attributes:
-      block_q: queries of a block; a piece has at most so many, times G rows in a program.
-      block_k: keys attended to at once, a power of two, at least 16.
-      splits: the most parts that a row's context is cut into; a short row is cut into fewer.
-      num_warps, num_stages: of Triton; a stage holds block_k keys and values in shared memory.
+      block_q: queries of a block, the most that a piece has; a program has G rows for each.
+      block_k: keys of one step; a power of two, at least 16.
+      splits: the most parts of a row's context; a short row has fewer.
+      num_warps, num_stages: Triton's; a stage holds block_k keys and values in shared memory.
     """
 
     block_q: int
@@ -58,7 +58,7 @@ class Config:
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the GPU kernel cannot do the call."""
+    """None, or why the GPU kernel cannot do the call."""
     if call.dtype not in ("bfloat16", "float16", "float32"):
         return f"the GPU kernel takes queries in bfloat16, float16 or float32, not {call.dtype}"
     if call.kv_dtype not in ("bfloat16", "float16", "float32", "int8"):
@@ -72,23 +72,25 @@ def supported(call: Call) -> str | None:
 
 
 def compute_dtype(call: Call) -> jnp.dtype:
-    """What the dots multiply: the queries' type, f32 where K and V are f32 or another 16-bit type."""
+    """The operand type of the dots: the queries', or f32 if K and V are f32 or another 16-bit type."""
     return jnp.dtype(call.dtype if call.kv_dtype in (call.dtype, "int8") else jnp.float32)
 
 
 def heuristic(call: Call, chip: Chip | None) -> Config:
-    """Tiles for a chip; None: as for an A100.
+    """Tiles for a chip; None: an A100.
 
-    Bytes: only what a row holds is read, once a block of its queries; the blocks of a chunk run at the same time and
-    meet in the L2 cache. FLOPs: at 64 rows a tensor core does 64 FLOPs a byte of bf16, more than 16 rows need and
-    enough with the L2's bandwidth. Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16), so that
-    two stages and q fit the 99 KiB of L4 even for heads of 256. Registers: with 4 warps, ptxas gives 64 rows all 255
-    registers and spills some, so those get 8 warps and at most 64 keys, and heads of 256 half the rows; f32 has no
-    tensor core, spilled at 32 rows and gets 16, smaller stages and 8 warps, unless heads of 256 are read as they lie.
-    Hopper multiplies 64 rows with one warpgroup: an H200 took 155 us with 4 warps where 8 took 226
-    (not heads of 256, which spill).
-    Splits: only where all rows are decode rows, about PROGRAMS_A_CORE programs for every multiprocessor, as long as a
-    part is worth its own result; an H200 took 69 us for 512 programs, 83 for twice as many and their merging.
+    Bytes: only what a row holds is read, once per block of its queries. The blocks of a chunk run at the same time and
+    share reads in the L2 cache.
+    FLOPs: 64 rows give 64 FLOPs per byte of bf16, enough for the bandwidth of L2.
+    Shared memory: a stage of K and V takes 32 KiB (64 keys of 128 in bf16): two stages and q fit the 99 KiB of L4 even
+    for heads of 256.
+    Registers: with 4 warps, 64 rows take all 255 registers and spill. They get 8 warps and at most 64 keys, heads of
+    256 half the rows. f32 has no tensor core and spilled at 32 rows: it gets 16, smaller stages, and 8 warps unless its
+    heads of 256 need neither padding nor conversion.
+    Hopper multiplies 64 rows with one warpgroup: an H200 took 155 us with 4 warps, 226 us with 8. Heads of 256 spill
+    with 4.
+    Splits: only if all rows are decode rows: about PROGRAMS_A_CORE programs per multiprocessor, as long as a part is
+    large beside its result. An H200 took 69 us with 512 programs, 83 us with twice as many and their merge.
     """
     chip = chip or hardware.chip("a100")
     dtype = compute_dtype(call)
@@ -112,7 +114,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
 
 
 def moved_bytes(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
-    """Bytes that the programs of a concrete call load and store; blocks of one chunk share K and V in L2."""
+    """Bytes that the programs of a concrete call load and store; L2 serves the repeats within a chunk."""
     found = cut(np.asarray(query_starts), np.asarray(lengths), call, block_q=config.block_q, unit=1)
     tokens = found.end - found.first
     parts = np.minimum(config.splits, -(-tokens // least_keys(config)))
@@ -131,7 +133,7 @@ def least_keys(config: Config) -> int:
 
 
 def cost(call: Call, config: Config) -> pl.CostEstimate:
-    """Of full rows that share the queries evenly."""
+    """The cost of full rows with equally many queries each."""
     starts, lengths = full_rows(call)
     seen = np.minimum(lengths, call.window or lengths)
     pairs = int(((starts[1:] - starts[:-1]) * seen).sum()) * call.heads
@@ -143,7 +145,7 @@ def cost(call: Call, config: Config) -> pl.CostEstimate:
 
 
 def run(arrays, call: Call, config: Config, interpret=False):
-    """See `api.paged_attention`: plan the pieces, call the kernel and merge its parts."""
+    """See `api.paged_attention`. Cuts the pieces, calls the kernel and merges its parts."""
     q, lengths, query_starts = (arrays[name] for name in ("q", "lengths", "query_starts"))
     found = cut(query_starts, lengths, call, block_q=config.block_q, unit=1)
     pieces = jnp.stack([x.astype(jnp.int32) for x in found])

@@ -1,7 +1,7 @@
-"""The body of the paged kernel for GPU (Triton): one piece, one KV head and one part of the context a program.
+"""The body of the paged kernel for GPU (Triton): a program takes one piece, one KV head, one part of the context.
 
-K, V and the queries are read where they lie, through arrays of indices with a mask: what no query sees is not read,
-block-table entries neither, and head sizes that are no power of two are padded in registers only.
+K, V and the queries are read in place, through arrays of indices with a mask. Keys that no query sees are not read, nor
+are their block-table entries. Head sizes that are not a power of two are padded in registers only.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pallas_kernels.decode_attention.gpu_kernel import padded
 from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 from pallas_kernels.paged_attention.call import Call
 
-SMALL_ROWS = 16  # the fewest that a tensor core multiplies
+SMALL_ROWS = 16  # the fewest rows that a tensor core multiplies
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is built from."""
+    """The static inputs of the kernel."""
 
     call: Call
     config: Any  # tiles: `gpu.Config`
-    least_blocks: int  # a part has at least so many blocks: its result has to be written and merged
-    dtype: jnp.dtype  # what the tensor cores multiply
+    least_blocks: int  # the fewest blocks of a part, since its result is written and merged
+    dtype: jnp.dtype  # operand type of the dots
 
 
 def body(plan: Plan, r) -> None:
-    """Grid (pieces, K, splits); `r` holds the refs, None for those that the call does not need."""
+    """Grid (pieces, K, splits). `r` holds the refs; None: the call has no such ref."""
     item = pl.program_id(0)
     group = plan.call.group
     row, start, stop, position, first, end = (r.pieces[i, item] for i in range(6))
@@ -54,7 +54,7 @@ def body(plan: Plan, r) -> None:
 
 
 def part(plan: Plan, first, end, split):
-    """The blocks of a split: equal parts, fewer for a short row; they depend on no neighbour."""
+    """The blocks of a split. Parts are equal, fewer in a short row, and depend on this row alone."""
     low, high = first // plan.config.block_k, pl.cdiv(end, plan.config.block_k)
     high = jnp.where(end > first, high, low)
     if plan.config.splits == 1:
@@ -64,14 +64,14 @@ def part(plan: Plan, first, end, split):
 
 
 def attend(plan: Plan, r, piece, rows: int) -> None:
-    """Attend with the piece's queries; row i of the tile is query i div G, query head i mod G."""
+    """Attend with the piece's queries. Row i of the tile is query i div G, query head i mod G."""
     call = plan.call
     row, start, stop, position, first, end, head, split = piece
     line = jnp.arange(rows, dtype=jnp.int32)
     token = start + line // call.group
     heads = head * call.group + line % call.group
     real = token < jnp.minimum(stop, call.tokens)
-    own = position + line // call.group  # where each query stands
+    own = position + line // call.group  # each query's position
     lanes = jnp.arange(padded(call.head_dim), dtype=jnp.int32)
     value_lanes = jnp.arange(padded(call.value_dim), dtype=jnp.int32)
     q = plgpu.load(
@@ -82,7 +82,7 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
     low, high = part(plan, first, end, split)
 
     def fetch(ref, page, offset, held, lanes, size):
-        """[block_k, lanes]; zero where nothing is held, so that a weight of zero meets no NaN."""
+        """[block_k, lanes]; zero where the row holds nothing, since 0 * NaN is NaN."""
         return plgpu.load(
             ref.at[page[:, None], offset[:, None], head, lanes[None, :]],
             mask=held[:, None] & (lanes < size)[None, :],
@@ -128,7 +128,7 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
     top = jnp.full((rows,), START, jnp.float32)
     total = jnp.zeros((rows,), jnp.float32)
     if call.sinks:
-        # Only one split may hold the sink: it enters the denominator once.
+        # Only one split adds the sink, which joins the denominator once.
         sink = plgpu.load(r.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
         top = jnp.where(split == 0, jnp.maximum(sink, START), top)
         total = jnp.where(split == 0, jnp.exp(sink - top), total)
@@ -137,7 +137,7 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
 
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
-    # A part without blocks writes no result, only that it saw nothing; padding gets zeros.
+    # A part without blocks writes only a log-sum-exp of -inf; padding gets zeros, from the first part.
     wrote = real & ((split == 0) | (low < high))
     plgpu.store(
         r.out.at[split, token[:, None], heads[:, None], value_lanes[None, :]],

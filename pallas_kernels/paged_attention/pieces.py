@@ -1,6 +1,6 @@
-"""How packed queries are cut into work: pieces of one row within one block of queries.
+"""Cuts packed queries into pieces: the queries of one row within one block of queries.
 
-Both Pallas kernels walk this list, and their bytes are counted from it.
+Both Pallas kernels run over the list of pieces, and their bytes are counted from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.call import Call
 
 
 class Pieces(NamedTuple):
-    """One entry a piece, in the order of the packed queries; a piece that reads no keys has first == end."""
+    """One entry per piece, in the order of the packed queries. A piece that reads no keys has first == end."""
 
     row: Int[Array, " I"]
     start: Int[Array, " I"]  # its first packed query
@@ -26,16 +26,16 @@ class Pieces(NamedTuple):
 
 
 def count(tokens: int, rows: int, block_q: int) -> int:
-    """How many pieces a call can have: each begins where a block, a row or the padding begins."""
+    """The most pieces of a call: one begins with each block, each row and the padding."""
     return -(-tokens // block_q) + rows + 1
 
 
 def cut(query_starts: Int[Array, " R1"], lengths: Int[Array, " R"], call: Call, *, block_q: int, unit: int) -> Pieces:
-    """Cut at every start of a block of `block_q` queries and of a row; keys are counted in units of `unit` tokens.
+    """Cut at the start of each row and of each block of `block_q` queries. Keys count in units of `unit` tokens.
 
-    A row that is longer than its block table's capacity has no keys behind it, though its queries stand there.
+    There are no keys past the capacity of a block table, also if a row's length and queries are past it.
     """
-    xp = np if isinstance(query_starts, np.ndarray) else jnp  # numpy counts what a concrete call moves
+    xp = np if isinstance(query_starts, np.ndarray) else jnp  # numpy: for counting a concrete call's bytes
     rows, blocks = lengths.shape[0], -(-call.tokens // block_q)
     starts = query_starts.astype(xp.int32)
     edge = xp.full((1,), blocks * block_q, xp.int32)
@@ -54,7 +54,7 @@ def cut(query_starts: Int[Array, " R1"], lengths: Int[Array, " R"], call: Call, 
 
 
 def full_rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
-    """(query_starts, lengths) of the most a call can be asked: every row full, T queries spread over all rows."""
+    """(query_starts, lengths) of the largest call: every row full, T queries spread over all rows."""
     decode = min(call.decode_rows, call.tokens)
     others = call.rows - call.decode_rows
     queries = np.zeros(call.rows, np.int32)

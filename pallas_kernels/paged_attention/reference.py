@@ -1,6 +1,6 @@
-"""What attention over pages means, in a page: each query's row gathered whole, the full score matrix.
+"""The definition of attention over pages, in a page of jnp: gathers each query's whole row, full score matrix.
 
-Static shapes and plain array operations; memory grows with T times the width of the block tables.
+It is plain array operations with static shapes. Its memory grows with T times the width of the block tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pallas_kernels.masking import sink_logits, soft_cap
 
 
 def split_heads(pages: Array, layout: str, kv_heads: int, size: int) -> Array:
-    """Pages of any layout, with anything in front, as [..., p, K, H]."""
+    """Pages of any layout, with any leading axes, as [..., p, K, H]."""
     if layout == "folded":
         return unfold(pages, kv_heads, size)
     return jnp.swapaxes(pages, -2, -3) if layout == "heads_first" else pages
@@ -44,7 +44,7 @@ def attention(
     value_dim: int | None = None,
     return_lse: bool = False,
 ):
-    """Softmax attention of packed queries over what their rows hold; the contract is in `api.py`."""
+    """Softmax attention of packed queries over what their rows hold. Arguments are those of `paged_attention`."""
     t, n, h = q.shape
     rows = block_tables.shape[0]
     block_tables, lengths, query_starts = map(as_int32, (block_tables, lengths, query_starts))
@@ -67,7 +67,7 @@ def attention(
     grouped = q.reshape(t, kv_heads, n // kv_heads, h).astype(jnp.float32)
     logits = jnp.einsum("tkgh,tskh->tkgs", grouped, k[own], precision=jax.lax.Precision.HIGHEST)
     logits = soft_cap(logits * scale, softcap)
-    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)  # what a row does not hold may be NaN
+    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)  # memory past a row's tokens may hold NaN
     if sinks is not None:
         sink = jnp.broadcast_to(sink_logits(sinks).reshape(kv_heads, -1, 1), (*logits.shape[:3], 1))
         logits = jnp.concatenate([logits, sink], -1)

@@ -1,11 +1,11 @@
 """Paged attention as a Pallas kernel for TPU: v4, v5e, v5p, v6e and 7x.
 
-The pools stay in HBM as they lie; the kernel fetches what the rows hold, through their block tables, with its own
-double-buffered DMAs. The packed queries are cut into pieces (`pieces.cut`), which one sequential grid walks, for one
-group of KV heads after the other. What a row holds is read once for every block that its queries lie in: with few
-heads at a time, a block holds all packed queries of a step.
+The pools stay in HBM. The kernel fetches what the rows hold, through their block tables, with its own double-buffered
+DMAs. The packed queries are cut into pieces (`pieces.cut`). One sequential grid runs over them, for one group of KV
+heads after the other. A row's K and V are read once for each block that its queries lie in; with few heads per group, a
+block has room for all packed queries of a step.
 
-Decode rows want it the other way round, few queries and all heads, hence whole pages a DMA: a call that has both runs
+Decode rows need the opposite: few queries and all heads, so that a DMA moves whole pages. A call with both kinds runs
 the kernel twice, first over its decode rows.
 """
 
@@ -43,7 +43,7 @@ __all__ = ["Config", "heuristic", "misfit", "run", "supported"]
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the TPU kernel cannot do the call."""
+    """None, or why the TPU kernel cannot do the call."""
     if call.dtype not in ("bfloat16", "float32"):
         return f"the TPU kernel takes queries in bfloat16 or float32, not {call.dtype}"
     if call.kv_dtype not in ("bfloat16", "float32", "int8"):
@@ -62,7 +62,7 @@ def supported(call: Call) -> str | None:
 def moved_bytes(
     call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray, chip: Chip | None = None
 ) -> int:
-    """HBM bytes that a concrete call moves: units of K, V and scales, blocks of Q and of the results."""
+    """HBM bytes that a concrete call moves: K, V and scales in DMA units, Q and the results in blocks."""
     return sum(
         _moved(part, own, query_starts[rows.start : rows.stop + 1], lengths[rows])
         for (part, rows), own in zip(parts(call), tiles_of(call, config, chip), strict=True)
@@ -70,7 +70,7 @@ def moved_bytes(
 
 
 def _moved(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
-    """What one run of the kernel moves."""
+    """HBM bytes that one run of the kernel moves."""
 
     def tokens(unit: int) -> int:
         found = cut(np.asarray(query_starts), np.asarray(lengths), call, block_q=config.block_q, unit=unit)
@@ -89,7 +89,7 @@ def _moved(call: Call, config: Config, query_starts: np.ndarray, lengths: np.nda
 
 
 def cost(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> pl.CostEstimate:
-    """Of one run of the kernel."""
+    """The cost of one run of the kernel."""
     queries = query_starts[1:] - query_starts[:-1]
     seen = np.minimum(lengths, call.window or lengths)
     pairs = int((queries * seen).sum()) * call.heads
@@ -102,7 +102,7 @@ def cost(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarr
 
 def run(arrays, call: Call, config: Config, interpret=False):
     """See `api.paged_attention`."""
-    full_starts, full_lengths = full_rows(call)  # what the estimates of cost speak of
+    full_starts, full_lengths = full_rows(call)  # the CostEstimate is for full rows
     found = []
     for (part, rows), tiles in zip(parts(call), tiles_of(call, config, detect("tpu")), strict=True):
         edges = slice(rows.start, rows.stop + 1)
@@ -118,22 +118,22 @@ def run(arrays, call: Call, config: Config, interpret=False):
 
 
 def _joined(decode, others, end):
-    """The results of both parts, still folded, else XLA re-lays them: the decode rows' queries are the first `end`."""
+    """Join both runs' results, folded, else XLA re-lays them. The first `end` queries are those of decode rows."""
 
     def join(a, b):
         if a is None:
             return None
-        t = min(len(a), len(b))  # `a` is as long as its blocks
+        t = min(len(a), len(b))  # `a` is padded to whole blocks
         return b.at[:t].set(jnp.where(jnp.arange(t)[:, None] < end, a[:t], b[:t]))
 
     return tuple(join(a, b) for a, b in zip(decode, others, strict=True))
 
 
 def _run(arrays, call: Call, config: Config, interpret, estimate):
-    """Plan the pieces, fold the queries, call the kernel: all of it small beside K and V.
+    """Cut the pieces, fold the queries, call the kernel.
 
     Returns:
-      Results [T or more, N*Hv or more], rounded up as the kernel writes them, and [T, N] log-sum-exps or None.
+      Results [T, N*Hv], both axes padded as the kernel writes them, and the log-sum-exps [T, N] or None.
     """
     t, n, hv = call.tokens, call.heads, call.value_dim
     block, unit, heads = config.block_q, config.dma_k, config.block_heads
@@ -149,10 +149,10 @@ def _run(arrays, call: Call, config: Config, interpret, estimate):
     def block_of(g, i, fields, *_):
         return fields[FIELDS.index("block") * items + i], g
 
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # `pl.ANY` lets XLA move small pools of scales to VMEM and back
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # with `pl.ANY`, XLA copies small pools of scales to VMEM and back
     folded = fold(q, n, call.head_dim)
     inputs = {"q": (folded, pl.BlockSpec((block, folded.shape[1] // groups), block_of))}
-    for name, x in {"k": k, "v": v}.items():  # a page as its units: the same bytes
+    for name, x in {"k": k, "v": v}.items():  # view a page as DMA units: no copy
         inputs[name] = (x.reshape(call.pages * (call.page // unit), unit, x.shape[2]), hbm)
     if call.scale_heads:
         inputs |= {name: (arrays[name], hbm) for name in ("k_scale", "v_scale")}
@@ -192,7 +192,7 @@ def _run(arrays, call: Call, config: Config, interpret, estimate):
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=list(outputs.values()),
-        # Pieces follow each other, since each fetches for the next.
+        # Pieces run in order, since each prefetches for the next.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",) * 2, vmem_limit_bytes=config.vmem_bytes
         ),
@@ -211,16 +211,16 @@ def _run(arrays, call: Call, config: Config, interpret, estimate):
 
 
 def _in_hbm(x):
-    """Keep XLA from moving a small pool of scales to faster memory, whole, for two runs of the kernel."""
+    """Keep a pool in HBM: for two runs of the kernel, XLA would copy a small one whole to faster memory."""
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def flat_plan(call: Call, config: Config, query_starts, lengths) -> Int[Array, " F*I"]:
-    """The pieces as the kernel reads them, field by field (`FIELDS`).
+    """The pieces in the form that the kernel reads, field by field (`FIELDS`).
 
-    `start` and `stop` count within the block; `before` is the number of steps before a piece, whose parity says
-    which buffer is next; `next` is the next piece that reads keys, which the last step fetches for, behind the last
-    one the first, for the next group of heads.
+    `start` and `stop` count within the block. `before` is the number of steps before the piece; its parity gives the
+    next buffer. `next` is the next piece that reads keys, for which the piece's last step prefetches; after the last
+    such piece it is the first, for the next group of heads.
     """
     found = cut(query_starts, lengths, call, block_q=config.block_q, unit=config.dma_k)
     blocks, items = -(-call.tokens // config.block_q), found.row.shape[0]

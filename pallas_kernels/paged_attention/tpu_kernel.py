@@ -1,15 +1,14 @@
-"""The body of the paged kernel for TPU: one grid step is a piece, the queries of one row in one block of queries, and
-a group of KV heads.
+"""The body of the paged kernel for TPU: a grid step takes one piece and one group of KV heads.
 
-Keys and values of a piece arrive in steps of `block_k` tokens, fetched page by page into one of two buffers while
-the other is attended to; the last step of a piece fetches the first one of the next. Of the units that a window or
-the row's end cuts, only the memory tiles inside are fetched. All queries of the piece use a step before the next one,
-a tile of them at a time; tiles that see nothing of a step skip it. A piece of few queries (a decode row) is computed
-in a tile of `sub` queries.
+A piece is the queries of one row in one block of queries. Its keys and values arrive in steps of `block_k` tokens: they
+are fetched page by page into one of two buffers while the other is computed, and the last step prefetches the
+first one of the next piece. At a window's begin and a row's end, only the memory tiles inside are fetched. In each step
+the queries are computed tile by tile; tiles that see none of its keys skip it. A piece of few queries (a decode
+row) is computed in a tile of `sub` queries.
 
-A head's lanes in a folded page need not begin at a whole register. So that K and V are never shifted, the queries are:
-they stand at their head's place among zeros in the registers that the head touches, and of the result the
-head's own lanes are taken at the end.
+A head's lanes in a folded page may begin within a register. K and V are never shifted. Instead the queries are placed
+at their head's lanes, with zeros elsewhere in the registers that the head touches, and at the end the head's own
+lanes are taken from the result.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ FIELDS = ("row", "block", "start", "stop", "position", "first", "end", "before",
 
 
 class Lanes(NamedTuple):
-    """Where a head lies in a folded axis: whole registers from `base` on, the head `offset` lanes into them."""
+    """The lanes of a head in a folded axis: whole registers from `base` on, the head `offset` lanes into them."""
 
     base: int
     width: int
@@ -39,7 +38,7 @@ class Lanes(NamedTuple):
 
 
 def lanes_of(head: int, heads: int, size: int) -> Lanes:
-    """The registers that a head touches, less the padding behind the last head, which may hold anything."""
+    """The registers that a head touches, without the padding after the last head, which may hold anything."""
     base = head * size // LANES * LANES
     return Lanes(base, min(round_up((head + 1) * size, LANES), heads * size) - base, head * size - base)
 
@@ -50,17 +49,17 @@ def widest(heads: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is built from."""
+    """The static inputs of the kernel."""
 
     call: Call
     config: Any  # tiles: `tpu.Config`
     sub: int  # queries of a small tile
-    grain: int  # tokens of the smallest DMA, at the edges of what is seen
+    grain: int  # tokens of the smallest DMA, at a window's begin and a row's end
     items: int
 
     @property
     def units(self) -> int:
-        """DMAs of K a step."""
+        """DMAs of K per step."""
         return self.config.block_k // self.config.dma_k
 
     @property
@@ -69,13 +68,13 @@ class Plan:
 
     @property
     def dtype(self):
-        """Of the products' operands."""
+        """Operand type of the dots."""
         wide = "float32" in (self.call.dtype, self.call.kv_dtype)
         return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 
 def body(plan: Plan, r: SimpleNamespace) -> None:
-    """One grid step; `r` holds the refs, None for those that the call does not need."""
+    """One grid step. `r` holds the refs; None: the call has no such ref."""
     group, item = pl.program_id(0), pl.program_id(1)
     field = lambda name, i=item: r.plan[FIELDS.index(name) * plan.items + i]  # noqa: E731
 
@@ -112,12 +111,12 @@ def body(plan: Plan, r: SimpleNamespace) -> None:
 
 
 def steps_of(plan: Plan, field, item):
-    """How many steps of keys an item takes."""
+    """Number of steps of keys of an item."""
     return -(-(field("end", item) - field("first", item)) // plan.units)
 
 
 def transfer(plan: Plan, r, field, group, item, step, slot, *, start: bool) -> None:
-    """Start, or wait for, the fetches of one step of an item: what its queries see, in whole tiles, and no more."""
+    """Start the fetches of one step of an item, or wait for them: the keys that its queries see, in whole tiles."""
     call, unit, grain = plan.call, plan.config.dma_k, plan.grain
     per_page, per_unit = call.page // unit, unit // grain
     first = field("first", item) + step * plan.units
@@ -172,7 +171,7 @@ def transfer(plan: Plan, r, field, group, item, step, slot, *, start: bool) -> N
 
 
 def group_lanes(plan: Plan, pool, group):
-    """A function of unit and tokens: a reference to what the pool holds there for the group's heads."""
+    """A function of unit and tokens that gives a ref to the group's heads of them in the pool."""
     width = pool.shape[2] // plan.groups
     if plan.groups == 1:
         return lambda source, tokens=slice(None): pool.at[source, tokens]
@@ -181,25 +180,25 @@ def group_lanes(plan: Plan, pool, group):
 
 
 def seen(plan: Plan, field, item) -> tuple:
-    """First position that any query of an item sees, and one past the last."""
+    """The first position that a query of an item sees, and one past the last."""
     position = field("position", item)
     oldest = jnp.maximum(position - (plan.call.window - 1), 0) if plan.call.window else 0
     return oldest, jnp.minimum(position + field("stop", item) - field("start", item), plan.call.capacity)
 
 
 def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -> None:
-    """Attend with the queries of `tiles` tiles of `count` from the first on, and keep the results of the item's own."""
+    """Attend with `tiles` tiles of `count` queries, from tile `first` on; store the results of the item's queries."""
     call = plan.call
     rows = count * call.group
     oldest, end = seen(plan, field, item)
-    position = field("position") + first * count - field("start")  # of the first tile's first query
+    position = field("position") + first * count - field("start")  # position of the first tile's first query
     total = steps_of(plan, field, plan.items - 1) + field("before", plan.items - 1)
     before = group * total + field("before")
     following = field("next")
-    later = group + (following <= item).astype(jnp.int32)  # the group in which `next` comes
+    later = group + (following <= item).astype(jnp.int32)  # the group that `next` belongs to
 
     def each(low, high, act):
-        """Run `act(tile)`; a single tile without a loop."""
+        """Run `act(tile)` for each tile; a single one without a loop."""
         if isinstance(tiles, int):
             act(0)
         else:
@@ -224,7 +223,7 @@ def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -
         transfer(plan, r, field, group, item, j, slot, start=False)
         begin = (field("first") + j * plan.units) * plan.config.dma_k
         if not call.scale_heads:
-            # What the row does not hold has weight zero, but zero times NaN is NaN.
+            # Memory past the row's tokens has weight zero, but it may hold NaN, and zero times NaN is NaN.
             @pl.when((begin < oldest) | (begin + plan.config.block_k > end))
             def _():
                 at = begin + lax.broadcasted_iota(jnp.int32, (plan.config.block_k, 1), 0)
@@ -236,7 +235,7 @@ def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -
         key = jnp.where(key < end, key, jnp.iinfo(jnp.int32).max)
 
         def one(t):
-            # Row i of a head's tile is query i mod count of query head i div count.
+            # Row i of a head's tile is query i mod count, query head i div count.
             own = position + t * count + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % count
             mask = key <= own
             if call.window:
@@ -255,7 +254,7 @@ def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -
 
 
 def load_queries(plan: Plan, r, group, tile, base, count: int) -> None:
-    """Lay each head's queries into the scratch, among zeros; begin the softmax with nothing, or with the sink."""
+    """Place each head's queries in the scratch, among zeros; start the softmax: empty, or with the sink."""
     call = plan.call
     h = call.head_dim
     for head in range(plan.config.block_heads):
@@ -265,7 +264,7 @@ def load_queries(plan: Plan, r, group, tile, base, count: int) -> None:
             rows = slice(g * count, (g + 1) * count)
             q = r.q[pl.ds(base, count), n * h : (n + 1) * h].astype(plan.dtype)
             around = (lanes.offset, lanes.width - lanes.offset - h)
-            # No array of no lanes: the older compiler refuses even one that nothing uses.
+            # No empty arrays: the older compiler rejects them even if unused.
             before, behind = ([jnp.zeros((count, n), q.dtype)] if n else [] for n in around)
             parts = [*before, q, *behind]
             r.queries[tile, head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
@@ -273,13 +272,13 @@ def load_queries(plan: Plan, r, group, tile, base, count: int) -> None:
             if r.sinks is not None:
                 sink = jnp.full((count, 1), r.sinks[group * plan.config.block_heads * call.group + n])
                 top = jnp.maximum(sink, START)
-                total = jnp.exp(sink - top)  # a sink of -inf is none
+                total = jnp.exp(sink - top)  # -inf: no sink
             r.state[tile, head, rows] = pack_state(top, total)
         r.acc[tile, head, : call.group * count] = jnp.zeros((call.group * count, r.acc.shape[3]), jnp.float32)
 
 
 def pack_state(top, total):
-    """Running maximum and sum of a row [rows, 1] in the two halves of one register row."""
+    """Pack the running maximum and sum [rows, 1] into the two halves of one register row."""
     lane = lax.broadcasted_iota(jnp.int32, (top.shape[0], LANES), 1)
     return jnp.where(lane < LANES // 2, top, total)
 
@@ -308,7 +307,7 @@ def update(plan: Plan, r, group, tile, head: int, rows: int, slot, mask, held) -
     weights = jnp.exp(logits - new_top)
     fade = jnp.exp(top - new_top)
     r.state[tile, head, :rows] = pack_state(new_top, total * fade + weights.sum(1, keepdims=True))
-    if call.scale_heads:  # what is not held may have NaN for a scale
+    if call.scale_heads:  # past the row's tokens a scale may be NaN
         weights = weights * jnp.where(held, r.v_scales[slot, scales], 0.0)
     product = lax.dot_general(
         weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -317,7 +316,7 @@ def update(plan: Plan, r, group, tile, head: int, rows: int, slot, mask, held) -
 
 
 def store(plan: Plan, r, field, tile, base, count: int) -> None:
-    """Divide, put the heads side by side, and keep other rows' results where they are."""
+    """Divide by the sums, and write the heads side by side, without touching other rows' results."""
     call = plan.call
     token = base + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     own = (token >= field("start")) & (token < field("stop"))
@@ -330,7 +329,7 @@ def store(plan: Plan, r, field, tile, base, count: int) -> None:
             rows = slice(g * count, (g + 1) * count)
             state = r.state[tile, head, rows]
             total = state[:, LANES // 2 : LANES // 2 + 1]
-            saw = total != 0  # true for NaN, which must come out as NaN
+            saw = total != 0  # true for NaN, so that it propagates
             part = r.acc[tile, head, rows, : lanes.width][:, lanes.offset : lanes.offset + call.value_dim]
             results.append(part / jnp.where(saw, total, 1.0))
             if r.lse is not None:

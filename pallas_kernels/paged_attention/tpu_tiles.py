@@ -1,4 +1,4 @@
-"""Tiles of paged attention on TPU: what a call may take, and what it takes by itself."""
+"""Tiles of paged attention on TPU: the Config, its checks and the heuristic."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pallas_kernels.layouts import LANES, folded_width, round_up
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.tpu_kernel import widest
 
-TILE = {4: 8, 2: 16, 1: 32}  # rows of a tile by the bytes of an element
+TILE = {4: 8, 2: 16, 1: 32}  # bytes of an element: rows of a tile
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles; in a call of decode rows and others, those of the others.
+    """Tiles. In a call with decode rows and others, they apply to the others.
 
     Attributes:
-      block_q: queries that lie in VMEM together, a multiple of `tile_q`; a row's K and V are read once for each.
-      tile_q: queries that are computed together, a multiple of 16 (f32: 8).
-      block_heads: KV heads at once: all, or a divisor of them that fills whole registers of 128 lanes.
-      block_k: tokens of K and V fetched together, a multiple of `dma_k`; two such blocks lie in VMEM.
-      dma_k: tokens a DMA, a divisor of the page; at a row's end and a window's begin, DMAs of single tiles.
+      block_q: queries in VMEM together, a multiple of `tile_q`; a row's K and V are read once per block.
+      tile_q: queries computed together, a multiple of 16 (f32: 8).
+      block_heads: KV heads computed together: all, or a divisor of them that fills whole registers of 128 lanes.
+      block_k: tokens of K and V fetched together, a multiple of `dma_k`; VMEM holds two such blocks.
+      dma_k: tokens per DMA, a divisor of the page; at a row's end and a window's begin DMAs are smaller.
       vmem_bytes: VMEM to ask for.
     """
 
@@ -36,12 +36,12 @@ class Config:
 
 
 def smallest_tile(call: Call) -> int:
-    """Queries of the smallest tile: whole registers of the queries' type."""
+    """Queries of the smallest tile: one register of the queries' type."""
     return TILE[jnp.dtype(call.dtype).itemsize]
 
 
 def parts(call: Call) -> list[tuple[Call, slice]]:
-    """The runs of the kernel that a call takes, and their rows: decode rows first, if there are others too."""
+    """The kernel runs of a call, and the rows of each: first the decode rows, then the others, if there are both."""
     d = call.decode_rows
     if d in (0, call.rows):
         return [(call, slice(0, call.rows))]
@@ -50,7 +50,7 @@ def parts(call: Call) -> list[tuple[Call, slice]]:
 
 
 def tiles_of(call: Call, config: Config, chip: Chip | None) -> list[Config]:
-    """A Config for each of the `parts`: the call's own for the last, the heuristic's for decode rows before it."""
+    """A Config for each of the `parts`: `config` for the last, the heuristic's for decode rows before it."""
     return [heuristic(part, chip) for part, _ in parts(call)[:-1]] + [config]
 
 
@@ -62,13 +62,13 @@ def smallest_dma(call: Call) -> int:
 def heuristic(call: Call, chip: Chip | None) -> Config:
     """Tiles for a chip; None: for any.
 
-    Bytes: a row costs the tiles of memory that it holds, once for each block that its queries lie in. So a block holds
-    all T queries if they fit, of as many KV heads at once as fit then: fewer heads make smaller DMAs, and read the
-    scales of int8, which lie eight heads to a tile, more often. Decode rows take all heads.
-    FLOPs: from some 240 (v5e) to 560 (v6e) FLOPs a byte on the MXU is the bound; a tile of queries uses a weight of
-    the matrix unit for tile_q * group rows: 1024 hide its loading, and leave few of a chunk's rows to be masked.
-    A step should hold about 1 MiB of K and V (0.3 us on 7x, 1.3 us on v5e), enough to hide the chain of an online
-    softmax step; its scores [tile_q * group, block_k] in f32 are kept to 1 MiB. A DMA should move 32 KiB or more.
+    Bytes: a row's memory tiles are read once per block that its queries lie in. So a block holds all T queries if they
+    fit, with as many KV heads as then fit. Fewer heads make smaller DMAs, and read the scales of int8 more often, since
+    a tile of scales has eight heads. Decode rows take all heads.
+    FLOPs: above 240 (v5e) to 560 (v6e) FLOPs per byte the MXU is the bound. A tile of K or V in the MXU serves tile_q *
+    group rows: 1024 rows hide its loading, and leave little of a chunk to be masked.
+    Latency: a step holds about 1 MiB of K and V (0.3 us on 7x, 1.3 us on v5e) to hide the chain of an online softmax
+    step. Its logits [tile_q * group, block_k] in f32 take at most 1 MiB. A DMA moves 32 KiB or more.
     VMEM: two steps of K and V; Q and the result twice; and the queries, state and accumulators of a group of heads.
     """
     sub, most = smallest_tile(call), min(call.max_queries, 256)
@@ -94,11 +94,11 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
 
 
 def _tiles(call: Call, block: int, tile: int, heads: int, capacity: int) -> Config:
-    """The Config of such blocks of queries: how many tokens to fetch, a DMA and a step."""
+    """The Config for these blocks of queries: chooses the tokens per DMA and per step."""
     size = jnp.dtype(call.kv_dtype).itemsize
     token = folded_width(heads, call.head_dim) * size
     if call.kv_dtype == "int8":
-        unit = call.page  # scales come by the page
+        unit = call.page  # scales are fetched in whole pages
     else:
         units = [u for u in range(smallest_dma(call), call.page + 1, smallest_dma(call)) if call.page % u == 0]
         unit = next((u for u in units if u * token >= 32 << 10), units[-1])
@@ -111,13 +111,13 @@ def _tiles(call: Call, block: int, tile: int, heads: int, capacity: int) -> Conf
 
 
 def _whole(call: Call, heads: int) -> bool:
-    """Whether the heads of a cache come in groups of so many, in registers of their own."""
+    """Whether groups of `heads` KV heads divide the cache's heads and fill whole registers."""
     fits = call.kv_heads % heads == 0 and heads * call.head_dim % LANES == 0 and heads * call.value_dim % LANES == 0
     return heads == call.kv_heads or fits
 
 
 def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call, None if it does."""
+    """None, or why a Config does not suit a call."""
     if config.block_q % config.tile_q or config.tile_q % smallest_tile(call):
         return f"block_q must be a multiple of tile_q, and tile_q of {smallest_tile(call)}"
     if call.page % config.dma_k or config.block_k % config.dma_k:
@@ -130,7 +130,7 @@ def misfit(call: Call, config: Config) -> str | None:
 
 
 def _vmem(call: Call, config: Config) -> int:
-    """Bytes of VMEM that the tiles take, temporaries of a step included."""
+    """Bytes of VMEM that the tiles take, a step's temporaries included."""
     q, kv = jnp.dtype(call.dtype).itemsize, jnp.dtype(call.kv_dtype).itemsize
     heads, block, block_k = config.block_heads, config.block_q, config.block_k
     widths = folded_width(heads, call.head_dim) + folded_width(heads, call.value_dim)

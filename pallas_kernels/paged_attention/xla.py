@@ -1,9 +1,9 @@
-"""Paged attention in XLA: an online softmax over blocks of pages, whose time follows the longest row.
+"""Paged attention in XLA: an online softmax over blocks of pages.
 
-Rows of one query each are one batched computation over rows; the others go one row and one block of
-queries at a time, so that nothing is computed for queries that a row does not have. All loops have
-dynamic bounds: neither the width of the block tables nor the padding of the packed queries costs anything.
-Milakov & Gimelshein 2018 (online softmax).
+Decode rows are computed together, as one batch. The other rows are computed one after the other, one block of queries
+at a time, so that nothing is computed for queries that a row does not have. Loop bounds are dynamic: neither wide block
+tables nor padding of the packed queries cost anything.
+Source: Milakov & Gimelshein 2018 (online softmax).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pallas_kernels.paged_attention.reference import split_heads
 
 NAME = "xla"
 PLATFORM = "any"
-# Keys a step: smaller blocks pay in loop overhead, larger ones in keys read past a row's end.
+# Keys per step: smaller blocks cost more loop overhead, larger ones read more keys past a row's end.
 KEY_BLOCK = 128
-# A GPU's host asks the device before each turn of such a loop whether there is another: few large blocks.
+# On a GPU each turn of the loop costs a round trip between host and device: few large blocks.
 KEY_BLOCK_GPU = 2048
 QUERY_BLOCK = 128
 
 
 def gather(pages, ids, layout: str, kv_heads: int, size: int):
-    """Pages `ids` [B, n] as one run of keys [B, K, n*p, H]."""
+    """Gather pages `ids` [B, n] as keys [B, K, n*p, H]."""
     block = pages[jnp.clip(ids, 0, pages.shape[0] - 1)]
     if layout == "heads_first":
         block = block.transpose(0, 2, 1, 3, 4)
@@ -38,15 +38,16 @@ def gather(pages, ids, layout: str, kv_heads: int, size: int):
 
 
 def gather_scale(scales, ids, kv_heads: int):
-    """Scales of pages `ids` [B, n] as [B, K, n*p]."""
+    """Gather the scales of pages `ids` [B, n] as [B, K, n*p]."""
     block = scales[jnp.clip(ids, 0, scales.shape[0] - 1), :kv_heads].swapaxes(1, 2)
     return block.reshape(*block.shape[:2], -1)
 
 
 def shrinking(rows: int) -> tuple[int, ...]:
-    """How many of the longest rows are read together, one number after another as shorter ones end. Each is a loop of
-    its own in the program, which takes a CPU a second to compile for 30 layers, so there are two; on a GPU a loop costs
-    its host a question a turn, and there is one."""
+    """Batch sizes of successive loops: all rows, then only the longest ones, when the others have ended.
+
+    Each size is a loop of its own in the program, which takes a CPU a second to compile for 30 layers: there are two.
+    On a GPU each turn of a loop costs a round trip to the host: there is one."""
     if platform_of() == "gpu":
         return (rows,)
     return tuple(dict.fromkeys((rows, max(1, rows * 3 // 8))))
@@ -55,7 +56,7 @@ def shrinking(rows: int) -> tuple[int, ...]:
 def attend(q, positions, tables, first, end, *, call: Call, arrays):
     """Online softmax of B rows with t queries each: (out [B, t, N, Hv] f32, lse [B, t, N]).
 
-    positions [B, t], below zero for queries that are none; row b reads pages first[b] to end[b] - 1 of its table.
+    `positions` [B, t] are below zero for padding. Row b reads pages first[b] to end[b] - 1 of its table.
     """
     b, t, n, h = q.shape
     kv_heads, group, p, value_dim = call.kv_heads, call.group, call.page, call.value_dim
@@ -65,16 +66,16 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays):
     dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
     precision = precision_of(dtype)
     steps = -(-(end - first) // per_step)
-    order = jnp.argsort(-steps)  # the longest first, so that those which are still read stand together
+    order = jnp.argsort(-steps)  # longest first, so that rows still being read are contiguous
     q, positions, tables, first, steps = (x[order] for x in (q, positions, tables, first, steps))
     rows = q.astype(dtype).reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, h)
-    last = jnp.minimum(positions, call.capacity - 1)  # what a query sees last
+    last = jnp.minimum(positions, call.capacity - 1)  # the last position that a query sees
     newest = last.max(1)
     oldest = jnp.zeros_like(newest) if call.window is None else positions.min(1) - (call.window - 1)
 
     def body(step, carry):
         top, total, acc = carry
-        m = len(top)  # of the rows; the others have ended
+        m = len(top)  # rows still being read
         columns = first[:m, None] + step * per_step + jnp.arange(per_step)
         ids = jnp.take_along_axis(tables[:m], jnp.minimum(columns, call.width - 1), axis=1)
         k = gather(arrays["k_pages"], ids, call.layout, kv_heads, h)
@@ -95,7 +96,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays):
         weights = jnp.exp(logits - new_top[..., None])
         fade = jnp.exp(top - new_top)
         total = total * fade + weights.sum(-1)
-        if call.scale_heads:  # what is not held may have NaN for a scale
+        if call.scale_heads:  # past the row's tokens a scale may be NaN
             v_scale = jnp.where(held[:, None], gather_scale(arrays["v_scale"], ids, kv_heads), 0.0)
             weights = weights * v_scale[:, :, None]
         v = jnp.where(held[:, None, :, None], v, jnp.zeros((), v.dtype)).astype(rows.dtype)
@@ -115,7 +116,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays):
     carry = (top.astype(jnp.float32), total.astype(jnp.float32), jnp.zeros((b, kv_heads, m, value_dim), jnp.float32))
     done, sizes = 0, shrinking(b)
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
-        until = jnp.maximum(done, steps[smaller])  # the row that the next loop leaves out has ended
+        until = jnp.maximum(done, steps[smaller])  # the first row that the next loop leaves out has ended
         part = lax.fori_loop(done, until, body, tuple(x[:size] for x in carry))
         carry = tuple(jnp.concatenate([new, old[size:]]) for new, old in zip(part, carry, strict=True))
         done = until
@@ -127,7 +128,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays):
 
 
 def span(positions, real, call: Call):
-    """Per row [B], the pages from the first to past the last that its real queries [B, t] see."""
+    """Per row [B]: the first page that its real queries [B, t] see, and one past the last."""
     end = jnp.max(jnp.where(real, jnp.minimum(positions, call.capacity - 1), -1), 1) // call.page + 1
     if call.window is None:
         return jnp.zeros_like(end), end
@@ -136,13 +137,13 @@ def span(positions, real, call: Call):
 
 
 def run(arrays, call: Call, config=None, interpret=False):
-    """See `api.paged_attention`: takes every call, and has no tiles. Decode rows at once, then the others."""
+    """See `api.paged_attention`. It takes every call, and has no tiles. Decode rows first, then the others."""
     q, block_tables, lengths, query_starts = (arrays[n] for n in ("q", "block_tables", "lengths", "query_starts"))
     t, n, _ = q.shape
     hv, sinks = call.value_dim, arrays.get("sinks")
     attend_rows = partial(attend, call=call, arrays=arrays)
     asked = jnp.where(lengths > 0, query_starts[1:] - query_starts[:-1], 0)
-    # Where many rows share the tokens, each has few: what a block has beyond them is computed for nothing.
+    # If many rows share the tokens, each has few: a larger block would compute padding.
     block = min(QUERY_BLOCK, call.max_queries, max(16, 2 * t // max(1, call.rows - call.decode_rows)))
     nothing = jnp.full((t + block, n), -jnp.inf)
     if sinks is not None:
@@ -166,7 +167,7 @@ def run(arrays, call: Call, config=None, interpret=False):
 
 
 def chunks(q, results, asked, block, attend_rows, arrays, call: Call):
-    """The rows after the decode rows: a loop over rows, in it one over blocks of the row's queries."""
+    """The rows after the decode rows: a loop over rows, and in it a loop over blocks of the row's queries."""
     block_tables, lengths, query_starts = (arrays[n] for n in ("block_tables", "lengths", "query_starts"))
 
     def one_block(row, i, results):
@@ -174,7 +175,7 @@ def chunks(q, results, asked, block, attend_rows, arrays, call: Call):
         inside = i * block + jnp.arange(block) < asked[row]
         positions = jnp.where(inside, lengths[row] - asked[row] + i * block + jnp.arange(block), -1)[None]
         if call.window is not None:
-            # A query that is none must not widen what is read: it stands where the last one does.
+            # Padding gets the last query's position, so that it does not add keys to read.
             positions = jnp.where(inside, positions, lengths[row] - 1)
         first, end = span(positions, inside[None], call)
         table = lax.dynamic_slice_in_dim(block_tables, row, 1)

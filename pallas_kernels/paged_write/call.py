@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention.call import check_layout, check_pages, check
 
 @dataclass(frozen=True)
 class Call:
-    """What implementations choose from."""
+    """The static facts of one page write."""
 
     tokens: int  # T
     kv_heads: int  # K
@@ -30,17 +30,17 @@ class Call:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """Names of the arrays that are written to, in the order of the results."""
+        """Names of the arrays written to, in the order of the results."""
         return ("k_pages", "v_pages", "k_scale", "v_scale") if self.scale_heads else ("k_pages", "v_pages")
 
     @property
     def new(self) -> tuple[str, ...]:
-        """Names of what is written to each of them."""
+        """Names of the new values for each of the `pools`."""
         return ("k", "v", "new_k_scale", "new_v_scale") if self.scale_heads else ("k", "v")
 
 
 def make_call(arrays: Mapping[str, Any], layout: Layout) -> Call:
-    """Check the arguments of `api.write_pages`, arrays by name, and gather their static facts. Raises ValueError."""
+    """Check the arguments of `api.write_pages` and gather the static facts. Raises ValueError."""
     op = "write_pages"
     k_pages, v_pages, k, v, slots = (arrays[name] for name in ("k_pages", "v_pages", "k", "v", "slots"))
     for name in ("k_pages", "v_pages", "k", "v"):
@@ -70,7 +70,7 @@ def make_call(arrays: Mapping[str, Any], layout: Layout) -> Call:
 
 
 def check_slots(end: int, slots) -> None:
-    """Raise ValueError where two tokens are to be written to one of the slots below `end`. Waits for the array."""
+    """Raise ValueError if two tokens have the same slot below `end`. Waits for the array."""
     if (found := seen(slots)) is None:
         return
     kept = found[0][(found[0] >= 0) & (found[0] < end)]

@@ -1,9 +1,9 @@
 """The write of int8 pages as a Pallas kernel for TPU: read, modify and write the tiles that hold new tokens.
 
-XLA's scatter into an int8 array re-lays the whole pool, twice its bytes in temporaries. Here the pools are aliased to
-the results and only tiles of 32 tokens are touched, each once: the tokens are sorted by slot before, so that those
-of a tile follow each other and lie in two neighbouring blocks of the sorted ones. Scalar memory bounds the tokens of
-one run; more of them take several, one after the other.
+XLA's scatter into an int8 array re-lays the whole pool, with temporaries of twice its bytes. Here the pools are aliased
+to the results, and only tiles of 32 tokens that get new ones are touched, each once. The tokens are sorted by slot
+before, so that those of one tile are neighbours and lie in two adjacent blocks of sorted tokens. Scalar memory bounds
+the tokens of one run; more tokens take several runs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NAME = "tpu"
 PLATFORM = "tpu"
 LAYOUTS = ("folded",)
 ROWS = 32  # tokens of an int8 tile
-MOST_TOKENS = SCALAR_BYTES // 12  # of one run of the kernel, which has three numbers for each
+MOST_TOKENS = SCALAR_BYTES // 12  # tokens of one run, which takes three scalars each
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the kernel cannot take the call."""
+    """None, or why the kernel cannot do the call."""
     if call.dtype != "int8":
         return f"the TPU kernel writes int8 pages; XLA writes {call.dtype} ones in place"
     if call.page % LANES or call.scale_heads % SUBLANES:
@@ -78,7 +78,7 @@ def _write(pools, new, slots, call: Call, interpret):
         arrays += [x, x]
         specs += [pl.BlockSpec((1, *x.shape[1:]), index) for index in (near, behind)]
     scalars = (first, tiles, sorted_slots)
-    if not interpret:  # else XLA moves whole pools of scales to VMEM and back
+    if not interpret:  # else XLA copies whole pools of scales to VMEM and back
         pools = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in pools]
     written = pl.pallas_call(
         kernel,
@@ -92,16 +92,18 @@ def _write(pools, new, slots, call: Call, interpret):
         interpret=interpret,
         name="write_pages",
     )(*scalars, *arrays, *pools)
-    # JAX 0.10.2 refuses such results as those of a whole program: they are said to lie in another memory space.
+    # JAX 0.10.2 rejects these as results of a program: it takes their memory space for another one.
     return written if interpret else lax.optimization_barrier(written)
 
 
 def plan(slots, call: Call, blocks: int):
-    """Sort the tokens by slot, the dropped ones last, and list the tiles that are written.
+    """Sort the tokens by slot, the dropped ones last, and list the tiles to write.
 
     Returns:
-      order: token of each sorted place, [blocks * 32]; slots: theirs, past the pool where there is none.
-      first: for each tile the block of sorted tokens in which its first lies; tiles: their numbers; count: how many.
+      order: [blocks * 32], the tokens in sorted order.
+      slots: their slots; past the pool for dropped tokens and padding.
+      first: for each tile, the block of sorted tokens that has its first token.
+      tiles: the numbers of the tiles; count: how many there are.
     """
     end = call.pages * call.page
     slots = jnp.where((slots >= 0) & (slots < end), slots, end).astype(jnp.int32)
@@ -111,15 +113,16 @@ def plan(slots, call: Call, blocks: int):
     begins = (slots < end) & (tile != jnp.concatenate([jnp.full((1,), -1, jnp.int32), tile[:-1]]))
     places = jnp.sort(jnp.where(begins, jnp.arange(slots.shape[0], dtype=jnp.int32), slots.shape[0]))
     places = jnp.minimum(places, slots.shape[0] - 1)
-    # Where nothing is kept, one tile is written as it was.
+    # If all tokens are dropped, one tile is written unchanged.
     count = jnp.maximum(begins.sum(dtype=jnp.int32), 1)
     last = end // ROWS - 1
     return jnp.minimum(order, call.tokens - 1), slots, places // ROWS, jnp.minimum(tile[places], last), count
 
 
-def kernel(first, tiles, slots, lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2, *pools):
-    """One tile: every new token whose slot lies in it takes its row; the rest stays."""
+def kernel(first, tiles, slots, *refs):
+    """Write one tile: each new token replaces the row of its slot, the other rows stay."""
     i = pl.program_id(0)
+    (lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2), pools = refs[:10], refs[10:]
     k_in, v_in, ks_in, vs_in, k_out, v_out, ks_out, vs_out = pools
     tile = tiles[i]
     row = tile * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
@@ -127,7 +130,7 @@ def kernel(first, tiles, slots, lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2, *
     picks = [x.astype(jnp.float32) for x in (near, behind)]
     taken = sum(x.sum(1, keepdims=True) for x in picks) > 0
     for (a, b), old, out in (((k, k2), k_in, k_out), ((v, v2), v_in, v_out)):
-        # Whole numbers up to 127 are exact in bf16, and a row of the product is one of them times one.
+        # A product with a one-hot matrix places the rows. It is exact: bf16 holds integers up to 127.
         rows = sum(
             jnp.dot(pick.astype(jnp.bfloat16), x[0].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
             for pick, x in zip(picks, (a, b), strict=True)
@@ -136,7 +139,7 @@ def kernel(first, tiles, slots, lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2, *
         out[0] = jnp.where(taken, rows, kept).astype(jnp.int8)
 
     group = LANES // ROWS
-    # Four tiles share a tile of scales: it is read for the first of them, and stays until the last.
+    # Four tiles share a tile of scales. It is read for the first of them, and kept until the last.
     fresh = (i == 0) | (tiles[jnp.maximum(i - 1, 0)] // group != tile // group)
 
     @pl.when(fresh)
@@ -155,7 +158,7 @@ def kernel(first, tiles, slots, lanes, lanes2, k, k2, v, v2, ks, ks2, vs, vs2, *
 
 
 def cost(call: Call) -> pl.CostEstimate:
-    """Of tokens that all lie in tiles of their own: each tile read and written, and two blocks of tokens read."""
+    """The cost if each token has a tile of its own: the tile read and written, and two blocks of tokens read."""
     columns = round_up(call.kv_heads * call.head_dim, LANES) + round_up(call.kv_heads * call.value_dim, LANES)
     tile = ROWS * columns + 2 * 4 * call.scale_heads * LANES
     fresh = 2 * (ROWS * columns + 2 * 4 * call.scale_heads * ROWS)

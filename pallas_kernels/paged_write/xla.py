@@ -1,4 +1,4 @@
-"""The page write as XLA scatters: in place under donation, for every type but int8 on a TPU."""
+"""The page write as XLA scatters. They are in place under donation, except for int8 on a TPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PLATFORM = "any"
 
 
 def place(slots, pages: int, page: int):
-    """Page and offset of each token; those to be dropped get a page behind the pool."""
+    """Page and offset of each token; dropped tokens get a page past the pool."""
     kept = (slots >= 0) & (slots < pages * page)
     return jnp.where(kept, slots // page, pages), jnp.where(kept, slots % page, 0)
 
 
 def scatter(pages, new, at, offset, layout: Layout):
-    """Tokens `new` [T, K, H] at (page, offset)."""
+    """Write tokens `new` [T, K, H] at (page, offset)."""
     new = new.astype(pages.dtype)
     if layout == "heads_first":
         return pages.at[at, :, offset].set(new, mode="drop")
@@ -26,14 +26,14 @@ def scatter(pages, new, at, offset, layout: Layout):
 
 
 def scatter_scale(scales, new, at, offset):
-    """Scales `new` [T, K] at (page, :, offset); the heads that pad the pool's scales get 1."""
+    """Write scales `new` [T, K] at (page, :, offset); the pool's padding heads get 1."""
     padding = scales.shape[1] - new.shape[1]
     new = jnp.pad(new.astype(scales.dtype), ((0, 0), (0, padding)), constant_values=1)
     return scales.at[at, :, offset].set(new, mode="drop")
 
 
 def run(arrays, call: Call, config=None, interpret=False):
-    """See `api.write_pages`. (On a TPU an int8 scatter re-lays the pool: `auto` takes the kernel there.)"""
+    """See `api.write_pages`. On a TPU an int8 scatter re-lays the pool: `auto` takes the kernel there."""
     pools, new = ([arrays[name] for name in names] for names in (call.pools, call.new))
     at, offset = place(arrays["slots"], call.pages, call.page)
     written = [scatter(pool, x, at, offset, call.layout) for pool, x in zip(pools[:2], new[:2], strict=True)]

@@ -11,7 +11,7 @@ from pallas_kernels.quant_array import QuantArray, check
 
 @dataclass(frozen=True)
 class Call:
-    """What `supported` and `heuristic` judge by."""
+    """The static facts of one product. `supported` and `heuristic` decide by them."""
 
     rows: int  # M
     out: int
@@ -20,7 +20,7 @@ class Call:
     bits: int
     affine: bool
     int8_activations: bool
-    dtype: str  # of the activations as they come
+    dtype: str  # of the activations before quantization
     out_dtype: str = "float32"  # of the results
 
     @property
@@ -28,7 +28,7 @@ class Call:
         return self.columns // self.groups
 
     @property
-    def kv_dtype(self) -> str:  # what tables call the stored type
+    def kv_dtype(self) -> str:  # the name that tables use for the stored type
         return f"int{self.bits}"
 
     @property
@@ -38,7 +38,7 @@ class Call:
 
 
 def make_call(x, w: QuantArray, out_dtype=None) -> Call:
-    """Check the arguments of `api.quantized_matmul` and gather their static facts. Raises ValueError."""
+    """Check the arguments of `api.quantized_matmul` and gather the static facts. Raises ValueError."""
     check(w)
     if x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"quantized_matmul: x {x.shape} must end in the matrix's {w.shape[1]} columns")

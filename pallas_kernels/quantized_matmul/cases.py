@@ -1,4 +1,4 @@
-"""The shapes that tests, tuner and static figures share."""
+"""The cases of quantized products, shared by tests, the tuner, AOT compilation and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """One product; `activations` int8 is W8A8, `group` None a scale a row."""
+    """One product. `activations` int8 is W8A8; `group` None is one scale per row."""
 
     name: str
     rows: int
@@ -39,7 +39,7 @@ CASES = (
     Case("W4A16, a scale a row", 2, 128, 256, bits=4),
 )
 
-# Of Llama 3 8B, Gemma 3 270M and SmolLM2 135M (whose rows of 576 the TPU kernel refuses); compiled, never interpreted.
+# Llama 3 8B, Gemma 3 270M and SmolLM2 135M (the TPU kernel refuses its rows of 576): compiled, never interpreted.
 LARGE = (
     Case("llama gate, W8A16, decode", 8, 14336, 4096, dtype="bfloat16", smoke=True),
     Case("llama down, W8A16, decode", 8, 4096, 14336, dtype="bfloat16"),

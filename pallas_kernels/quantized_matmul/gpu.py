@@ -1,8 +1,8 @@
 """The product with a quantized matrix as a Pallas kernel for GPU, through Triton: A100, L4, H100 and B200.
 
-One kernel for both phases: a program has one block of results and walks along the contraction. With one block of rows
-(decode) every weight is read once; where the blocks of outputs are too few to fill the chip, the contraction is cut
-into parts whose sums are added outside, always in the same order.
+One kernel serves both phases: a program takes one block of results and loops over the contraction. With one block of
+rows (decode) every weight is read once. If the blocks of outputs are too few to fill the chip, the contraction is cut
+into parts, whose sums are added afterwards, always in the same order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pallas_kernels.quantized_matmul.gpu_kernel import Plan, body
 
 NAME = "gpu"
 PLATFORM = "gpu"
-MOST_ELEMENTS = 2**31  # Pallas computes offsets in 32-bit integers with a sign
-MOST_BLOCKS = 65535  # of outputs: the second axis of a grid
+MOST_ELEMENTS = 2**31  # Pallas computes offsets in signed 32-bit integers
+MOST_BLOCKS = 65535  # blocks of outputs: the limit of a grid's second axis
 DECODE_ROWS = 64
-# Three steps of 64 outputs in int8 are 24 KiB on their way. 3.35 TB/s times a microsecond are 25 KiB for each of the
-# 132 multiprocessors of an H100: one program hardly fills it, two do.
+# A program has 24 KiB in flight: three steps of 64 outputs in int8. An H100 needs 25 KiB per multiprocessor (3.35 TB/s
+# times one microsecond, over 132): one program is hardly enough, two are.
 PROGRAMS_A_CORE = 2
 LEAST_PART = 512  # columns
 
@@ -38,10 +38,10 @@ class Config:
 
     Attributes:
       block_rows: rows of activations of a program; a power of two, at least 16.
-      block_out: outputs of a program, the same.
-      block_in: columns of a step; a power of two, at least 32; where there are groups, part of one or several.
+      block_out: outputs of a program; a power of two, at least 16.
+      block_in: columns of a step; a power of two, at least 32; it divides a group or is a multiple of it.
       splits: parts of the contraction.
-      num_warps, num_stages: of Triton; a stage holds a step's weights and activations in shared memory.
+      num_warps, num_stages: Triton's; a stage holds a step's weights and activations in shared memory.
     """
 
     block_rows: int
@@ -61,7 +61,7 @@ class Config:
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the GPU kernel cannot do the call."""
+    """None, or why the GPU kernel cannot do the call."""
     if call.dtype not in ("bfloat16", "float16", "float32"):
         return f"the GPU kernel takes activations in bfloat16, float16 or float32, not {call.dtype}"
     if call.groups > 1 and call.group % 32:
@@ -84,16 +84,17 @@ def supported(call: Call) -> str | None:
 def heuristic(call: Call, chip: Chip | None) -> Config:
     """Tiles for a chip; None: an A100.
 
-    Bytes: up to 64 rows are one block, so that weights are read once; a step takes 128 columns, whole lines of int8.
-    A prompt's blocks of 128 x 128 do 128 FLOPs for each byte of widened weights and of activations, which L2 holds.
-    Shared memory: a step of 64 outputs and 16 rows takes 12 KiB in bf16, three of them 36; 128 x 128 x 64 takes 24,
-    or 40 where the widened block goes through shared memory, two of them 80: L4 has 99.
-    Registers: the sum of 128 x 128 takes 64 a thread with 8 warps, and a group's product as many again; 64 x 64 with
-    4 warps spilled, and int4 with 128 columns. f32 has no tensor core, and its operands lie in registers: 32 x 32.
-    Parts: until every multiprocessor has two programs, while their sums are less than a quarter of the weights.
-    Hopper, as measured on an H200 for 8 rows of Llama 3 8B: two steps of 256 columns of int8 on their way to 64
-    outputs, 32 us where three of 128 to 32 took 37; int4 to 128 outputs in two parts, 39 us where 32 in one took 68;
-    W8A8 to 64 outputs, 37 us where 32 took 43. All with some 10 us of launching.
+    Bytes: up to 64 rows are one block, so that weights are read once. A step takes 128 columns: whole cache lines of
+    int8. A prompt's blocks of 128 x 128 do 128 FLOPs per byte of widened weights and of activations, from L2.
+    Shared memory: a step of 64 outputs and 16 rows takes 12 KiB in bf16, three steps 36. 128 x 128 x 64 takes 24 KiB,
+    or 40 if the widened block goes through shared memory; two steps take 80 of the 99 KiB of L4.
+    Registers: with 8 warps, the sum of 128 x 128 takes 64 per thread, and a group's product as many again. 64 x 64 with
+    4 warps spilled, and so did int4 with 128 columns. f32 has no tensor core, and its operands stay in registers: 32 x
+    32.
+    Splits: until every multiprocessor has two programs, but the sums stay below a quarter of the weights' bytes.
+    Hopper, measured on an H200 for 8 rows of Llama 3 8B, each with some 10 us of launch. int8: 32 us with two stages of
+    256 columns and 64 outputs, 37 us with three of 128 and 32. int4: 39 us with 128 outputs and two splits, 68 us with
+    32 outputs and one. W8A8: 37 us with 64 outputs, 43 us with 32.
     """
     chip = chip or hardware.chip("a100")
     cores, hopper = chip.cores, chip.capability == (9, 0)
@@ -143,7 +144,7 @@ def candidates(call: Call, chip: Chip) -> list[Config]:
 
 
 def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call, None if it does."""
+    """None, or why a Config does not suit a call."""
     if config.block_in not in (fits := _steps(call)):
         return f"block_in must be one of {', '.join(map(str, fits))}"
     if -(-call.out // config.block_out) > MOST_BLOCKS:
@@ -156,7 +157,7 @@ def misfit(call: Call, config: Config) -> str | None:
 
 
 def _steps(call: Call) -> list[int]:
-    """What block_in can be: without groups anything; the end of a row is masked."""
+    """The values that block_in may take. Without groups all: the end of a row is masked."""
     sizes = [32 << i for i in range(6)]
     if call.groups == 1:
         return sizes
@@ -164,7 +165,7 @@ def _steps(call: Call) -> list[int]:
 
 
 def _step(call: Call, most: int) -> int:
-    """Columns of a step: up to `most`; they divide a row where that leaves 64, so that nothing is masked."""
+    """Columns of a step, up to `most`. They divide a row if that gives at least 64, so that nothing is masked."""
     divides = call.columns & -call.columns
     if call.groups == 1 and divides < 64:
         return min(most, max(32, pl.next_power_of_2(call.columns)))
@@ -172,14 +173,14 @@ def _step(call: Call, most: int) -> int:
 
 
 def _shared(call: Call, config: Config) -> int:
-    """Bytes of shared memory: the steps on their way, and a widened block."""
+    """Bytes of shared memory: the steps in flight, and a widened block."""
     given = 1 if call.int8_activations else jnp.dtype(call.dtype).itemsize
     step = config.block_in * (config.block_out * call.bits // 8 + config.block_rows * given)
     return step * max(1, config.num_stages - 1) + config.block_in * config.block_out * given
 
 
 def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
-    """What the programs read and write: weights for each block of rows, activations for each of outputs, from L2."""
+    """All loads and stores: weights per block of rows, activations per block of outputs; L2 serves the repeats."""
     (m, n, _), call, splits = plan.grid, plan.call, plan.config.splits
     given = 1 if call.int8_activations else jnp.dtype(call.dtype).itemsize
     scales = call.columns // plan.width if call.groups > 1 else 1 if splits == 1 else 0
@@ -190,7 +191,7 @@ def cost(plan: Plan, out_bytes: int) -> pl.CostEstimate:
 
 
 def run(arrays, call: Call, config: Config, interpret=False) -> Float[Array, "M out"]:
-    """See `api.quantized_matmul`: the parts of the contraction, and their sum."""
+    """See `api.quantized_matmul`. Computes the parts of the contraction, and adds them."""
     kind = jnp.dtype(call.out_dtype)
     if config.splits > 1:
         kind = jnp.dtype(jnp.int32 if call.int8_activations else jnp.float32)
@@ -203,9 +204,9 @@ def run(arrays, call: Call, config: Config, interpret=False) -> Float[Array, "M 
 
 
 def _parts(arrays, plan: Plan, kind, interpret):
-    """The sums of the parts [splits, M, out], scaled where there is one."""
+    """The sums of the parts [splits, M, out]; a single part is scaled already."""
     call, config, values = plan.call, plan.config, arrays["values"]
-    if call.bits == 4:  # two to a byte in memory already: no copy
+    if call.bits == 4:  # no copy: int4 is stored two to a byte
         values = lax.bitcast_convert_type(values.reshape(call.out, call.columns // 2, 2), jnp.int8)
     inputs = [arrays["x"], values, arrays["scales"], *(arrays[name] for name in ("row_scale",) if name in arrays)]
 

@@ -1,7 +1,7 @@
 """The body of the product with a quantized matrix on GPU (Triton): one block of results, or a part of its sum.
 
-Weights are read as they lie and widened in registers; int4 comes as bytes, whose two values are multiplied by the
-even and the odd columns of the activations, so that no value has to change its lane.
+Weights are read in place and widened in registers. int4 is read as bytes: the low halves are multiplied by the even
+columns of the activations, the high halves by the odd ones, so that no value changes its lane.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.masking import precision_of
 from pallas_kernels.quantized_matmul.call import Call
 
-# An int4 plus eight, put behind these bits, is a float of 16 bits: 2^7 plus it in bf16, 2^10 plus it in f16. A mask
-# and a subtraction of two at once widen it: as compiled, a decode loop takes 6.1 instructions a weight on an A100 and
-# 5.5 on an H100 so, 6.8 and 6.9 with conversions of integers.
+# These bits, with an int4 plus eight in the lowest four, are a 16-bit float: 2^7 plus that number in bf16, 2^10 plus it
+# in f16. So a mask and one subtraction widen two values at once. As compiled, a decode loop takes 6.1 instructions per
+# weight on an A100 and 5.5 on an H100; with integer conversions 6.8 and 6.9.
 _INT4 = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is built from: static facts of a call and its tiles."""
+    """The static inputs of the kernel: the call and its tiles."""
 
     call: Call
     config: Any  # tiles: `gpu.Config`
 
     @property
     def width(self) -> int:
-        """Columns of one product: of a step, or of a group's part of it."""
+        """Columns of one product: those of a step, or those of the step that share a group."""
         return self.config.block_in if self.call.groups == 1 else min(self.config.block_in, self.call.group)
 
     @property
@@ -42,12 +42,12 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Steps of one part of it."""
+        """Steps of one part of the contraction."""
         return -(-self.chunks // self.config.splits)
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Blocks of rows vary fastest: programs that run together share their weights in L2."""
+        """Blocks of rows vary fastest, so that programs that run together share weights in L2."""
         return (
             -(-self.call.rows // self.config.block_rows),
             -(-self.call.out // self.config.block_out),
@@ -56,11 +56,11 @@ class Plan:
 
     @property
     def turned(self) -> bool:
-        """Whether the block is computed as [outputs, rows], weights on the left of the product.
+        """Whether the block is computed as [outputs, rows], with the weights on the left of the product.
 
-        As compiled for an A100, tiles of 128 x 128 x 64: the loop of W4A16 has 589 instructions so, 1328 otherwise;
-        that of W8A16 507, and 382 otherwise. f32 with 16 rows takes 56 registers so, 168 otherwise. With 16 rows
-        and 64 outputs W8A8 reaches the wide instructions of Hopper only so.
+        As compiled for an A100 with tiles of 128 x 128 x 64: W4A16's loop has 589 instructions if turned, else 1328;
+        W8A16's has 507, else 382. f32 with 16 rows takes 56 registers, else 168. With 16 rows and 64 outputs, W8A8
+        gets Hopper's wide instructions only if turned.
         """
         return self.call.bits == 4 or self.call.int8_activations or self.call.dtype == "float32"
 
@@ -70,7 +70,7 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
     call, tiles, part = plan.call, plan.config, pl.program_id(2)
     rows = pl.program_id(0) * tiles.block_rows + jnp.arange(tiles.block_rows, dtype=jnp.int32)
     outs = pl.program_id(1) * tiles.block_out + jnp.arange(tiles.block_out, dtype=jnp.int32)
-    # None where every lane is inside: a mask costs instructions.
+    # None if all rows are real: a mask costs instructions.
     real_rows = rows < call.rows if call.rows % tiles.block_rows else None
     real_outs = outs < call.out if call.out % tiles.block_out else None
     kind = jnp.int32 if call.int8_activations else jnp.float32
@@ -82,7 +82,7 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
         )
 
     def across(outputs, of_rows):
-        """Vectors of the block's outputs and rows, in the order of its axes."""
+        """The vectors of outputs and of rows, in the order of the block's axes."""
         return (outputs, of_rows) if plan.turned else (of_rows, outputs)
 
     def product(c):
@@ -96,7 +96,7 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
     def step(c, total):
         if call.groups == 1:
             return total + product(c)
-        parts = tiles.block_in // plan.width  # small groups: several in a step, loads overlap
+        parts = tiles.block_in // plan.width  # small groups: several per step, so that loads overlap
         for i in range(parts):
             group = (c * parts + i) * plan.width // call.group
             scale = line(scales.at[group, outs], real_outs)
@@ -118,14 +118,14 @@ def body(plan: Plan, x, w, scales, row_scale, out) -> None:
 
 
 def lanes(plan: Plan, c, of_lane: int):
-    """The places of product c along a row that holds `of_lane` columns in each, and which of them there are."""
+    """The places of product c along a row with `of_lane` columns per place, and the mask of those that exist."""
     size, end = plan.width // of_lane, plan.call.columns // of_lane
     places = c * size + jnp.arange(size, dtype=jnp.int32)
     return places, places < end if end % size else None
 
 
 def unpacked(packed, dtype):
-    """int4 from bytes, the lower half first: two blocks of the floating type."""
+    """Widen int4: two blocks of the floating type, from the bytes' low and high halves."""
     if str(dtype) not in _INT4:
         wide = packed.astype(jnp.int32)
         return tuple((((h & 15) ^ 8) - 8).astype(dtype) for h in (wide, wide >> 4))
@@ -136,7 +136,7 @@ def unpacked(packed, dtype):
 
 
 def load(ref, rows, real_rows, columns, real_columns):
-    """A block of a matrix, zero outside of it."""
+    """A block of a matrix; zero outside of the matrix."""
     block = ref.at[rows[:, None], columns[None, :]]
     mask = both(real_rows, real_columns, (rows.shape[0], columns.shape[0]))
     return plgpu.load(block) if mask is None else plgpu.load(block, mask=mask, other=0)
@@ -147,7 +147,7 @@ def line(ref, mask):
 
 
 def both(first, second, shape):
-    """The mask of a block from those of its two axes, None where all of it is inside."""
+    """The mask of a block from those of its two axes; None if all of it exists."""
     if first is None and second is None:
         return None
     parts = [m.reshape(s) for m, s in ((first, (-1, 1)), (second, (1, -1))) if m is not None]

@@ -1,7 +1,7 @@
 """The product with a quantized matrix as a Pallas kernel for TPU.
 
-One kernel for both phases: the grid walks blocks of activations, of outputs and of the contraction. With a block of
-all rows (decode) every weight is read once, as it lies, and widened in VMEM; W8A8 multiplies int8 by int8.
+One kernel serves both phases. The grid is (blocks of rows, of outputs, of the contraction). With one block of rows
+(decode) every weight is read once, in place, and widened in VMEM. W8A8 multiplies int8 by int8.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pallas_kernels.quantized_matmul.call import Call
 
 NAME = "tpu"
 PLATFORM = "tpu"
-ROWS_BLOCK = 4 << 20  # bytes of activations that stay in VMEM, whole rows of them, while the weights go by
-WEIGHT_BLOCK = 2 << 20  # bytes of a block of the matrix: 2.6 us of v5e's bandwidth, ten times what a grid step costs
+ROWS_BLOCK = 4 << 20  # bytes of activations, in whole rows, that stay in VMEM while the weights stream by
+WEIGHT_BLOCK = 2 << 20  # bytes of a block of the matrix: 2.6 us at v5e's bandwidth, ten times a grid step's overhead
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     Attributes:
       block_rows: rows of activations of a block.
       block_out: outputs of a block, a multiple of 128.
-      block_in: columns of a block, all or a multiple of 128 and of eight groups that divides them.
+      block_in: columns of a block: all, or a divisor that is a multiple of 128 and of eight groups.
       vmem_bytes: VMEM to ask for.
     """
 
@@ -46,7 +46,7 @@ class Config:
 
 
 def supported(call: Call) -> str | None:
-    """None, or the reason why the TPU kernel cannot do the call."""
+    """None, or why the TPU kernel cannot do the call."""
     if call.dtype not in ("bfloat16", "float32"):
         return f"the TPU kernel takes activations in bfloat16 or float32, not {call.dtype}"
     if call.columns % LANES or call.out % LANES:
@@ -63,9 +63,10 @@ def supported(call: Call) -> str | None:
 def heuristic(call: Call, chip: Chip | None) -> Config:
     """Tiles for a chip; None: for any.
 
-    Bytes: up to 512 rows are one block, so that weights are read once; a prompt's rows are in blocks of 512, each of
-    which reads the weights anew: 512 rows do 1024 FLOPs a byte of int8, above what any chip needs (240 to 560).
-    VMEM: two blocks of weights of at most 2 MiB, their widened copy, two of activations and results, the sum.
+    Bytes: up to 512 rows are one block, so that weights are read once. A prompt's rows are in blocks of 512, each of
+    which reads the weights again: 1024 FLOPs per byte of int8, above what any chip needs (240 to 560).
+    VMEM: two blocks of weights of at most 2 MiB each and a widened copy, two blocks of activations, two of results, and
+    the sum.
     """
     rows = min(call.rows, 512)
     most = WEIGHT_BLOCK if rows <= 64 else WEIGHT_BLOCK // 2
@@ -88,13 +89,13 @@ def candidates(call: Call, chip: Chip) -> list[Config]:
 
 
 def _contractions(call: Call) -> list[int]:
-    """What block_in can be."""
+    """The values that block_in may take."""
     step = LANES if call.groups == 1 else max(LANES, SUBLANES * call.group)
     return sorted({n for n in range(step, call.columns, step) if call.columns % n == 0} | {call.columns})
 
 
 def misfit(call: Call, config: Config) -> str | None:
-    """Why a Config does not suit a call, None if it does."""
+    """None, or why a Config does not suit a call."""
     if config.block_rows != call.rows and (config.block_rows % 32 or config.block_rows > call.rows):
         return f"block_rows must be all {call.rows} rows, or a multiple of 32 below"
     if config.block_out % LANES or call.out % config.block_out:
@@ -124,7 +125,7 @@ def _whole(call: Call, config: Config) -> bool:
 
 
 def cost(call: Call, config: Config, out_bytes: int) -> pl.CostEstimate:
-    """Blocks that the grid fetches: activations that are not whole rows again for each block of outputs."""
+    """The blocks that the grid fetches. Activations are fetched again per block of outputs, unless whole rows stay."""
     m, n, _ = _blocks(call, config)
     rows = m * config.block_rows
     given = 1 if call.int8_activations else jnp.dtype(call.dtype).itemsize
@@ -174,7 +175,7 @@ def run(arrays, call: Call, config: Config, interpret=False) -> Float[Array, "M 
 
 
 def _kernel(call: Call, config: Config, x, w, scales, *rest) -> None:
-    """One block: the products of its groups, each scaled, into the sum; the last of a contraction writes it."""
+    """One grid step: add the scaled product of each group to the sum; the last step of a contraction writes it."""
     row_scale, out, total = (None, *rest) if len(rest) == 2 else rest
     step = pl.program_id(2)
 

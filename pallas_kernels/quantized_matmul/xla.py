@@ -1,9 +1,8 @@
-"""The product with a quantized matrix in XLA: the reference, and what a CPU runs.
+"""The product with a quantized matrix in XLA: the reference, and the path of CPUs.
 
-On a CPU a product of one row in int8, or with a conversion inside, falls to a scalar loop, and a widened matrix costs
-more than it saves: where a scale is a whole row's, a few rows of floats are written as sums of three rows of int8 and
-multiplied as these, int8 by int8. Other calls take the matrix a block of rows at a time, so that no widened copy of it
-is ever whole.
+On a CPU, XLA computes a one-row product in int8, or one with a conversion inside, by a scalar loop; a widened copy of
+the matrix costs more than it saves. So with one scale per output, a few rows of floats are split into sums of three
+int8 rows, which are multiplied int8 by int8. Other calls widen the matrix one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from pallas_kernels.quantized_matmul.call import Call
 
 NAME = "xla"
 PLATFORM = "any"
-# Rows up to which the CPU is faster with int8 than with widened blocks: 2.5 against 4.9 ms at 1, 19.5 against 22.3 at
-# 32, 103 against 58 at 128, for 49152 x 576 on two Zen 3 cores. (A row of its own for each group is slower.)
+# Up to this many rows, a CPU is faster with int8 than with widened blocks: 2.5 against 4.9 ms for 1 row, 19.5 against
+# 22.3 for 32, 103 against 58 for 128 (49152 x 576 on two Zen 3 cores). One split per group is slower.
 SPLIT_ROWS = 32
-# Bytes of a widened block: it should stay in the second-level cache.
+# Bytes of a widened block: it should fit the second-level cache.
 BLOCK_BYTES = 1 << 19
 _ROWS = (((1,), (1,)), ((), ()))  # contract the last axes of both
 
 
 def integers(x: Int[Array, "M in"], values: Int[Array, "out in"]) -> Int[Array, "M out"]:
-    """The int32 part of W8A8."""
+    """The int8 by int8 product of W8A8, in int32."""
     return lax.dot_general(_two(x), values, _ROWS, preferred_element_type=jnp.int32)[: x.shape[0]]
 
 
 def _two(x: Array) -> Array:
-    """At least two rows."""
+    """Pad a single row to two: XLA's CPU backend is slow with one."""
     return jnp.concatenate([x, jnp.zeros_like(x)]) if x.shape[0] == 1 else x
 
 
 def run(arrays, call: Call, config=None, interpret=False) -> Float[Array, "M out"]:
-    """See `api.quantized_matmul`: takes every call, and has no tiles."""
+    """See `api.quantized_matmul`. It takes every call, and has no tiles."""
     x, values, scales = (arrays[name] for name in ("x", "values", "scales"))
     if call.int8_activations:
         y = integers(x, values).astype(jnp.float32) * scales * arrays["row_scale"]
@@ -49,7 +48,7 @@ def run(arrays, call: Call, config=None, interpret=False) -> Float[Array, "M out
 
 
 def _grouped(x: Array, values: Array, scales: Array, call: Call) -> Float[Array, "M out"]:
-    """One product a group, scaled and summed; widening fuses into the products of an accelerator."""
+    """One product per group, scaled and summed. On accelerators, widening fuses into the products."""
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": jnp.float32}
     if call.groups == 1:
         return lax.dot_general(x, values.astype(x.dtype), _ROWS, **settings) * scales
@@ -79,7 +78,7 @@ def _cpu(x: Array, values: Array, scales: Array, call: Call) -> Float[Array, "M 
 
 
 def _split(x: Float[Array, "M in"], values: Int[Array, "out in"]) -> Float[Array, "M out"]:
-    """Floats as sums of three int8 numbers: x = s (a + b / 254 + c / 254^2), to 2^-22 of a row's largest value."""
+    """The product by splitting floats into three int8: x = s (a + b / 254 + c / 254^2), to 2^-22 of a row's maximum."""
     step = jnp.abs(x).max(-1, keepdims=True) / 127
     step = jnp.where(step == 0, 1.0, step)
     parts, steps = [], []
@@ -93,6 +92,6 @@ def _split(x: Float[Array, "M in"], values: Int[Array, "out in"]) -> Float[Array
 
 
 def _block(call: Call) -> int:
-    """Rows of the matrix that are widened together: a divisor of them all."""
+    """Rows of the matrix that are widened together: a divisor of their number."""
     most = max(1, BLOCK_BYTES // (4 * call.columns))
     return next(n for n in range(min(most, call.out), 0, -1) if call.out % n == 0)

@@ -21,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.hardware import Chip
 from pdx.bench.engine_runs import Sizes, bare_loop, full_rate, interrupted, request_of, serve, start_engine, this_device
 from pdx.bench.load.workload import Lengths, Prompts
 from pdx.bench.peer import transformers_or_reason
@@ -28,6 +29,7 @@ from pdx.bench.timing import Timing, interleaved, matmul_rate, read_bandwidth
 from pdx.cost import Setup
 from pdx.errors import RequestError
 from pdx.io.tables import Table
+from pdx.metrics import EngineMetrics
 from pdx.quant import Policy
 from pdx.weights.load import Model
 
@@ -130,10 +132,17 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
         contestants["loop"]()  # the engines are warm
         times = interleaved(contestants, sizes.rounds, warm_up=False)
         metrics = many.metrics()
-    rate, single, loop = (1 / times[x].median for x in ("engine", "one slot", "loop"))
-    loop *= sizes.slots
-    steady = median(full)
-    yield Figure(
+    rate, steady = 1 / times["engine"].median, median(full)
+    yield _against_the_loop(sizes, metrics, steady, sizes.slots / times["loop"].median, rate)
+    if peer:
+        yield _against_a_peer(sizes, rate, sum(outputs) / times["peer"].median)
+    chip = this_device(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
+    yield _gain_of_slots(model, sizes, chip, rate, 1 / times["one slot"].median, sizes.prompt + int(mean) // 2)
+
+
+def _against_the_loop(sizes: Sizes, metrics: EngineMetrics, steady: float, loop: float, rate: float) -> Figure:
+    """Rates in tokens a second: `steady` with all slots taken, `rate` of the whole run."""
+    return Figure(
         "throughput",
         f"tokens/s with all {sizes.slots} slots taken, against the bare decode_step loop",
         steady / loop,
@@ -148,20 +157,23 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
             "compiles": metrics.compiles,
         },
     )
-    if peer:
-        static = sum(outputs) / times["peer"].median
-        yield Figure(
-            "peer",
-            f"tokens/s of {sizes.requests} requests, against transformers in static batches of {sizes.slots}",
-            rate / static,
-            1.5,
-            seen={"engine tok/s": rate, "transformers tok/s": static},
-        )
-    chip = this_device(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
+
+
+def _against_a_peer(sizes: Sizes, rate: float, peer: float) -> Figure:
+    return Figure(
+        "peer",
+        f"tokens/s of {sizes.requests} requests, against transformers in static batches of {sizes.slots}",
+        rate / peer,
+        1.5,
+        seen={"engine tok/s": rate, "transformers tok/s": peer},
+    )
+
+
+def _gain_of_slots(model: Model, sizes: Sizes, chip: Chip, rate: float, single: float, context: int) -> Figure:
+    """Beside what the cost model says for rows of `context` tokens."""
     setup = Setup(model.config, jnp.dtype(model.dtype).name, Policy.of(model.params))
-    context = sizes.prompt + int(mean) // 2
     floors = {batch: setup.decode(batch, context).seconds(chip) for batch in (1, sizes.slots)}
-    yield Figure(
+    return Figure(
         "gain",
         f"tokens/s at {sizes.slots} slots over 1 slot",
         rate / single,

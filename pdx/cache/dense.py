@@ -1,8 +1,8 @@
 """The dense KV-cache: a row of slots for each request, a pytree that is passed in and returned.
 
-A layer with a window keeps only its window, as a ring: slot = position mod slots. Full layers are the
-same ring that never wraps. How keys and values lie in memory is the device's matter
-(`pallas_kernels.layouts`): what its attention reads without a copy.
+A window layer keeps only its window, as a ring: slot = position mod slots. A full layer is the same ring and never
+wraps. The memory layout depends on the device: the one that its attention reads without a copy
+(`pallas_kernels.layouts`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ from pdx.sharding import ArraySpec, constrain, is_spec, row_spec
 
 @struct.dataclass
 class DenseCache:
-    """The cache of B requests: a list of layers, the tokens each row holds, and what never changes.
+    """The cache of B requests: its layers, the tokens that each row holds (`lengths`), and static facts.
 
-    `written` is the longest that a row has been since it was empty: what a ring has overwritten
-    depends on that, and `truncate` needs to know.
+    `written` is the longest that each row has been since it was empty. What a ring has overwritten depends on it, so
+    `truncate` needs it.
+
+    Example:
+      >>> cache = pdx.init_cache(cfg, batch=2, capacity=128)
+      >>> logits, cache = pdx.prefill(params, cfg, tokens, lengths, cache)
+      >>> cache = cache.truncate(jnp.array([1, 0]))  # row 1 is free for another request
+      >>> cache.lengths.tolist()
+      [1, 0]
     """
 
     layers: tuple[LayerCache, ...]
@@ -44,14 +51,14 @@ class DenseCache:
     windows: tuple[int | None, ...] = struct.field(pytree_node=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
-    ROWS: ClassVar = TokenRows  # what says whose the tokens of a call are
+    ROWS: ClassVar = TokenRows  # what describes the tokens of a call
 
     @property
     def batch(self) -> int:
         return self.lengths.shape[0]
 
     def rows(self, new_lengths: Int[Array, " B"] | None, batch: int, tokens: int) -> TokenRows:
-        """Whose the tokens [B, T] = [batch, tokens] of a call are, of which each row's first `new_lengths` are real.
+        """Describe tokens [B, T] = [batch, tokens] of a call; the first `new_lengths` of each row are real.
 
         Raises:
           ValueError: more tokens than the cache takes at once.
@@ -63,7 +70,7 @@ class DenseCache:
                 f"send smaller chunks, or init_cache(..., chunk={tokens})"
             )
         rows = TokenRows.behind(self.lengths, as_new_lengths(new_lengths, batch, tokens), tokens)
-        # A token past the end would overwrite the row's first ones: dropped, it can be truncated away.
+        # A token past the end would wrap and overwrite the row's first ones. It is dropped instead.
         return rows.replace(real=rows.real & (rows.positions < self.capacity))
 
     def layer_rows(self, rows: TokenRows) -> list[TokenRows]:
@@ -76,13 +83,13 @@ class DenseCache:
         return self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total)).placed()
 
     def placed(self) -> DenseCache:
-        """The cache held to its placement on the mesh, inside a jitted function: how it must be returned."""
+        """The cache constrained to its placement on the mesh. A jitted function must return it so."""
         if self.mesh is None:
             return self
         return jax.tree.map(lambda s, x: constrain(x, s, self.mesh), self.specs(), self, is_leaf=is_spec)
 
     def specs(self) -> DenseCache:
-        """What the leaves are, as declared."""
+        """The cache with an `ArraySpec` for each leaf."""
         return self.replace(
             layers=tuple(layer.specs() for layer in self.layers),
             lengths=row_spec(self.lengths),
@@ -102,11 +109,10 @@ class DenseCache:
 
     @on_own_mesh
     def truncate(self, keep_lengths: Int[Array, " B"]) -> DenseCache:
-        """Keep the first `keep_lengths` tokens of each row and forget the rest; nothing is moved.
+        """Keep the first `keep_lengths` [B] tokens of each row and forget the rest; no data moves.
 
-        A row that is shorter already stays as it is; 0 empties a row for the next request. Called with
-        arrays that hold values (not under a trace), it raises ContextLengthError where a ring has
-        overwritten what the shorter row would need.
+        A shorter row stays as it is; 0 empties a row for the next request. Outside of a trace it raises
+        ContextLengthError where a ring has overwritten what the shorter row would need.
         """
         check_alive(self)
         keep = jnp.asarray(whole_numbers("keep_lengths", keep_lengths, self.lengths.shape, "[B]"), jnp.int32)
@@ -121,7 +127,7 @@ class DenseCache:
             slots = layer.slots
             if window is None or slots >= self.capacity:
                 continue
-            # The next query, at position n of a row that keeps n, sees from n - window + 1 on.
+            # A row that keeps n tokens has its next query at position n, which sees from n - window + 1 on.
             needed = np.maximum(keep_lengths - window + 1, 0)
             lost = np.flatnonzero((written - slots > needed) & (keep_lengths > 0))
             if lost.size:
@@ -143,7 +149,7 @@ def cache_specs(
     mesh: Mesh | None = None,
     layout: Layout | None = None,
 ) -> DenseCache:
-    """The cache as declared: a `DenseCache` whose leaves are `ArraySpec`s."""
+    """Declare the cache: a `DenseCache` whose leaves are `ArraySpec`s."""
     if not isinstance(cfg, ModelConfig):
         raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
     batch, capacity, chunk = (integer(n, x) for n, x in (("batch", batch), ("capacity", capacity), ("chunk", chunk)))
@@ -174,15 +180,22 @@ def init_cache(
 ) -> DenseCache:
     """An empty cache for `batch` requests of up to `capacity` tokens (rounded up to a multiple of 128).
 
-    Steps run up to the capacity, be it more than the context that the model was trained for; `generate` and the engine
-    hold requests to the context.
-    `chunk` is the most tokens one prefill call may append: window layers are laid out for it.
-    `dtype` int8: keys and values are quantized as they are appended, a scale for each token and head.
-    With a `mesh`, rows go over `data` and KV heads over `model`; see `pdx.meshes.as_mesh` for what is one. `layout`:
-    how it lies in memory; None: as this device's attention reads it best.
+    Steps run up to the capacity, even past the context that the model was trained for; `generate` and the engine
+    limit requests to the context.
+
+    Args:
+      chunk: the most tokens that one prefill call may append; it sets the size of window layers.
+      dtype: of keys and values. int8: they are quantized as they are appended, one scale per token and head.
+      mesh: rows are sharded over `data` and KV heads over `model`; see `pdx.meshes.as_mesh` for what is accepted.
+      layout: of keys and values in memory; None: the one that this device's attention reads fastest.
 
     Raises:
       RequestError: a number below 1, what is no mesh, or a dtype that is not f32, bf16, f16 or int8.
+
+    Example:
+      >>> cache = pdx.init_cache(cfg, batch=2, capacity=100, dtype=jnp.bfloat16)
+      >>> cache.capacity, len(cache.layers), cache.lengths.tolist()
+      (128, 2, [0, 0])
     """
     specs = cache_specs(cfg, batch, capacity, chunk=chunk, dtype=dtype, mesh=mesh, layout=layout)
     return zeros(specs, specs.mesh)

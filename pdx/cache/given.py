@@ -1,4 +1,4 @@
-"""What a step is given: a cache that is still there, and whole numbers and flags of the right shape."""
+"""Checks of what a step is given: a cache that is still alive, integers and booleans of the right shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdx.errors import DonatedError, RequestError
 
 
 def check_cache(cache: Any, *kinds: type) -> None:
-    """Raise RequestError for what is no cache of these kinds, DonatedError for one that a step has used up."""
+    """Raise RequestError unless `cache` is one of these kinds, DonatedError if it was donated to a step."""
     if not isinstance(cache, kinds):
         made = {"DenseCache": "pdx.init_cache", "PagedCache": "pdx.init_paged_cache"}
         wanted = " or ".join(f"a {kind.__name__}, which {made[kind.__name__]} makes" for kind in kinds)
@@ -21,9 +21,9 @@ def check_cache(cache: Any, *kinds: type) -> None:
 
 
 def check_alive(cache: Any, what: str = "cache") -> None:
-    """Raise DonatedError for a cache, or sampling state, that an earlier step was given and has used up."""
+    """Raise DonatedError for a cache, or a sampling state, that was donated to an earlier step."""
     leaf = cache.layers[0].k if what == "cache" else cache.output_counts
-    # While tracing nothing can tell; and what is declared only is no array.
+    # A tracer cannot tell, and an `ArraySpec` is no array.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
         raise DonatedError(
             f"this {what} was given to an earlier step, which wrote into its memory: use the {what} that the step "
@@ -32,9 +32,9 @@ def check_alive(cache: Any, what: str = "cache") -> None:
 
 
 def whole_numbers(name: str, value: Any, shape: tuple[int | None, ...], dims: str) -> Any:
-    """`value`, a list as an array, if it holds whole numbers and has this shape (None: any size); else RequestError.
+    """`value` as an array. Raises RequestError unless it holds integers and has this shape (None: any size).
 
-    `dims`: the shape in letters. Values are not looked at: a device may still be computing them.
+    `dims`: the shape in letters. Values are not checked: a device may still be computing them.
     """
     return _array(name, value, shape, dims, "iu", "whole numbers")
 
@@ -47,7 +47,7 @@ def as_new_lengths(lengths: Any, batch: int, tokens: int) -> jax.Array:
 
 
 def flags(name: str, value: Any, shape: tuple[int | None, ...], dims: str) -> Any:
-    """The same for true and false."""
+    """As `whole_numbers`, for booleans."""
     return _array(name, value, shape, dims, "b", "bool")
 
 

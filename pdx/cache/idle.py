@@ -1,4 +1,4 @@
-"""Caches that no run uses at the moment, kept for the next run of their shape, up to a bound in bytes."""
+"""Idle caches, kept for the next run of the same shape, up to a limit in bytes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from dataclasses import dataclass
 
 from pdx.cache.dense import DenseCache
 
-# Of all idle caches of a model together; the one used last may be larger.
+# For all idle caches of a model together. The one used last is kept even if it is larger.
 IDLE_BYTES = 512 << 20
 
 
 @dataclass
 class Held:
-    """What a run holds. `cache` is None while a step has it: a run that ends there gives none back."""
+    """A run's cache; None while a step has it (donated), so a run that ends inside a step returns none."""
 
     cache: DenseCache | None
 
 
 class IdleCaches:
-    """Lends caches to runs: a run takes an idle one of its shape, or makes one. So runs never share a cache.
+    """Lends caches to runs: a run takes an idle one of its shape or makes one, so runs never share a cache.
 
-    When the idle ones exceed `limit` bytes, those used least recently are dropped. Thread-safe.
+    When idle caches exceed `limit` bytes, the least recently used are dropped. Thread-safe.
     """
 
     def __init__(self, limit: int = IDLE_BYTES):
         self.limit = limit
-        self._idle: list[tuple[Hashable, int, DenseCache]] = []  # used last: at the end
+        self._idle: list[tuple[Hashable, int, DenseCache]] = []  # most recently used last
         self._lock = threading.Lock()
-        # An abandoned run ends when Python collects it, which may be in any thread and inside any call, those below
-        # included. A `SimpleQueue` may be filled even then.
+        # An abandoned run ends when Python collects it: in any thread and inside any call, even those below, which hold
+        # the lock. A `SimpleQueue` can be filled even then.
         self._returned: queue.SimpleQueue = queue.SimpleQueue()
 
     @contextmanager
@@ -44,7 +44,7 @@ class IdleCaches:
         finally:
             if held.cache is not None:
                 self._returned.put((key, size, held.cache))
-                if self._lock.acquire(blocking=False):  # whoever has it, or comes next, sees to the limit
+                if self._lock.acquire(blocking=False):  # else the lock's holder, or the next caller, enforces the limit
                     try:
                         self._settle(0)
                     finally:
@@ -66,9 +66,9 @@ class IdleCaches:
             return None
 
     def _settle(self, wanted: int) -> None:
-        """Take in what was returned and drop what is too much beside `wanted` bytes about to be allocated."""
+        """Collect returned caches, then drop old ones until the limit leaves room for `wanted` bytes."""
         while not self._returned.empty():
             self._idle.append(self._returned.get_nowait())
-        spare = 0 if wanted else 1  # what was used last stays, unless its place is needed
+        spare = 0 if wanted else 1  # the most recently used cache stays, unless its memory is needed
         while len(self._idle) > spare and wanted + sum(size for _, size, _ in self._idle) > self.limit:
             del self._idle[0]

@@ -1,7 +1,6 @@
-"""One layer of a cache, dense or paged: how its keys and values lie, how they are declared, how they are appended.
+"""One layer of a cache, dense or paged: how its keys and values are declared, stored and appended.
 
-How keys and values lie in memory is the device's matter (`pallas_kernels.layouts`): what its attention reads without a
-copy.
+The memory layout depends on the device: the one that its attention reads without a copy (`pallas_kernels.layouts`).
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ CACHE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i
 
 @struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, as they lie in memory: in `layout`, `kv_heads` heads in all (see `stored_heads`).
+    """Keys and values of one layer, stored in `layout` with `kv_heads` heads in all (see `stored_heads`).
 
-    The first axis, `row_axis`, is the batch of a dense cache or the pages of a paged one: a row of a dense cache is a
-    page of its slots. In int8 each token and head has a scale, [B, Kp, S], that attention multiplies its logits and
-    probabilities with: nothing is dequantized in memory.
+    The first axis, `row_axis`, is the batch of a dense cache or the pages of a paged one: a dense row is one page with
+    all of the row's slots. In int8 each token and head has a scale, [B, Kp, S]. Attention multiplies logits by the K
+    scales and probabilities by the V scales, so nothing is dequantized in memory.
     """
 
     k: Array
@@ -46,16 +45,16 @@ class LayerCache:
 
     @property
     def slots(self) -> int:
-        """Tokens of a row, or of a page."""
+        """Tokens per row, or per page."""
         return self.k.shape[slot_axis(self.layout)]
 
     @property
     def scales(self) -> dict[str, Array]:
-        """The scales of int8 keys and values as the attention ops take them; else nothing."""
+        """The scales of int8 keys and values, as keyword arguments of the attention ops; empty for floats."""
         return {} if self.k_scale is None else {"k_scale": self.k_scale, "v_scale": self.v_scale}
 
     def specs(self) -> LayerCache:
-        """What the leaves are, as declared."""
+        """The layer with an `ArraySpec` for each leaf."""
         found = {
             n: _spec(x.shape, x.dtype, self.layout, self.kv_heads, self.row_axis)
             for n, x in (("k", self.k), ("v", self.v))
@@ -71,9 +70,9 @@ class LayerCache:
         implementation: str = "auto",
         interpret: bool = False,
     ) -> LayerCache:
-        """Write the tokens of a call where `rows` says they belong; padding costs no write.
+        """Write the tokens of a call to the slots that `rows` maps them to; padding is not written.
 
-        On a mesh this is called on each device's own heads (`layers.attention`). `implementation`: see
+        On a mesh this runs per device, on its own heads (`layers.attention`). `implementation`: see
         `pallas_kernels.write_pages`.
         """
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
@@ -96,7 +95,7 @@ class LayerCache:
 
 
 def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int, row_axis: str) -> ArraySpec:
-    """Keys or values of a layer. In `folded`, heads are dealt out whole, each device's rounded up to whole lanes."""
+    """Keys or values of a layer. `folded` shards whole heads, and rounds each device's part up to whole lanes."""
     axes = {
         "heads_first": (row_axis, "kv_heads", None, None),
         "heads_last": (row_axis, None, "kv_heads", None),
@@ -107,7 +106,7 @@ def _spec(shape: tuple[int, ...], dtype, layout: Layout, kv_heads: int, row_axis
 
 
 def _scale_spec(shape: tuple[int, ...], kv_heads: int, row_axis: str) -> ArraySpec:
-    """Scales of int8 keys or values: dealt out as the heads are, each device's rounded up."""
+    """Scales of int8 keys or values: sharded like the heads, with each device's part rounded up."""
     units = (shape[0], kv_heads, shape[2])
     return ArraySpec(shape, (row_axis, "kv_heads", None), jnp.float32, units=units, init="zeros")
 
@@ -115,8 +114,8 @@ def _scale_spec(shape: tuple[int, ...], kv_heads: int, row_axis: str) -> ArraySp
 def stored_heads(cfg: ModelConfig, mesh: Mesh | None) -> int:
     """KV heads that a cache on `mesh` holds.
 
-    Where query heads divide over `model` and KV heads do not, each KV head is stored several times in a row, so that
-    every device has a copy of those that its query heads attend to, and no others.
+    Where `model` divides the query heads but not the KV heads, each KV head is stored several times in succession.
+    Each device then holds exactly the KV heads that its query heads attend to.
     """
     ways = mesh.shape["model"] if mesh is not None else 1
     return math.lcm(cfg.num_kv_heads, ways) if cfg.num_heads % ways == 0 else cfg.num_kv_heads
@@ -132,7 +131,7 @@ def layer_specs(
     mesh: Mesh | None,
     layout: Layout,
 ) -> LayerCache:
-    """One layer of `count` rows (or pages) of `slots` tokens, as declared: its leaves are `ArraySpec`s."""
+    """Declare one layer of `count` rows (or pages) of `slots` tokens: its leaves are `ArraySpec`s."""
     heads = stored_heads(cfg, mesh)
     axis = mesh_axis("kv_heads", heads, mesh) if mesh else None
     shards = mesh.shape[axis] if axis else 1
@@ -148,13 +147,13 @@ def layer_specs(
 
 
 def default_layout(platform: str | None = None) -> Layout:
-    """What the attention of a platform (None: JAX's default backend) reads without a copy."""
+    """The layout that a platform's attention reads without a copy; None: the platform of JAX's default backend."""
     return {"tpu": "folded", "gpu": "heads_last"}.get(platform or jax.default_backend(), "heads_first")
 
 
 def cache_dtype(dtype) -> jnp.dtype:
     """The type of keys and values: one of `CACHE_DTYPES`, by name or as a jax or numpy type. Raises RequestError."""
-    with suppress(TypeError):  # what is no type at all
+    with suppress(TypeError):  # not a type at all
         found = jnp.dtype(CACHE_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
         if dtype is not None and found in map(jnp.dtype, CACHE_DTYPES.values()):
             return found
@@ -162,7 +161,7 @@ def cache_dtype(dtype) -> jnp.dtype:
 
 
 def zeros(specs, mesh: Mesh | None):
-    """A cache as declared by `specs`, empty."""
+    """An empty cache, as `specs` declare it."""
 
     def leaf(spec: ArraySpec):
         return jnp.zeros(spec.shape, spec.dtype, device=spec.sharding(mesh) if mesh else None)

@@ -1,8 +1,8 @@
-"""The paged KV-cache: pages of tokens that block tables deal out to requests.
+"""The paged KV-cache: fixed-size pages that block tables assign to requests. Kwon et al. 2023 (PagedAttention).
 
-Layers of one window make a page group, with a pool of pages and a block table of their own, since a window layer can
-give pages back that a full layer must keep. Which page belongs to whom is the host's to know: the cache holds pages
-and no lengths. Kwon et al. 2023 (PagedAttention).
+Layers with the same window form a page group, with its own pool of pages and its own block table, since a window layer
+can free pages that a full layer must keep. The host knows which page belongs to which request; the cache holds pages
+and no lengths.
 """
 
 from __future__ import annotations
@@ -29,25 +29,39 @@ from pdx.errors import RequestError
 from pdx.meshes import as_mesh, on_own_mesh
 from pdx.sharding import constrain, is_spec
 
-# Tokens of a page. On a TPU a DMA moves whole tiles and int8 scales lie by the page, tokens in lanes.
+# Tokens per page. On a TPU a DMA moves whole tiles, and a page's int8 scales fill lanes, one token each.
 PAGE_SIZES: dict[Layout, int] = {"folded": 128, "heads_last": 64, "heads_first": 64}
 
 
 def page_groups(cfg: ModelConfig) -> tuple[int | None, ...]:
-    """The windows of a model, each once, in the order of its layers: a page group each. None: the whole context."""
+    """The page groups of a model: its distinct windows, in the order of its layers. None: the whole context.
+
+    Example:
+      >>> import dataclasses
+      >>> pdx.page_groups(cfg)
+      (None,)
+      >>> pdx.page_groups(dataclasses.replace(cfg, windows=(128, None)))
+      (128, None)
+    """
     return tuple(dict.fromkeys(cfg.windows))
 
 
 @struct.dataclass
 class PagedCache:
-    """Pages of every layer; layers of one page group have equally many, and share its block table."""
+    """The pages of every layer. Layers of one page group have the same number of pages and share a block table.
+
+    Example:
+      >>> cache = pdx.init_paged_cache(cfg, pages=4, page_size=64)
+      >>> cache.page_size, cache.pages, cache.page_bytes  # 2 layers x 2 x 64 tokens x 2 heads of 8 x 4 bytes
+      (64, (4,), (16384,))
+    """
 
     layers: tuple[LayerCache, ...]
     groups: tuple[int | None, ...] = struct.field(pytree_node=False)
     group_of_layer: tuple[int, ...] = struct.field(pytree_node=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
-    ROWS: ClassVar = PackedRows  # what says whose the tokens of a call are
+    ROWS: ClassVar = PackedRows  # what describes the tokens of a call
 
     @property
     def page_size(self) -> int:
@@ -55,12 +69,12 @@ class PagedCache:
 
     @property
     def pages(self) -> tuple[int, ...]:
-        """How many each group has."""
+        """Number of pages of each page group."""
         return tuple(self.layers[self.group_of_layer.index(g)].k.shape[0] for g in range(len(self.groups)))
 
     @property
     def page_bytes(self) -> tuple[int, ...]:
-        """Bytes of a page of each group, through all layers of it and on all devices together."""
+        """Bytes of one page of each page group, summed over its layers and over all devices."""
         found = [0] * len(self.groups)
         for layer, group in zip(self.layers, self.group_of_layer, strict=True):
             for spec in jax.tree.leaves(layer.specs(), is_leaf=is_spec):
@@ -68,7 +82,7 @@ class PagedCache:
         return tuple(found)
 
     def rows(self, new_lengths, batch: int, tokens: int) -> PackedRows:
-        """Raises ValueError: how many tokens are new does not say whose pages they belong in."""
+        """Raises ValueError: the number of new tokens does not say to which pages they belong."""
         raise ValueError(
             f"over a paged cache tokens [{batch}, {tokens}] must be packed, [1, T], and come with rows: "
             "PackedRows.packed(T, block_tables, held_lengths, query_starts)"
@@ -84,7 +98,7 @@ class PagedCache:
         return self.replace(layers=layers).placed()
 
     def placed(self) -> PagedCache:
-        """The cache held to its placement on the mesh, inside a jitted function: how it must be returned."""
+        """The cache constrained to its placement on the mesh. A jitted function must return it so."""
         if self.mesh is None:
             return self
         specs = self.replace(layers=tuple(layer.specs() for layer in self.layers))
@@ -100,7 +114,7 @@ def paged_cache_specs(
     mesh: Mesh | None = None,
     layout: Layout | None = None,
 ) -> PagedCache:
-    """The cache as declared: a `PagedCache` whose leaves are `ArraySpec`s. See `init_paged_cache`."""
+    """Declare the cache: a `PagedCache` whose leaves are `ArraySpec`s. See `init_paged_cache`."""
     if not isinstance(cfg, ModelConfig):
         raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
     groups, layout, dtype = page_groups(cfg), layout or default_layout(), cache_dtype(dtype)
@@ -133,25 +147,36 @@ def init_paged_cache(
     mesh: Mesh | None = None,
     layout: Layout | None = None,
 ) -> PagedCache:
-    """An empty cache of `pages` pages, a number for all page groups (see `page_groups`) or one for each.
+    """An empty paged cache.
 
-    `page_size` tokens a page; None: what suits the layout. `dtype`, `layout` and `mesh` as in `init_cache`, but rows
-    cannot be dealt out over `data`.
+    Args:
+      pages: how many pages: one number for all page groups (see `page_groups`), or one per group.
+      page_size: tokens per page; None: what suits the layout.
+      dtype, layout, mesh: as in `init_cache`, but rows cannot be sharded over `data`.
 
     Raises:
       ValueError: not a number of pages for each group; RequestError: a mesh with more than one replica.
+
+    Example:
+      >>> cache = pdx.init_paged_cache(cfg, pages=4)
+      >>> cache.pages, len(cache.layers)
+      ((4,), 2)
     """
     specs = paged_cache_specs(cfg, pages, page_size=page_size, dtype=dtype, mesh=mesh, layout=layout)
     return zeros(specs, specs.mesh)
 
 
 def copy_pages(cache: PagedCache, group: int, src: Int[Array, " n"], dst: Int[Array, " n"]) -> PagedCache:
-    """Copy pages `src` of a group over pages `dst`, in all its layers: what a request shares and wants to write.
+    """Copy pages `src` of a page group over pages `dst`, in all its layers (copy on write).
 
-    The cache is donated. A copy whose `dst` is no page (-1) is none; all sources are read before any is written.
+    The cache is donated. Where `dst` is -1, nothing is copied. All sources are read before any page is written.
 
     Raises:
       RequestError: no such group, or pages that are no whole numbers [n]; DonatedError: a cache that is used up.
+
+    Example, a request that shares page 0 and writes to its own copy, page 3:
+      >>> cache = pdx.init_paged_cache(cfg, pages=4)
+      >>> cache = pdx.copy_pages(cache, 0, jnp.array([0]), jnp.array([3]))
     """
     check_cache(cache, PagedCache)
     group = integer("group", group, 0, len(cache.groups) - 1)
@@ -168,7 +193,7 @@ def _copy_pages(cache, group, src, dst):
     return cache.replace(layers=tuple(layers)).placed()
 
 
-copy_pages.lower = _copy_pages.lower  # as of the program behind it
+copy_pages.lower = _copy_pages.lower  # of the jitted program
 
 
 def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:
@@ -176,8 +201,8 @@ def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:
     real, of = (dst >= 0) & (dst < count), jnp.clip(src, 0, count - 1)
     if platform_of() != "tpu":
         return x.at[jnp.where(real, dst, count)].set(x[of], mode="drop")
-    # A TPU re-lays a whole int8 pool for a scatter, and none for updates of a page, if all reads come before them.
-    # A copy that is none writes a page over itself, and so comes before those that change one.
+    # For a scatter a TPU changes the layout of a whole int8 pool. It does not for page-wise updates, provided that all
+    # reads come before all writes. A skipped copy (-1) writes a page over itself, so it must precede the real ones.
     order = jnp.argsort(real, stable=True)
     dst, src = jnp.where(real, dst, 0)[order], jnp.where(real, of, 0)[order]
     x, sources = lax.optimization_barrier((x, [lax.dynamic_index_in_dim(x, src[i]) for i in range(n)]))

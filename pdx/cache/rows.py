@@ -1,7 +1,7 @@
-"""Whose the tokens of one call are: all that the cache, attention and the head need to know of them.
+"""Which row owns each token of one call, and at which position: all that the cache, attention and the head need.
 
-`DenseCache.rows` makes `TokenRows` of how many tokens are new, `PackedRows.packed` is made of block tables.
-`forward` and the layers take either and do not ask which.
+`DenseCache.rows` makes `TokenRows` from the number of new tokens; `PackedRows.packed` makes its paged sibling from
+block tables. `forward` and the layers take either and do not ask which.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Int
 
 @struct.dataclass
 class TokenRows:
-    """T tokens of each of B rows, behind what the row holds.
+    """T tokens of each of B rows, after those that the row holds.
 
     Attributes:
       new_lengths: tokens that this call appends to each row; 0: the row takes no part.
       held_lengths: tokens that each row holds, this call's included; 0 for a row that takes no part.
-      positions: where each token stands in its row.
-      real: False for padding, and for what is past the end of the cache: it is neither written nor seen.
+      positions: the position of each token in its row.
+      real: False for padding and for tokens past the end of the cache, which are neither written nor attended to.
     """
 
     new_lengths: Int[Array, " B"]
@@ -29,7 +29,7 @@ class TokenRows:
 
     @classmethod
     def behind(cls, before: Int[Array, " B"], new_lengths: Int[Array, " B"], tokens: int) -> TokenRows:
-        """Rows that held `before` tokens and are given `tokens` each, of which the first `new_lengths` are real."""
+        """Rows that held `before` tokens and get `tokens` more each, of which the first `new_lengths` are real."""
         offsets = jnp.arange(tokens, dtype=jnp.int32)[None]
         held = jnp.where(new_lengths > 0, before + new_lengths, 0)
         return cls(new_lengths, held, before[:, None] + offsets, offsets < new_lengths[:, None])
@@ -40,24 +40,25 @@ class TokenRows:
         return self.new_lengths[:, None] - 1
 
     def slots(self, size: int) -> Int[Array, " B*T"]:
-        """Where each token is written, counted through rows of `size` slots; -1: nowhere."""
+        """The slot mapping: the slot that each token is written to, row * size + slot in the row; -1: not written."""
         rows = jnp.arange(self.positions.shape[0])[:, None]
         return jnp.where(self.real, rows * size + self.positions % size, -1).reshape(-1)
 
 
 @struct.dataclass
 class PackedRows:
-    """The tokens of R requests in one row [1, T], each in the pages that the request's block table names.
+    """The tokens of R requests packed into one row [1, T], stored in the pages that block tables name.
 
     Attributes:
-      block_tables: position t lies in page block_tables[g, r, t // p] of page group g. [R, M]: of one group.
+      block_tables: position t of request r is in page block_tables[g, r, t // p] of page group g. [R, M]: of one group.
       held_lengths: tokens that each request holds, this call's included; 0: it takes no part.
-      query_starts: request r owns the tokens from query_starts[r] to query_starts[r+1] - 1; the last one stands at
-        position held_lengths[r] - 1. What follows the last request is padding.
-      positions: where each token stands in its request.
+      query_starts: request r owns tokens query_starts[r] to query_starts[r+1] - 1; the last one has position
+        held_lengths[r] - 1. Tokens after the last request are padding.
+      positions: the position of each token in its request.
       owner: the request of each token.
       real: False for padding.
-      decode_rows: the first requests, so many, own one token at most; max_queries: the most any owns. Static.
+      decode_rows: static; the first `decode_rows` requests own at most one token each.
+      max_queries: static; the most tokens that one request owns.
     """
 
     block_tables: Int[Array, "Gr R M"] | Int[Array, "R M"]
@@ -79,7 +80,7 @@ class PackedRows:
         decode_rows: int = 0,
         max_queries: int | None = None,
     ) -> PackedRows:
-        """Of `tokens` packed tokens."""
+        """Rows of `tokens` packed tokens, padding included."""
         at, rows = jnp.arange(tokens, dtype=jnp.int32), held_lengths.shape[0]
         row = jnp.searchsorted(query_starts, at, side="right", method="compare_all") - 1
         owner = jnp.clip(row, 0, rows - 1)
@@ -96,11 +97,11 @@ class PackedRows:
         return self.query_starts[None, 1:] - 1
 
     def of_group(self, index: int) -> PackedRows:
-        """As one page group sees them."""
+        """The same tokens with the block table of one page group."""
         return self.replace(block_tables=self.block_tables[index])
 
     def slots(self, size: int) -> Int[Array, " T"]:
-        """Where each token is written, counted through pages of `size` tokens; -1: nowhere."""
+        """The slot mapping: page * size + slot in the page for each token; -1: not written."""
         owner, positions, real = self.owner[0], self.positions[0], self.real[0]
         width = self.block_tables.shape[1]
         page = self.block_tables[owner, jnp.clip(positions // size, 0, width - 1)]

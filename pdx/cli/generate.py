@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -61,22 +62,11 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate text and report TTFT, TPOT and E2E apart."""
-    from pdx.sampling.options import SamplingOptions
+    from pdx.sampling.options import FILTERS, SamplingOptions
 
-    settings = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "stop": tuple(stop or ()),
-        "ignore_eos": ignore_eos,
-        "logprobs": logprobs,
-    }
+    # The options of the command that bear the name of a setting.
+    names = {f.name for f in dataclasses.fields(SamplingOptions)}
+    settings = {name: value for name, value in context.params.items() if name in names and value is not None}
     options = SamplingOptions(**settings)  # checked before a model is loaded
     if (prompts is None) != (output is None):
         raise RequestError("--prompts and --output go together")
@@ -90,12 +80,7 @@ def generate(
         refuse_without_effect(context, "the answers to --prompts are JSON already, in --output", "as_json")
     if prompts is None and temperature == 0:
         refuse_without_effect(
-            context,
-            "a temperature of 0 always takes the best token; add --temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "seed",
+            context, "a temperature of 0 always takes the best token; add --temperature", *FILTERS, "seed"
         )
     if logprobs is not None and prompts is None and not as_json:
         raise RequestError("--logprobs are reported in the object that --json prints: add --json")

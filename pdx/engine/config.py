@@ -1,4 +1,4 @@
-"""How an engine is set up, as frozen data: no jax, so that profiles can be read and checked anywhere."""
+"""The settings of an engine, as frozen data without jax, so that profiles can be read and checked anywhere."""
 
 from __future__ import annotations
 
@@ -27,28 +27,34 @@ class EngineConfig:
 
     Attributes:
       slots: requests that decode together.
-      prefill_rows: prompts that one step may take chunks of.
-      token_budget: tokens of a step, decode rows included; what these leave is filled with chunks of prompts. None:
-        from the cost model, so that a step takes at most `tpot_s` (see `pdx.engine.sizing`).
-      tpot_s: the objective for the time between two tokens that a budget of None is chosen by.
-      page_size: tokens of a page, p. None: what suits the device.
+      prefill_rows: prompts of which one step may take a chunk.
+      token_budget: the most tokens of a step. Decode rows come first; prompt chunks fill the rest. None: chosen by the
+        cost model so that a step takes at most `tpot_s` (see `pdx.engine.sizing`).
+      tpot_s: the target time between two tokens, in seconds; used where `token_budget` is None.
+      page_size: tokens per page, p. None: what suits the device.
       pages: pages of each page group. None: from the device's memory, at most what `slots` requests of `max_context`
         need.
-      memory_share: of the memory that weights leave, for pages; used where `pages` is None.
-      max_context: tokens of prompt and answer of one request. None: the model's.
+      memory_share: the share for pages of the memory that the weights leave; used where `pages` is None.
+      max_context: the most tokens of one request, prompt and answer. None: the model's context.
       kv_dtype, kernels: as in `pdx.generate`.
-      policy: order of admission. `fcfs`; `priority`: a level counts as `aging_s` seconds of waiting; `shortest`: the
-        shortest prompt first, `token_budget` tokens counting as `aging_s` seconds. So nobody waits forever.
-      prefix_cache: keep the pages of finished requests for others that begin alike.
-      chunked_prefill: off, a prompt is prefilled in one step, however long, and all others wait for it.
-      max_queue: requests that may wait; one more is refused with QueueFullError.
+      policy: order of admission. `fcfs`: arrival. `priority`: each level counts as `aging_s` seconds of waiting.
+        `shortest`: the shortest prompt first; `token_budget` tokens count as `aging_s` seconds. No request starves.
+      prefix_cache: keep the pages of finished requests for later ones with the same prefix.
+      chunked_prefill: False: a prompt is prefilled in one step, however long, and all others wait for it.
+      max_queue: the most waiting requests; one more is refused with QueueFullError.
       num_logprobs: the most alternatives that a request may ask for.
       overlap: plan and dispatch a step while the one before it runs.
-      deterministic: all steps have one shape and a prompt is always cut alike, so that tokens and log-probabilities
-        are equal bit for bit under any load. Costs time: a decode step computes `token_budget` tokens.
+      deterministic: all steps have one shape and prompts are always split at the same positions, so that tokens and
+        log-probabilities are equal bit for bit under any load. It costs time: each decode step computes
+        `token_budget` tokens.
 
     Raises:
       RequestError: a setting out of range; the text names it.
+
+    Example:
+      >>> config = pdx.EngineConfig(slots=4, token_budget=64, policy="shortest")
+      >>> config.slots, config.prefix_cache
+      (4, True)
     """
 
     slots: int = 8
@@ -109,7 +115,7 @@ class EngineConfig:
 
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
-        """A profile by name (`configs/engines/NAME.toml`) or file, with changes. Raises RequestError."""
+        """Load a profile by name (`configs/engines/NAME.toml`) or path, with changes. Raises RequestError."""
         shipped = (folder / "engines" / f"{name}.toml" for folder in config_folders())
         file = next((f for f in shipped if f.is_file()), Path(name))
         try:
@@ -123,14 +129,14 @@ class EngineConfig:
 
     @property
     def budget(self) -> int:
-        """The token budget, once it is settled."""
+        """The token budget. Raises ValueError while it is not chosen."""
         if self.token_budget is None:
             raise ValueError("token_budget is not settled: give a number, or let pdx.Engine choose one")
         return self.token_budget
 
     @property
     def rows(self) -> int:
-        """R, the rows of a mixed step: a slot each, then those for chunks."""
+        """R, the rows of a mixed step: one per slot, then `prefill_rows` for chunks."""
         return self.slots + self.prefill_rows
 
     def whole(self, max_context: int) -> int:
@@ -138,7 +144,7 @@ class EngineConfig:
         return self.budget if self.chunked_prefill else max(self.budget, max_context + self.slots)
 
     def ladder(self, max_context: int) -> tuple[int, ...]:
-        """The numbers of tokens T that steps are padded to: `slots` for decode rows alone, then doubling."""
+        """The sizes T that steps are padded to, in tokens: `slots` for decode rows alone, then doubling."""
         top = self.whole(max_context)
         if self.deterministic:
             return (top,)
@@ -151,7 +157,7 @@ class EngineConfig:
 
     @cached_property
     def fixed_chunk(self) -> int | None:
-        """With `deterministic`: prompts are cut at multiples of this many tokens, whatever the load."""
+        """With `deterministic`: the chunk length at whose multiples every prompt is split; else None."""
         if not self.deterministic:
             return None
         return (self.budget - self.slots) // self.page_size * self.page_size

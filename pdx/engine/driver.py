@@ -1,7 +1,7 @@
-"""The thread of an engine: it plans steps, dispatches them, takes their tokens and hands them to the clients.
+"""The engine's thread: it plans steps, dispatches them, fetches their tokens and hands these to the clients.
 
-While the device computes a step, the next one is planned and dispatched; the tokens of a step are taken when the one
-after it is under way. What goes wrong in a step costs the requests of that step; at a client, that client's own.
+While the device computes a step, the next one is planned and dispatched; only then are the step's tokens fetched. A
+step that fails ends its own requests; a client's code that fails ends that client's request.
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ class Driver:
     """Runs `scheduler` on `runner`.
 
     Attributes:
-      work: held by whoever touches the scheduler or the streams; notified when there is something to do, and when there
-        is room.
-      streams: of all requests that are not over.
-      closing: no more requests; the thread ends with the last one.
+      work: the lock over scheduler and streams. It is notified when there is work, and when the queue has room.
+      streams: the streams of all open requests.
+      closing: True: no more requests are taken, and the thread ends with the last open one.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner):
@@ -78,7 +77,7 @@ class Driver:
         jax.monitoring.register_event_duration_secs_listener(compiled)
         try:
             self._drive()
-        except BaseException as error:  # a defect of the engine itself: nobody may wait for it forever
+        except BaseException as error:  # a defect of the engine itself: no client may wait for it forever
             with self.work:
                 self.closing = True
                 lost, self.streams = self.streams, {}
@@ -122,7 +121,7 @@ class Driver:
         return None if deadline is None else max(0.0, deadline - time.perf_counter())
 
     def _dispatch(self, flight: Flight, flights: deque[Flight]) -> None:
-        """Send a step to the device. One with masks samples only when all tokens before it are known."""
+        """Send a step to the device. With masks, sampling waits until the tokens of all earlier steps are known."""
         plan = flight.plan
         before = flights[-2] if len(flights) > 1 else None
         seen_running = time.perf_counter() if before and not before.drawn.tokens.is_ready() else None
@@ -139,7 +138,7 @@ class Driver:
         flight.logits = None
 
     def _allowed(self, chunks) -> np.ndarray:
-        """The masks of a step's requests; one that gives none that makes sense fails alone."""
+        """The masks of a step's requests, [slots, V]. A request whose mask is invalid fails alone."""
         allowed = np.ones((self.config.slots, self.runner.vocab_size), bool)
         for chunk in chunks:
             seq = chunk.sequence
@@ -162,7 +161,7 @@ class Driver:
         return allowed
 
     def _collect(self, flights: deque[Flight]) -> None:
-        """Wait for the tokens of the oldest step and hand them out."""
+        """Wait for the tokens of the oldest step and deliver them."""
         flight = flights[0]
         plan = flight.plan
         wanted = any(c.samples and c.sequence.request.options.logprobs is not None for c in plan.chunks)
@@ -196,7 +195,7 @@ class Driver:
         self._tell(seq, stream, push)
 
     def _tell(self, seq: Sequence, stream: RequestStream | None, what: Callable[[], Any]) -> None:
-        """Call into a client's stream. What goes wrong there is the client's, and costs it the request."""
+        """Call into a client's stream. An error there ends that client's request."""
         if stream is None:
             return
         try:
@@ -208,17 +207,17 @@ class Driver:
         with self.work:
             stream = self.streams.pop(seq, stream)
             if seq.status is not Status.FINISHED:
-                # What it computed may be unsound: nobody shall find it.
+                # Its keys and values may be wrong: no other request may share them.
                 self.scheduler.finish(seq, "error", keep=False)
                 self.scheduler.memory.tree.clear()
             if stream is None or stream.is_over:
                 return
             self.stats.failed += 1
-        with suppress(ClientError):  # it has nobody to tell it to
+        with suppress(ClientError):  # the client is gone: there is no one to tell
             stream.fail(error)
 
     def _recover(self, flights: deque[Flight], error: Exception) -> None:
-        """A step failed: its requests and those of the steps behind it end, everything else starts anew."""
+        """Recover from a failed step: its requests and those of later steps end, all others are recomputed."""
         with self.work:
             lost = self.scheduler.fail([flight.plan for flight in flights])
             flights.clear()

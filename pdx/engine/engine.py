@@ -12,8 +12,13 @@
         async for output in engine.stream("Hello", max_tokens=32): ...
 
 A prompt is a text, chat messages, token ids, or an `EngineRequest`, which also has a priority, a timeout and a mask.
-A thread of its own drives the steps. While the device computes one, the thread plans and dispatches the next; it takes
-the tokens of a step when the one after it is under way, so that the device need not wait for Python.
+
+1. `submit` encodes the prompt and puts the request into the scheduler's waiting queue.
+2. The engine's thread (`Driver`) asks the `Scheduler` for a step: it admits requests, assigns slots and pages, and
+   packs decode rows and prompt chunks into a `StepPlan`.
+3. The `Runner` dispatches its forward pass (`mixed_step` over the paged cache) and then sampling.
+4. While the device runs that step, the thread plans and dispatches the next one; only then it fetches the tokens.
+5. `Scheduler.commit` records the tokens, and each `RequestStream` turns them into text for its client.
 """
 
 from __future__ import annotations
@@ -49,10 +54,15 @@ class Engine:
 
     Args:
       model: what `pdx.load` returns.
-      config: what is left open in it is chosen for the model and the device; `engine.config` tells.
+      config: settings that are None are chosen for the model and the device; `engine.config` has the choice.
 
     Raises:
       RequestError, NotImplementedError: a setting, or a kernel path, that is not possible here.
+
+    Example:
+      >>> model = pdx.load("smollm2-135m-instruct")  # doctest: +SKIP
+      >>> with pdx.Engine(model, pdx.EngineConfig(slots=8)) as engine:  # doctest: +SKIP
+      ...     done = engine.generate(["The capital of France is", "Bonjour"], max_tokens=16)
     """
 
     @on_own_mesh
@@ -73,8 +83,10 @@ class Engine:
 
     @on_own_mesh
     def start(self, report: Report = silent) -> Engine:
-        """Compile everything and start the thread; `report`: see `pdx.weights.progress.progress_bar`. Needed only to
-        have it over with before the first request."""
+        """Compile everything and start the thread. Optional: otherwise the first request does it.
+
+        `report`: see `pdx.weights.progress.progress_bar`.
+        """
         with self._work:
             if self._driver.closing:
                 raise EngineError("the engine is closed")
@@ -96,14 +108,14 @@ class Engine:
         on_output: Callable[[StreamOutput], None] | None = None,
         **settings,
     ) -> RequestStream:
-        """Hand a request in.
+        """Submit a request; returns at once.
 
         Args:
           prompt: with an `EngineRequest`, `options` and `settings` must be left out.
           settings: single fields of `SamplingOptions`.
           index: what `completion.index` will be.
-          on_output: called with each output from the engine's thread, the last one with the completion or the error; it
-            should be quick, and if it raises, the request ends with that error.
+          on_output: called from the engine's thread with each output; the last one has the completion or the error. It
+            should be quick. If it raises, the request ends with that error.
 
         Raises:
           QueueFullError: too many requests wait.
@@ -143,9 +155,9 @@ class Engine:
         options: SamplingOptions | list[SamplingOptions] | None = None,
         **settings,
     ) -> list[Completion]:
-        """Completions in the order of the prompts, one or however many: it waits where the queue is full.
+        """Completions of one prompt or many, in their order. Waits while the queue is full.
 
-        Raises what `submit` raises, and EngineError for a request that failed; the others are cancelled then.
+        Raises what `submit` raises, and EngineError for a request that failed; the others are then cancelled.
         """
         prompts = [prompts] if isinstance(prompts, EngineRequest) else as_list(prompts)
         each = [options] * len(prompts)
@@ -167,7 +179,7 @@ class Engine:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can be submitted any more: it was closed, or broke down."""
+        """Whether the engine takes no more requests: it was closed, or it failed."""
         return self._driver.closing
 
     def metrics(self) -> EngineMetrics:
@@ -175,7 +187,7 @@ class Engine:
             return self._driver.stats.snapshot(self.scheduler)
 
     def close(self, *, cancel: bool = False) -> None:
-        """Finish what is open, or `cancel` it, and stop the thread. Nothing can be submitted from then on."""
+        """Finish open requests, or `cancel` them, and stop the thread. The engine then takes no more requests."""
         with self._work:
             self._driver.closing = True
             if cancel:
@@ -208,7 +220,7 @@ class Engine:
             request = EngineRequest(tuple(encode(self.model, prompt)), options_with(options, settings))
         encode(self.model, list(request.prompt))  # ids outside the vocabulary
         check_bias(self.model, request.options)
-        if request.options.seed is None:  # the same one when it has to start anew
+        if request.options.seed is None:  # drawn once, so that a preempted request samples the same tokens again
             seeded = dataclasses.replace(request.options, seed=secrets.randbits(64))
             request = dataclasses.replace(request, options=seeded)
         return request

@@ -1,7 +1,7 @@
-"""Which pages hold the tokens of which request: block tables over a pool and a prefix tree a page group. No jax.
+"""Block tables: which pages hold the tokens of which request, over one pool per page group and one prefix tree. No jax.
 
-Pages are given back as soon as the plan that last reads them is made, while the device may still be computing: steps
-run in the order they are planned in, so whoever gets such a page writes it later.
+A page is freed as soon as the plan that last reads it is made, even if the device has yet to run it. That is safe:
+steps run in the order in which they are planned, so the next owner writes the page later.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ Copy = tuple[int, int, int]  # page group, source, destination
 
 
 def demand(window: int | None, page_size: int, tokens: int, step: int) -> int:
-    """The most pages that a request of `tokens` tokens holds at once in a group, `step` tokens being computed at a
-    time: all, or those that touch the window before a step and the step itself."""
+    """The most pages that a request of `tokens` tokens holds at once in a page group.
+
+    Without a window: all. With one: those that overlap the window before a step or the step's own `step` tokens.
+    """
     every = -(-tokens // page_size)
     return every if window is None else min(every, -(-(window - 1 + min(step, tokens)) // page_size) + 1)
 
 
 class PagedMemory:
-    """Pools of `pages` pages, one a group of `windows`, for requests of up to `max_context` tokens."""
+    """Block tables and pools for requests of up to `max_context` tokens; `windows` and `pages` by page group."""
 
     def __init__(self, config: EngineConfig, windows: Seq[int | None], pages: Seq[int], max_context: int):
         self.page_size, self.windows = config.page_size, tuple(windows)
         self.pools = [PagePool(n) for n in pages]
         self.tree = PrefixTree(self.page_size, windows, self.pools)
         self.is_caching, self._fixed_chunk = config.prefix_cache, config.fixed_chunk
-        self._most = config.whole(max_context)  # tokens that a step can take of one request
-        # [groups, slots, M]; entries that no query sees any more keep whatever they were.
+        self._most = config.whole(max_context)  # the most tokens of one request in a step
+        # [groups, slots, M]; entries that no query sees keep stale values.
         self.tables = np.zeros((len(self.pools), config.slots, -(-max_context // self.page_size)), np.int32)
 
     def demand(self, group: int, tokens: int) -> int:
@@ -42,12 +44,12 @@ class PagedMemory:
         return demand(self.windows[group], self.page_size, tokens, self._most)
 
     def missing(self, group: int, seq: Sequence) -> int:
-        """Pages that it will still ask for until all its tokens are computed."""
+        """Pages that the request still needs until all its tokens are computed."""
         rest = -(-seq.length // self.page_size) - len(seq.pages[group])
         return max(0, min(rest, self.demand(group, seq.length)))
 
     def take_up(self, seq: Sequence) -> list[Copy]:
-        """Give a request that holds nothing the longest prefix the tree has; the pages to be copied for that."""
+        """Give a request without pages the longest cached prefix of its tokens; returns the page copies it needs."""
         multiple = self._fixed_chunk // self.page_size if self._fixed_chunk else 1
         found, limit = Match(), len(seq.tokens) - 1
         if self.is_caching:
@@ -62,8 +64,10 @@ class PagedMemory:
         return copies
 
     def grow(self, seq: Sequence, end: int) -> bool:
-        """Make room up to position `end`, giving back what fell out of windows; False, with nothing taken, if there
-        is not enough."""
+        """Allocate pages up to position `end`, and free those that fell out of windows.
+
+        Returns False, and allocates nothing, if there are too few pages.
+        """
         self._slide(seq)
         wanted = [max(0, -(-end // self.page_size) - len(pages)) for pages in seq.pages]
         if any(n > pool.available for n, pool in zip(wanted, self.pools, strict=True)):
@@ -74,23 +78,23 @@ class PagedMemory:
         return True
 
     def reach(self, seq: Sequence) -> int:
-        """The position up to which there is room."""
+        """The position up to which the request could grow with the pages available now."""
         self._slide(seq)
         return min(
             (len(pages) + pool.available) * self.page_size for pages, pool in zip(seq.pages, self.pools, strict=True)
         )
 
     def enter(self, seq: Sequence, *, planning: bool = False) -> None:
-        """Enter the pages that are full by now into the tree; where the tree has an equal page, go over to that one.
+        """Register the request's full pages in the prefix tree; where the tree has an equal page, use that instead.
 
-        `planning`: the step that fills them is being planned. Its rows may share them, since it writes before it
-        reads, but it can neither copy them nor go over to others.
+        `planning`: the step that fills the pages is being planned. Other rows of that step may share them, since it
+        writes before it reads. They can be neither copied nor replaced by equal pages yet.
         """
         if not self.is_caching:
             return
         p = self.page_size
         while (seq.registered + 1) * p <= self._known(seq):
-            if not seq.node.alive:  # possible where no group holds whole contexts
+            if not seq.node.alive:  # possible where all page groups have windows
                 seq.node, seq.registered = self.tree.root, 0
             at = seq.registered
             key = tuple(seq.tokens[at * p : (at + 1) * p])
@@ -107,7 +111,7 @@ class PagedMemory:
             seq.node, seq.registered = node, at + 1
 
     def release(self, seq: Sequence, *, keep: bool = True) -> None:
-        """Give all pages back; with `keep`, the last one, which is not full, goes into the tree too."""
+        """Free all pages of a request. `keep`: register them in the tree first, the last, partial one too."""
         if keep:
             self.enter(seq)
             self._enter_rest(seq)
@@ -117,9 +121,9 @@ class PagedMemory:
         seq.pages, seq.first, seq.node, seq.registered, seq.computed = [], [], None, 0, 0
 
     def _known(self, seq: Sequence) -> int:
-        """Tokens whose ids are known and whose keys and values others may use."""
+        """The number of tokens whose ids are known and whose keys and values other requests may share."""
         known = min(seq.computed, len(seq.tokens))
-        # Computed in decode rows they may differ in the last bits from what a prompt's chunk gives.
+        # Keys and values from decode rows may differ in the last bits from those of a prompt's chunk.
         return min(known, seq.prompt_length) if self._fixed_chunk else known
 
     def _held(self, seq: Sequence, at: int) -> list[int | None]:
@@ -146,7 +150,7 @@ class PagedMemory:
             self.tables[group, seq.slot, :depth] = seq.pages[group]
 
     def _copy(self, seq: Sequence, node: Node) -> list[Copy]:
-        """Take a copy of a page of which the request shares only the beginning; none if there is no room."""
+        """Copy on write: a page for the tokens that a cached page shares with the request. None if pages ran out."""
         sources = [pool.share(page) for pool, page in zip(self.pools, node.pages, strict=True)]
         copies = []
         if all(pool.available for pool in self.pools):

@@ -1,4 +1,4 @@
-"""What one step computes, as arrays for the device. No jax."""
+"""The plan of one step, as arrays for the device. No jax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pdx.shapes import bucket
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `start + count` - 1 of one request, in `row` of the step; `samples`: another token follows."""
+    """Tokens `start` to `start + count` - 1 of one request, in `row` of the step. `samples`: sample after the last."""
 
     sequence: Sequence
     slot: int
@@ -26,23 +26,25 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it feeds a token that the engine generated."""
+        """Whether its tokens are output tokens, not the prompt's."""
         return self.start >= self.sequence.prompt_length
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of static shape `tokens` [T] over R rows; see `pdx.steps.mixed_step` for the first five.
+    """One step of static shape `tokens` [T] over R rows; see `pdx.steps.mixed_step` for its arguments.
 
-    The first rows are the slots, with one token each at most; then come rows for chunks. A step of decode rows alone
-    has no others.
+    The first rows are the slots, with at most one token each; rows for chunks follow. A decode-only step has slots
+    only.
 
     Attributes:
-      sources: [T] the slot whose newest token, sampled by a step that may still run, stands here; -1: it is in tokens.
-      logit_rows: [slots] the row of each slot's logits; positions: [slots] where the token sampled from them will
-        stand; samples: [slots] whether one is.
-      joins: requests that came into their slot with this step.
-      copies: pages to be copied before it, in this order.
+      sources: [T] -1: the token is in `tokens`. Else: the slot whose newest token is used, which a step that may still
+        be running samples.
+      logit_rows: [slots] the row of each slot's logits.
+      positions: [slots] the position of the token sampled from them.
+      samples: [slots] whether a token is sampled.
+      joins: requests that this step puts into their slots.
+      copies: page copies to run before the step, in this order.
     """
 
     chunks: tuple[Chunk, ...]
@@ -62,7 +64,7 @@ class StepPlan:
 
     @property
     def shape(self) -> int:
-        """T, which tells the compiled program."""
+        """T, the padded number of tokens; with the number of rows it selects the compiled program."""
         return len(self.tokens)
 
     @property
@@ -72,7 +74,7 @@ class StepPlan:
 
 @dataclass
 class Draft:
-    """A plan while it is made: `left` tokens and `rows_left` rows for chunks are still free."""
+    """A plan under construction: `left` tokens of the budget and `rows_left` chunk rows are still free."""
 
     config: EngineConfig
     left: int
@@ -91,7 +93,7 @@ class Draft:
         return self.rows_left < self.config.prefill_rows
 
     def add(self, seq: Sequence, count: int) -> Chunk:
-        """The next `count` tokens of a request join the step."""
+        """Add the next `count` tokens of a request to the step."""
         row = seq.slot
         if count > 1:
             row = self.config.rows - self.rows_left
@@ -103,7 +105,7 @@ class Draft:
         return chunk
 
     def finish(self, tables: np.ndarray, ladder: Seq[int]) -> StepPlan:
-        """The arrays; requests are not changed."""
+        """Build the arrays. Requests are not changed."""
         slots, chunks = self.config.slots, sorted(self.chunks, key=lambda c: c.row)
         total = sum(c.count for c in chunks)
         if self.has_prefill or self.config.deterministic:

@@ -1,8 +1,8 @@
-"""The pages of one page group: who holds which, counted. Plain Python, every operation in constant time.
+"""The page pool of one page group: reference counts. Plain Python, every operation in constant time.
 
-A page is free, or held by sequences, by the prefix tree, or by both. One that only the tree holds is idle: it can be
-had back whenever it is needed. A page is written only by a sequence that holds it alone; whoever shares one and has
-to write into it copies it first.
+A page is free, or it is held by sequences, by the prefix tree, or by both. A page that only the tree holds is idle: it
+can be evicted when needed. Only a sequence that holds a page alone writes it; a shared page is copied first (copy on
+write).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that can be had: free ones, and idle ones once the tree lets go of them."""
+        """Pages that can be allocated: free ones, and idle ones after eviction."""
         return len(self._free) + self.idle
 
     @property
@@ -35,13 +35,13 @@ class PagePool:
         return self.pages - self.available
 
     def allocate(self) -> int:
-        """A free page, held once. Raises IndexError if none is free: evict an idle one first."""
+        """Take a free page, with one holder. Raises IndexError if none is free: evict an idle one first."""
         page = self._free.pop()
         self._holders[page] = 1
         return page
 
     def share(self, page: int) -> int:
-        """One holder more; returns the page."""
+        """Add a holder; returns the page."""
         self._check(page)
         if self.is_idle(page):
             self.idle -= 1
@@ -49,7 +49,7 @@ class PagePool:
         return page
 
     def release(self, page: int) -> None:
-        """One holder less; a page without holders is free."""
+        """Remove a holder; a page without holders is free."""
         self._check(page)
         self._holders[page] -= 1
         if not self._holders[page]:
@@ -59,14 +59,14 @@ class PagePool:
             self.on_idle(page)
 
     def keep(self, page: int) -> None:
-        """The tree takes hold of a page that a sequence holds."""
+        """The tree becomes a holder of a page that a sequence holds."""
         if self._in_tree[page]:
             raise ValueError(f"page {page} is in the tree already")
         self.share(page)
         self._in_tree[page] = 1
 
     def let_go(self, page: int) -> None:
-        """The tree lets go of a page; it is free if no sequence holds it."""
+        """The tree stops holding a page, which is free if no sequence holds it."""
         if not self._in_tree[page]:
             raise ValueError(f"page {page} is not in the tree")
         if self.is_idle(page):

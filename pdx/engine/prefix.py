@@ -1,12 +1,12 @@
 """The prefix cache: a radix tree over pages. Plain Python.
 
-A node stands for one page of tokens behind those of its ancestors, and holds that page in every page group. It is
-found by its p token ids, so equal beginnings of different requests share nodes. A node may hold fewer than p tokens,
-the end of what some request left behind; it has no children, and is of use by copying it.
+A node is one page of tokens after those of its ancestors, and holds that page in every page group. Its key is its p
+token ids, so requests with equal prefixes share nodes. A partial node has fewer than p tokens, the end of some request.
+It has no children, and other requests use it by copying its page.
 
-Layers with a window see only the last W positions, so their pages come and go by themselves: a prefix can be taken up
-where the last W positions before it are still there in every window group. Groups without a window hold a page for
-every node, and give up leaves only. In each group the page that has been idle longest goes first.
+Window layers see only the last W positions, so their pages are kept and evicted independently: a prefix is usable if
+every window group still has the last W positions of it. Groups without a window hold a page for every node and evict
+leaves only. In each group, the page that has been idle longest is evicted first.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 from pdx.engine.pool import PagePool
 
-# Copying a page costs a dispatch: below so many tokens it is cheaper to compute them.
+# Copying a page costs a dispatch: fewer tokens than these are cheaper to compute.
 WORTH_COPYING = 4
 
 
 @dataclass(eq=False)
 class Node:
-    """`pages` and `stamps` (when it became idle) by group; None where the group does not hold it any more."""
+    """`pages`, None where evicted, and `stamps`, when the page became idle, by page group."""
 
     parent: Node | None
     key: tuple[int, ...]
@@ -36,7 +36,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Match:
-    """The longest usable prefix: whole pages, and `tokens` of one more page that has to be copied."""
+    """The longest usable prefix: whole pages, and the first `tokens` of a `partial` page that must be copied."""
 
     nodes: tuple[Node, ...] = ()
     partial: Node | None = None
@@ -44,14 +44,14 @@ class Match:
 
 
 class PrefixTree:
-    """What `pools` (one a page group, with `windows`) hold of finished and running requests."""
+    """The cached pages of finished and running requests; `windows` and `pools` by page group."""
 
     def __init__(self, page_size: int, windows: Sequence[int | None], pools: Sequence[PagePool]):
         self.page_size, self.windows, self.pools = page_size, tuple(windows), tuple(pools)
         self.worth_copying = min(WORTH_COPYING, max(1, page_size // 2))
         groups = len(self.pools)
         self.root = Node(None, (), [None] * groups, [0] * groups, [False] * groups)
-        self.fresh: set[Node] = set()  # filled by the step being planned: may be shared, but not copied yet
+        self.fresh: set[Node] = set()  # filled by the step being planned: can be shared, but not copied yet
         self._clock = 0
         self._owners: list[dict[int, Node]] = [{} for _ in self.pools]
         self._queues: list[list[tuple[int, int, Node]]] = [[] for _ in self.pools]
@@ -67,8 +67,8 @@ class PrefixTree:
             yield node
 
     def match(self, tokens: Sequence[int], limit: int, *, multiple: int = 1, parts: bool = True) -> Match:
-        """The longest prefix of tokens[:limit] that can be taken up: whole pages, a multiple of so many, and with
-        `parts` some of one more. Nothing is held yet: share its pages."""
+        """The longest usable prefix of tokens[:limit]: a multiple of `multiple` whole pages and, with `parts`, part
+        of one more. It does not hold the pages: the caller must share them."""
         p, path, node = self.page_size, [], self.root
         while (len(path) + 1) * p <= limit:
             child = node.children.get(tuple(tokens[len(path) * p : (len(path) + 1) * p]))
@@ -85,8 +85,11 @@ class PrefixTree:
         return Match(tuple(path))
 
     def insert(self, parent: Node, key: tuple[int, ...], pages: Sequence[int | None]) -> Node:
-        """Enter a page behind `parent`; the tree holds it from now on. Of a page that is there already, only what
-        groups had lost is filled in: the caller may change over to the pages of the node returned."""
+        """Add a node with these pages below `parent`; the tree then holds them.
+
+        If the node exists, only its evicted pages are replaced. The caller may switch to the pages of the node
+        returned.
+        """
         node = parent.children.get(key)
         if node is None:
             groups = len(self.pools)
@@ -99,14 +102,14 @@ class PrefixTree:
         return node
 
     def evict(self, group: int) -> bool:
-        """Give up the page of `group` that has been idle longest; whether there was one."""
+        """Evict the page of `group` that has been idle longest; returns whether there was one."""
         queue = self._queues[group]
         while queue:
             stamp, _, node = heapq.heappop(queue)
             node.queued[group] = False
             page = node.pages[group]
             if page is None or not self.pools[group].is_idle(page) or self._is_needed(group, node):
-                continue  # it is queued anew when that changes
+                continue  # it is queued again when that changes
             if stamp != node.stamps[group]:
                 self._queue(group, node)
                 continue
@@ -116,7 +119,7 @@ class PrefixTree:
         return False
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Remove all nodes and stop holding their pages."""
         for node in list(self.nodes()):
             for group in range(len(self.pools)):
                 self._give_up(group, node)
@@ -125,7 +128,7 @@ class PrefixTree:
         self._queues = [[] for _ in self.pools]
 
     def _longest_part(self, node: Node, rest: Sequence[int]) -> tuple[Node | None, int]:
-        """The child that begins most like `rest`, and for how many tokens."""
+        """The child with the longest common prefix with `rest`, and the length of that prefix in tokens."""
         best, shared = None, self.worth_copying - 1
         for key, child in node.children.items():
             if not rest or key[0] != rest[0] or child in self.fresh or any(page is None for page in child.pages):
@@ -137,7 +140,7 @@ class PrefixTree:
         return best, shared if best else 0
 
     def _is_usable(self, path: Sequence[Node], position: int) -> bool:
-        """Whether a query at `position` finds all it sees in these nodes."""
+        """Whether these nodes hold every page that a query at `position` sees."""
         for group, window in enumerate(self.windows):
             first = 0 if window is None else max(0, position - window + 1) // self.page_size
             if any(node.pages[group] is None for node in path[first:]):
@@ -157,7 +160,7 @@ class PrefixTree:
             node.queued[group] = True
             self._clock += 1
             heapq.heappush(queue, (node.stamps[group], self._clock, node))
-        if len(queue) > 2 * self.pools[group].pages:  # most of it is nodes that went with another group's page
+        if len(queue) > 2 * self.pools[group].pages:  # most entries are nodes that another group's eviction removed
             queue[:] = [entry for entry in queue if entry[2].alive]
             heapq.heapify(queue)
 
@@ -172,7 +175,7 @@ class PrefixTree:
             self.pools[group].let_go(page)
 
     def _prune(self, node: Node) -> None:
-        """Remove a leaf that is of no use any more, and what that makes useless above it."""
+        """Remove a leaf that no request can use any more, and then its ancestors while the same holds for them."""
         while node.parent is not None and not node.children and self._is_useless(node):
             for group in range(len(self.pools)):
                 self._give_up(group, node)

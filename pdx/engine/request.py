@@ -1,4 +1,4 @@
-"""What a client asks of the engine, and a request while it is served. No jax, no clock."""
+"""`EngineRequest`, what a client submits, and `Sequence`, its state in the scheduler. No jax, no clock."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from pdx.sampling.options import SamplingOptions
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One prompt and how to go on from it.
+    """One prompt and the settings to continue it with.
 
     Attributes:
       prompt: token ids, at least one.
       priority: for the policy `priority`; larger goes first.
-      timeout_s: seconds from submission after which it ends with finish reason `timeout`. None: never.
+      timeout_s: seconds from submission until the request ends with finish reason `timeout`. None: never.
       mask: called before each token with the ids generated so far; returns bool [V], True where a token is
-        allowed, or None for all. It runs on the host between two steps: the door for structured output.
+        allowed, or None to allow all. It runs on the host between two steps and can enforce structured output.
+
+    Example:
+      >>> request = pdx.EngineRequest([5, 9, 2], pdx.SamplingOptions(max_tokens=8), timeout_s=30)
+      >>> request.prompt, request.timeout_s
+      ((5, 9, 2), 30.0)
     """
 
     prompt: tuple[int, ...]
@@ -50,7 +55,7 @@ class EngineRequest:
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"  # has a slot and pages
-    DRAINING = "draining"  # its last step is under way: no slot and no pages any more, but a token to come
+    DRAINING = "draining"  # its last step is under way: slot and pages are free, its last token is not known yet
     FINISHED = "finished"
 
 
@@ -59,13 +64,13 @@ class Sequence:
     """A request in the scheduler.
 
     Attributes:
-      key: its place in the order of admission, smallest first; never changes, so nobody is overtaken forever.
+      key: order of admission, smallest first. It never changes, so no request starves.
       tokens: prompt and output as far as the host knows them.
-      pending: tokens that are sampled by steps under way, not known to the host yet.
-      computed: positions whose keys and values the pages hold, once all planned steps have run.
-      pages: by page group, the page of each p positions; -1 for those that fell out of a window.
-      first: by page group, the index of the first page that is still held.
-      node, registered: the deepest node of the prefix tree that it has entered, and how many pages deep that is.
+      pending: tokens that steps under way sample and the host does not know yet.
+      computed: computed tokens: positions whose keys and values the pages hold once all planned steps have run.
+      pages: the block table of each page group, p positions per page; -1 for pages that fell out of a window.
+      first: for each page group, the index of the first page that is still held.
+      node, registered: the request's deepest node in the prefix tree, and how many full pages deep it is.
     """
 
     id: int
@@ -84,7 +89,7 @@ class Sequence:
     registered: int = 0
     finish_reason: str | None = None
     # For the metrics.
-    started: float | None = None  # when its first token was planned
+    started: float | None = None  # when it was first admitted
     hit_tokens: int = 0
     preemptions: int = 0
 
@@ -98,20 +103,20 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, those under way included."""
+        """Number of tokens, pending ones included."""
         return len(self.tokens) + self.pending
 
     @property
     def remaining(self) -> int:
-        """Tokens to be computed before another can be sampled: 1 for a row that decodes."""
+        """Tokens to compute before the next one can be sampled: 1 for a row that decodes."""
         return self.length - self.computed
 
     @property
     def generated(self) -> int:
-        """Tokens of the answer, those under way included."""
+        """Number of output tokens, pending ones included."""
         return self.length - self.prompt_length
 
     @property
     def is_complete(self) -> bool:
-        """Whether all tokens it may have are known or under way."""
+        """Whether all tokens that it may generate are known or pending."""
         return self.generated >= self.request.options.max_tokens

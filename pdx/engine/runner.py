@@ -1,8 +1,8 @@
-"""The device's side of an engine: its compiled programs and what they work on.
+"""The device side of an engine: compiled programs, the paged cache and the sampling state.
 
-A step is two dispatches. The forward pass takes the tokens of its decode rows from where the step before left them, so
-that it can be dispatched before they are known; sampling is a program of its own, since a mask from the host
-(structured output) may have to wait for a token that the forward pass need not wait for.
+A step is two dispatches. The forward pass takes its decode rows' tokens from the previous sampling on the device, so it
+can be dispatched before the host knows them. Sampling is a separate program: a mask from the host (structured output)
+may have to wait for a token, and the forward pass need not wait with it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pdx.sharding import constrain_rows, place_rows
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 
-# Page copies a dispatch.
+# Page copies per dispatch.
 COPIES = 4
 
 
 class Runner:
-    """Pages, sampling settings and the newest token of every slot, and the programs over them.
+    """The pages, each slot's sampling settings and newest token, and the programs that use them.
 
-    Every program is compiled for its one shape (`Programs`).
+    Each program is compiled for one shape (`Programs`).
     """
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         self.kernels = settled(config.kernels)
-        explain_mixed(self.kernels)  # raises before anything is made
+        explain_mixed(self.kernels)  # raises before anything is allocated
         self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
         self._programs = Programs()
         self._make_cache = partial(
@@ -58,7 +58,7 @@ class Runner:
         return self._programs.compile_s
 
     def reset(self) -> None:
-        """Empty pages and slots, as after a step that failed: what it was given is lost with it."""
+        """Start with empty pages and slots, also after a failed step, which loses the buffers donated to it."""
         self.cache = self.sampling = self.last = None  # freed before the new ones are made
         self.cache = self._make_cache()
         slots, mesh = self.config.slots, self.model.mesh
@@ -91,7 +91,7 @@ class Runner:
         self.reset()
 
     def forward(self, plan: StepPlan) -> jax.Array:
-        """Dispatch the page copies and the forward pass of a step; logits [slots, V] of what each slot samples from."""
+        """Dispatch the page copies and the forward pass of a step; returns the logits [slots, V] to sample from."""
         if plan.copies:
             self._copy(plan.copies)
         rows = len(plan.lengths)
@@ -126,7 +126,7 @@ class Runner:
         return logits
 
     def sample(self, plan: StepPlan, logits: jax.Array, allowed: np.ndarray | None = None) -> SampleOutput:
-        """Dispatch the choice of tokens; `allowed` [slots, V] where a request has a mask."""
+        """Dispatch sampling; `allowed` [slots, V] if a request has a mask."""
         masked = {} if allowed is None else {"allowed": allowed}
         drawn, self.sampling, self.last = self._programs.call(
             ("sample", allowed is not None),
@@ -144,14 +144,14 @@ class Runner:
         return drawn
 
     def fetch(self, drawn: SampleOutput, *, logprobs: bool) -> SampleOutput:
-        """What was sampled, on the host, once it is there; without `logprobs` the tokens alone."""
+        """Wait for the sampled tokens and return them on the host; with `logprobs`, log-probabilities too."""
         if logprobs:
             return jax.device_get(drawn)
         return SampleOutput(np.asarray(drawn.tokens), None, None, None)
 
     def join(self, slot: int, options: SamplingOptions, prompt: list[int], outputs: list[int]) -> None:
-        """Put a request's sampling settings, and what it has generated already, into a slot."""
-        # Made on the host: a device computes one thing after another, and would be asked in the middle of a step.
+        """Put a request's sampling settings, and the tokens that it has generated so far, into a slot."""
+        # Made on the host: on the device it would queue behind the step that is running.
         one = SamplingState.create([options], self.vocab_size, prompts=[prompt], outputs=[outputs], on_host=True)
         self.sampling = self._programs.call(
             "join", _join, sampling=self.sampling, slot=np.int32(slot), one=one, static={"mesh": self.model.mesh}
@@ -162,7 +162,7 @@ class Runner:
             self.join(seq.slot, seq.request.options, list(seq.request.prompt), seq.outputs)
 
     def _copy(self, copies) -> None:
-        """In order: a page that is copied from may be written over by a later copy, never by an earlier one."""
+        """Copy pages in order: a later copy may overwrite an earlier one's source, but not the reverse."""
         for group in range(len(self.cache.groups)):
             pairs = [(source, target) for g, source, target in copies if g == group]
             for at in range(0, len(pairs), COPIES):
@@ -179,7 +179,7 @@ class Runner:
 
 
 def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
-    """A step of a shape in which no row takes part."""
+    """A step of the given shape in which no row takes part, for warm-up."""
     rows = config.slots if shape == config.slots and not config.deterministic else config.rows
     width = -(-config.max_context // config.page_size)
     slots = np.arange(config.slots, dtype=np.int32)
@@ -199,7 +199,7 @@ def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
 
 @partial(jax.jit, static_argnames=("cfg", "shape", "decode_rows", "max_queries", "kernels"), donate_argnames="cache")
 def _step(params, cache, last, host, cfg, shape, decode_rows, max_queries, kernels):
-    """The forward pass. What the host has to say comes as one array, since each array costs a transfer."""
+    """The forward pass. The host's inputs come packed in one array, since each array costs a transfer."""
     t, r, slots, groups = shape
     ends = np.cumsum([t, t, r, r + 1, slots])
     tokens, sources, lengths, starts, logit_rows, tables = jnp.split(host, ends)

@@ -1,13 +1,17 @@
-"""Who computes what in the next step: a state machine without a clock and without jax.
+"""The scheduler: which requests compute which tokens in the next step. A state machine without a clock or jax.
 
-`schedule(now)` makes a plan, `commit(plan, tokens, now)` takes the tokens it sampled. Several plans may be under way:
-a request that decodes is planned for again before its newest token is known, and that token is then taken from where
-the device left it. So the end of a request is noticed a step late, and the surplus token is dropped.
+`schedule(now)` makes a plan; `commit(plan, tokens, now)` records the tokens that the plan sampled. Several plans may be
+under way: a decoding request is scheduled again before its newest token is known, and the device takes that token from
+the sampling before. So the end of a request is noticed one step late, and the surplus token is dropped.
 
-In a step, rows that decode go first, the oldest request first; then chunks of prompts fill the token budget (Sarathi,
-Agrawal et al. 2023); then waiting requests are admitted, in the order of a key that they keep, as long as there are
-slots and pages. Where pages run out the youngest request is preempted: it gives its pages up and waits with the tokens
-it has; admitted again, it computes them anew (or finds them in the prefix tree) and goes on.
+A step is filled in this order:
+
+1. decode rows, the oldest request first;
+2. chunks of running prompts, up to the token budget (Sarathi, Agrawal et al. 2023);
+3. waiting requests, admitted in the order of their fixed keys while there are slots and pages.
+
+When pages run out, the youngest request is preempted: it frees its pages and waits with the tokens it has. Admitted
+again, it recomputes them, or finds them in the prefix tree, and goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from pdx.errors import ContextLengthError, QueueFullError, RequestError
 
 @dataclass(frozen=True)
 class Output:
-    """A token that came for a request, and why it ended with it, if it did."""
+    """A new token of a request, and the finish reason if the request ends with it."""
 
     sequence: Sequence
     token: int
@@ -38,10 +42,10 @@ class Scheduler:
     """The requests of an engine.
 
     Args:
-      config: with a token budget that is settled.
-      windows: one a page group, as `pdx.cache.paged.page_groups` gives them.
-      pages: pages of each group.
-      max_context: tokens of prompt and answer that one request can have.
+      config: its token budget must be chosen.
+      windows: one per page group, as `pdx.cache.paged.page_groups` gives them.
+      pages: number of pages of each page group.
+      max_context: the most tokens of one request, prompt and answer.
     """
 
     def __init__(self, config: EngineConfig, windows: Seq[int | None], pages: Seq[int], max_context: int):
@@ -62,11 +66,11 @@ class Scheduler:
         return not (self.waiting or self.running or self.draining)
 
     def submit(self, request: EngineRequest, now: float, *, ends: Iterable[int] = ()) -> Sequence:
-        """Take a request that ends with one of the tokens `ends`.
+        """Queue a request, which ends at any of the tokens `ends`.
 
         Raises:
-          QueueFullError: as many requests wait as may.
-          ContextLengthError: it could not be served even alone.
+          QueueFullError: the queue is full.
+          ContextLengthError: the request would not fit even alone.
           RequestError: an empty prompt, or more alternatives than the engine reports.
         """
         self._check(request)
@@ -82,7 +86,7 @@ class Scheduler:
         return seq
 
     def finish(self, seq: Sequence, reason: str, *, keep: bool = True) -> None:
-        """End a request at any time; everything it holds is free. `keep`: its pages are sound and may be shared."""
+        """End a request at any time and free its slot and pages. `keep`: its pages are valid and may be shared."""
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
         elif seq.status is Status.RUNNING:
@@ -93,7 +97,7 @@ class Scheduler:
         seq.status, seq.finish_reason = Status.FINISHED, reason
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, None if there is nothing to compute. It counts as done: the next plan stands on it."""
+        """Plan the next step; None if there is nothing to compute. The plan after it assumes that this one has run."""
         self._expire(now)
         for seq in [s for s in self.running if s.is_complete]:
             self._leave(seq)
@@ -118,7 +122,7 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, tokens: Seq[int] | Mapping[int, int], now: float) -> list[Output]:
-        """Take what a step sampled, by slot. Plans are committed in the order they were made in."""
+        """Record the tokens that a step sampled, by slot. Plans are committed in the order in which they were made."""
         outputs = []
         for chunk in plan.chunks:
             seq = chunk.sequence
@@ -142,7 +146,7 @@ class Scheduler:
         return outputs
 
     def fail(self, plans: Iterable[StepPlan]) -> list[Sequence]:
-        """Steps were lost, and with them all that the pages hold: their requests end, the others start anew."""
+        """Handle failed steps, whose pages are lost: their requests end, all other running ones are preempted."""
         lost = []
         for chunk in (c for plan in plans for c in plan.chunks):
             seq = chunk.sequence
@@ -186,7 +190,7 @@ class Scheduler:
                 )
 
     def _key(self, request: EngineRequest, now: float) -> tuple[float, int]:
-        """Arrival, earlier or later by what the policy says; it stands still, so that waiting always ends."""
+        """The arrival time, shifted as the policy says. The key never changes, so no request starves."""
         shift = 0.0
         if self.config.policy == "priority":
             shift = -request.priority * self.config.aging_s
@@ -239,9 +243,11 @@ class Scheduler:
         return self.config.chunked_prefill and not self.config.deterministic
 
     def _fitting(self, draft: Draft) -> int:
-        """Tokens that prompts may take: what the budget leaves, or what a smaller step has room for where theirs would
-        fill less than half of the way to the next size. Padding is computed like tokens; the rest goes with the next
-        step. At least half of what waits is taken."""
+        """Tokens that prompts may take in this step: what the budget leaves, or fewer, to avoid padding.
+
+        Padding costs as much as tokens. So where the prompts would fill less than half of the gap between two step
+        sizes, they fill the smaller size and leave the rest to the next step. They take at least half of what waits.
+        """
         if not self._is_elastic:
             return draft.left
         prompts = [s for s in self.running if s.id not in draft.drafted] + self.waiting[: len(self._slots)]
@@ -253,9 +259,9 @@ class Scheduler:
         return below - taken if below and is_little else draft.left
 
     def _count(self, seq: Sequence, draft: Draft) -> int:
-        """Tokens of the next chunk by budget; 0 if none fits."""
+        """The length of the request's next chunk by the budget; 0 if none fits."""
         if chunk := self.config.fixed_chunk:
-            # What was generated is computed again as it was the first time, a token a step.
+            # After preemption, output tokens are recomputed as they were the first time: one per step.
             rest = seq.prompt_length - seq.computed
             wanted = min(chunk - seq.computed % chunk, rest) if rest > 0 else 1
             return wanted if wanted <= draft.left else 0
@@ -264,7 +270,7 @@ class Scheduler:
         return seq.remaining if seq.remaining <= draft.left or not draft.has_prefill else 0
 
     def _admit(self, draft: Draft, now: float) -> None:
-        # One that was preempted with a token under way waits for it, and the others behind it.
+        # A request that was preempted with a pending token waits for it, and blocks those behind it.
         while self.waiting and self._slots and draft.left > 0 and draft.rows_left and not self.waiting[0].pending:
             seq = self.waiting[0]
             seq.slot = self._slots[-1]
@@ -283,9 +289,9 @@ class Scheduler:
             self._prefill(seq, draft)
 
     def _has_room(self, seq: Sequence) -> bool:
-        """Whether the pages suffice for its tokens and for what prompts under way will still ask for."""
+        """Whether the pages suffice for this request and for the running ones until their tokens are computed."""
         if not self.running:
-            return True  # it was let in because it fits alone
+            return True  # `submit` checked that it fits alone
         return all(
             sum(self.memory.missing(group, s) for s in (seq, *self.running)) <= pool.available
             for group, pool in enumerate(self.memory.pools)

@@ -1,4 +1,4 @@
-"""What an engine chooses for itself: pages from the device's memory, the token budget from the cost model."""
+"""Defaults that depend on model and device: pages from the device's memory, the token budget from the cost model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pdx.layers.kernels import layout_for
 from pdx.quant import Policy
 from pdx.weights.load import Model
 
-# Without a chip in the table there is no cost model to ask: small steps, as a CPU's prefill rate is reached early.
+# The cost model needs a chip in the table. A CPU has none, and reaches its prefill rate with few tokens.
 CPU_BUDGET = 128
 CHUNK_STEP, LARGEST_CHUNK = 64, 8192
-# Of a host's memory, for pages: it has other work.
+# The share of a host's memory for pages, since the host has other work.
 HOST_SHARE = 1 / 8
 
 
 def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
-    """The configuration with nothing left open: context, page size, budget, and pages for each group.
+    """Fill in what the configuration leaves open: context, page size, token budget, and pages of each page group.
 
     Raises RequestError where the memory does not suffice for one request of `max_context` tokens.
     """
@@ -47,8 +47,8 @@ def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
 
 
 def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
-    """A token for each slot and the largest chunk beside them, in whole `CHUNK_STEP`s, with which a step is predicted
-    to take at most `tpot_s` at half the context."""
+    """The token budget: one token per slot plus the largest chunk, a multiple of `CHUNK_STEP`, for which the cost model
+    predicts a step of at most `tpot_s` at half the context."""
     chip = detect()
     if chip is None:
         return CPU_BUDGET
@@ -59,8 +59,8 @@ def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
 
 
 def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
-    """Pages of each group. Window groups get what their slots need twice, so that prefixes stay; the rest of the
-    memory is for the others, up to `slots` requests of `max_context` tokens."""
+    """Pages of each page group. Window groups get twice what their slots need, so that cached prefixes survive. Full
+    groups get the rest of the memory, up to what `slots` requests of `max_context` tokens need."""
     groups = page_groups(model.config)
     if config.pages is not None:
         return (config.pages,) * len(groups)
@@ -74,7 +74,7 @@ def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
 
 
 def _within(room: float, counts: list[int], alone: Sequence[int], groups, one: PagedCache) -> tuple[int, ...]:
-    """Fewer of the pages of whole contexts (of all, where there are no others) until everything fits."""
+    """Shrink the full groups' pages (or all, if every group has a window) until everything fits into `room` bytes."""
     size = one.page_bytes
     squeezed = [g for g, w in enumerate(groups) if w is None] or list(range(len(groups)))
     kept = sum(n * size[g] for g, n in enumerate(counts) if g not in squeezed)
@@ -91,9 +91,9 @@ def _within(room: float, counts: list[int], alone: Sequence[int], groups, one: P
 
 
 def free_bytes(model: Model) -> float:
-    """Bytes that can be had for pages on all devices of the model together."""
+    """Free bytes for pages, on all devices of the model together."""
     devices = [jax.devices()[0]] if model.mesh is None else list(model.mesh.devices.flat)
     stats = [d.memory_stats() for d in devices if d.platform != "cpu"]
     if not stats or not all(s and "bytes_limit" in s for s in stats):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * HOST_SHARE
-    return len(devices) * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)  # all hold equally much
+    return len(devices) * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)  # each device holds an equal share

@@ -12,11 +12,11 @@ KEPT = 4096  # steps whose times are remembered
 
 
 class Stats:
-    """Adds up what happens; `snapshot` tells it.
+    """Counters of the engine; `snapshot` returns them as `EngineMetrics`.
 
-    A step lasts from when it could begin (it was dispatched, and the one before had ended) until its tokens were on the
-    host. Where none was under way when it was dispatched although there was work, the device was idle for at most the
-    time since a step was last seen running, or had its tokens taken: the gap.
+    A step lasts from when it could begin (it was dispatched, and the step before had ended) until its tokens were on
+    the host. If no step was running when it was dispatched, although there was work, the device was idle for a gap. The
+    gap is at most the time since the previous step was last seen running or its tokens were fetched.
     """
 
     def __init__(self, slots: int):
@@ -28,8 +28,7 @@ class Stats:
         self._ended: float | None = None
 
     def dispatched(self, plan: StepPlan, now: float, *, is_late: bool, seen_running: float | None = None) -> None:
-        """A step went to the device. `is_late`: the one before had ended by then; `seen_running`: when it last had
-        not."""
+        """Count a dispatched step. `is_late`: the step before had already ended; `seen_running`: when it last ran."""
         self.steps += 1
         self.decode_tokens += plan.decode_tokens
         self.prefill_tokens += plan.prefill_tokens
@@ -47,7 +46,7 @@ class Stats:
         self._ended = now
 
     def rests(self) -> None:
-        """There is no work: what follows is not the engine's idleness."""
+        """There is no work: the time until the next step does not count as idle."""
         self._ended = None
 
     def snapshot(self, scheduler: Scheduler) -> EngineMetrics:

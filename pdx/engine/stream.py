@@ -1,4 +1,4 @@
-"""What a client holds of its request: outputs as they come, for threads and for asyncio alike."""
+"""The client's side of a request: its outputs as they come, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pdx.metrics import ServedTiming
 
 @dataclass(frozen=True)
 class StreamOutput:
-    """Some tokens of a request and the text they made; the last output carries the completion.
+    """New tokens of a request and the text they add; the last output has the completion.
 
-    To a callback the last output of a request that failed carries the error, and no tokens; iterating raises it.
+    If the request failed, a callback's last output has the error and no tokens; iterating raises the error.
 
-    `text` may lag behind the tokens: characters of several tokens, and what may become a stop string, are held back.
+    `text` may lag behind the tokens: incomplete characters and possible stop strings are held back.
     """
 
     token_ids: list[int]
@@ -101,7 +101,7 @@ class RequestStream:
             )
 
     def _take(self) -> StreamOutput | None:
-        """The next output, None behind the last one. Raises the request's error behind what came before it."""
+        """The next output; None after the last one. Raises the request's error after the outputs that preceded it."""
         if self._outputs:
             return self._outputs.popleft()
         if self.error is not None:
@@ -111,7 +111,7 @@ class RequestStream:
     # ------------------------------------------------------------------------------------------------------------------
 
     def push(self, seq: Sequence, token: TokenLogprobs, now: float) -> bool:
-        """Take a token; whether the request has ended with it."""
+        """Add a token; returns whether the request has ended with it."""
         self.row.push([token.token_id], [token], now - self._arrival)
         self._times.append(now)
         if self.row.finish_reason:
@@ -121,17 +121,17 @@ class RequestStream:
         return self.completion is not None
 
     def end(self, seq: Sequence, reason: str) -> None:
-        """The request ends without another token, with what it has: cancelled, or timed out."""
+        """End the request with the tokens it has: cancelled, or timed out."""
         if not self.is_over:
             self.row.finish_reason = reason
             self.completion = self._complete(seq)
             self._put(StreamOutput([], self.row.fresh_text(), None, self.completion))
 
     def fail(self, error: Exception) -> None:
-        """The request ends with an error."""
+        """End the request with an error."""
         if not self.is_over:
             if self._on_output is not None:
-                with suppress(Exception):  # the request is lost already: there is nothing left that it could cost
+                with suppress(Exception):  # the request has failed already; the callback's error changes nothing
                     self._on_output(StreamOutput([], "", error=error))
             self.error = error
             self._notify()
@@ -181,7 +181,7 @@ class RequestStream:
 
 
 class ClientError(EngineError):
-    """What went wrong on the client's side of a stream; it is that request's alone."""
+    """An error in the client's code; it ends only that client's request."""
 
 
 def _resolve(waiting: asyncio.Future) -> None:

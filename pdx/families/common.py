@@ -80,11 +80,15 @@ class Source:
     name: str
     rows: np.ndarray | None = None  # the source row of each of our rows
     offset: float = 0.0  # added to the values
+    stored_rows: int | None = None  # of a tensor that holds other parameters too; None: it holds this one alone
 
 
 @dataclass(frozen=True)
 class Names:
-    """How one format names and stores a family's parameters."""
+    """How one format names and stores a family's parameters.
+
+    Leaves with one tensor name are fused: their rows lie in that tensor one after another, in the order of `leaves`.
+    """
 
     leaves: Mapping[str, str]
     minus_one: tuple[str, ...] = ()  # norms stored as the factor minus one
@@ -98,10 +102,15 @@ class Names:
             name = prefix + name.removeprefix("model.")
         elif leaf == "lm_head" and prefix.endswith(".model."):  # a causal model inside another
             name = prefix.removesuffix("model.") + name
-        rows = None
+        rows, fused = None, [other for other, tensor in self.leaves.items() if tensor == self.leaves[leaf]]
         if leaf in self.interleaved:
             rows = halves_from_pairs(cfg.num_heads if leaf.startswith("q") else cfg.num_kv_heads, cfg.head_dim)
-        return Source(name, rows, 1.0 if leaf in self.minus_one else 0.0)
+        stored_rows = None
+        if len(fused) > 1:
+            counts = [_row_count(other, cfg) for other in fused]
+            at, stored_rows = fused.index(leaf), sum(counts)
+            rows = sum(counts[:at]) + (np.arange(counts[at]) if rows is None else rows)
+        return Source(name, rows, 1.0 if leaf in self.minus_one else 0.0, stored_rows)
 
     def find_prefix(self, names: list[str]) -> str:
         """Which of `prefixes` these tensors carry; the first one where none is seen."""
@@ -125,6 +134,13 @@ class Family:
     from_gguf: Callable[[Fields, TensorFile], ModelConfig]
     hf_names: Names = Names(HF_NAMES)
     gguf_names: Names = Names(GGUF_NAMES)
+
+
+def _row_count(leaf: str, cfg: ModelConfig) -> int:
+    """Rows of a projection that may be fused with others, or entries of its bias."""
+    heads = {"q": cfg.num_heads, "k": cfg.num_kv_heads, "v": cfg.num_kv_heads}
+    which = leaf.partition("_")[0]
+    return heads[which] * cfg.head_dim if which in heads else {"gate": cfg.d_ff, "up": cfg.d_ff}[which]
 
 
 def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.completion import Completion
 from pdx.generation.generator import DEFAULT_ROWS, generator
 from pdx.generation.prompts import Prompt, as_list, options_of_each, requests_of
-from pdx.layers.kernels import settled
+from pdx.layers.kernels import Kernels, settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
 from pdx.weights.load import Model
@@ -36,7 +36,7 @@ def stream(
     options: SamplingOptions | Sequence[SamplingOptions] | None = None,
     *,
     batch_size: int = DEFAULT_ROWS,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     kv_dtype=None,
     capacity: int | None = None,
     **settings,
@@ -46,6 +46,11 @@ def stream(
     Streams may be interleaved, nested, and run in several threads. Each takes a cache of its own when it begins, an
     idle one or a new one, and gives it back when it is exhausted, closed or collected; none waits for another. A stream
     that is left half read holds its cache as long as it lives: close it. In a `pdx.Engine` requests share one cache.
+
+    Example:
+      >>> model = pdx.load()  # doctest: +SKIP
+      >>> for piece in pdx.stream(model, "The capital of France is", max_tokens=16):  # doctest: +SKIP
+      ...     print(piece.text, end="", flush=True)
     """
     if not isinstance(model, Model):
         raise RequestError(f"model is {model!r}: it must be what pdx.load returns")
@@ -98,6 +103,11 @@ def generate(
       NotFiniteError: logits that are NaN or infinite; the text names the prompt and the token. `stream` has yielded
         what came before them.
       NotImplementedError: a kernel path that does not exist here.
+
+    Example:
+      >>> model = pdx.load()  # doctest: +SKIP
+      >>> done = pdx.generate(model, ["The capital of France is", "Bonjour"], max_tokens=16)  # doctest: +SKIP
+      >>> done[0].text, done[0].timing.ttft_s  # doctest: +SKIP
     """
     done = [piece.completion for piece in stream(model, prompts, options, **settings) if piece.completion]
     return sorted(done, key=lambda c: c.index)

@@ -1,4 +1,4 @@
-"""The layers of the model. Whatever computes imports them, so releases that do not fit are found here at the latest."""
+"""The layers of the model. Everything that computes imports them, so versions that do not fit are found here."""
 
 from pdx.installation.versions import check
 

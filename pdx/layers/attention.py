@@ -36,10 +36,10 @@ def attention(
     mesh: Devices,
     kernels: Kernels,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-    """Project, rotate, append to the cache and attend over what it holds.
+    """Project to q, k, v; rotate; append k and v to the cache; attend over the cache; project back.
 
-    Without a cache the chunk attends to itself through the dense reference, which differentiates. On a `mesh` each
-    device appends and attends to its own rows and heads.
+    Without a cache the chunk attends to itself through the dense reference, which can be differentiated. On a `mesh`
+    each device appends and attends to its own rows and heads.
     """
     b, t, _ = x.shape
     h, specs = cfg.head_dim, projections(cfg)
@@ -69,7 +69,7 @@ def attention(
 
 
 def _append_and_attend(q, k, v, rows: TokenRows | PackedRows, cache: LayerCache, kernels: Kernels, **settings):
-    """Write the call's keys and values, and attend over all that its rows hold."""
+    """Write the call's keys and values, then attend over everything that its rows hold."""
     op, queries, asked = _asked(rows, q)
     name, interpret = implementation(kernels, cache.layout, op.__name__)
     cache = cache.append(k, v, rows, *_writer(name, interpret, cache))
@@ -85,7 +85,7 @@ def _append_and_attend(q, k, v, rows: TokenRows | PackedRows, cache: LayerCache,
 
 @singledispatch
 def _asked(rows, q: Float[Array, "B T N H"]) -> tuple[Callable, Array, dict]:
-    """The attention op of these rows, its queries, and what says whose they are."""
+    """The attention op for these rows, its queries, and the arguments that describe the rows."""
     raise TypeError(f"rows are {type(rows).__name__}: they must be TokenRows or PackedRows")
 
 
@@ -102,9 +102,9 @@ def _(rows: PackedRows, q):
 
 
 def _writer(name: Any, interpret: bool, cache: LayerCache) -> tuple[str, bool]:
-    """Implementation of the append beside that of the attention, and whether it is interpreted.
+    """The implementation of the append, given that of the attention, and whether it is interpreted.
 
-    The library chooses, but for the TPU's kernels on a CPU: the write of int8 runs interpreted with them.
+    The library chooses it, with one exception: when the TPU's kernels run interpreted on a CPU, so does the int8 write.
     """
     if interpret and cache.layout == "folded" and cache.k_scale is not None:
         return "tpu", True
@@ -112,9 +112,9 @@ def _writer(name: Any, interpret: bool, cache: LayerCache) -> tuple[str, bool]:
 
 
 def _sharded(run: Callable, mesh: Mesh, cache: LayerCache) -> Callable:
-    """`run` on each device's own rows and heads: Mosaic kernels cannot be partitioned by the compiler.
+    """`run` on each device's own rows and heads, since the compiler cannot partition Mosaic kernels.
 
-    Nothing is communicated. Where query heads do not divide over the mesh, all heads are on every device.
+    No communication. Where the mesh does not divide the query heads, every device has all heads.
     """
     specs = cache.specs()
     rows, heads = mesh_axis(cache.row_axis, specs.k.shape[0], mesh), mesh_axis("kv_heads", cache.kv_heads, mesh)

@@ -1,6 +1,6 @@
-"""Which attention kernels a step runs: what `kernels=` may be, the cache's layout, and why a path is taken.
+"""Which attention kernels a step runs: what `kernels=` accepts, the cache layout they need, and why a path is taken.
 
-`kernels` is one word for all ops (auto, xla, pallas), or implementations of one's own for some of them:
+`kernels` is one word for all ops (auto, xla, pallas), or a user's own implementations for some of them:
 
     prefill(params, cfg, tokens, lengths, cache, kernels={"decode_attention": mine})
 
@@ -25,8 +25,8 @@ from pallas_kernels.paged_attention.api import OP as PAGED
 from pdx.cache.dense import default_layout
 from pdx.errors import RequestError
 
-# The user chooses among auto, xla and pallas; tpu and gpu name a target that is compiled for but is not here. dense is
-# attention as it is defined, with all its scores in memory, over the whole capacity: what the others are held against.
+# Users choose among auto, xla and pallas. tpu and gpu are for compiling for a chip that is not here. dense is the
+# reference that the others are compared with: all scores in memory, over the whole capacity.
 KernelName = Literal["auto", "xla", "pallas", "tpu", "gpu", "dense"]
 PALLAS_OF_LAYOUT: dict[Layout, str] = {"folded": "tpu", "heads_last": "gpu"}
 OPS: dict[str, Op] = {op.name: op for op in (FLASH, DECODE, PAGED)}
@@ -34,12 +34,12 @@ OPS: dict[str, Op] = {op.name: op for op in (FLASH, DECODE, PAGED)}
 
 @dataclass(frozen=True)
 class OwnKernels:
-    """Implementations of one's own by op, the others `auto`; hashable, since a step is compiled for them."""
+    """A user's own implementations by op; other ops are `auto`. Hashable, since a step is compiled for them."""
 
     by_op: tuple[tuple[str, Any], ...]
 
     def of(self, op: str) -> Any:
-        """The implementation of an op: its module, object or adapted function; a name as it was given."""
+        """The implementation of an op: a module, an object or an adapted function; a name stays a name."""
         return OPS[op].implementation(dict(self.by_op).get(op, "auto"))
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ Kernels = KernelName | Mapping[str, Any] | OwnKernels
 
 
 def settled(kernels: Kernels) -> KernelName | OwnKernels:
-    """`kernels` as a step is compiled for it: hashable, and known to be possible.
+    """Check `kernels` and make it hashable, so that a step can be compiled for it.
 
     Raises:
-      RequestError: no such word, an op that is no attention op, or no implementation.
+      RequestError: an unknown word, an op that is no attention op, or something that is no implementation.
     """
     if isinstance(kernels, OwnKernels):
         return kernels
@@ -77,13 +77,13 @@ def _checked(op: Op, given: Any) -> None:
 
 
 def layout_for(kernels: Kernels, platform: str | None = None) -> Layout:
-    """How a cache for these kernels lies in memory. Pallas kernels on a CPU, interpreted, are those of the TPU.
+    """The cache layout that these kernels read. On a CPU `pallas` means the TPU's kernels, interpreted.
 
     Args:
-      platform: where it is for; None: this process' devices.
+      platform: where the cache will be; None: this process's devices.
 
     Raises:
-      RequestError: kernels of one's own that read no layout in common.
+      RequestError: the user's own kernels have no layout in common.
     """
     kernels = settled(kernels)
     if isinstance(kernels, OwnKernels):
@@ -107,11 +107,11 @@ def _common_layout(kernels: OwnKernels, platform: str | None) -> Layout:
 
 
 def implementation(kernels: Kernels, layout: Layout, op: str | None = None) -> tuple[Any, bool]:
-    """What the kernel library is asked for, and whether it runs interpreted.
+    """The `implementation=` for the kernel library, and whether it runs interpreted.
 
     Args:
-      layout: of the cache.
-      op: whose implementation; None: of any op that `kernels` does not name.
+      layout: the cache's.
+      op: the op's name; None: any op that `kernels` does not name.
     """
     kernels = settled(kernels)
     if isinstance(kernels, OwnKernels):
@@ -130,12 +130,12 @@ def implementation(kernels: Kernels, layout: Layout, op: str | None = None) -> t
 
 
 def explain(kernels: Kernels) -> dict[str, str]:
-    """Which path each phase's attention takes, and why. Raises NotImplementedError as the kernels would."""
+    """The path that each phase's attention takes, and why. Raises NotImplementedError where the kernels would."""
     return _explained(kernels, {"prefill": FLASH, "decode": DECODE})
 
 
 def explain_mixed(kernels: Kernels) -> str:
-    """The same of a mixed step over pages."""
+    """As `explain`, for a mixed step over pages."""
     return _explained(kernels, {"mixed": PAGED})["mixed"]
 
 
@@ -147,6 +147,6 @@ def _explained(kernels: Kernels, ops: dict[str, Op]) -> dict[str, str]:
             return dict.fromkeys(("prefill", "decode"), "reference_attention: dense (asked for)")
         try:
             found[phase] = f"{op.explain(name)}{', interpreted on the CPU' if interpreted else ''}"
-        except ValueError as error:  # what PDX_KERNELS says is no implementation
+        except ValueError as error:  # PDX_KERNELS names no implementation
             raise RequestError(str(error)) from None
     return found

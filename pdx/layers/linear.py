@@ -23,9 +23,9 @@ from pdx.sharding import ArraySpec
 
 Weight = Float[Array, "o i"] | QuantArray
 
-# Rows for which a CPU multiplies faster with the weight as the left operand: mostly 1.1 to 1.6 times (twice and more
-# for large weights where XLA takes Eigen's products, not YNNPACK's), the same at 256 rows, slower at 1024. One row has
-# a path of its own.
+# For these numbers of rows a CPU multiplies faster with the weight as the left operand: mostly 1.1 to 1.6 times (twice
+# and more for large weights where XLA uses Eigen, not YNNPACK). It is equal at 256 rows and slower at 1024. One row has
+# its own path.
 WEIGHT_FIRST_ROWS = range(2, 129)
 
 
@@ -34,7 +34,7 @@ _watcher: ContextVar[Callable[[Weight, Array], None] | None] = ContextVar("pdx_w
 
 @contextmanager
 def watching(see: Callable[[Weight, Array], None]) -> Iterator[None]:
-    """Inside, `see` is told of each product's weight and what it is multiplied with, while it is traced."""
+    """Inside, `see(weight, x)` is called for each product while it is traced, with its weight and its input."""
     token = _watcher.set(see)
     try:
         yield
@@ -45,7 +45,7 @@ def watching(see: Callable[[Weight, Array], None]) -> Iterator[None]:
 def product(
     x: Float[Array, "*b i"], weight: Weight, dtype=None, spec: ArraySpec | None = None, mesh: Devices = ANY_DEVICES
 ) -> Float[Array, "*b o"]:
-    """x @ weight.T in `dtype` (None: what the operands give), on the devices of `mesh`; `spec` declares the weight."""
+    """x @ weight.T in `dtype` (None: the operands' own) on the devices of `mesh`; `spec` declares the weight."""
     if (see := _watcher.get()) is not None:
         see(weight, x)
     if isinstance(weight, QuantArray):
@@ -53,15 +53,15 @@ def product(
     settings = {"precision": precision_of(x.dtype), "preferred_element_type": dtype}
     if not weight_first(x):
         return jnp.einsum("...i,oi->...o", x, weight, **settings)
-    # The axis of size one keeps the compiler from turning the product round again.
+    # The axis of size one keeps the compiler from swapping the operands again.
     y = jnp.einsum("poi,pri->por", weight[None], x.reshape(1, -1, x.shape[-1]), **settings)
     return y.transpose(2, 0, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def weight_first(x: Float[Array, "*b i"]) -> bool:
-    """Whether the device at hand multiplies so many rows faster as (weight @ x.T).T.
+    """Whether this device multiplies x faster as (weight @ x.T).T.
 
-    A CPU's products pack their right operand anew in each call: better the few rows than the whole weight.
+    A CPU's products pack their right operand in each call: packing few rows is cheaper than packing the whole weight.
     """
     return platform_of() == "cpu" and x.dtype == jnp.float32 and math.prod(x.shape[:-1]) in WEIGHT_FIRST_ROWS
 
@@ -78,13 +78,14 @@ def linear(
     return y if bias is None else y + bias
 
 
-# Tokens up to which a lookup on a TPU is made of slices, where it would otherwise copy the table: by the compiler's
-# static cycles 256 of a bf16 table of 49152 x 576 take 0.42 of the copy on a v5e and v6e, and a second to compile.
+# Up to this many tokens, a lookup on a TPU is made of slices where a gather would first copy the table. By the
+# compiler's static cycles, 256 slices of a bf16 table of 49152 x 576 take 0.42 of that copy on a v5e and v6e, and a
+# second to compile.
 FEW_TOKENS = 256
 
 
 def embed(table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Devices = ANY_DEVICES) -> Float[Array, "B T D"]:
-    """Look tokens up; `scale` is Gemma's sqrt(D), in the dtype of the table as it was trained."""
+    """Look tokens up and multiply by `scale` (Gemma's sqrt(D)), rounded to the table's dtype as in training."""
     narrow = table.shape[1] % LANES > 0
     if isinstance(table, QuantArray):
         x = quant.lookup(table, tokens, vocabulary(table), mesh)
@@ -96,8 +97,8 @@ def embed(table: Weight, tokens: Int[Array, "B T"], scale: float, mesh: Devices 
 
 
 def _embed_columns(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """A width that is no multiple of 128 lies vocabulary-minor on a TPU, and a gather would first copy the table to
-    the other order, each step: columns are sliced out of it as it lies."""
+    """Look tokens up by slicing columns. A TPU stores a table whose width is no multiple of 128 vocabulary-minor, and a
+    gather would copy the whole table to the other order in each step."""
     columns, ids = table.T, jnp.clip(tokens.reshape(-1), 0, table.shape[0] - 1)
     found = [lax.dynamic_slice_in_dim(columns, ids[i], 1, axis=1) for i in range(tokens.size)]
     return jnp.concatenate(found, axis=1).T.reshape(*tokens.shape, table.shape[1])
@@ -111,12 +112,12 @@ def unembed(
 
 
 def vocabulary(table: Weight) -> ArraySpec:
-    """How an embedding or a head is declared: a row for each token of the vocabulary."""
+    """The declaration of an embedding or a head: one row per token of the vocabulary."""
     return ArraySpec(table.shape, ("vocab", None), table.dtype)
 
 
 def projections(cfg: ModelConfig, dtype=jnp.float32) -> dict[str, ArraySpec]:
-    """The matrices of a layer as declared. Heads are dealt out whole."""
+    """Declare the matrices of a layer. They shard by whole heads."""
     d, f, n, k, h = cfg.d_model, cfg.d_ff, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
     def rows(heads, axis):

@@ -10,7 +10,7 @@ from pdx.config import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position, [H/2] f32, worked out once on the host and in f32 as the published models do."""
+    """Radians per position, [H/2], computed on the host in f32 as the published models do."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1.0) / np.power(np.float32(rope.theta), exponent, dtype=np.float32)
     return inverse if rope.divisors is None else inverse / np.asarray(rope.divisors, np.float32)
@@ -19,7 +19,7 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rotation(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """cos and sin for every position, shared by all layers of this base."""
+    """cos and sin for every position, shared by all layers with this `rope`."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim)
     return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 

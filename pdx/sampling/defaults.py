@@ -1,7 +1,6 @@
-"""How a model's own files would have it sampled: `generation_config.json`, or `general.sampling.*` of a GGUF file.
+"""The sampling settings that a model's files recommend: `generation_config.json`, or `general.sampling.*` in GGUF.
 
-`pdx chat` and the chats of `pdx batch` do as the files say unless told otherwise; everything else is greedy unless
-asked.
+`pdx chat` and the chats of `pdx batch` use them unless told otherwise; everything else is greedy by default.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from numbers import Integral
 from typing import Any
 
 from pdx.errors import RequestError
-from pdx.sampling.options import SamplingOptions
+from pdx.sampling.options import FILTERS, SamplingOptions
 
 # Of a GGUF file: llama.cpp's name -> the field of SamplingOptions.
 _GGUF = {
@@ -23,8 +22,8 @@ _GGUF = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-_DRAWN = ("temperature", "top_k", "top_p", "min_p")  # of no effect while the best token is taken
-# What would change an answer and pdx does not have, with the value that switches it off.
+_DRAWN = ("temperature", *FILTERS)  # of no effect while the best token is taken
+# Settings that would change an answer but that pdx lacks, each with the value that switches it off.
 _OTHERS: dict[str, Any] = {
     "suppress_tokens": [],
     "begin_suppress_tokens": [],
@@ -66,8 +65,8 @@ class Recommended:
 
 def from_generation_config(config: Mapping[str, Any]) -> Recommended:
     """What a `generation_config.json` says. As in transformers the best token is taken unless `do_sample` is true."""
-    found = {name: config.get(name) for name in (*_GGUF.values(), "stop_strings")}
-    found["stop"] = found.pop("stop_strings")
+    found = {name: config.get(name) for name in (*_DRAWN, "repetition_penalty")}
+    found["stop"] = config.get("stop_strings")
     if not config.get("do_sample"):
         found |= dict.fromkeys(_DRAWN)
     elif found["temperature"] is None:
@@ -98,7 +97,8 @@ def from_saved(settings: Any) -> Recommended:
 
 
 def _unsupported(config: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-    return [name for name, off in others.items() if (value := config.get(name)) is not None and value != off]
+    unknown = {name: off for name, off in others.items() if name not in FILTERS}
+    return [name for name, off in unknown.items() if (value := config.get(name)) is not None and value != off]
 
 
 def _recommended(found: Mapping[str, Any], unsupported: list[str], source: str) -> Recommended:

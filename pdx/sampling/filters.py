@@ -1,11 +1,11 @@
 """Which tokens a filter keeps, found without sorting the vocabulary.
 
-Each filter puts the tokens in an order: larger score first, among equal scores the lower id first. Top-k
-keeps the first k by logit, top-p the shortest prefix by probability whose mass reaches p. Both are the
-shortest prefix of total weight >= target, and a prefix is told by its last token, a `Boundary`. That token
-is mostly among the best few, and those come cheaply from the maxima of groups. Where it is not, its score
-is enclosed by bisection, one masked sum a step, until what is enclosed is few again. No step depends on
-the neighbours of a row, and which way was taken does not show in the result.
+Each filter orders the tokens: larger score first, and of equal scores the lower id first. Top-k keeps the first
+k by logit; top-p keeps the shortest prefix by probability whose mass reaches p. Both keep the shortest prefix of
+total weight >= target, and a prefix is described by its last token, a `Boundary`. That token is mostly among the
+best few, which the maxima of groups give cheaply. If it is not, bisection brackets its score, with one masked sum
+per step, until few tokens are left in the bracket. No step depends on other rows, and the path taken does not
+change the result.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 GROUP = 128  # tokens with consecutive ids; the lane width of a TPU
 CANDIDATES = 64
-# Steps that halve the distance between logits before steps that halve the number of floats between them:
-# the first are quick for what models emit, the second end within 32 steps for anything.
+# Bisection first halves the distance between logits, which is quick for typical logits. After this many steps it halves
+# the number of floats in between, which ends within 32 steps for any input.
 VALUE_STEPS = 16
 
 Weigh = Callable[[jax.Array], jax.Array]  # the nonnegative weight of a score, element by element
@@ -29,7 +29,7 @@ Weigh = Callable[[jax.Array], jax.Array]  # the nonnegative weight of a score, e
 
 @struct.dataclass
 class Boundary:
-    """The last token kept, row by row: everything larger is kept, and of its equals those up to `id`."""
+    """The last token kept in each row: larger values are kept, and of equal values those up to `id`."""
 
     value: Float[Array, " B"]
     id: Int[Array, " B"]
@@ -48,7 +48,7 @@ class Boundary:
 
 
 def pad(x: Float[Array, "B V"]) -> Float[Array, "B W"]:
-    """Fill the vocabulary up to whole groups with tokens that cannot be chosen."""
+    """Pad the vocabulary to whole groups with tokens that cannot be chosen."""
     extra = -x.shape[1] % GROUP
     return jnp.pad(x, ((0, 0), (0, extra)), constant_values=-jnp.inf) if extra else x
 
@@ -56,8 +56,8 @@ def pad(x: Float[Array, "B V"]) -> Float[Array, "B W"]:
 def best(x: Float[Array, "B W"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """The largest logit of each row and its lowest id.
 
-    By groups, because an argmax of the whole row runs element by element on the CPU: ten times slower
-    than a maximum. x is padded.
+    It goes by groups: on the CPU an argmax over the whole row runs element by element, ten times slower than a
+    maximum. x is padded.
     """
     groups = x.reshape(x.shape[0], -1, GROUP)
     tops = groups.max(-1)
@@ -74,8 +74,8 @@ def candidates(
 ) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
     """The best `count` tokens of each row in order, among those smaller than `below`: scores and ids. x is padded.
 
-    The best C tokens lie in the C groups of the largest maxima. That holds for ties too: groups of equal
-    maxima come lower ids first, and each of them holds at least one of the tied tokens.
+    The best C tokens are in the C groups with the largest maxima. This holds for ties too: groups with equal maxima
+    come in the order of their ids, and each holds at least one of the tied tokens.
     """
 
     def eligible(values):
@@ -88,7 +88,7 @@ def candidates(
         return lax.top_k(eligible(x), count)
     groups = x.reshape(rows, -1, GROUP)
     chosen = lax.top_k(eligible(groups).max(-1), count)[1]
-    chosen = -lax.top_k(-chosen, count)[0]  # in the order of ids again, which is how top_k breaks ties
+    chosen = -lax.top_k(-chosen, count)[0]  # back in the order of ids, by which top_k breaks ties
     inside = jnp.take_along_axis(groups, chosen[:, :, None], axis=1)
     values, at = lax.top_k(eligible(inside).reshape(rows, -1), count)
     return values, jnp.take_along_axis(chosen, at // GROUP, axis=1) * GROUP + at % GROUP
@@ -104,12 +104,12 @@ def nucleus(
 ) -> Boundary:
     """The end of the smallest set with a share p of the weights of `rows`; elsewhere everything is kept.
 
-    Exact up to the f32 rounding of the sum. A negative weight is none, and none lies between 0 and `least`.
+    Exact up to the f32 rounding of the sum. A negative weight means no token; no weight is between 0 and `least`.
     """
     mass = jnp.maximum(weights, 0.0).reshape(weights.shape[0], -1, GROUP).sum(-1).sum(-1)
-    # All weights below this add up to less than the share left out. Half of it: room for rounding.
+    # All weights below this add up to less than the share left out. The factor 0.5 leaves room for rounding.
     low = jnp.maximum(0.5 * (1 - p) * mass / weights.shape[1], least)
-    # Where a sum meets negative weights it has passed the target, or every other weight.
+    # A sum reaches negative weights only after it has passed the target, or every other weight.
     return _prefix(weights, lambda w: w, p * mass, rows, low, _halve_floats)
 
 
@@ -127,7 +127,7 @@ def _prefix(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, halve) -> Bou
 
 
 def _among(values, ids, weigh: Weigh, above, target) -> tuple[Bool[Array, " B"], Boundary]:
-    """Look for the boundary among candidates, `above` being the weight of all that stands before them."""
+    """Look for the boundary among candidates; `above` is the total weight of the tokens that precede them."""
     enough = above[:, None] + jnp.cumsum(weigh(values), axis=1) >= target[:, None]
     at = jnp.argmax(enough, axis=1)[:, None]
     value, last = (jnp.take_along_axis(a, at, axis=1)[:, 0] for a in (values, ids))
@@ -152,7 +152,7 @@ def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, first, halve)
         return jnp.sum(jnp.where(x >= _value(key)[:, None], weigh(x), 0.0), axis=1)
 
     def is_open(b: _Bracket):
-        # Each enclosed token weighs at least what the lowest score weighs, so this bounds their number.
+        # Each token in the bracket weighs at least as much as its lowest score, which bounds their number.
         few = b.weight_low - b.weight_high <= CANDIDATES * weigh(_value(b.low))
         return rows & ~few & (b.high - 1 > b.low)
 
@@ -175,8 +175,8 @@ def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, first, halve)
     b = lax.while_loop(lambda b: jnp.any(is_open(b)), narrow, start)
     low, high = _value(b.low), _value(b.high)
     found, boundary = _among(*candidates(x, below=high), weigh, b.weight_high, target)
-    # Else one score is tied more often than there are candidates (or the same weights, added up in another
-    # order, stay a rounding error short of the target, and all that is enclosed is kept).
+    # Otherwise more tokens tie at one score than there are candidates. (Or the same weights, added in another order,
+    # stay a rounding error below the target: then the whole bracket is kept.)
     each = jnp.maximum(weigh(low), jnp.finfo(jnp.float32).tiny)
     tied = x == low[:, None]
     needed = jnp.ceil((target - b.weight_high) / each)
@@ -184,7 +184,7 @@ def _search(x, weigh: Weigh, target, rows: Bool[Array, " B"], low, first, halve)
 
 
 def _nth(mask: Bool[Array, "B W"], n: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The position of the n-th (from 1) true element of each row; n is cut to what there is."""
+    """The position of the n-th (from 1) true element of each row; n is at most the number of true elements."""
     # Counted in f32, exact below 2**24: XLA turns integer sums of this size into slow windowed ones on the CPU.
     groups = mask.astype(jnp.float32).reshape(mask.shape[0], -1, GROUP)
     counts = jnp.cumsum(groups.sum(-1), axis=1)
@@ -196,7 +196,7 @@ def _nth(mask: Bool[Array, "B W"], n: Float[Array, " B"]) -> Int[Array, " B"]:
 
 
 def _halve_logits(b: _Bracket) -> Int[Array, " B"]:
-    """Where to look next among logits: down in doubling strides, then half way, at last as `_halve_floats`."""
+    """The next score to try: down in doubling strides, then half way between, at last as `_halve_floats`."""
     low, high = _value(b.low), _value(b.high)
     stride = jnp.exp2(b.step.astype(jnp.float32))
     logit = jnp.where(jnp.isneginf(low), high - stride, low + (high - low) * 0.5)
@@ -204,7 +204,7 @@ def _halve_logits(b: _Bracket) -> Int[Array, " B"]:
 
 
 def _halve_floats(b: _Bracket) -> Int[Array, " B"]:
-    """Half of the floats in between: ends within 32 steps for anything, and halves ratios of weights."""
+    """Halve the number of floats in the bracket: ends within 32 steps for any input, and halves ratios of weights."""
     return (b.low >> 1) + (b.high >> 1) + (b.low & b.high & 1)
 
 

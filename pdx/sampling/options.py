@@ -1,4 +1,4 @@
-"""What one request asks of sampling, as plain data on the host: no arrays, no jax."""
+"""The sampling settings of one request, as plain data on the host: no arrays, no jax."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pdx.arguments import boolean, integer, number, plain
 from pdx.errors import RequestError
 
 MAX_LOGPROBS = 20
-# Rows of logit bias have a fixed width, so that a request with more entries compiles nothing.
+# Rows of logit bias have this fixed width, so that no number of entries compiles a new program.
 MAX_LOGIT_BIAS = 300
+# The settings that say which tokens may be drawn: of no effect at temperature 0.
+FILTERS = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,27 @@ class SamplingOptions:
     Args:
       max_tokens: how many tokens to generate at most.
       temperature: divides the logits; 0 always takes the best token.
-      top_k: only the k best tokens; 0 is off.
-      top_p: only the smallest set of best tokens that holds this share of the probability; 1 is off.
-      min_p: only tokens at least this probable, relative to the best one; 0 is off.
+      top_k: keep only the k best tokens; 0 is off.
+      top_p: keep only the smallest set of best tokens with this share of the probability; 1 is off.
+      min_p: keep only tokens at least this probable, relative to the best one; 0 is off.
       repetition_penalty: divides positive and multiplies negative logits of every token that the prompt
         or the output holds (CTRL, arXiv:1909.05858); 1 is off.
       presence_penalty: subtracted from the logit of every token that the output holds.
       frequency_penalty: the same, times how often the output holds it.
       logit_bias: token id -> what to add to its logit; -inf bans the token.
-      seed: with the position, all that the randomness depends on. None: another one each time.
-      stop: texts that end the output, themselves left out.
+      seed: the randomness depends on the seed and the position only. None: a new seed for each request.
+      stop: texts that end the output; they are not part of it.
       stop_token_ids: tokens that end the output, besides the model's own.
-      ignore_eos: go on behind the model's own end tokens.
+      ignore_eos: continue after the model's own end tokens.
       logprobs: report the chosen token's log-probability and this many of the best alternatives;
         0 is the chosen token only, None is off.
 
     Raises:
       RequestError: a setting out of its range; the text names it, its value and the range.
+
+    Example:
+      >>> pdx.SamplingOptions(max_tokens=64, temperature=0.7, top_p=0.9, seed=1, stop="END").stop
+      ('END',)
     """
 
     max_tokens: int = 128
@@ -105,7 +111,7 @@ def _sequence(name, value) -> tuple:
 
 
 def _bias(bias) -> dict[int, float]:
-    """The bias with integer keys: JSON can only write them as text."""
+    """The bias with integer keys, which JSON writes as text."""
     if not isinstance(bias, Mapping):
         raise RequestError(f"logit_bias is {bias!r}: it must map token ids to numbers")
     if len(bias) > MAX_LOGIT_BIAS:

@@ -1,18 +1,17 @@
-"""From logits to tokens: one pure function for a batch in which every row has settings of its own.
+"""From logits to tokens: one pure function for a batch in which every row has its own settings.
 
-The settings apply in this order, which is that of Hugging Face transformers:
+The settings apply in this order, as in Hugging Face transformers:
 
 1. repetition penalty (prompt and output), then presence and frequency penalties (output only);
 2. logit bias, so that it is added as given;
 3. temperature; at 0 the best token is taken here and nothing below matters;
 4. top-k, then top-p over the probabilities that top-k leaves, then min-p.
 
-Top-k keeps exactly k tokens and top-p the smallest set of mass >= p, at least one token; equal logits
-count lower ids first. min-p compares with the best token, so its place after top-p only decides which
-tokens top-p counts: all that top-k leaves.
+Top-k keeps exactly k tokens, top-p the smallest set of mass >= p and at least one token; of equal logits the lower id
+comes first. min-p compares with the best token, so it may come after top-p without changing what it removes.
 
-All settings are arrays, so one compiled program serves every mix of them. What costs something stands
-under a `lax.cond` on whether any row asks for it: a step of plain greedy rows runs an argmax and no more.
+All settings are arrays, so one compiled program serves every mix of them. Expensive parts run under a `lax.cond` on
+whether any row needs them: a step of plain greedy rows runs an argmax and nothing else.
 """
 
 from __future__ import annotations
@@ -35,19 +34,24 @@ from pdx.sampling.options import MAX_LOGIT_BIAS, SamplingOptions
 
 __all__ = ["SampleOutput", "SamplingOptions", "SamplingState", "filtered_logits", "sample"]
 
-# Colder than this and f32 logits a rounding error apart are told apart: it is greedy in all but name.
+# Lower temperatures are raised to this one: it already separates f32 logits that differ by a rounding error.
 COLDEST = 1e-6
 # The token of a row that has none: see `sample`.
 NO_TOKEN = -1
-# What f32 can hold: settings beyond it, or a penalty that would round to 0, are taken as these.
+# The range of f32: settings beyond it, or a penalty that would round to 0, are replaced by these.
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @struct.dataclass
 class SamplingState:
-    """The settings of a batch and what its rows have seen, on the device: the same tree whatever the settings.
+    """The settings of a batch and the tokens its rows have seen, on the device: one pytree for all settings.
 
-    5 bytes a row and token of vocabulary (10 MB for 8 rows of 262144). Rows without a request are greedy.
+    It takes 5 bytes per row and vocabulary entry (10 MB for 8 rows of 262144). Rows without a request are greedy.
+
+    Example:
+      >>> state = pdx.SamplingState.create([pdx.SamplingOptions(temperature=0.7, seed=1)], vocab_size=64, batch=2)
+      >>> state.observe(jnp.array([5, 9]), jnp.array([True, False])).output_counts.sum(-1).tolist()
+      [1, 0]
     """
 
     temperature: Float[Array, " B"]
@@ -76,12 +80,12 @@ class SamplingState:
         batch: int | None = None,
         on_host: bool = False,
     ) -> SamplingState:
-        """The state of `batch` rows (as many as options by default), the first of which have a request.
+        """The state of `batch` rows (None: one per option); the first rows get the options.
 
         Args:
           prompts: the token ids of each prompt, for the repetition penalty.
-          outputs: what each request has generated already, when it goes on in another batch.
-          on_host: as numpy arrays: whoever may not wait for the device hands these to a program.
+          outputs: the tokens that each request has generated so far, when it continues in another batch.
+          on_host: return numpy arrays, for callers that must not wait for the device.
 
         Raises:
           RequestError: a prompt, output or logit bias names a token outside the vocabulary.
@@ -123,9 +127,9 @@ class SamplingState:
         return made if on_host else jax.tree.map(jnp.asarray, made)
 
     def observe(self, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> SamplingState:
-        """The state after `tokens` were emitted in the rows that are active; in place where it is donated."""
+        """The state after `tokens` were emitted in the active rows; updated in place where it is donated."""
         counts = self.output_counts
-        # A negative token is none, and an index past the end is dropped.
+        # A negative token means none; its index past the end is dropped.
         column = jnp.where(active & (tokens >= 0), tokens, counts.shape[1])
         return self.replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
 
@@ -136,7 +140,7 @@ class SamplingState:
 
 @struct.dataclass
 class SampleOutput:
-    """One token a row. Where a row did not ask for log-probabilities they are inf, and the ids -1."""
+    """One token per row. Rows that asked for no log-probabilities have inf there, and ids of -1."""
 
     tokens: Int[Array, " B"]
     logprob: Float[Array, " B"]
@@ -156,18 +160,17 @@ def sample(
 ) -> SampleOutput:
     """Choose the next token of every row.
 
-    A row depends on its own logits, settings, seed and position, and on nothing else: not on its slot, its
-    neighbours or the batch size. The token is the one `filtered_logits` gives at random, by two Gumbel
-    draws: a group of 128 tokens by its total mass, then a token in it. A row whose best logit is not
-    finite (NaN, or every token banned) is not drawn: it gets the argmax, a token id in any case, or -1 with
-    `mark_broken`.
+    A row depends only on its own logits, settings, seed and position, not on its slot, other rows or the batch
+    size. The token is drawn from the distribution of `filtered_logits` by two Gumbel draws: a group of 128 tokens by
+    its total mass, then a token in it. A row whose best logit is not finite (NaN, or every token banned) is not
+    drawn: it gets the argmax, which is a token id in any case, or -1 with `mark_broken`.
 
     Args:
-      positions: where in its sequence the token of each row will stand.
+      positions: the position of each row's new token in its sequence.
       num_logprobs: the width n of the alternatives reported (static, at most 64).
-      allowed: tokens that may be chosen, at least one a row; the others are banned, behind penalties and bias.
-      mark_broken: give -1 (`NO_TOKEN`) to rows with a NaN or +inf among their logits, or with nothing but -inf, so that
-        no token of theirs passes for an answer (static). It costs no pass over the logits, except with `allowed`.
+      allowed: tokens that may be chosen, at least one per row; the others are banned, after penalties and bias.
+      mark_broken: give -1 (`NO_TOKEN`) to rows with a NaN or +inf among their logits, or with only -inf, so that no
+        such token is taken for an answer (static). It costs no pass over the logits, except with `allowed`.
 
     Returns:
       Tokens int32. Log-probabilities are those of the logits as given, before any setting.
@@ -203,9 +206,9 @@ def sample(
 
 @jax.jit
 def filtered_logits(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
-    """The logits whose softmax is the distribution `sample` draws from: f32, -inf for tokens dropped.
+    """The logits whose softmax is the distribution that `sample` draws from: f32, -inf for dropped tokens.
 
-    Greedy rows keep their one token.
+    Greedy rows keep one token.
     """
     x = pad(_adjusted(logits.astype(jnp.float32), state))
     top, token = best(x)
@@ -224,7 +227,7 @@ def _is_adjusted(state: SamplingState) -> Bool[Array, " B"]:
 def _adjusted(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
     """Penalties, then bias. A row without them keeps its logits bit for bit.
 
-    Without a `lax.cond`: a branch that returns [B, V] costs a copy of the logits even where it is not taken.
+    There is no `lax.cond`: a branch that returns [B, V] copies the logits even where it is not taken.
     """
     count = state.output_counts
     repetition = jnp.where((count > 0) | state.in_prompt, state.repetition[:, None], 1.0)
@@ -251,7 +254,7 @@ def _weights(x, top, state: SamplingState) -> tuple[Float[Array, "B W"], Bool[Ar
         return jnp.exp((logits - jnp.where(drawn, top, 0.0)[:, None]) * _inverse_temperature(state)[:, None])
 
     k = lax.cond(jnp.any(by_k), lambda: first_k(x, state.top_k, by_k), lambda: everything)
-    # -1 and not 0, so that the weights alone tell what top-k dropped: a pass over the logits less.
+    # -1 and not 0, so that the weights alone show what top-k dropped. This saves a pass over the logits.
     weights = jnp.where(k.keeps(x), weigh(x), -1.0)
     least = weigh(k.value[:, None])[:, 0] * (1 - 1e-6)  # an exp of another shape may round otherwise
     p = lax.cond(jnp.any(by_p), lambda: nucleus(weights, state.top_p, by_p, least), lambda: everything)
@@ -259,10 +262,10 @@ def _weights(x, top, state: SamplingState) -> tuple[Float[Array, "B W"], Bool[Ar
 
 
 def _draw(x, top, state: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:
-    """A token from what the filters leave, by the Gumbel-max trick on groups and then inside one.
+    """Draw a token from those that the filters keep, by the Gumbel-max trick on groups and then inside one.
 
-    Noise per group and per place in it is 100 times less of it than per token, and unlike an inverse CDF
-    it keeps the choice where it is when all logits move by a rounding error.
+    Noise per group and per place in a group is 100 times less noise than per token. Unlike an inverse CDF, the choice
+    does not change when all logits change by a rounding error.
     """
     weights, kept = _weights(x, top, state)
     groups = jnp.where(kept, weights, 0.0).reshape(x.shape[0], -1, GROUP)
@@ -270,7 +273,7 @@ def _draw(x, top, state: SamplingState, positions: Int[Array, " B"]) -> Int[Arra
 
     def noise(seed, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        # "high": with 23 random bits no token below 1e-7 would ever be chosen.
+        # mode "high": with 23 random bits a token of probability below 1e-7 would never be chosen.
         return jax.random.gumbel(key, (count + GROUP,), mode="high")
 
     drawn = jax.vmap(noise)(state.seeds, positions)

@@ -1,8 +1,10 @@
 """The two phases as pure jitted functions over one cache, which is donated and returned.
 
-`prefill` appends a chunk, `decode_step` one token a row, `decode_many` decodes and samples on the device,
-`verify` scores a draft, `mixed_step` takes packed tokens of many requests over pages, decode rows and chunks of prompts
-in one. Each is `pdx.model.forward` with another T and another row of logits kept.
+1. A step checks its arguments on the host, then dispatches one compiled program.
+2. The program is `pdx.model.forward`: `prefill` appends a chunk per row, `decode_step` one token, `verify` a draft;
+   `mixed_step` takes packed decode rows and prompt chunks of many requests over pages.
+3. It returns logits (of the last token; for `verify`, of all) and the cache. `decode_many` loops over decode and
+   sampling on the device, and returns tokens.
 """
 
 from pdx.steps import dense, packed
@@ -11,5 +13,5 @@ from pdx.steps.packed import mixed_step
 
 __all__ = ["PROGRAMS", "Decoded", "decode_many", "decode_step", "mixed_step", "prefill", "verify"]
 
-# The jitted programs behind the steps, for `.lower(...)`: they take every argument by name and check nothing.
+# The jitted programs of the steps, for `.lower(...)`. They check nothing.
 PROGRAMS = dense.PROGRAMS | packed.PROGRAMS

@@ -1,7 +1,7 @@
-"""The arguments of a step over a dense cache, looked at before the step is dispatched.
+"""Checks of a step's arguments over a dense cache, before the step is dispatched.
 
-Types and shapes cost a microsecond and are always looked at. Values may still be under way on the device, so they are
-looked at with `check` only.
+Types and shapes are always checked: that takes a microsecond. Values are checked with `check` only, since the host
+would have to wait for a device that is still computing them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pdx.errors import RequestError
 
 
 def chunk(cfg: ModelConfig, cache: DenseCache, tokens: Any, lengths: Any, check: bool) -> tuple[Any, Any]:
-    """`tokens` [B, T] and `lengths` [B] of a chunk, lists as arrays. Raises as `steps.prefill`."""
+    """Check `tokens` [B, T] and `lengths` [B] of a chunk and return them, lists as arrays. Raises as `prefill`."""
     _check_kinds(cfg, cache)
     tokens = whole_numbers("tokens", tokens, (cache.batch, None), "[B, T]")
     lengths = whole_numbers("lengths", lengths, (cache.batch,), "[B]")
@@ -35,7 +35,7 @@ def chunk(cfg: ModelConfig, cache: DenseCache, tokens: Any, lengths: Any, check:
 def newest(
     cfg: ModelConfig, cache: DenseCache, tokens: Any, active: Any, check: bool, steps: Any = 1
 ) -> tuple[Any, Any]:
-    """`tokens` [B] and `active` [B], lists as arrays, for `steps` decode steps. Raises as `steps.decode_step`."""
+    """Check `tokens` [B] and `active` [B] for `steps` decode steps and return them. Raises as `decode_step`."""
     _check_kinds(cfg, cache)
     tokens = whole_numbers("tokens", tokens, (cache.batch,), "[B]")
     active = flags("active", active, (cache.batch,), "[B]")

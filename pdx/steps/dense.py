@@ -35,24 +35,30 @@ def prefill(
     kernels: Kernels = "auto",
     check: bool = True,
 ) -> tuple[Float[Array, "B V"], DenseCache]:
-    """Append `lengths` new tokens of each row behind what the row holds; compute-bound.
+    """Append the first `lengths` tokens of each row after those it holds; compute-bound.
 
-    A longer prompt is fed in chunks by calling this again. A row of length 0 is untouched and its
-    logits mean nothing. The cache given is donated: use the one returned.
+    A longer prompt is prefilled in chunks: call this again. A row of length 0 is untouched and its logits mean
+    nothing. The cache given is donated: use the one returned.
 
     Args:
-      check: look, on the host, at the values: whether the tokens fit and are of the vocabulary. It waits for the cache;
-        callers that keep count themselves switch it off. A row that overflows unchecked, or under an
-        outer `jit`, gets NaN logits: never a silent truncation.
+      check: check the values on the host: that the tokens fit and are in the vocabulary. This waits for the cache, so
+        callers that count themselves switch it off. Unchecked, or under an outer `jit`, a row that overflows gets NaN
+        logits; it is never cut short silently.
 
     Returns:
-      Logits behind the last new token of each row, f32, and the cache.
+      Logits of the last new token of each row, f32, and the cache.
 
     Raises:
       ContextLengthError: a row has no room for its tokens.
       ValueError: T is larger than the cache's chunk, or a length is not one of 0 to T.
       RequestError: another shape or type (a list is taken), or with `check` a token outside the vocabulary.
       DonatedError: a cache that was given to an earlier step.
+
+    Example:
+      >>> cache = pdx.init_cache(cfg, batch=2, capacity=128)
+      >>> logits, cache = pdx.prefill(params, cfg, tokens, lengths, cache)
+      >>> logits.shape, cache.lengths.tolist()
+      ((2, 64), [3, 2])
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     check_mesh(params["final_norm"], cache.mesh)
@@ -73,6 +79,13 @@ def decode_step(
     """Append one token to each active row; bound by reading the weights and the cache.
 
     Inactive rows neither grow nor are read; their logits mean nothing. See `prefill` for the rest.
+
+    Example:
+      >>> cache = pdx.init_cache(cfg, batch=2, capacity=128)
+      >>> logits, cache = pdx.prefill(params, cfg, tokens, lengths, cache)
+      >>> logits, cache = pdx.decode_step(params, cfg, logits.argmax(-1), jnp.array([True, False]), cache)
+      >>> cache.lengths.tolist()
+      [4, 2]
     """
     tokens, active = newest(cfg, cache, tokens, active, check)
     check_mesh(params["final_norm"], cache.mesh)
@@ -81,10 +94,10 @@ def decode_step(
 
 @struct.dataclass
 class Decoded:
-    """What `decode_many` returns: n tokens a row, and everything needed to go on."""
+    """What `decode_many` returns: n tokens per row, and everything needed to go on."""
 
-    # -1 (`NO_TOKEN`) where the logits were NaN or infinite: the model overflows, or the cache had no room left, which
-    # `check` would have refused. What follows a -1 in its row means nothing.
+    # -1 (`NO_TOKEN`) where the logits were NaN or infinite: the model overflowed, or the cache was full (which `check`
+    # refuses). Later tokens of such a row mean nothing.
     tokens: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     top_ids: Int[Array, "B n m"]
@@ -109,19 +122,26 @@ def decode_many(
     kernels: Kernels = "auto",
     check: bool = True,
 ) -> Decoded:
-    """Decode and sample n tokens a row in one program: tokens stay on the device between steps.
+    """Decode and sample n tokens per row in one program: tokens stay on the device between steps.
 
     Args:
       tokens: the newest token of each row, not in the cache yet.
-      sampling: settings and counts of each row; donated, as the cache is.
+      sampling: settings and counts of each row; donated, like the cache.
       n: static length of the result.
-      steps: how many of the n to run, a number that may change without a new program; the columns
-        behind it are 0. None: all.
+      steps: how many of the n to run; another value compiles nothing. The columns after it are 0. None: all.
       active: rows that take part; the others keep their token. None: all.
       num_logprobs: how many of the best alternatives to report for each token (static).
 
     Raises:
       ContextLengthError: as `prefill`, for n (or `steps`) more tokens.
+
+    Example:
+      >>> cache = pdx.init_cache(cfg, batch=2, capacity=128)
+      >>> logits, cache = pdx.prefill(params, cfg, tokens, lengths, cache)
+      >>> sampling = pdx.SamplingState.create([pdx.SamplingOptions()] * 2, cfg.vocab_size)  # greedy
+      >>> out = pdx.decode_many(params, cfg, logits.argmax(-1), cache, sampling, n=4)
+      >>> out.tokens.shape, out.cache.lengths.tolist()
+      ((2, 4), [7, 6])
     """
     n = integer("n", n, 1)
     num_logprobs = integer("num_logprobs", num_logprobs, 0)
@@ -134,7 +154,7 @@ def decode_many(
         raise RequestError(f"sampling is {type(sampling).__name__}: it must be what SamplingState.create returns")
     check_alive(sampling, "sampling state")
     steps = jnp.asarray(steps, jnp.int32)
-    sampling = place_rows(sampling, cache.mesh)  # as it will come back, so that the next call is the same program
+    sampling = place_rows(sampling, cache.mesh)  # as the program returns it, so that the next call does not recompile
     active, kernels = jnp.asarray(active), settled(kernels)
     return _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_logprobs, kernels)
 
@@ -150,10 +170,18 @@ def verify(
     kernels: Kernels = "auto",
     check: bool = True,
 ) -> tuple[Float[Array, "B T V"], DenseCache]:
-    """Append a draft and score every token of it; then `cache.truncate(lengths)` drops what was rejected.
+    """Append a draft and score each of its tokens. `cache.truncate(keep_lengths)` then drops what was rejected.
 
-    `tokens` are the newest token and G drafted ones (T = G + 1); logits [:, i] follow token i.
+    `tokens` are the newest token and G drafted ones (T = G + 1); logits [:, i] predict the token after token i.
     See `prefill` for the rest.
+
+    Example:
+      >>> cache = pdx.init_cache(cfg, batch=2, capacity=128)
+      >>> logits, cache = pdx.verify(params, cfg, tokens, lengths, cache)
+      >>> logits.shape
+      (2, 3, 64)
+      >>> cache.truncate(jnp.array([2, 1])).lengths.tolist()  # the last token of each row was rejected
+      [2, 1]
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     check_mesh(params["final_norm"], cache.mesh)
@@ -161,7 +189,7 @@ def verify(
 
 
 def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
-    """NaN for rows that hold more than fits: what was dropped must not pass for an answer."""
+    """NaN logits for rows that overflow the cache, so that dropped tokens cannot go unnoticed."""
     full = cache.lengths > cache.capacity
     logits = jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
     axes = ("batch", *[None] * (logits.ndim - 2), "vocab")
@@ -202,15 +230,15 @@ def _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_log
     def body(i, carry):
         tokens, cache, sampling, rows = carry
         logits, cache = _step(params, cfg, tokens, active, cache, kernels)
-        # The token drawn now will stand at this position: its randomness is that of (seed, position).
-        # Logits that are not finite (the model overflows, or there was no room) give no token, not a wrong one.
+        # `cache.lengths` is the position of the token drawn now; its randomness depends on (seed, position).
+        # Logits that are not finite (overflow of the model or of the cache) give NO_TOKEN, not a wrong token.
         drawn = sample(logits, sampling, cache.lengths, num_logprobs=num_logprobs, mark_broken=True)
         sampling = sampling.observe(drawn.tokens, active)
         rows = jax.tree.map(lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, i, 1), rows, drawn)
         return jnp.where(active, drawn.tokens, tokens), cache, sampling, rows
 
     last, cache, sampling, rows = lax.fori_loop(0, jnp.minimum(steps, n), body, (tokens, cache, sampling, empty))
-    # What comes out of the loop is placed anew: a constraint inside it does not reach its result.
+    # The loop's results are constrained again: constraints inside the loop do not reach them.
     last, sampling, rows = constrain_rows((last, sampling, rows), cache.mesh)
     return Decoded(rows.tokens, rows.logprob, rows.top_ids, rows.top_logprobs, last, sampling, cache.placed())
 

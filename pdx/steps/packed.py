@@ -1,4 +1,4 @@
-"""The step over pages: packed tokens of many requests, decode rows and chunks of prompts in one program."""
+"""The step over a paged cache: packed tokens of many requests, decode rows and prompt chunks in one program."""
 
 from __future__ import annotations
 
@@ -34,25 +34,33 @@ def mixed_step(
     max_queries: int | None = None,
     kernels: Kernels = "auto",
 ) -> tuple[Float[Array, "R V"], PagedCache]:
-    """Append packed tokens of R requests to their pages: decode rows and chunks of prompts in one step.
+    """Append packed tokens of R requests to their pages: decode rows and prompt chunks in one step.
 
-    The weights are read once for all of them, so that a chunk fills the arithmetic that decode rows leave idle
-    (Sarathi, Agrawal et al. 2023). The cache is donated: use the one returned.
+    The weights are read once for all of them, so a chunk uses the arithmetic that decode rows leave idle (Sarathi,
+    Agrawal et al. 2023). The cache is donated: use the one returned.
 
     Args:
-      tokens: of row r those from query_starts[r] to query_starts[r+1] - 1; what follows the last row is padding.
-      block_tables: position t of row r lies in page block_tables[g, r, t // p] of page group g (`page_groups`).
-        Entries that no query of the row sees may be anything.
-      lengths: tokens that each row holds, this step's included, which stand last; 0: it takes no part.
-      decode_rows: static; the first rows, so many, own one token at most, and are attended together.
-      max_queries: static; the most tokens that a row owns; None: up to T. Wrong hints give wrong results.
+      tokens: row r owns tokens query_starts[r] to query_starts[r+1] - 1. Tokens after the last row are padding.
+      block_tables: position t of row r is in page block_tables[g, r, t // p] of page group g (`page_groups`), where p
+        is the page size. Entries that no query of the row sees may be anything.
+      lengths: tokens that each row holds, this step's included; 0: the row takes no part.
+      decode_rows: static; the first `decode_rows` rows own at most one token each and are attended together.
+      max_queries: static; the most tokens that one row owns; None: up to T. A wrong hint gives wrong results.
 
     Returns:
-      Logits behind the last token of each row, f32: NaN where a row is longer than its block table, meaningless where
-      it takes no part; and the cache.
+      Logits of the last token of each row, f32, and the cache. Logits are NaN where a row is longer than its block
+      table, and mean nothing where a row takes no part.
 
     Raises:
       ValueError: shapes that do not fit.
+
+    Example, one request with a chunk of three tokens and one that decodes its fifth:
+      >>> cache = pdx.init_paged_cache(cfg, pages=4)
+      >>> logits, cache = pdx.mixed_step(
+      ...     params, cfg, jnp.array([9, 5, 9, 2]), cache, block_tables=jnp.array([[[0], [1]]]),
+      ...     lengths=jnp.array([5, 3]), query_starts=jnp.array([0, 1, 4]))
+      >>> logits.shape
+      (2, 64)
     """
     check_cache(cache, PagedCache)
     check_mesh(params["final_norm"], cache.mesh)
@@ -74,7 +82,7 @@ def mixed_step(
 
 
 def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):
-    """`mixed_step` to be traced inside a larger program."""
+    """`mixed_step`, to be traced inside a larger program."""
     out = forward(params, cfg, tokens[None], cache, rows=rows, logits="last", kernels=kernels)
     full = rows.held_lengths > rows.block_tables.shape[-1] * cache.page_size
     logits = jnp.where(full[:, None], jnp.nan, out.logits)

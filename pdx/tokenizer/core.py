@@ -33,6 +33,13 @@ class Tokenizer:
     """The tokenizer of one model, on the `tokenizers` library. Threads may share one.
 
     Make it with `from_hf_dir`, `from_gguf` or `load`.
+
+    Example, a vocabulary of three tokens and one merge, as a GGUF file would have it:
+      >>> tokenizer = pdx.Tokenizer.from_gguf({
+      ...     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+      ...     "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]})
+      >>> tokenizer.encode("abba"), tokenizer.decode([2, 1, 0])
+      ([2, 1, 0], 'abba')
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: Settings):

@@ -66,6 +66,11 @@ def load(
       UnsupportedModelError: a model of an architecture, or with a feature, that pdx does not have.
       ContextLengthError: `max_context` is not within the model's own.
       ValueError: a dtype or a mesh that makes no sense.
+
+    Example:
+      >>> model = pdx.load("smollm2-135m-instruct", quantize="int8")  # doctest: +SKIP
+      >>> model.config.num_layers  # doctest: +SKIP
+      30
     """
     if not isinstance(model, str | Path):
         raise ModelNotFoundError(f"model is {model!r}: it must be a name (see `pdx models`), a path or a hub id")
@@ -147,7 +152,7 @@ def _read_params(
     jobs = [(_source(opened, path), spec, policy.kind(name_of(path))) for path, spec in paths]
     check_names(opened, {source.name for source, _, _ in jobs})
     for source, spec, _ in jobs:  # before any is read: a size that is wrong costs no memory
-        check_shape(opened.file, source.name, tuple(spec.shape))
+        check_shape(opened.file, source, tuple(spec.shape))
     sizes = [sum(x.size_bytes for x in jax.tree.leaves(spec, is_leaf=is_spec)) for _, spec, _ in jobs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 

@@ -21,9 +21,20 @@ from pdx.tokenizer import Tokenizer
 class Model:
     """A loaded model: parameters on the device and everything needed to use them.
 
-    `params` is the tree of `pdx.model.param_specs`; `dtype` that of the matrices (norms are always f32); `mesh` is None
-    on one device; `notes` are sentences for the user, and `terms` those among them that go along with every copy;
-    `sampling` are the settings that its files recommend, by the names of `SamplingOptions` (see `sampling_defaults`).
+    Attributes:
+      params: the tree that `pdx.model.param_specs` declares.
+      dtype: of the matrices; norms are always f32.
+      mesh: None on one device.
+      notes: sentences for the user.
+      terms: the notes that licences require to go along with every copy.
+      sampling: the settings that the model's files recommend, by the names of `SamplingOptions` (see
+        `sampling_defaults`).
+
+    Example:
+      >>> from pathlib import Path
+      >>> model = pdx.Model(params, cfg, name="tiny", path=Path("tiny"), dtype=jnp.float32)
+      >>> model.config.max_context, model.mesh
+      (256, None)
     """
 
     params: Params = field(repr=False)

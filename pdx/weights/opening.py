@@ -195,7 +195,7 @@ def read_tensor(
 
     Raises ModelFileError for another shape and for values that are not finite, naming file and tensor.
     """
-    check_shape(file, source.name, shape)
+    check_shape(file, source, shape)
     rows = source.rows
     if part is not None and len(part) < shape[0]:
         rows = np.arange(part.start, part.stop) if rows is None else rows[part.start : part.stop]
@@ -208,7 +208,7 @@ def read_tensor(
 
 def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dtype: Any) -> QuantArray:
     """One matrix as the file has it quantized, on the host, checked. Raises as `read_tensor`."""
-    check_shape(file, source.name, shape)
+    check_shape(file, source, shape)
     found = file.read_stored(source.name, dtype, source.rows)
     _check_finite(file, source.name, found.scales, "scales ")
     if found.offsets is not None:
@@ -216,12 +216,14 @@ def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dty
     return found
 
 
-def check_shape(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
-    """Raises ModelFileError for a tensor of another shape."""
-    if file.shape(name) != shape:
+def check_shape(file: TensorFile, source: Source, shape: tuple[int, ...]) -> None:
+    """Raises ModelFileError where the tensor of a parameter of this shape has another one than it should."""
+    name = source.name
+    expected = shape if source.stored_rows is None else (source.stored_rows, *shape[1:])
+    if file.shape(name) != expected:
         raise ModelFileError(
             f"{file.path_of(name)}: tensor {name} has shape {list(file.shape(name))}, "
-            f"expected {list(shape)} from the configuration"
+            f"expected {list(expected)} from the configuration"
         )
 
 

@@ -1,4 +1,4 @@
-"""Tables of docs/kernels.md from what was found.
+"""Tables of docs/kernel_figures.md from what was found.
 
 `python -m tests.aot.report FILE ...`: a `.jsonl` is what PDX_AOT_REPORT kept of `pytest -m aot`, a `.json` what
 `python -m pallas_kernels.analysis.static OP --target NAME --json` printed.

@@ -347,25 +347,3 @@ def test_a_file_of_all_kinds_is_answered_row_by_row(directory, tmp_path):
     assert {name: len(x) for name, x in lists.items()} == dict.fromkeys(
         ("tokens", "token_logprobs", "top_logprobs", "text_offset"), 3
     )
-
-
-def read_bytes(path, data: bytes):
-    path.write_bytes(data)
-    return batch_job.read(path, SamplingOptions())
-
-
-def test_lines_of_a_batch_that_are_json_and_no_request_fail_alone(tmp_path):
-    # headroom 2316, litellm 37457: one such line ended the whole file.
-    good = b'{"prompt": "a"}\n'
-    openai = b'{"custom_id": "%d", "method": "POST", "url": "/v1/chat/completions", "body": %s}\n'
-    odd = [b"[1, 2]\n", b"null\n", b'"x"\n', b"5\n"]
-    odd += [openai % (i, body) for i, body in enumerate((b'"x"', b"null", b"[]", b'{"messages": "hi"}'))]
-    first, *failed, last = read_bytes(tmp_path / "in.jsonl", good + b"".join(odd) + good)
-    assert (first.prompt, last.prompt, len(failed)) == ("a", "a", len(odd))
-    assert all(isinstance(request.error, RequestError) for request in failed)
-
-
-def test_a_byte_order_mark_blank_lines_and_any_line_end_are_no_read(tmp_path):
-    # grok2api 759, sqlite-utils 376: the first record was lost, or a blank line refused.
-    found = read_bytes(tmp_path / "in.jsonl", b'\xef\xbb\xbf\r\n{"prompt": "a"}\r\n  \n\n{"prompt": "b"}')
-    assert [(request.line, request.prompt) for request in found] == [(2, "a"), (5, "b")]

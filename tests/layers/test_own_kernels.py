@@ -10,8 +10,8 @@ from pallas_kernels import decode_attention
 from pallas_kernels.attention.cases import Case
 from pdx.errors import RequestError
 from pdx.layers import kernels
-from tests.kernels.cases import make
 from tests.support import own_kernel, tiny_model
+from tests.support.attention_problems import make
 from tests.support.models import LLAMA
 
 

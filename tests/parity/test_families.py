@@ -58,7 +58,8 @@ def test_the_windows_wrap(pair):
     """A window layer's ring is shorter than the sequences, so that its slots are used again."""
     slots = {layer_slots(w, round_up(max(LENGTHS), 128), CHUNK) for w in pair.cfg.windows if w is not None}
     assert all(s < LENGTHS[1] for s in slots)
-    assert bool(slots) == (pair.name in ("mistral", "qwen2_window", "gemma2", "gemma3", "gemma3_linear"))
+    published = tiny.PUBLISHED[pair.name]
+    assert bool(slots) == (published.get("sliding_window") is not None and published.get("use_sliding_window", True))
 
 
 def test_published_and_saved_configurations_are_one(pair):
@@ -150,51 +151,42 @@ def _reverse_windows(params, cfg):
     return params, dataclasses.replace(cfg, windows=cfg.windows[::-1])
 
 
-EVERY = {
-    "norm_eps": _config(norm_eps=1e-6),
-    "rope base": _rope(theta=3_000.0),
-    "attention scale": _config(attn_scale=0.1),
-}
-SILU = {"activation": _config(activation="gelu_tanh")}
-GELU = {"activation": _config(activation="silu")}
-WINDOW = {"no window": _config(windows=()), "window one wider": _shift_window(1), "window one less": _shift_window(-1)}
-MIXED = {"window layers reversed": _reverse_windows}
-QK_NORM = {"query and key norm": _config(qk_norm=False)}
-QKV_BIAS = {f"{x} bias": _without(f"{x}_bias") for x in "qkv"}
-SCALING = {"rope scaling": _rope(divisors=None)}
-UNTIED = {"own output head": _without("lm_head")}
-GEMMA = {
-    "post-norms": _config(post_norms=False),
-    "embedding scale": _config(embed_scale=1.0),
-    "query_pre_attn_scalar": _config(attn_scale=None),
-}
-LOCAL = {"one rope base": _config(rope_window=None), "local rope base": _rope("rope_window", theta=3_000.0)}
-CONTROLS: dict[str, dict[str, Control]] = {
-    "llama2": EVERY | SILU | UNTIED,
-    "llama31": EVERY | SILU | SCALING,
-    "llama_linear": EVERY | SILU | SCALING,
-    "llama_bias": EVERY | SILU | QKV_BIAS | {f"{x} bias": _without(f"{x}_bias") for x in ("o", "gate", "up", "down")},
-    "smollm2": EVERY | SILU,
-    "mistral": EVERY | SILU | WINDOW,
-    "qwen2": EVERY | SILU | QKV_BIAS,
-    "qwen2_window": EVERY | SILU | QKV_BIAS | WINDOW | MIXED | UNTIED,
-    "qwen3": EVERY | SILU | QK_NORM,
-    "qwen3_yarn": EVERY | SILU | QK_NORM | SCALING | {"yarn's factor on cos and sin": _rope(attention_factor=1.0)},
-    "gemma2": EVERY
-    | GELU
-    | WINDOW
-    | MIXED
-    | GEMMA
-    | {"attention soft cap": _config(attn_softcap=None), "logit soft cap": _config(logit_softcap=None)},
-    "gemma3": EVERY | GELU | WINDOW | MIXED | GEMMA | QK_NORM | LOCAL,
-    "gemma3_linear": EVERY | GELU | WINDOW | MIXED | GEMMA | QK_NORM | LOCAL | SCALING,
-}
+def _controls(cfg: ModelConfig) -> dict[str, Control]:
+    """Each feature that this configuration has, switched off or set wrong."""
+    found = {
+        "norm_eps": _config(norm_eps=1e-6),
+        "rope base": _rope(theta=3_000.0),
+        "attention scale": _config(attn_scale=0.1),
+        "activation": _config(activation="gelu_tanh" if cfg.activation == "silu" else "silu"),
+    }
+    if any(cfg.windows):
+        found["no window"] = _config(windows=())
+        found |= {"window one wider": _shift_window(1), "window one less": _shift_window(-1)}
+    if cfg.windows[::-1] != cfg.windows:
+        found["window layers reversed"] = _reverse_windows
+    if cfg.rope.divisors is not None:
+        found["rope scaling"] = _rope(divisors=None)
+    if cfg.rope.attention_factor != 1:
+        found["yarn's factor on cos and sin"] = _rope(attention_factor=1.0)
+    if cfg.rope_window is not None:
+        found["one rope base"] = _config(rope_window=None)
+        found["local rope base"] = _rope("rope_window", theta=3_000.0)
+    # Fields that are off in most families.
+    off = {"qk_norm": False, "post_norms": False, "embed_scale": 1.0, "attn_softcap": None, "logit_softcap": None}
+    found |= {name: _config(**{name: value}) for name, value in off.items() if getattr(cfg, name) != value}
+    if cfg.attn_scale != dataclasses.replace(cfg, attn_scale=None).attn_scale:
+        found["query_pre_attn_scalar"] = _config(attn_scale=None)
+    biases = {"qkv_bias": ("q", "k", "v"), "o_bias": ("o",), "mlp_bias": ("gate", "up", "down")}
+    found |= {f"{x} bias": _without(f"{x}_bias") for name, xs in biases.items() if getattr(cfg, name) for x in xs}
+    if not cfg.tie_embeddings:
+        found["own output head"] = _without("lm_head")
+    return found
 
 
 def test_each_feature_matters(pair, measured):
     """Without it, or with it a little wrong, the logits differ by far more than the tolerance."""
     changes = {}
-    for feature, control in CONTROLS[pair.name].items():
+    for feature, control in _controls(pair.cfg).items():
         params, cfg = control(pair.params, pair.cfg)
         logits = forward(params, cfg, jnp.asarray(pair.tokens), lengths=jnp.asarray(LENGTHS)).logits
         changes[feature] = difference(np.asarray(logits), pair.reference)

@@ -88,10 +88,9 @@ def test_buffers_of_any_family_are_passed_over(directory):
     assert model.notes == []
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
 def test_no_parameter_of_a_family_is_a_buffer(family):
-    names = next(f for f in families() if f.name == family)
-    for leaves in (names.hf_names.leaves, names.gguf_names.leaves):
+    for leaves in (family.hf_names.leaves, family.gguf_names.leaves):
         for name in (leaf.format(i=3) for leaf in leaves.values()):
             assert not is_buffer(name, (32,))
             assert not is_buffer(name, (32, 32))

@@ -14,8 +14,8 @@ from pallas_kernels.paged_attention.api import explain, paged_attention
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.cases import CASES, LARGE, Case
 from pallas_kernels.paged_attention.pieces import full_rows
-from tests.kernels.paged import make
-from tests.kernels.test_paged import ids, make_once, run
+from tests.pallas_kernels.paged_attention.test_xla import ids, make_once, run
+from tests.support.paged_attention import make
 
 pytestmark = pytest.mark.thin(7)
 

@@ -3,7 +3,7 @@
 A row is a list of tokens, each with a key and a value a head. A cache or a pool of pages is made from the list, with
 NaN wherever no token of the row lies. The answer looks at the list alone.
 
-    python -m tests.kernels.random_calls --seed 7 --seconds 600
+    python -m tests.support.random_calls --seed 7 --seconds 600
 
 runs calls of the seeds from 7 on, and prints those that fail, with the seed that makes them again.
 """

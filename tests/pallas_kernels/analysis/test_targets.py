@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.analysis import ptx, targets
 from pallas_kernels.analysis.targets import CompilerMissing, Target
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # One process a platform compiles a matmul kernel for each target and prints what it learned, by name.
 CHILD = """

@@ -14,7 +14,7 @@ from pallas_kernels.quant_array import QuantArray, quantize
 from pallas_kernels.quantized_matmul import gpu, xla
 from pallas_kernels.quantized_matmul.api import explain, quantized_matmul
 from pallas_kernels.quantized_matmul.call import Call
-from tests.kernels.test_quantized_matmul import TOLERANCE, error, expected
+from tests.pallas_kernels.quantized_matmul.test_matmul import TOLERANCE, error, expected
 
 pytestmark = pytest.mark.thin(5)
 

@@ -15,7 +15,7 @@ from pallas_kernels.attention.call import make_call
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_kernel
 from pallas_kernels.hardware import chip
-from tests.kernels.cases import make
+from tests.support.attention_problems import make
 
 pytestmark = pytest.mark.thin(5)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.attention.cases import Case, Drawn, draw
 from pallas_kernels.layouts import Layout
-from tests.kernels import dense
+from tests.support import dense_attention
 
 # Largest difference to float64 in units of the values, which are standard normal. bf16 keeps 8 bits: inputs are
 # rounded to it before both are computed, so what is left is the rounding of the weights and of the result.
@@ -64,7 +64,7 @@ class Problem:
         return jitted(op)(**self.arguments(**changes))
 
     def float64(self, **changes) -> tuple[np.ndarray, np.ndarray]:
-        """The answer and its log-sum-exp by `dense.attend`; `changes` replace arguments, to make it a wrong one."""
+        """The answer and its log-sum-exp by `dense_attention.attend`; `changes` replace arguments, for a wrong one."""
         case, drawn = self.case, self.drawn
         keys, values = drawn.histories()
         arguments = {
@@ -80,7 +80,7 @@ class Problem:
             "tree": drawn.tree,
             "causal": case.causal,
         }
-        return dense.attend(**arguments | changes)
+        return dense_attention.attend(**arguments | changes)
 
     def check(self, out, lse=None) -> None:
         """AssertionError unless `out` is right for every real query and finite for padding, and so `lse`, if given."""

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import decode_attention, flash_attention
 from pallas_kernels.attention.cases import Case
-from tests.kernels.cases import make
+from tests.support.attention_problems import make
 
 # Each is compiled once; what is drawn below are values, not shapes. A ring must hold window - 1 + T positions.
 SHAPES = (

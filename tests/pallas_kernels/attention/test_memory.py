@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import decode_attention, flash_attention, reference_attention
 from pallas_kernels.attention import blocked
 from pallas_kernels.attention.cases import Case
-from tests.kernels.cases import make
+from tests.support.attention_problems import make
 
 pytestmark = pytest.mark.thin(3)
 

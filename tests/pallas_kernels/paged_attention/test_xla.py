@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.cases import CASES, Case
-from tests.kernels.paged import make
+from tests.support.paged_attention import make
 
 pytestmark = pytest.mark.thin(5)
 

@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.decode_attention.api import OP as DECODE
 from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.flash_attention.api import OP as FLASH
-from tests.kernels.cases import make
+from tests.support.attention_problems import make
 
 pytestmark = pytest.mark.thin(5)
 

@@ -21,12 +21,12 @@ from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pdx import steps
 from pdx.cache.dense import init_cache
 from pdx.layers.kernels import layout_for
-from tests.kernels.cases import make
-from tests.kernels.paged import make as make_paged
-from tests.kernels.test_paged import run as run_paged
-from tests.kernels.test_pallas import refusal
-from tests.kernels.test_quantized_matmul import TOLERANCE, drawn, error, expected
+from tests.pallas_kernels.attention.test_pallas import refusal
+from tests.pallas_kernels.paged_attention.test_xla import run as run_paged
+from tests.pallas_kernels.quantized_matmul.test_matmul import TOLERANCE, drawn, error, expected
+from tests.support.attention_problems import make
 from tests.support.models import GEMMA, LLAMA, NINE, params, tokens
+from tests.support.paged_attention import make as make_paged
 from tests.support.paging import Desk
 
 pytestmark = pytest.mark.device

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.random_calls import KINDS, draw
+from tests.support.random_calls import KINDS, draw
 
 pytestmark = pytest.mark.thin(5)
 

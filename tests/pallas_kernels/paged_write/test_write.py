@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_write import tpu
 from pallas_kernels.paged_write.api import write_pages
 from pallas_kernels.quantize_kv import quantize_kv
-from tests.kernels.paged import pad_scale, to_layout
+from tests.support.paged_attention import pad_scale, to_layout
 
 pytestmark = pytest.mark.thin(5)
 

@@ -7,7 +7,7 @@ from pallas_kernels import decode_attention, flash_attention, reference_attentio
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.layouts import LAYOUTS
-from tests.kernels.cases import make
+from tests.support.attention_problems import make
 
 pytestmark = pytest.mark.thin(5)
 

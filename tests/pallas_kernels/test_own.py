@@ -7,11 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention, flash_attention, implementation, paged_attention, quantized_matmul
+from pallas_kernels import (
+    decode_attention,
+    flash_attention,
+    implementation,
+    paged_attention,
+    quantized_matmul,
+    write_pages,
+)
 from pallas_kernels.decode_attention.api import OP
 from pallas_kernels.flash_attention import reference
-from pallas_kernels.quant_array import quantize
-from tests.kernels.test_dispatch import arguments
+from pallas_kernels.quant_array import dequantize, quantize
+from tests.pallas_kernels.test_dispatch import arguments
 
 
 def plain(q, k, v, *, starts, lengths, scale):
@@ -142,7 +149,24 @@ def test_every_op_takes_them():
         implementation=lambda q, k, v, block_tables, lengths, query_starts, scale, layout: q + scale,
     )
     np.testing.assert_array_equal(found, q + 1)
-    w = quantize(jnp.ones((16, 32)), 8)
+    k_pages, v_pages = write_pages(
+        pages,
+        pages,
+        jnp.zeros((3, 2, 8)),
+        jnp.zeros((3, 2, 8)),
+        slots=jnp.arange(3),
+        layout="heads_first",
+        implementation=lambda k_pages, v_pages, k, v, slots, layout: (k_pages.at[0, :, slots].set(0), v_pages),
+    )
+    assert not k_pages[0, :, :3].any()
+    assert v_pages.all()
+    w = quantize(jnp.ones((16, 32)), 8, activations="int8")
+    x = jnp.full((3, 5, 32), 0.3)
+
+    def product(x, w, out_dtype):
+        return (x @ dequantize(w).T).astype(out_dtype)
+
+    np.testing.assert_allclose(quantized_matmul(x, w, implementation=product), x.sum(-1, keepdims=True) + jnp.zeros(16))
     mine = SimpleNamespace(run=lambda arrays, call, *_: jnp.full((call.rows, call.out), 2.0, call.out_dtype))
     assert (quantized_matmul(jnp.ones((3, 5, 32)), w, implementation=mine) == 2).all()
 
@@ -170,7 +194,7 @@ def test_a_file_that_declares_a_name_is_found(tmp_path, monkeypatch):
     assert "cpu" in choose("some_op", "auto", found, platform="cpu").reason
 
 
-@pytest.mark.parametrize("reference", ["tests.kernels.test_own:plain", "pallas_kernels.decode_attention.xla"])
+@pytest.mark.parametrize("reference", ["tests.pallas_kernels.test_own:plain", "pallas_kernels.decode_attention.xla"])
 def test_another_process_can_load_it(reference):
     found = implementation.load(reference)
     assert implementation.reference_of(found) == reference
@@ -178,6 +202,6 @@ def test_another_process_can_load_it(reference):
 
 def test_what_cannot_be_loaded_is_named():
     assert implementation.reference_of(lambda: None) is None
-    for wrong, says in (("tests.kernels.none:x", "No module named"), ("tests.kernels.test_own:no", "has no 'no'")):
+    for wrong, says in (("tests.none:x", "No module named"), ("tests.pallas_kernels.test_own:no", "has no 'no'")):
         with pytest.raises(ValueError, match=says):
             implementation.load(wrong)
