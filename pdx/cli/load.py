@@ -85,7 +85,7 @@ def bench_load(
     """The engine under load: TTFT, TPOT, E2E, throughput and goodput, over rates and settings side by side."""
     from pdx.bench import load
     from pdx.bench.load import page, workload
-    from pdx.installation.devices import device_name
+    from pdx.installation.devices import where_run
     from pdx.metrics import Objectives
     from pdx.sampling.options import SamplingOptions
 
@@ -106,7 +106,7 @@ def bench_load(
 
     models = {stored: load_model(model, dtype, mesh, stored) for stored in dict.fromkeys(s.quantize for s in each)}
     first = next(iter(models.values()))
-    device, loads = device_name(mesh=first.mesh), []
+    device, loads = where_run(first.mesh), []
     for number, pressure in enumerate(pressures):  # other prompts for each, or the prefix cache would know them
         prompts = workload.Prompts.of(first, seed * len(pressures) + number, shared_prefix, text)
         loads.append(

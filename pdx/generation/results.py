@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pdx.generation.completion import Completion, json_logprob
-from pdx.installation.devices import device_name
+from pdx.installation.devices import where_run
 from pdx.metrics import ServedTiming
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def completion_fields(
         "tpot_s": timing.tpot_s,
         "e2e_s": timing.e2e_s,
         "compile_s": completion.compile_s,
-        "device": device_name(mesh=mesh),
+        "device": where_run(mesh),
         "kernels": kernel_paths(kernels) if isinstance(kernels, str) else kernels,
     }
     if isinstance(timing, ServedTiming):
@@ -63,6 +63,6 @@ def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> s
             f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
             f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
             f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
-            f"device   {device_name(mesh=mesh)}; {paths['prefill']}; {paths['decode']}",
+            f"device   {where_run(mesh)}; {paths['prefill']}; {paths['decode']}",
         ]
     )

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
+def where_run(mesh: Mesh | None) -> str:
+    """What a model on `mesh` runs on: the default device alone where there is none, however many others are there."""
+    return device_name(every=mesh is not None, mesh=mesh)
+
+
 def device_name(every: bool = True, mesh: Mesh | None = None) -> str:
     """This process's devices, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` the default one alone.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pdx.errors import RequestError
+from pdx.io.outputs import reason
 
 
 def decode(data: bytes, where: str, encoding: str = "utf-8") -> str:
@@ -37,5 +38,5 @@ def read(path: Path | None, otherwise: Callable[[], str] = str) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise RequestError(f"{path}: not readable as UTF-8 text ({error})") from None
+        raise RequestError(f"{path} cannot be read: {reason(error)}") from None
     return decode(data, str(path))

@@ -142,6 +142,13 @@ NO_TEXT = {
 }
 
 
+def test_a_file_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(RequestError, match=r"none cannot be read: No such file or directory$"):
+        inputs.read(tmp_path / "none")
+    with pytest.raises(RequestError, match=r"cannot be read: Is a directory$"):
+        inputs.lines(tmp_path)
+
+
 @pytest.mark.parametrize("data", NO_TEXT)
 def test_what_is_no_text_is_refused_in_a_sentence(monkeypatch, tmp_path, data):
     piped(monkeypatch, data)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import pdx
 from pdx.cli import app
 from pdx.errors import RequestError
-from pdx.installation.devices import device_name
+from pdx.installation.devices import device_name, where_run
 from pdx.meshes import as_mesh, make_mesh, no_ambient_mesh
 from pdx.model import param_specs
 from pdx.sharding import place
@@ -194,3 +194,8 @@ def test_the_device_line_tells_the_mesh():
     assert device_name(mesh=make_mesh("data=2,model=4")) == "cpu x8 (data=2, model=4)"
     assert device_name(mesh=make_mesh()) == "cpu (data=1, model=1)"
     assert device_name() == "cpu x8"
+
+
+def test_the_device_line_of_a_model_without_a_mesh_tells_one_device():
+    assert where_run(None) == "cpu"
+    assert where_run(make_mesh("model=2")) == "cpu x2 (data=1, model=2)"

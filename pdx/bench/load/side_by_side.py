@@ -22,7 +22,7 @@ from pdx.metrics import Objectives
 from pdx.sampling.options import SamplingOptions
 from pdx.shapes import round_up
 from pdx.weights.load import Model
-from pdx.weights.progress import progress_bar
+from pdx.weights.progress import Report, progress_bar
 
 # What `--vary` may set beside the engine's own settings.
 MODEL_SETTINGS = ("quantize",)
@@ -90,17 +90,24 @@ def compare(
     for variant in each:
         check_fits(longest, variant.config.max_context or models[variant.quantize].config.max_context)
     results: list[LoadResult] = []
-    with ExitStack() as stack, progress_bar(unit="requests") as report:
+    with ExitStack() as stack:
         engines = []
-        for variant in each:
-            model = models[variant.quantize]
-            context = variant.config.max_context or min(round_up(longest, 128), model.config.max_context)
-            share = variant.config.memory_share / len(each)
-            config = dataclasses.replace(variant.config, max_context=context, memory_share=share)
-            engine = Engine(model, config)
-            engine.start(lambda label, at, total, name=variant.name: report(f"{name}: {label}".lstrip(": "), at, total))
-            engines.append((variant, stack.enter_context(engine)))
-        for load in loads:
-            for variant, engine in engines:
-                results.append(run(engine, load, objectives, settings=variant.name, sampling=sampling, report=report))
+        with progress_bar(unit="programs") as report:
+            for variant in each:
+                engine = _engine(variant, models[variant.quantize], longest, len(each), report)
+                engines.append((variant, stack.enter_context(engine)))
+        with progress_bar(unit="requests") as report:
+            for load in loads:
+                for variant, engine in engines:
+                    done = run(engine, load, objectives, settings=variant.name, sampling=sampling, report=report)
+                    results.append(done)
     return results
+
+
+def _engine(variant: Variant, model: Model, longest: int, beside: int, report: Report) -> Engine:
+    """A variant's engine, compiled, with its share of the memory of `beside` engines."""
+    context = variant.config.max_context or min(round_up(longest, 128), model.config.max_context)
+    share = variant.config.memory_share / beside
+    engine = Engine(model, dataclasses.replace(variant.config, max_context=context, memory_share=share))
+    engine.start(lambda label, at, total: report(f"{variant.name}: {label}".lstrip(": "), at, total))
+    return engine

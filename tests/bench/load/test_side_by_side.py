@@ -1,6 +1,7 @@
 """Settings of an engine side by side, and the command `pdx bench load`."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -67,7 +68,9 @@ def test_settings_side_by_side_on_a_real_engine(directory, capsys):
         assert found.good_share == 1
     assert (on.counted["hit_tokens"] >= 4 * 32, off.counted["hit_tokens"]) == (True, 0)
     assert on.counted["prefill_tokens"] + on.counted["hit_tokens"] == off.counted["prefill_tokens"] == 6 * 48
-    assert "prefix_cache off: 2 clients (6 requests)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "prefix_cache off: 2 clients (6 requests)" in said
+    assert re.search(r"prefix_cache on: compiling the engine's programs \(\d+ programs\)", said)
 
 
 def test_the_command(directory, tmp_path):
