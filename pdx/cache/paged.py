@@ -193,7 +193,8 @@ def _copy_pages(cache, group, src, dst):
     return cache.replace(layers=tuple(layers)).placed()
 
 
-copy_pages.lower = _copy_pages.lower  # of the jitted program
+# Of the jitted program, for those that compile it themselves.
+copy_pages.lower, copy_pages.program = _copy_pages.lower, _copy_pages
 
 
 def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:

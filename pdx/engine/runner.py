@@ -170,7 +170,7 @@ class Runner:
                 part[: len(pairs[at : at + COPIES])] = pairs[at : at + COPIES]
                 self.cache = self._programs.call(
                     ("copy", group),
-                    copy_pages,
+                    copy_pages.program,
                     cache=self.cache,
                     src=part[:, 0].copy(),
                     dst=part[:, 1].copy(),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +39,7 @@ class Programs:
     def __init__(self):
         self.compile_s = 0.0  # seconds of compilation so far
         self._known: dict[Hashable, Callable] = {}
+        weakref.finalize(self, _release, self._known).atexit = False
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -76,11 +80,35 @@ class Programs:
 
 
 def _compiled(function: Callable, static: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable:
-    program = function.lower(**arguments, **static).compile()
-    if not any(map(_refused, jax.tree.leaves(arguments))):
-        return program
-    # The jitted function takes such arrays, and finds the program that was just compiled.
-    return lambda **arguments: function(**arguments, **static)
+    """The program of a jitted function for these arguments.
+
+    JAX keeps what it compiled as long as the function lives, and a step lives as long as the process. So each program
+    is compiled as a function of its own, and goes with it.
+    """
+
+    def own(**arguments):
+        return function(**arguments, **static)
+
+    own.__name__ = function.__name__  # what profiles and compilers call it
+    infos = function.trace(**arguments, **static).args_info[1]
+    donated = [name for name, info in infos.items() if any(x.donated for x in jax.tree.leaves(info))]
+    own = jax.jit(own, donate_argnames=donated)
+    program = own.lower(**arguments).compile()
+    _return_free_memory()
+    # Such arrays only the jitted function takes; it finds the program that was just compiled.
+    return own if any(map(_refused, jax.tree.leaves(arguments))) else program
+
+
+def _release(programs: dict[Hashable, Callable]) -> None:
+    """What becomes of programs that nobody can call any more."""
+    programs.clear()
+    _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Hand free memory back to the system. glibc keeps some 100 MB of a compilation; others have no such call."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _refused(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """What the compiler made of the steps: caches updated in place, IEEE f32 in every product, nothing compiled twice."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from pdx.cache.dense import cache_specs, init_cache
 from pdx.cache.layer import default_layout
 from pdx.cache.paged import init_paged_cache
 from pdx.config import ModelConfig
+from pdx.generation import programs
 from pdx.model import forward, param_specs
 from pdx.sampling.sampler import SamplingOptions, SamplingState
 from pdx.sharding import is_spec
@@ -237,3 +239,22 @@ def test_steps_take_the_path_that_auto_was_made_to_mean(target, means, dtype):
     with Target.get(target).tracing(), dispatch.use(means):
         text = str(jax.make_jaxpr(run)(given, dense, paged))
     assert ("pallas_call" in text) == (means != "xla")
+
+
+def test_a_program_goes_with_what_kept_it():
+    """JAX's caches hold on to what a living function was compiled to: the step lives on, its program must not."""
+    known, double = programs.Programs(), jax.jit(lambda x: 2 * x, donate_argnames="x")
+    x = jnp.ones(3)
+    assert known.call("double", double, x=x).tolist() == [2, 2, 2]
+    assert x.is_deleted(), "the program donates what the function donates"
+    kept = jax.devices()[0].client.live_executables
+    before = len(kept())
+    del known
+    gc.collect()
+    assert len(kept()) == before - 1
+
+
+def test_memory_is_handed_back_where_the_system_can_take_it(monkeypatch):
+    programs._return_free_memory()
+    monkeypatch.setattr(programs.ctypes, "CDLL", lambda name: object())
+    programs._return_free_memory()
