@@ -115,7 +115,7 @@ def _automatic(op: str, modules: Mapping[str, Any], call: Any, platform: str | N
     here = platform or hardware.platform_of()
     here = "gpu" if here in ("cuda", "rocm") else here
     reason = f"no Pallas kernel of {op} for {here}"
-    for name in [n for n in modules if _platform(modules, n) == here]:
+    for name in [n for n in modules if here in _platforms(modules, n)]:
         refused = (platform is None and hardware.without_pallas()) or (call and refusal(modules[name], call))
         if not refused:
             return Choice(op, name, f"Pallas kernel for {here}")
@@ -123,11 +123,11 @@ def _automatic(op: str, modules: Mapping[str, Any], call: Any, platform: str | N
     return Choice(op, "xla", reason)
 
 
-def _platform(modules: Mapping[str, Any], name: str) -> str:
+def _platforms(modules: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The platform of a named implementation; one in a folder is not imported for it."""
     if isinstance(modules, InFolder):
-        return modules.platform(name)
-    return getattr(modules[name], "PLATFORM", name)
+        return modules.platforms(name)
+    return platforms_of(modules[name]) if hasattr(modules[name], "PLATFORM") else (name,)
 
 
 def _known(name: str, where: str) -> str:

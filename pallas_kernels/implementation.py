@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -59,22 +60,26 @@ class InFolder(Mapping[str, ModuleType]):
     def __len__(self) -> int:
         return len(self._declared)
 
-    def platform(self, name: str) -> str:
-        """The platform that an implementation declares, without importing it."""
+    def platforms(self, name: str) -> tuple[str, ...]:
+        """The platforms that an implementation declares, without importing it."""
         return self._declared[name][1]
 
 
 @cache
-def declared(package: str) -> dict[str, tuple[str, str]]:
-    """Name -> (module, platform) of the implementations in a package."""
+def declared(package: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Name -> (module, platforms) of the implementations in a package."""
     found = {}
     for path in sorted(Path(find_spec(package).origin).parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if name := re.search(r'^NAME = "(\w+)"', text, re.MULTILINE):
-            platform = re.search(r'^PLATFORM = "(\w+)"', text, re.MULTILINE)
-            found[name[1]] = path.stem, platform[1] if platform else ANY
+            platform = re.search(r"^PLATFORM = (.+)$", text, re.MULTILINE)
+            found[name[1]] = path.stem, _platforms(literal_eval(platform[1]) if platform else ANY)
     order = ("xla", "tpu", "gpu")
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0]) if item[0] in order else 3, item[0])))
+
+
+def _platforms(declared: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (declared,) if isinstance(declared, str) else tuple(declared)
 
 
 @cache
@@ -87,8 +92,7 @@ def names() -> tuple[str, ...]:
 
 def platforms_of(implementation: Any) -> tuple[str, ...]:
     """The platforms an implementation runs on: `tpu`, `gpu` or both; `("any",)` if it runs everywhere."""
-    declared = getattr(implementation, "PLATFORM", ANY)
-    return (declared,) if isinstance(declared, str) else tuple(declared)
+    return _platforms(getattr(implementation, "PLATFORM", ANY))
 
 
 def runs_on(implementation: Any, platform: str) -> bool:

@@ -263,7 +263,7 @@ def layout_of(op: str, given: Any) -> Layout:
 def for_platform(op: str, platform: str) -> list[str]:
     """The names of an op's implementations for a platform, in the order in which `auto` tries them."""
     found = op_of(op).implementations
-    return [name for name in found if found.platform(name) == platform]
+    return [name for name in found if platform in found.platforms(name)]
 
 
 def ops(platform: str | None = None) -> list[str]:

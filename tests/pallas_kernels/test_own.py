@@ -177,7 +177,7 @@ def test_a_file_that_declares_a_name_is_found(tmp_path, monkeypatch):
     for name, text in {
         "__init__": "",
         "tpu_kernel": "X = 1\n",
-        "later": 'NAME = "mosaic_gpu"\nPLATFORM = "gpu"\n',
+        "later": 'NAME = "mosaic_gpu"\nPLATFORM = ("tpu", "gpu")\n',
         "gpu": 'NAME = "gpu"\nPLATFORM = "gpu"\ndef supported(call): return call\n',
         "xla": 'NAME = "xla"\n',
     }.items():
@@ -185,12 +185,13 @@ def test_a_file_that_declares_a_name_is_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = implementation.InFolder("some_op")
     assert list(found) == ["xla", "gpu", "mosaic_gpu"]
-    assert [found.platform(name) for name in found] == ["any", "gpu", "gpu"]
+    assert [found.platforms(name) for name in found] == [("any",), ("gpu",), ("tpu", "gpu")]
     from pallas_kernels.dispatch import choose
 
     assert choose("some_op", "auto", found, platform="gpu").implementation == "gpu"
     # The platform's own refuses: the next one takes the call.
     assert choose("some_op", "auto", found, "no such heads", platform="gpu").implementation == "mosaic_gpu"
+    assert choose("some_op", "auto", found, platform="tpu").implementation == "mosaic_gpu"
     assert "cpu" in choose("some_op", "auto", found, platform="cpu").reason
 
 
