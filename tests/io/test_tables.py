@@ -4,7 +4,7 @@ import io
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -13,6 +13,7 @@ from pdx.io.tables import Table, blocks, screen
 WORDS = st.lists(st.integers(1, 12).map(lambda n: "abcdefghijkl"[:n]), min_size=1, max_size=4).map(" ".join)
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.data(), st.integers(30, 120), st.integers(1, 6), st.integers(1, 3))
 def test_every_word_is_there_and_no_line_is_too_wide(data, width, columns, rows):
     keys = data.draw(st.integers(1, columns))
