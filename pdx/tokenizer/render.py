@@ -67,9 +67,7 @@ class Renderer:
         if "text" in reply:
             return reply["text"]
         kind, message = reply["kind"], reply["message"]
-        if (
-            kind == "limit" and len(values) < _SMALL
-        ):  # the template is at fault, not the messages: no retry
+        if kind == "limit" and len(values) < _SMALL:  # the template is at fault, not the messages: no retry
             self._stopped[template] = message
         if kind == "refused":
             raise RequestError(
