@@ -1,4 +1,4 @@
-"""Quantizing with a text's help: activation-aware scaling and GPTQ."""
+"""Quantization calibrated on a text: activation-aware scaling (AWQ) and GPTQ."""
 
 from pdx.calibration.layerwise import calibrate, check_method, quantize_model
 

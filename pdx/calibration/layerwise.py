@@ -1,12 +1,12 @@
-"""Quantizing with a calibration text: activation-aware scaling and GPTQ, one layer after another.
+"""Quantizing with a calibration text, layer by layer: activation-aware scaling (AWQ) and GPTQ.
 
-Both follow the text through the model as it is quantized so far and look at what each product is given:
+Both run the text through the layers quantized so far, and record the inputs of each product:
 
 - `awq` (Lin et al. 2023; for int8 activations Xiao et al. 2022, SmoothQuant) multiplies the columns that meet large
-  activations and divides what those come from: a norm's weights, or the rows of the projection before. The exponent
-  and each group's scale are searched for.
-- `gptq` (Frantar et al. 2022) rounds column by column, the most important first, and corrects the columns that are
-  left for the error made.
+  activations, and divides the source of those activations: a norm's weights, or the rows of the previous projection.
+  It searches the exponent and each group's scale.
+- `gptq` (Frantar et al. 2022) rounds column by column, the most important first, and corrects the remaining columns
+  for the error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pdx.quant import Kind, Policy, check_policy, rounded
 from pdx.weights.loaded import Model
 
 Method = Literal["rtn", "awq", "gptq"]
-# Products that share their input, in the order in which a layer computes them, and what that input comes from.
+# Products that share an input, in the order in which a layer computes them, and the source of that input.
 STAGES = (
     (("q_proj", "k_proj", "v_proj"), "attn_norm"),
     (("o_proj",), "v_proj"),
@@ -44,7 +44,7 @@ STAGES = (
     (("down_proj",), "up_proj"),
 )
 LENGTH = 512  # tokens of a calibration sequence
-ROWS = 8  # sequences that go through a layer together
+ROWS = 8  # sequences in one call of a layer
 EXPONENTS = tuple(i / 10 for i in range(11))
 
 
@@ -63,10 +63,10 @@ def quantize_model(
     sequences: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """A model quantized with the help of a calibration text: `sequences` pieces of 512 tokens of it.
+    """Quantize a model with `sequences` sequences of 512 tokens of a calibration text.
 
     Raises:
-      RequestError: a method that does not exist, a text that is too short; as `calibrate`.
+      RequestError: an unknown method, a text that is too short; as `calibrate`.
     """
     check_method(method)
     opening = model.tokenizer.opening
@@ -89,10 +89,10 @@ def calibrate(
     method: Method,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
-    """Quantize parameters as `policy` says with the help of `tokens`, sequences of a calibration text.
+    """Quantize parameters as `policy` says, calibrated on `tokens`, sequences of a calibration text.
 
-    Embedding and head are rounded to the nearest, since they make most of a small model's bytes and little of its
-    error; with `awq`, a head with int8 activations is scaled too, and then stored apart from a tied embedding.
+    Embedding and head are rounded to nearest: they are most of a small model's bytes and little of its error. With
+    `awq`, a head with int8 activations is scaled too, and then stored apart from a tied embedding.
 
     Raises:
       RequestError: as `pdx.quant.quantize_params`.
@@ -104,7 +104,7 @@ def calibrate(
     rows = TokenRows.behind(jnp.zeros_like(everything), everything, tokens.shape[1])
     padded = np.zeros((-len(tokens) % ROWS, tokens.shape[1]), tokens.dtype)
     batches = np.split(np.concatenate([tokens, padded]), -(-len(tokens) // ROWS))
-    real = len(tokens) * tokens.shape[1]  # lines of all batches; the padded ones come last
+    real = len(tokens) * tokens.shape[1]  # activation rows of all batches; padding comes last
     start = jax.jit(lambda p, ids: forward(p, cfg, ids, logits="none", hidden_layers=(0,)).hidden[0])
     streams = [start(params, ids) for ids in batches]
     layers = []
@@ -129,7 +129,7 @@ def calibrate(
 
 @partial(jax.jit, static_argnames=("cfg", "window", "rope", "watch"))
 def _through(p, x, *, cfg: ModelConfig, window: int | None, rope, rows: TokenRows, watch: str | None):
-    """A layer's output, and what the product called `watch` is given, as lines."""
+    """A layer's output, and the input of the product named `watch`, as a matrix of one row per token."""
     seen = []
 
     def see(weight, given):
@@ -154,9 +154,9 @@ def _through(p, x, *, cfg: ModelConfig, window: int | None, rope, rows: TokenRow
 def _quantize_stage(
     p: dict, names: Sequence[str], source: str, own: dict, x: Float[Array, "n in"], method: Method, cfg: ModelConfig
 ) -> None:
-    """Quantize the products of a stage in place; with `awq` scale them, and what their input comes from."""
+    """Quantize the matrices of a stage in place; `awq` first scales them and the source of their input."""
     if method == "awq":
-        # A key head's values go to all of its query heads: these columns share their scales.
+        # A KV head's values go to all of its query heads, so those columns share their scales.
         shared = (cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_dim) if source == "v_proj" else None
         scale = _best_scale(x, [(p[n], own[n]) for n in names], shared)
         x = x / scale
@@ -180,7 +180,7 @@ def _gram(x: Float[Array, "n in"]) -> Float[Array, "in in"]:
 
 
 def _of_source(scale: Float[Array, " in"], shared) -> Float[Array, " rows"]:
-    """Columns' scales as those of the rows that they come from."""
+    """The columns' scales, mapped to the rows of their source."""
     return scale if shared is None else scale.reshape(shared)[:, 0].reshape(-1)
 
 
@@ -198,10 +198,10 @@ def _divide_rows(p: dict, name: str, scale: Float[Array, " rows"]) -> None:
 
 
 def _best_scale(x: Float[Array, "n in"], weights: list[tuple[Array, Kind | None]], shared) -> Float[Array, " in"]:
-    """The scale of each column whose quantized products are nearest to the exact ones, over the exponents tried.
+    """The scale of each column for which the quantized products are closest to the exact ones, over all exponents.
 
-    With float activations it grows with a column's mean magnitude, with int8 ones with its largest, which sets the
-    step of all.
+    With float activations it grows with a column's mean magnitude; with int8 activations with its largest, which sets
+    the quantization step of the row.
     """
     kinds = [kind for _, kind in weights if kind is not None]
     peaks = any(kind.activations == "int8" for kind in kinds)
@@ -212,7 +212,7 @@ def _best_scale(x: Float[Array, "n in"], weights: list[tuple[Array, Kind | None]
         size, heaviest = (
             jnp.broadcast_to(v.reshape(shared).max(1, keepdims=True), shared).reshape(-1) for v in (size, heaviest)
         )
-    # A thousand lines tell the exponent.
+    # A thousand rows suffice to choose the exponent.
     some = x[:: max(1, len(x) // 1024)].astype(jnp.float32)
     squares = jnp.square(x.astype(jnp.float32)).mean(0)
     exact = [_product(some, w) for w, _ in weights]
@@ -249,7 +249,7 @@ def _error(x, exact, squares, w, scale, kind: Kind) -> Float[Array, ""]:
 
 
 def _scaled_head(params: Params, kinds: dict, kind: Kind, stream: Array, real: int, cfg: ModelConfig):
-    """The head's columns scaled against the final norm; it is a parameter of its own from then on."""
+    """Scale the head's columns and divide the final norm; the head becomes a parameter of its own."""
     head = params.get("lm_head", params["embed"])
     x = rms_norm(stream.reshape(-1, stream.shape[-1])[:real], params["final_norm"], cfg.norm_eps)
     scale = _best_scale(x, [(head[:: max(1, len(head) // 8192)], kind)], None)

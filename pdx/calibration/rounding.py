@@ -1,4 +1,4 @@
-"""Rounding a matrix with knowledge of what it will be multiplied with: searched scales, and GPTQ."""
+"""Rounding a matrix with regard to its activations: searched scales, and GPTQ."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pallas_kernels import QuantArray
 from pallas_kernels.quant_array import DTYPES
 from pdx.quant import Kind
 
-SHRINKS = tuple(1 - i / 40 for i in range(21))  # of the largest magnitude of a group
-DAMPING = 0.01  # of the mean diagonal, added to it
+SHRINKS = tuple(1 - i / 40 for i in range(21))  # factors of a group's largest magnitude
+DAMPING = 0.01  # share of the mean diagonal that is added to the diagonal
 LIMITS = {8: (-127, 127), 4: (-8, 7)}
 HIGHEST = lax.Precision.HIGHEST
 
 
 @partial(jax.jit, static_argnames=("kind", "dtype"))
 def searched(w: Float[Array, "out in"], squares: Float[Array, " in"], kind: Kind, dtype: str) -> QuantArray:
-    """A matrix rounded to the nearest, with the scales that `grid` finds."""
+    """Round a matrix to nearest with the scales that `grid` finds."""
     rows, columns = w.shape
     w = w.astype(jnp.float32)
     scales, offsets = grid(w, squares, kind)
@@ -35,16 +35,16 @@ def _packed(steps, scales, offsets, kind: Kind, dtype: str) -> QuantArray:
 
 
 def _rounding(w, scale, offset, kind: Kind):
-    """Whole steps, and the values that they stand for."""
+    """The integer values, and the floats that they represent."""
     steps = jnp.clip(jnp.round((w - offset) / jnp.where(scale == 0, 1.0, scale)), *LIMITS[kind.bits])
     return steps, steps * scale + offset
 
 
 def grid(w: Float[Array, "out in"], squares: Float[Array, " in"], kind: Kind):
-    """Scales and offsets [out, groups] of least error, each column's weighted by its activations' mean square.
+    """Scales and offsets [out, groups] of least error, each column weighted by its activations' mean square.
 
-    Tried are the full range and shrunk ones, where the largest values are clipped. A symmetric int4 group may use
-    its sixteenth level, -8, on the side of its largest value: the scale's sign says which.
+    It tries the full range and smaller ones, which clip the largest values. A symmetric int4 group may use its
+    sixteenth level, -8, on the side of its largest value: the scale's sign says on which side.
     """
     rows, columns = w.shape
     size = kind.group_for(columns) or columns
@@ -71,7 +71,7 @@ def grid(w: Float[Array, "out in"], squares: Float[Array, " in"], kind: Kind):
         return (pick(new, error), pick(new_scale, scale), pick(new_offset, offset)), None
 
     first = (jnp.full(low.shape, jnp.inf), *tried(1.0))
-    # Above 1 the step is that of 15 levels, where the largest value is 7 steps.
+    # A factor above 1 gives the step of 15 levels, where the largest value is 7 steps.
     shrinks = jnp.asarray((*SHRINKS, 8 / 7) if kind.bits == 4 else SHRINKS, jnp.float32)
     (_, scale, offset), _ = lax.scan(step, first, shrinks)
     return scale, offset
@@ -79,10 +79,10 @@ def grid(w: Float[Array, "out in"], squares: Float[Array, " in"], kind: Kind):
 
 @partial(jax.jit, static_argnames=("kind", "dtype"))
 def gptq(w: Float[Array, "out in"], gram: Float[Array, "in in"], kind: Kind, dtype: str) -> QuantArray:
-    """Round the columns in the order of their activations' size, each time correcting those that are left.
+    """Round the columns in the order of their activations' size, and correct the remaining ones after each.
 
     Args:
-      gram: mean of x x^T over the activations; the scales of all groups are fixed before (static groups).
+      gram: mean of x x^T over the activations. The scales of all groups are fixed first (static groups).
     """
     rows, columns = w.shape
     w = w.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Texts that every Python brings along: one to score models on, one to calibrate them with."""
+"""Texts that come with every Python: one to score models on, one to calibrate them with."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 
 
 def evaluation() -> str:
-    """The language reference of the Python that runs, as its `help()` has it: English prose with some code."""
+    """The language reference of this Python, as its `help()` prints it: English prose with some code."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[key] for key in sorted(topics))
 
 
 def calibration() -> str:
-    """The longer docstrings of the standard library's top modules, in an order without order: none of them is part of
-    the evaluation text."""
+    """The longer docstrings of the standard library's top modules, shuffled. None is part of the evaluation text."""
     found = []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:

@@ -1,4 +1,4 @@
-"""What fits a chip, and the batch from which it is busy."""
+"""What fits a chip, and from which batch on the chip is busy."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import math
 from pallas_kernels.hardware import Chip
 from pdx.cost.phases import Setup
 
-# Of a chip's memory, for programs, temporaries and what is fragmented.
+# The share of a chip's memory that is kept for programs, temporaries and fragmentation.
 RESERVE = 0.05
 
 
 def critical_batch(setup: Setup, chip: Chip) -> float:
-    """Rows from which on the products of a decode step take longer to compute than their weights to read:
-    peak / bandwidth x bytes a weight / 2, and for experts, all of which so many rows read, times about E / k.
-    Activations, which mostly stay on the chip, are left out."""
+    """The batch from which on a decode step's products take longer to compute than their weights to read.
+
+    peak / bandwidth x bytes per weight / 2; with experts, all of which such a batch reads, about E / k times that.
+    Activations are not counted, since they mostly stay on the chip.
+    """
     return setup.streamed(math.inf) / (chip.hbm_gbps * 1e9) / setup.decode(1, 1).parts(chip)["products"][0]
 
 
 def room(setup: Setup, chip: Chip, chips: int = 1) -> int:
-    """Bytes for caches on `chips` chips beside the weights; negative where not even these fit."""
+    """Bytes for caches on `chips` chips beside the weights; negative if the weights alone do not fit."""
     return int(chip.hbm_bytes * (1 - RESERVE)) * chips - sum(setup.weights.values())
 
 
@@ -29,7 +31,7 @@ def largest_batch(setup: Setup, chip: Chip, context: int, chips: int = 1) -> int
 
 
 def largest_context(setup: Setup, chip: Chip, batch: int, chips: int = 1) -> int:
-    """Tokens a row that fit for `batch` rows, up to the model's own context."""
+    """Tokens per row that fit for `batch` rows, up to the model's context."""
     low, high, left = 0, setup.cfg.max_context, room(setup, chip, chips)
     while low < high:
         middle = (low + high + 1) // 2

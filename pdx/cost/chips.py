@@ -1,7 +1,7 @@
-"""Chips to plan for: those of the published table, and a user's own from TOML, described or measured.
+"""Chips to plan for: published ones from the table, and a user's own from TOML, described or measured.
 
-A chip is a file with the fields of `pallas_kernels.hardware.Chip`, named by its path or, in the folder that `folder()`
-gives, by its name. One that `pdx calibrate` wrote has its measured rates beside the peaks.
+A user's chip is a file with the fields of `pallas_kernels.hardware.Chip`. It is named by its path, or by its name if it
+is in `folder()`. A file that `pdx calibrate` wrote also has measured rates.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from pdx.io import outputs
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 REQUIRED = ("platform", "hbm_gbps", "hbm_gib", "f32_tflops")
-# What a description may leave out: no kernel is written for such a chip, and the cost model does not ask for it.
+# Fields that a description may leave out: only kernels need them, not the cost model.
 DEFAULTS: dict[str, Any] = {"kinds": (), "bf16_tflops": None, "int8_tops": None, "cores": 1, "clock_ghz": 1.0}
 INTEGERS = ("cores", "devices", "mxu", "vmem_mib", "vmem_capacity_mib", "smem_kib")
 
 
 @dataclass(frozen=True)
 class MeasuredChip(Chip):
-    """A chip whose peaks were measured, and with them how fast it is at what a step is made of."""
+    """A chip with measured peaks, and with measured rates of the parts of a step."""
 
     rates: Rates = dataclasses.field(default_factory=Rates, compare=False)
 
 
 def folder() -> Path:
-    """Where a user's chips are looked up by name, and where `pdx calibrate` stores them."""
+    """The folder in which a user's chips are found by name, and to which `pdx calibrate` saves them."""
     return home() / "chips"
 
 
 def names() -> list[str]:
-    """Of the user's own chips."""
+    """The names of the user's own chips."""
     return sorted(file.stem for file in folder().glob("*.toml"))
 
 
 def chip(name: str | Path) -> Chip:
-    """A chip by the name of one of the user's own, by that of a published one, or by the path of its file.
+    """Find a chip: one of the user's own by name, a published one by name, or a file by its path.
 
     Raises:
-      RequestError: nothing of that name, or a file that describes no chip.
+      RequestError: an unknown name, or a file that describes no chip.
     """
     if str(name).endswith(".toml"):
         return read(Path(name))
@@ -128,7 +128,7 @@ def _surface(table: Mapping[str, Any]) -> Surface:
 
 
 def file_of(name: str) -> Path:
-    """Where a chip of the user's own is kept. Raises RequestError for what is no name."""
+    """The file of a user's chip. Raises RequestError for an invalid name."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise RequestError(f"a chip's name is letters, digits, dots, dashes and underscores, not {name!r}")
     return folder() / f"{name}.toml"

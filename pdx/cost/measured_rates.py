@@ -1,8 +1,8 @@
-"""What a device was measured to do, and how long a step takes at these rates.
+"""Measured rates of a device, and how long a step takes at them.
 
-A roofline knows two figures of a chip. A real one multiplies a few rows more slowly than many, small matrices more
-slowly than large ones, and loses time between them. `Rates` holds what `pdx calibrate` measured of single products,
-of attention and of a layer's rest; a step of any model is their sum.
+A roofline has two figures of a chip. A real chip multiplies few rows less efficiently than many, and small matrices
+less efficiently than large ones, and loses time in between. `Rates` holds what `pdx calibrate` measured: single
+products, attention, and the rest of a layer. The time of a step of any model is their sum.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from itertools import chain
 
 @dataclass(frozen=True)
 class Surface:
-    """A rate measured at the crossings of a grid: `values[i][j]` at `first[i]`, `second[j]`, both ascending.
+    """A rate measured at the points of a grid: `values[i][j]` at `first[i]`, `second[j]`, both ascending.
 
-    Between the crossings it is interpolated in logarithms; outside, it is that of the nearest edge.
+    Between the points it is interpolated in logarithms; outside the grid it is the nearest edge's.
     """
 
     first: tuple[float, ...]
@@ -41,7 +41,7 @@ class Surface:
 
 
 def _place(axis: tuple[float, ...], x: float) -> tuple[int, float]:
-    """Between which points x lies, and how far along, in logarithms; at the edges on the edge."""
+    """The interval of `axis` that contains x, and the position in it (0 to 1, in logarithms); clipped to the axis."""
     if x <= axis[0]:
         return 0, 0.0
     if x >= axis[-1]:
@@ -75,26 +75,26 @@ class Attention:
 
 @dataclass(frozen=True)
 class Work:
-    """A step in the pieces that are measured one by one."""
+    """A step, split into the parts that are measured separately."""
 
     products: tuple[Products, ...]
     attention: tuple[Attention, ...]
     layers: int
     tokens: int
-    width: int  # values a token that the layer's element-wise operations pass over
+    width: int  # values per token that a layer's element-wise operations process
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates of one device. What is not among them is predicted by the roofline.
+    """Measured rates of one device. The roofline predicts parts without a measured rate.
 
     Attributes:
-      products: by how weights are stored: weights a second, by rows and by weights of the matrix.
-      prefill_attention: by the cache's type: FLOP/s of pairs that are seen, by new tokens and by how many times as many
-        are seen.
-      decode_attention: by the cache's type: bytes of keys and values a second, by rows and by tokens seen.
-      rest: of a layer, beside these: values a second, by tokens and by values a token.
-      made: with what and when, in words.
+      products: weights per second, by rows and by the matrix's number of weights; a surface per storage type.
+      prefill_attention: FLOP/s over visible pairs, by new tokens and by the ratio of tokens seen to new ones; a surface
+        per cache type.
+      decode_attention: bytes of keys and values per second, by rows and by tokens seen; a surface per cache type.
+      rest: the rest of a layer: values per second, by tokens and by values per token.
+      made: how and when they were measured, in words.
     """
 
     products: Mapping[str, Surface] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Rates:
     made: str = ""
 
     def parts(self, work: Work) -> dict[str, float | None]:
-        """Seconds of each part of a step; None for a part of which no rate is known."""
+        """Seconds of each part of a step; None for a part without a measured rate."""
         products, attention, rest = [], [], None
         for p in work.products:
             surface = self.products.get(p.stored)
@@ -119,7 +119,7 @@ class Rates:
         return {"products": _total(products), "attention": _total(attention), "rest": rest}
 
 
-# Queries a row up to which attention takes the path of decoding (`pallas_kernels.decode_attention`).
+# Attention with up to this many queries per row is decode attention (`pallas_kernels.decode_attention`).
 MAX_DECODE_QUERIES = 16
 
 

@@ -12,14 +12,14 @@ from pdx.quant import STORED, Kind
 from pdx.sharding import ArraySpec
 
 SCALE_BYTES = 4
-# What `ArraySpec.part` may be: of matrices, then of vectors.
+# The values of `ArraySpec.part`: of matrices, then of vectors.
 PARTS = ("embedding", "projections", "mlp", "experts", "routing", "head")
 VECTORS = ("norms", "biases")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a model, [out, in], or one of every expert; `part` is what tables call the group it belongs to."""
+    """One matrix of a model, [out, in], or one per expert; `part` is its group's name in tables."""
 
     name: str
     part: str
@@ -33,7 +33,7 @@ class Matrix:
 
     @property
     def used(self) -> int:
-        """Copies that one token is multiplied with."""
+        """How many of its copies one token is multiplied with."""
         return self.experts.experts_per_token if self.experts else 1
 
     @property
@@ -43,11 +43,11 @@ class Matrix:
 
     @property
     def active(self) -> int:
-        """Parameters that one token meets."""
+        """Parameters that one token is multiplied with."""
         return self.out * self.columns * self.used
 
     def bytes(self, kind: Kind | None, dtype: str) -> int:
-        """In memory, scales and offsets included."""
+        """Bytes in memory, scales and offsets included."""
         if kind == STORED and self.experts and self.experts.stored_bits:
             return int(self.size * self.experts.stored_bits / 8)
         if kind is None or kind == STORED:
@@ -56,7 +56,7 @@ class Matrix:
         return self.size * kind.bits // 8 + SCALE_BYTES * scales
 
     def groups(self, kind: Kind) -> int:
-        """Of columns that share a scale."""
+        """The number of groups of columns that share a scale."""
         return self.columns // (kind.group_for(self.columns) or self.columns)
 
 
@@ -65,7 +65,7 @@ def matrices(specs: dict, experts: Experts | None = None) -> Iterator[Matrix]:
 
     Args:
       specs: parameters as declared, by `pdx.model.param_specs` or `planned_specs`.
-      experts: what a stack of matrices is the experts of.
+      experts: the mixture that stacked matrices belong to.
     """
     for name, spec in declared(specs):
         if spec.part not in VECTORS:
@@ -82,7 +82,7 @@ def vectors(specs: dict) -> list[ArraySpec]:
 def declared(specs: dict) -> Iterator[tuple[str, ArraySpec]]:
     """Every leaf with its name, such as `layers.3.q_proj`, in the order of the declarations.
 
-    Raises ValueError for one that says no part of the model.
+    Raises ValueError for a leaf without a `part`.
     """
     for path, spec in _leaves(specs, ()):
         name = ".".join(path)

@@ -1,10 +1,9 @@
-"""What a phase costs, predicted: FLOPs and bytes by part, arithmetic intensity, what bounds it, and how long it takes
-at least on a chip.
+"""The predicted cost of a phase: FLOPs and bytes by part, arithmetic intensity, bound, and the least time on a chip.
 
-A step is two rooflines, one after the other: the products with weights, whose weights are read once for all rows, and
-attention, whose keys and values belong to one row each. What a real step loses beside them (launches, norms, sampling)
-is not in it: figures are floors, but on a chip that `pdx calibrate` measured, where they are estimates. Several chips
-share weights, heads and cache evenly; what they tell one another is not counted.
+A step is two rooflines, one after the other: the products, whose weights are read once for all rows, and attention,
+whose keys and values belong to one row each. Launches, norms and sampling are not counted, so times are floors; on a
+chip that `pdx calibrate` measured they are estimates. Several chips share weights, heads and cache evenly; their
+communication is not counted.
 """
 
 from __future__ import annotations
@@ -29,24 +28,23 @@ from pdx.quant import Kind, Policy
 from pdx.shapes import DEFAULT_CHUNK, layer_slots, round_up
 
 Phase = Literal["prefill", "decode", "mixed"]
-# Of a score that is kept in memory: written, read for the softmax, written as a probability and read again, in f32.
+# Traffic of one f32 score kept in memory: written, read for the softmax, written as a probability, and read again.
 SCORE_BYTES = 16
 
 
 def visible_pairs(new: int, held: int, window: int | None) -> int:
-    """Pairs of a query and a key it sees: `new` queries behind `held` tokens, under a causal mask."""
+    """Pairs of a query and a key that it sees: `new` queries after `held` tokens, under a causal mask."""
     last = held + new
     if window is None or last <= window:
         return new * held + new * (new + 1) // 2
-    short = max(0, window - 1 - held)  # queries that see all there is before their window is full
+    short = max(0, window - 1 - held)  # queries whose window is not yet full
     short = min(short, new)
     return short * held + short * (short + 1) // 2 + (new - short) * window
 
 
 @dataclass
 class Part:
-    """A part of a model in a step: of one token its FLOPs by the type multiplied and the numbers in and out, and the
-    bytes of its weights."""
+    """Per-token cost of a group of matrices: FLOPs by operand dtype, values read and written, and its weight bytes."""
 
     flops: Counter = field(default_factory=Counter)
     numbers: int = 0
@@ -55,17 +53,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model as it is stored and run: what every figure depends on beside the load.
+    """A model and how it is stored and run: everything but the load.
 
     Attributes:
       dtype: of activations, and of weights that are not quantized.
       quantize: a policy of `pdx.quant`; `stored` means experts as published and the rest in dtype.
       kv_dtype: of the cache; None: dtype.
-      layout: how the cache lies: `folded` (on a TPU) rounds a token's heads up to whole lanes of 128, and those of
-        int8's scales to 8; None: nothing is rounded.
-      experts, latent: layers that `cfg` cannot say, see `pdx.cost.planned_layers`; None: those of `pdx.model`.
-      flash: attention keeps its scores on the chip; without it, it computes those that the mask hides too, and writes
-        and reads scores and probabilities in f32.
+      layout: of the cache. `folded` (on a TPU) rounds a token's heads up to whole lanes of 128, and those of int8's
+        scales to 8; None: nothing is rounded.
+      experts, latent: layers that `cfg` cannot describe, see `pdx.cost.planned_layers`; None: those of `pdx.model`.
+      flash: attention keeps its scores on the chip. Otherwise it also computes masked scores, and writes and reads
+        scores and probabilities in f32.
     """
 
     cfg: ModelConfig
@@ -83,17 +81,17 @@ class Setup:
 
     @cached_property
     def specs(self) -> dict:
-        """The parameters as declared, in floats."""
+        """The parameters' declarations, in floats."""
         return planned_specs(self.cfg, self.dtype, self.experts, self.latent)
 
     @cached_property
     def matrices(self) -> dict[Matrix, Kind | None]:
-        """All of them, and how each is stored."""
+        """All matrices, and how each is stored."""
         return {m: self.policy.kind(m.name) for m in matrices(self.specs, self.experts)}
 
     @cached_property
     def weights(self) -> dict[str, int]:
-        """Bytes in memory by part. A head that is the embedding itself counts there."""
+        """Bytes in memory by part. A head that is tied to the embedding counts as embedding."""
         found = dict.fromkeys((*PARTS, "norms and biases"), 0)
         shared = self.cfg.tie_embeddings and self.policy.kind("lm_head") == self.policy.kind("embed")
         for m, kind in self.matrices.items():
@@ -104,14 +102,14 @@ class Setup:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """In all, and those that one token meets (a lookup meets none); a tied head counts once."""
+        """Parameters in all, and active ones per token (a lookup has none); a tied head counts once."""
         every = sum(m.size for m in self.matrices if not (m.name == "lm_head" and self.cfg.tie_embeddings))
         every += sum(math.prod(spec.shape) for spec in vectors(self.specs))
         return every, sum(m.active for m in self.matrices if m.part != "embedding")
 
     @property
     def kv_token_bytes(self) -> int:
-        """Keys and values of one token in one layer, with their scales."""
+        """Bytes of keys and values of one token in one layer, with their scales."""
         kind, heads = jnp.dtype(self.kv_dtype or self.dtype), self.cfg.num_kv_heads
         scale = SCALE_BYTES if kind == jnp.int8 else 0
         if self.latent:
@@ -121,25 +119,25 @@ class Setup:
         return 2 * heads * (self.cfg.head_dim * kind.itemsize + scale)
 
     def cache_bytes(self, batch: int, context: int) -> int:
-        """Keys and values of `batch` rows of `context` tokens; window layers hold their window and a chunk."""
+        """Bytes of keys and values of `batch` rows of `context` tokens; window layers hold their window and a chunk."""
         slots = sum(layer_slots(w, context, DEFAULT_CHUNK) for w in self.cfg.windows)
         return batch * slots * self.kv_token_bytes
 
     def prefill(self, batch: int, prompt: int, held: int = 0) -> Cost:
-        """`batch` prompts of `prompt` tokens behind `held` ones; the head for the last token alone."""
+        """`batch` prompts of `prompt` tokens after `held` ones; the head only for the last token of each."""
         return self._cost("prefill", [(prompt, held)] * batch)
 
     def decode(self, batch: int, context: int) -> Cost:
-        """One token a row, behind `context` - 1 others."""
+        """One token per row, after `context` - 1 others."""
         return self._cost("decode", [(1, context - 1)] * batch)
 
     def verify(self, batch: int, context: int, draft: int) -> Cost:
-        """`draft` + 1 tokens a row, the first behind `context` - 1 others; the head for all of them."""
+        """`draft` + 1 tokens per row, the first after `context` - 1 others; the head for all of them."""
         return self._cost("decode", [(draft + 1, context - 1)] * batch, batch * (draft + 1))
 
     def mixed(self, rows: Sequence[tuple[int, int]]) -> Cost:
-        """One step over rows of (new, held) tokens, decode rows (1, held) beside chunks of prompts: weights are read
-        once for all. Sarathi-Serve, arXiv 2403.02310."""
+        """One step over rows of (new, held) tokens: decode rows (1, held) and prompt chunks. Weights are read once for
+        all. Sarathi-Serve, arXiv 2403.02310."""
         return self._cost("mixed", rows)
 
     @cached_property
@@ -149,10 +147,10 @@ class Setup:
             if m.part == "embedding":
                 continue
             part = found.setdefault(m.part, Part())
-            # The type in which the matrix units multiply: int8 if the activations are quantized too.
+            # The operand type of the matrix unit: int8 if the activations are quantized too.
             multiplied = "int8" if kind is not None and kind.activations == "int8" else self.dtype
             part.flops[multiplied] += 2 * m.active
-            if kind is not None and not kind.symmetric:  # offsets by the sums of each group's activations
+            if kind is not None and not kind.symmetric:  # offsets times the sums of each group's activations
                 part.flops["float32"] += 2 * m.out * m.groups(kind) * m.used
             part.numbers += (m.columns + m.out) * m.used
             part.bytes += m.bytes(kind, self.dtype)
@@ -160,14 +158,14 @@ class Setup:
 
     @cached_property
     def _products(self) -> Counter[tuple[str, str, int]]:
-        """How many matrices there are of each part, way of storing as `pdx.cost.measured_rates` calls it, and size."""
+        """The number of matrices by part, storage type (as in `pdx.cost.measured_rates`) and size."""
         return Counter(
             (m.part, _stored(kind, self.dtype), m.size) for m, kind in self.matrices.items() if m.part != "embedding"
         )
 
     def streamed(self, tokens: float) -> int:
-        """Bytes of weights that a step of so many tokens reads beside its lookups; of the experts, those expected to
-        be picked."""
+        """Bytes of weights that a step of `tokens` tokens reads, without lookups; of the experts, those expected to be
+        picked."""
         share = self.experts.read(tokens) if self.experts else 1
         return self.weights["norms and biases"] + sum(
             round(part.bytes * share) if name == "experts" else part.bytes for name, part in self._parts.items()
@@ -175,7 +173,7 @@ class Setup:
 
     @property
     def _attended(self) -> str:
-        """The type in which attention multiplies: int8 is widened, the wider of two floats decides."""
+        """The type in which attention multiplies: the wider of activations and cache; an int8 cache is widened."""
         cached = self.dtype if self.kv_dtype in (None, "int8") else self.kv_dtype
         return str(jnp.promote_types(self.dtype, cached))
 
@@ -186,7 +184,7 @@ class Setup:
         return 4 * pairs * self.cfg.num_heads * self.cfg.head_dim
 
     def _cost(self, phase: Phase, rows: Sequence[tuple[int, int]], kept: int | None = None) -> Cost:
-        """A step over rows of (new, held) tokens that keeps `kept` rows of logits (None: one a row)."""
+        """A step over rows of (new, held) tokens that keeps `kept` rows of logits (None: one per row)."""
         cfg = self.cfg
         tokens, kept = sum(new for new, _ in rows), len(rows) if kept is None else kept
         lines = {name: kept if name == "head" else tokens for name in self._parts}
@@ -212,7 +210,7 @@ class Setup:
         return Cost(phase, len(rows), flops, nbytes, Work(products, attention, cfg.num_layers, tokens, width))
 
     def _attention(self, rows: Sequence[tuple[int, int]]) -> Iterator[Attention]:
-        """What attention reads and computes, layers and rows of a kind together."""
+        """The attention of the step, with equal layers and rows counted together."""
         cached = (self.kv_dtype or self.dtype) if self.flash else "not flash"
         for (new, held), count in Counter(rows).items():
             for window, layers in Counter(self.cfg.windows).items():
@@ -229,7 +227,7 @@ def _stored(kind: Kind | None, dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step does: FLOPs of matrix products by part and by the type multiplied, bytes by part."""
+    """What one step does: FLOPs of matrix products by part and operand dtype, bytes by part."""
 
     phase: Phase
     rows: int
@@ -251,7 +249,7 @@ class Cost:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / self.bytes
 
     def parts(self, chip: Chip, chips: int = 1) -> dict[str, tuple[float, float]]:
@@ -268,11 +266,11 @@ class Cost:
         }
 
     def floor(self, chip: Chip, chips: int = 1) -> float:
-        """At least: each part is as fast as the slower of its arithmetic and its traffic."""
+        """The least seconds: each part takes the longer of its arithmetic and its traffic."""
         return sum(max(pair) for pair in self.parts(chip, chips).values())
 
     def seconds(self, chip: Chip, chips: int = 1) -> float:
-        """The floor; on one measured chip what the parts take at its rates, and the floor where it has none."""
+        """The floor. On one measured chip: each part at its measured rate, or its floor if it has none."""
         if not isinstance(chip, MeasuredChip) or chips > 1:
             return self.floor(chip, chips)
         floors = {part: max(pair) for part, pair in self.parts(chip).items()}
@@ -280,12 +278,12 @@ class Cost:
         return sum(floors.get(part, 0.0) if seconds is None else seconds for part, seconds in measured.items())
 
     def shares(self, chip: Chip, chips: int = 1) -> tuple[float, float]:
-        """Of the arithmetic's and of the memory's ceiling, what the step reaches if it takes that time."""
+        """The shares of peak and of bandwidth that the step reaches if it takes `seconds`."""
         compute, memory = (sum(x) for x in zip(*self.parts(chip, chips).values(), strict=True))
         return compute / self.seconds(chip, chips), memory / self.seconds(chip, chips)
 
     def bound(self, chip: Chip) -> Literal["compute", "memory"]:
-        """What most of that time is spent on."""
+        """What most of the time is spent on."""
         pairs = self.parts(chip).values()
         compute = sum(a for a, b in pairs if a >= b)
         return "compute" if compute >= sum(b for a, b in pairs if b > a) else "memory"

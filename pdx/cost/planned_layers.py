@@ -1,6 +1,6 @@
-"""Layers that pdx plans with and does not run yet: a mixture of experts, and multi-head latent attention.
+"""Layers that pdx can plan but not run yet: a mixture of experts, and multi-head latent attention.
 
-`pdx.model` knows neither. Here they are declared as it declares its own.
+`pdx.model` has neither. They are declared here in the same way as its own layers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pdx.sharding import ArraySpec
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of the MLP. Shazeer et al. 2017.
+    """A mixture of experts in place of the MLP. Shazeer et al. 2017.
 
     Attributes:
       num_experts, experts_per_token: E, and k of them for each token.
-      d_expert: feed-forward width of one.
-      d_shared: width of what every token passes beside them, all shared experts together; 0: none.
-      dense_layers: so many of the first layers have the config's MLP instead.
-      stored_bits: bits a weight of an expert takes as published, scales included, where that is no float (MXFP4: 4.25).
+      d_expert: feed-forward width of one expert.
+      d_shared: feed-forward width of all shared experts together, which every token passes; 0: none.
+      dense_layers: the number of first layers that have the config's MLP instead.
+      stored_bits: bits per expert weight as published, scales included, if that is no float (MXFP4: 4.25).
     """
 
     num_experts: int
@@ -38,19 +38,19 @@ class Experts:
             raise ValueError("d_expert must be at least 1, d_shared and dense_layers at least 0")
 
     def read(self, tokens: int) -> float:
-        """The share of the experts that a layer reads for `tokens` tokens, if each picks its own at random:
+        """The share of the experts that a layer reads for `tokens` tokens, if each token picks at random:
         1 - (1 - k/E)^tokens."""
         return 1 - (1 - self.experts_per_token / self.num_experts) ** tokens
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention: keys and values of all heads are made from one cached vector a token.
+    """Multi-head latent attention: one cached vector per token gives the keys and values of all heads.
     DeepSeek-V2, arXiv 2405.04434.
 
     Attributes:
-      q_rank, kv_rank: of the two low-rank projections; kv_rank + rope_dim numbers a token and layer are cached.
-      nope_dim, rope_dim: of a query and key head, without and with a position.
+      q_rank, kv_rank: of the two low-rank projections; kv_rank + rope_dim values per token and layer are cached.
+      nope_dim, rope_dim: the parts of a query or key head without and with RoPE.
       value_dim: of a value head.
     """
 
@@ -69,10 +69,10 @@ class Latent:
         return self.kv_rank + self.rope_dim
 
     def attention_flops(self, heads: int, pairs: int, held: int) -> int:
-        """Of `pairs` of a query and a key, behind `held` cached tokens: the cheaper of two orders.
+        """FLOPs of `pairs` of a query and a key after `held` cached tokens: the cheaper of two orders.
 
-        Absorbed (decode), scores and sums are taken in the latent space. Expanded (prefill), heads are as small as in
-        any other model, but the keys and values of held tokens are made again.
+        Absorbed (decode): scores and sums are computed in the latent space. Expanded (prefill): heads are as small as
+        in other models, but the keys and values of held tokens are computed again.
         """
         absorbed = 2 * pairs * heads * (2 * self.kv_rank + self.rope_dim)
         expanded = 2 * pairs * heads * (self.nope_dim + self.rope_dim + self.value_dim)
@@ -80,7 +80,7 @@ class Latent:
 
 
 def planned_specs(cfg: ModelConfig, dtype, experts: Experts | None = None, latent: Latent | None = None) -> Params:
-    """The parameters as `param_specs` declares them, with experts and latent attention in the place of its own layers.
+    """The declarations of `param_specs`, with experts and latent attention in place of its MLP and attention.
 
     Matrices of experts are stacked, `[num_experts, out, in]`.
     """
@@ -121,7 +121,7 @@ def _latent_attention(cfg: ModelConfig, latent: Latent, dtype) -> Params:
 
 
 def _mixture(cfg: ModelConfig, experts: Experts, dtype) -> Params:
-    """The router, the experts, and what all tokens pass."""
+    """The router, the experts, and the shared experts."""
     d, count = cfg.d_model, experts.num_experts
 
     def gated(f, part, stack=()):

@@ -1,4 +1,4 @@
-"""Optimizations that cost something, on the figures of `pdx.cost`: speculation and chunked prefill."""
+"""Optimizations with a price, computed with `pdx.cost`: speculation and chunked prefill."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pdx.cost import Setup
 
 
 def speculation(acceptance: float, draft: int, draft_cost: float, verify_cost: float = 1.0) -> float:
-    """Speed of speculative decoding over plain decoding.
+    """The speed of speculative decoding relative to plain decoding.
 
     Args:
-      acceptance: probability that a drafted token is accepted, each by itself.
-      draft: tokens drafted a round.
+      acceptance: probability that a drafted token is accepted, independent of the others.
+      draft: tokens drafted per round.
       draft_cost, verify_cost: of one drafted token and of a verification, in decode steps.
     """
     tokens = draft + 1 if acceptance == 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
@@ -19,7 +19,7 @@ def speculation(acceptance: float, draft: int, draft_cost: float, verify_cost: f
 
 
 def break_even(draft: int, draft_cost: float, verify_cost: float = 1.0) -> float | None:
-    """The acceptance from which on speculation pays, None if it never does."""
+    """The acceptance from which on speculation pays; None if it never does."""
     if speculation(1.0, draft, draft_cost, verify_cost) <= 1:
         return None
     low, high = 0.0, 1.0
@@ -30,28 +30,30 @@ def break_even(draft: int, draft_cost: float, verify_cost: float = 1.0) -> float
 
 
 def verify_cost(setup: Setup, chip: Chip, batch: int, context: int, draft: int, chips: int = 1) -> float:
-    """A verification of `draft` + 1 tokens a row in decode steps."""
+    """The cost of verifying `draft` + 1 tokens per row, in decode steps."""
     whole = setup.verify(batch, context, draft)
     return whole.seconds(chip, chips) / setup.decode(batch, context).seconds(chip, chips)
 
 
 def chunked_prefill(setup: Setup, chip: Chip, prompt: int, chunk: int, chips: int = 1) -> float:
-    """Seconds of a prompt in chunks, each a prefill of its own: weights and the keys and values so far are read again
-    for each."""
+    """Seconds of a prompt in chunks, each a separate prefill that reads the weights, and the keys and values so far,
+    again."""
     starts = range(0, prompt, chunk)
     return sum(setup.prefill(1, min(chunk, prompt - at), at).seconds(chip, chips) for at in starts)
 
 
 def longest_step(setup: Setup, chip: Chip, batch: int, context: int, prompt: int, chunk: int, chips: int = 1) -> float:
-    """The longest that `batch` decoding rows of `context` tokens wait for their next one while a prompt goes by in
-    chunks, one a step: what chunks protect is the difference to `chunk` = `prompt`."""
+    """The longest time that `batch` decode rows of `context` tokens wait for a token while a prompt is prefilled, one
+    chunk per step. Chunking gains the difference to `chunk` = `prompt`."""
     decoding, starts = [(1, context - 1)] * batch, range(0, prompt, chunk)
     return max(setup.mixed([*decoding, (min(chunk, prompt - at), at)]).seconds(chip, chips) for at in starts)
 
 
 def largest_chunk(setup: Setup, chip: Chip, decode_batch: int, context: int, tpot: float, chips: int = 1) -> int:
-    """The most prompt tokens that a step may take beside `decode_batch` decoding rows so that it ends within `tpot`
-    seconds, all rows `context` tokens long, the prompt too; 0 if there is no room for one token."""
+    """The most prompt tokens beside `decode_batch` decode rows for which a step takes at most `tpot` seconds.
+
+    All rows are `context` tokens long, the prompt too. 0 if not one token fits.
+    """
     decoding = [(1, context - 1)] * decode_batch
     low, high = 0, context
     while low < high:

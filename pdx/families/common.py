@@ -62,20 +62,20 @@ class TensorFile(Protocol):
 
 @runtime_checkable
 class QuantizedFile(TensorFile, Protocol):
-    """A file whose matrices may be quantized as `QuantArray` can hold them."""
+    """A file with quantized matrices that a `QuantArray` can represent."""
 
     def stored_kind(self, name: str) -> Kind | None:
-        """How a tensor is quantized; None: it is not, or otherwise."""
+        """The kind of a quantized tensor; None: it is not quantized, or in a form that a `QuantArray` cannot hold."""
         ...
 
     def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
-        """A tensor with a stored kind, on the host, value for value, standing for one of `dtype`."""
+        """A tensor with a stored kind, on the host, value for value; it counts as an array of `dtype`."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one parameter comes from, and what is done to it."""
+    """The tensor that a parameter is read from, and the changes made to it."""
 
     name: str
     rows: np.ndarray | None = None  # the source row of each of our rows
@@ -93,7 +93,7 @@ class Names:
     leaves: Mapping[str, str]
     minus_one: tuple[str, ...] = ()  # norms stored as the factor minus one
     interleaved: tuple[str, ...] = ()  # rows in the pair order (0, H/2, 1, H/2 + 1, ..) of interleaved RoPE
-    prefixes: tuple[str, ...] = ("model.", "")  # what may stand in the place of the leading "model."
+    prefixes: tuple[str, ...] = ("model.", "")  # possible prefixes in place of the leading "model."
 
     def source(self, leaf: str, layer: int | None, cfg: ModelConfig, prefix: str = "model.") -> Source:
         """The tensor of one parameter leaf; `layer` is None outside the layers."""
@@ -113,7 +113,7 @@ class Names:
         return Source(name, rows, 1.0 if leaf in self.minus_one else 0.0, stored_rows)
 
     def find_prefix(self, names: list[str]) -> str:
-        """Which of `prefixes` these tensors carry; the first one where none is seen."""
+        """The one of `prefixes` that these tensors have; the first one if none fits."""
         present = set(names)
         for leaf in ("embed", "final_norm"):  # a tied model may keep its embedding as the output head alone
             tail = self.leaves[leaf].removeprefix("model.")
@@ -144,9 +144,9 @@ def _row_count(leaf: str, cfg: ModelConfig) -> int:
 
 
 def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
-    """Source rows, [heads * H], that turn rows stored for interleaved RoPE into the halves of pdx.
+    """Source rows, [heads * H], that reorder rows stored for interleaved RoPE into halves, as pdx has them.
 
-    GGUF keeps Llama's queries and keys so that a rotated pair lies in rows 2i and 2i + 1; here it is i and i + H/2.
+    In GGUF files of Llama, rows 2i and 2i + 1 of queries and keys are a rotated pair; in pdx rows i and i + H/2 are.
     """
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
@@ -261,7 +261,7 @@ def gguf_shape(f: Fields, file: TensorFile, theta: float = 10_000.0, eps: float 
 
 
 def _check_heads(f: Fields, file: TensorFile, names: set[str], name: str, expected: list[int]) -> None:
-    """Hold the heads to a tensor before an order of their rows is made, which takes a number a row."""
+    """Check the number of heads against a tensor's shape, before the row order is allocated (one number per row)."""
     if name in names and list(file.shape(name)) != expected:
         raise ModelFileError(
             f"{f.where}: tensor {name} has shape {list(file.shape(name))}, expected {expected} from the configuration"

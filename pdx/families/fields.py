@@ -1,4 +1,4 @@
-"""Reading a published configuration: every field is typed when it is read, and none goes by unseen."""
+"""Reading a published configuration: every field is type-checked when read, and unread fields are reported."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class Fields:
             raise self.unsupported(key, value, f"only {allowed}")
 
     def unused(self) -> dict[str, Any]:
-        """What nobody has read and what says something."""
+        """The fields that were not read and that may mean something."""
         return {
             k: v
             for k, v in self.data.items()

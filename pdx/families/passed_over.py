@@ -34,7 +34,7 @@ PARTS = {
     "an audio encoder": (r"(model\.|language_model\.)?(audio\w*|embed_audio)\..*", r"a\..*"),
     "draft heads": (r"(model\.)?(mtp\w*|medusa_heads?|eagle\w*|draft_\w+)\..*",),
 }
-# What an unknown tensor can be told to be; the first that fits.
+# What an unknown tensor is, by its name; the first match counts.
 _KNOWN = (
     (r".*lora_\w+.*", f"it is of a LoRA adapter; {MERGE}"),
     (
@@ -83,7 +83,7 @@ def parts_said(names: Iterable[str], draft_layers: range = range(0)) -> list[str
 
 
 def told_to_be(name: str) -> str:
-    """What a tensor that nobody asked for is, as far as its name tells."""
+    """What an unexpected tensor is, as far as its name tells."""
     return next(
         (said for pattern, said in _KNOWN if re.fullmatch(pattern, name)),
         "the two do not belong together, or it is of a variant that pdx does not have",

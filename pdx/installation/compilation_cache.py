@@ -1,4 +1,4 @@
-"""The persistent compilation cache: on by default, in pdx's own folder, and easily switched off."""
+"""The persistent compilation cache: on by default, in pdx's own folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OFF = ("0", "off", "no", "false")
 
 
 def cache_folder() -> Path | None:
-    """Where compiled programs are kept, by the environment; None: nowhere. Imports no jax."""
+    """The folder of compiled programs, as the environment says; None: the cache is off. Imports no jax."""
     wanted = os.environ.get("PDX_COMPILATION_CACHE", "")
     if wanted.lower() in OFF and wanted:
         return None
@@ -22,8 +22,8 @@ def cache_folder() -> Path | None:
 def enable_cache() -> Path | None:
     """Switch JAX's persistent compilation cache on, unless the user has set one up or switched it off.
 
-    `PDX_COMPILATION_CACHE` is a folder, or `off`; a cache that JAX was told of already
-    (`JAX_COMPILATION_CACHE_DIR`) is left alone. Returns the folder in use, None if there is none.
+    `PDX_COMPILATION_CACHE` is a folder, or `off`. A cache that is already set in JAX (`JAX_COMPILATION_CACHE_DIR`)
+    stays. Returns the folder in use, None if there is none.
     """
     check()
     import jax

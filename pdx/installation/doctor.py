@@ -1,7 +1,7 @@
-"""`pdx doctor`: is this installation whole, what does it run on, and does it compute what it should?
+"""`pdx doctor`: is this installation complete, what does it run on, and does it compute correctly?
 
-Nothing here imports jax: it must answer where jax cannot be imported, or would end the process. What only a device can
-say is asked of a process of its own, `pdx.bench.self_test`.
+Nothing here imports jax: it must answer even where jax cannot be imported or would crash. Checks that need the device
+run in a separate process, `pdx.bench.self_test`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LIBRARY = {"tpu": "libtpu", "gpu": "a CUDA plugin"}
 
 
 def examine(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-    """Everything that `pdx doctor` tells, as one JSON object; `problems` is empty if all is well.
+    """Everything that `pdx doctor` reports, as one JSON object; `problems` is empty if all is well.
 
-    `devices`, `kernels` and `self_test` are None where it did not come so far, for a reason that stands in `problems`.
+    `devices`, `kernels` and `self_test` are None if they could not be checked; the reason is in `problems`.
     """
     started = time.perf_counter()
     misfits = versions.misfits()
@@ -62,7 +62,7 @@ def examine(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
 
 
 def _unmet() -> list[str]:
-    """What pdx and, on a GPU, JAX's plugin need and do not find."""
+    """Missing requirements of pdx and, on a GPU, of JAX's plugin."""
     jax = ("jax ", "jaxlib ")  # judged by `versions`
     said = [x for x in versions.unmet("pdx-inference") if not x.startswith(jax)]
     for name in versions.installed():
@@ -72,7 +72,7 @@ def _unmet() -> list[str]:
 
 
 def _ask_device(timeout_s: float) -> tuple[dict[str, Any], list[str]]:
-    """The sections that `pdx.bench.self_test` came to say, and why it did not say all of them."""
+    """The sections that `pdx.bench.self_test` reported, and the reasons if some are missing."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pdx.bench.self_test"],
@@ -101,7 +101,7 @@ def _ask_device(timeout_s: float) -> tuple[dict[str, Any], list[str]]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with the folder that this pdx lies in: `python -m` would look in the working folder first."""
+    """This process's environment, plus the folder of this pdx: `python -m` looks in the working folder first."""
     path = [str(Path(pdx.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     flags = os.environ.get("XLA_FLAGS", "")
     if _accelerator() is None and "optimization_level" not in flags:
@@ -111,7 +111,7 @@ def _environment() -> dict[str, str]:
 
 
 def _of_device(found: dict[str, Any]) -> list[str]:
-    """What is wrong with a device that did answer."""
+    """Problems of a device that answered."""
     said = []
     test, devices = found["self_test"], found["devices"]
     if test and test["passed"] is False:
@@ -152,7 +152,7 @@ def _host_memory() -> dict[str, int | None]:
 
 
 def _caches() -> list[dict[str, Any]]:
-    """The folders that pdx fills, with what lies in them; `folder` None: switched off."""
+    """The folders that pdx writes to, with their content; `folder` None: switched off."""
     folders = {"models": models_home(), "compiled programs": cache_folder(), "chips": home() / "chips"}
     return [
         {"what": what, "folder": folder and str(folder), "bytes": _size(folder)} for what, folder in folders.items()
@@ -167,13 +167,13 @@ def _size(folder: Path | None) -> int:
         for name in files:
             try:
                 sizes += os.stat(os.path.join(parent, name)).st_size
-            except OSError:  # it went away meanwhile
+            except OSError:  # deleted meanwhile
                 continue
     return sizes
 
 
 def text(found: dict[str, Any]) -> str:
-    """What `examine` found, for people: one fact a line, problems last."""
+    """The result of `examine` as text: one fact per line, problems last."""
     rows = [
         ("pdx", f"{found['pdx']['version']} in {found['pdx']['folder']}"),
         ("Python", f"{found['python']['version']} ({found['python']['executable']})"),

@@ -1,8 +1,8 @@
-"""Whether jax and what belongs to it are of one release, read from what is installed.
+"""Version checks: do the installed releases of jax, jaxlib and the device libraries fit together?
 
-A libtpu of another release than jaxlib's ends the process with signal 11 in the first compilation, so this is asked
-before jax is imported. Nothing here imports jax or touches a device. Which releases belong together stands in the
-metadata of the installed jax: `jax[tpu]` names its libtpu, `jax[cuda12]` its plugin.
+If libtpu does not fit jaxlib, the first compilation crashes the process (signal 11), so this is checked before jax is
+imported. Nothing here imports jax or touches a device. The metadata of the installed jax says what fits: `jax[tpu]`
+names its libtpu, `jax[cuda12]` its plugin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pdx.errors import VersionError
 JAX = ">=0.10.2,<0.13"  # what pdx runs with: the bounds of pyproject.toml
 IGNORE = "PDX_IGNORE_VERSIONS"
 OFF = ("", "0", "off", "no", "false")
-# Libraries of devices. `jax[...]` names those that belong to it; the others are left over from earlier installations.
+# Device libraries. `jax[...]` names those that fit it; any others are left over from earlier installations.
 _PLUGINS = tuple(f"jax-{toolkit}-plugin" for toolkit in ("cuda11", "cuda12", "cuda13", "rocm60", "rocm7", "oneapi"))
 PARTS = (
     "jax",
@@ -42,10 +42,10 @@ class Misfit:
     """One thing that does not fit.
 
     Attributes:
-      says: what, in a sentence.
+      says: the problem, in a sentence.
       remove: distributions to uninstall first.
-      install: whether jax is to be installed, so that it brings what belongs to it.
-      restart: what is installed fits, but Python had loaded another release before it was installed.
+      install: whether jax must be installed again, with the libraries that fit it.
+      restart: the installed release fits, but Python has already loaded another one.
     """
 
     says: str
@@ -55,9 +55,9 @@ class Misfit:
 
 
 def check() -> None:
-    """Raise VersionError if jax, jaxlib and the libraries of its devices do not fit; otherwise ask only once.
+    """Raise VersionError if jax, jaxlib and the device libraries do not fit together. A passed check is not repeated.
 
-    The environment variable PDX_IGNORE_VERSIONS=1 lets everything pass.
+    The environment variable PDX_IGNORE_VERSIONS=1 skips the check.
     """
     global _checked
     if _checked or ignored():
@@ -73,7 +73,7 @@ def ignored() -> bool:
 
 
 def message(found: list[Misfit]) -> str:
-    """One line: what does not fit, and the command that mends it, which stands last."""
+    """One line: what does not fit, and at its end the command that repairs it."""
     says = "; ".join(x.says for x in found)
     if all(x.restart for x in found):
         return f"{says}: restart Python (in a notebook: restart the runtime) and run this again"
@@ -89,7 +89,7 @@ def misfits() -> list[Misfit]:
     """Everything that does not fit, most basic first; empty if all does."""
     here = installed()
     if "jax" not in here:
-        # A jax without metadata (a build of one's own on the path) cannot be judged.
+        # A jax without metadata (one's own build on the path) cannot be checked.
         return [] if find_spec("jax") else [Misfit("jax is not installed")]
     found = [*_of_jax(here), *_of_devices(here), *_half_installed(here)]
     return found or list(_loaded(here))
@@ -109,7 +109,7 @@ def remedy(found: list[Misfit]) -> str:
 
 
 def requirements(distribution: str, extra: str = "") -> list[Requirement]:
-    """What an installed distribution needs on this machine, of one of its extras too; empty if it is not there."""
+    """The requirements of an installed distribution on this machine, with those of `extra`; empty if not installed."""
     try:
         lines = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
@@ -126,7 +126,7 @@ def requirements(distribution: str, extra: str = "") -> list[Requirement]:
 
 
 def unmet(distribution: str, extra: str = "", *, absent: bool = True) -> list[str]:
-    """Sentences about what `distribution` needs and does not find. `absent`: also what is not installed at all."""
+    """Sentences about unmet requirements of `distribution`. `absent`: include those that are not installed at all."""
     said = []
     for need in requirements(distribution, extra):
         version = _version(need.name)
@@ -175,14 +175,14 @@ def _of_devices(here: dict[str, str]) -> Iterator[Misfit]:
 
 
 def _half_installed(here: dict[str, str]) -> Iterator[Misfit]:
-    """What pip lists and Python cannot find: uninstalling libtpu-nightly, for one, takes files of libtpu along."""
+    """Distributions that pip lists but Python cannot find: uninstalling libtpu-nightly also removes files of libtpu."""
     for name in (name for name in here if name == "jaxlib" or name == "libtpu" or name in _PLUGINS):
         if not find_spec(name.replace("-", "_")):
             yield Misfit(f"{name} {here[name]} is listed as installed, but its files are missing", (name,))
 
 
 def _loaded(here: dict[str, str]) -> Iterator[Misfit]:
-    """What Python loaded before another release was installed over it."""
+    """Libraries that Python had loaded before another release was installed over them."""
     for name in ("jax", "jaxlib"):
         running = getattr(sys.modules.get(name), "__version__", None)
         if running and name in here and not _same(running, here[name]):
@@ -190,7 +190,7 @@ def _loaded(here: dict[str, str]) -> Iterator[Misfit]:
 
 
 def _extra(name: str) -> str | None:
-    """The extra of jax that brings this library of a device; None if the installed jax has none for it."""
+    """The extra of jax that installs this device library; None if the installed jax has none."""
     if name.startswith("libtpu"):
         return "tpu"
     toolkit = name.removeprefix("jax-").removesuffix("-plugin").removesuffix("-pjrt")
@@ -220,7 +220,7 @@ def _version(name: str) -> str | None:
 
 
 def _fits(version: str, specifier: str | SpecifierSet) -> bool:
-    """Whether a release fits; one before the release (`0.12.1.dev20261101`) counts as what it precedes."""
+    """Whether a release fits; a pre-release (`0.12.1.dev20261101`) counts as the release that it precedes."""
     try:
         return SpecifierSet(str(specifier)).contains(version, prereleases=True)
     except InvalidVersion:
@@ -228,7 +228,7 @@ def _fits(version: str, specifier: str | SpecifierSet) -> bool:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two version strings are of one release; what a build adds (`+cuda12`) does not count."""
+    """Whether two version strings name one release; a build suffix (`+cuda12`) does not count."""
     try:
         return Version(one).public == Version(other).public
     except InvalidVersion:

@@ -1,4 +1,4 @@
-"""Texts that a command reads: bytes decoded, files read, and what is no text refused."""
+"""Texts that a command reads: files are read and decoded, and anything that is no text is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdx.io.outputs import reason
 
 
 def decode(data: bytes, where: str, encoding: str = "utf-8") -> str:
-    """Bytes as text, without a byte-order mark. Raises RequestError, which names `where`, for what is no text."""
+    """Bytes as text, without a byte-order mark. Raises RequestError that names `where` for bytes that are no text."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise RequestError(f"{where}: not readable as text: it is UTF-16, save it as UTF-8")
     try:
@@ -26,13 +26,13 @@ def decode(data: bytes, where: str, encoding: str = "utf-8") -> str:
 def lines(path: Path) -> list[str]:
     """The lines of a JSONL file. Raises RequestError for a file that cannot be read.
 
-    Only a line feed ends one: JSON texts may hold the other characters that `str.splitlines` breaks at.
+    Only a line feed ends a line: JSON texts may hold the other characters at which `str.splitlines` splits.
     """
     return read(path).split("\n")
 
 
 def read(path: Path | None, otherwise: Callable[[], str] = str) -> str:
-    """A file's text, or without one what `otherwise()` gives. Raises RequestError for a file that cannot be read."""
+    """A file's text; without a file, `otherwise()`. Raises RequestError for a file that cannot be read."""
     if path is None:
         return otherwise()
     try:

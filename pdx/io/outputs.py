@@ -1,6 +1,6 @@
-"""Files and folders that a command writes: whether they can be written, asked before any work; and how.
+"""Files and folders that a command writes: checks, before any work, that they can be written; and writing them.
 
-Links are followed. What is no ordinary file (a device, a pipe, `/dev/stdout`) is written to and never replaced.
+Links are followed. A device, a pipe or `/dev/stdout` is written to and never replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pdx.errors import RequestError
 
 
 def check_file(path: Path) -> None:
-    """Raise RequestError unless `path` can be written. What it holds is not touched."""
+    """Raise RequestError unless `path` can be written. Its content is not touched."""
     try:
         _try_file(path)
     except OSError as error:
@@ -26,7 +26,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise RequestError unless `path` is a folder that files can be made in, or can be made such a folder."""
+    """Raise RequestError unless `path` is a folder in which files can be made, or such a folder can be created."""
     there = Path(os.path.realpath(path))
     try:
         while not there.exists():
@@ -64,7 +64,7 @@ def _try_file(path: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What the system says of an error, without its number and path."""
+    """The system's text of an error, without its number and path."""
     return error.strerror or str(error) or type(error).__name__
 
 
@@ -74,7 +74,7 @@ def real(path: Path) -> Path:
 
 
 def is_ordinary(path: Path) -> bool:
-    """Whether `path` is an ordinary file, or nothing yet: what may be replaced as a whole."""
+    """Whether `path` may be replaced as a whole: it is an ordinary file, or does not exist."""
     return _descriptor(path) is None and (not os.path.exists(path) or os.path.isfile(path))
 
 
@@ -106,9 +106,9 @@ _unfinished: set[Path] = set()
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A path beside `path` for what is to take its place; removed when the block ends, or the process by a signal.
+    """A temporary path beside `path`, for content that will replace it; removed at the end of the block or on a signal.
 
-    What a killed process left there goes first: hold `path` (`locked`) where that may be another's work.
+    Leftovers of a killed process are removed first: hold `path` (`locked`) where they may be another process's work.
     """
     target = real(path)
     part = target.with_name(f".{target.name}.unfinished")
@@ -118,12 +118,12 @@ def unfinished(path: Path) -> Iterator[Path]:
         yield part
     finally:
         _remove(part)
-        if not part.exists():  # a thread under way may have written on: see discard_unfinished
+        if not part.exists():  # a running thread may have written more: see discard_unfinished
             _unfinished.discard(part)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the directories in `folder` that killed processes left unfinished; those that are held stay."""
+    """Remove unfinished directories of killed processes in `folder`; those that another process holds stay."""
     for part in folder.glob(".*.unfinished"):
         target = part.with_name(part.name[1 : -len(".unfinished")])
         if part.is_dir():
@@ -132,7 +132,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def discard_unfinished() -> None:
-    """Remove what this process has not finished, before it ends at once."""
+    """Remove this process's unfinished files, just before it ends."""
     for part in tuple(_unfinished):
         _remove(part)
 
@@ -146,10 +146,10 @@ def _remove(part: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file that takes the place of `path` when the block ends without an error.
+    """A UTF-8 text file that replaces `path` when the block ends without an error.
 
-    Until then `path` is as it was. Its permissions are kept. What is no ordinary file, or has several names (hard
-    links), is written in place.
+    Until then `path` is unchanged. Its permissions are kept. A device, a pipe, or a file with several names (hard
+    links) is written in place.
     """
     if not is_ordinary(path) or (os.path.exists(path) and os.stat(path).st_nlink > 1):
         with opened(path) as file:
@@ -182,9 +182,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Hold `path` for this process, by a lock file beside it that goes afterwards. It may be held again inside.
+    """Hold `path` for this process with a lock file beside it, which is removed afterwards. Reentrant.
 
-    Raises RequestError where another process holds it; `doing` says of whom the message speaks, such as `pdx batch`.
+    Raises RequestError if another process holds it; `doing` names that process in the message, such as `pdx batch`.
     """
     from filelock import FileLock, Timeout
 

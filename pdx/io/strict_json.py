@@ -1,4 +1,4 @@
-"""JSON as the standard has it: NaN and infinity, which it has not, are null."""
+"""Strict JSON: NaN and infinity, which the standard lacks, become null."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def dumps(value: Any, **settings) -> str:
-    """`value` as JSON that any reader takes. A float that is not finite becomes null. `settings`: see `json.dumps`.
+    """`value` as JSON that any parser accepts. A float that is not finite becomes null. `settings`: see `json.dumps`.
 
     >>> dumps({"mean": float("nan"), "count": 0})
     '{"mean": null, "count": 0}'

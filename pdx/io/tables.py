@@ -1,4 +1,4 @@
-"""Tables of text that fit a screen: what is too wide goes on below, with the first columns repeated."""
+"""Tables of text that fit a screen: a table that is too wide continues below, with the first columns repeated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def screen() -> int:
 
 
 def blocks(widths: Sequence[int], width: int, *, keys: int = 1) -> list[list[int]]:
-    """The columns of each block, the first `keys` of them in every one. A block is wider than `width` only where the
+    """Split columns into blocks; the first `keys` columns are in every block. A block is wider than `width` only if the
     keys and a single column are.
 
     Example:
@@ -62,8 +62,8 @@ class Table:
     def lines(self, width: int) -> list[str]:
         """Aligned columns, no line wider than `width` unless a single word is.
 
-        A table that is too wide becomes several blocks, each with the keys. Cells are broken between words then: keys
-        take two fifths of the width, so that something is left for the others.
+        A table that is too wide becomes several blocks, each with the keys. Cells are then broken between words, and
+        keys get at most two fifths of the width.
         """
         widths = self._widths(width)
         found: list[str] = []

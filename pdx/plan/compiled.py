@@ -1,7 +1,7 @@
-"""What the chip's own compiler says of a plan's steps: does it fit, and what does it move?
+"""A plan's steps through the chip's own compiler: do they fit, and what do they move?
 
-Each step is compiled in a process of its own, `python -m pdx.plan.compiled` with a request on its input: a compiler
-can end its process, and libtpu reads its environment once.
+Each step is compiled in its own process, `python -m pdx.plan.compiled` with a request on standard input: a compiler can
+crash its process, and libtpu reads its environment only once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pdx.errors import RequestError, UnsupportedModelError
 from pdx.plan.figures import Plan
 from pdx.shapes import DEFAULT_CHUNK
 
-# Chips of a slice and its shape, for TPUs whose slices have two axes and three.
+# Number of chips -> shape of the slice, for TPUs with two and with three axes.
 SLICES = {
     2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
@@ -33,14 +33,14 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """One step as planned and as compiled, bytes a device.
+    """One step as planned and as compiled, in bytes per device.
 
     Attributes:
-      fits: None where the compiler failed for another reason, which `error` gives.
-      wanted: memory that the compiler says it lacks, with what it had: where it does not fit.
-      memory: argument, temp, output, alias and code; None where it did not compile.
-      accessed: what XLA says the step reads and writes, in which a Pallas call counts as it declares.
-      seconds: of compiling, on this machine.
+      fits: None if the compiler failed for another reason, which is in `error`.
+      wanted: if it does not fit, the compiler's words on how much memory it needs and has.
+      memory: argument, temp, output, alias and code; None if it did not compile.
+      accessed: the bytes that XLA counts; a Pallas call counts as its `CostEstimate` declares.
+      seconds: compile time on this machine.
     """
 
     name: str
@@ -66,7 +66,7 @@ class CompiledStep:
 
 
 def target(chip: Chip, chips: int) -> str:
-    """The name of so many chips for `pallas_kernels.analysis.targets`. Raises RequestError for a slice there is not."""
+    """The name of `chips` chips in `pallas_kernels.analysis.targets`. Raises RequestError if there is no such slice."""
     if chips == 1:
         return chip.name
     if chip.platform == "gpu":
@@ -81,8 +81,8 @@ def compiled(plan: Plan) -> list[CompiledStep]:
     """Prefill of one prompt and decode of the batch, as planned and as compiled.
 
     Raises:
-      RequestError: nothing compiles for the chip, or its compiler is not installed; the message says what to do.
-      UnsupportedModelError: a model that pdx only plans with.
+      RequestError: there is no compiler for the chip, or it is not installed; the message says what to do.
+      UnsupportedModelError: a model that pdx can only plan.
     """
     setup = plan.setup
     if setup.experts or setup.latent:
@@ -147,13 +147,13 @@ def _read(step: str, planned: int, planned_accessed: float, said: dict[str, Any]
 
 
 def _child() -> None:
-    """Compile what standard input asks for, and print what came of it."""
+    """Compile the step that standard input describes, and print the result."""
     asked = json.load(sys.stdin)
     step, cfg, target = asked.pop("step"), ModelConfig.from_json(asked.pop("config")), asked.pop("target")
     try:
         made = aot.compile_step(step, cfg, target, **asked)
         said = {"memory": dict(made.memory), "accessed": made.cost.get("bytes accessed"), "seconds": made.seconds}
-    except Exception as error:  # whatever a compiler raises is its answer
+    except Exception as error:  # whatever a compiler raises is the result
         said = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(said))
 

@@ -1,4 +1,4 @@
-"""A model on some chips under a load: all that is predicted of it."""
+"""All predictions for a model on some chips under a load."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from pdx.quant import STORED, Policy, quantized_specs
 from pdx.shapes import DEFAULT_CHUNK
 from pdx.sharding import ArraySpec, is_spec
 
-CONTEXT, OUTPUT = 2048, 256  # tokens of a row and of an answer, where nothing else is said
+CONTEXT, OUTPUT = 2048, 256  # default tokens of a row and of an answer
 TYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """A prompt in chunks, beside rows that decode; seconds."""
+    """A prompt in chunks beside decode rows; times in seconds."""
 
     chunk: int
     ttft: float  # of the prompt alone, chunk after chunk
     whole: float  # the longest step of the others if the prompt is one chunk
-    longest: float  # the same with chunks
+    longest: float  # the longest step of the others with chunks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on some chips under a load; times in seconds: floors, but on one measured chip estimates."""
+    """A model on some chips under a load. Times are in seconds: floors, or estimates on one measured chip."""
 
     model: str
     setup: Setup
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def is_measured(self) -> bool:
-        """Whether times are what the chip was measured to take."""
+        """Whether times are estimates from the chip's measured rates."""
         return isinstance(self.chip, MeasuredChip) and self.chips == 1
 
     @property
@@ -76,7 +76,7 @@ class Plan:
 
     @cached_property
     def prefill(self) -> cost.Cost:
-        """Of one prompt."""
+        """The cost of one prompt's prefill."""
         return self.setup.prefill(1, self.prompt)
 
     @cached_property
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def tpot(self) -> float:
-        """Of a row that is `context` tokens long, among `batch` such rows."""
+        """Seconds of a decode step of `batch` rows, each `context` tokens long."""
         return self.seconds(self.decode)
 
     @property
@@ -101,21 +101,21 @@ class Plan:
 
     @property
     def within_slo(self) -> int | None:
-        """The most rows that fit and keep the TPOT asked for; None where none is asked for."""
+        """The most rows that fit and meet the TPOT objective; None without one."""
         if self.slo_tpot is None:
             return None
         return cost.best_batch(self.setup, self.chip, self.context, self.slo_tpot, self.chips)
 
     @cached_property
     def largest_chunk(self) -> int | None:
-        """The most prompt tokens in a step of the whole batch that keeps the TPOT asked for; None as above."""
+        """The most prompt tokens in a step of the whole batch within the TPOT objective; None without one."""
         if self.slo_tpot is None:
             return None
         return tradeoffs.largest_chunk(self.setup, self.chip, self.batch, self.context, self.slo_tpot, self.chips)
 
     @cached_property
     def chunking(self) -> Chunking:
-        """In the largest chunks that keep the TPOT asked for, else in the cache's own."""
+        """The prompt in the largest chunks within the TPOT objective; without one, in the cache's default chunks."""
         chunk = min(self.largest_chunk or DEFAULT_CHUNK, self.prompt)
         on = self.setup, self.chip
         whole, longest = (
@@ -125,11 +125,11 @@ class Plan:
         return Chunking(chunk, tradeoffs.chunked_prefill(*on, self.prompt, chunk, self.chips), whole, longest)
 
     def with_setup(self, **changes: Any) -> Plan:
-        """The same load on the model stored otherwise, say with `quantize="int8"`."""
+        """The same load with a changed setup, such as `quantize="int8"`."""
         return replace(self, setup=replace(self.setup, **changes))
 
     def phase(self, step: cost.Cost) -> dict[str, Any]:
-        """What `--json` says of a step."""
+        """A step as `--json` prints it."""
         compute, memory = step.shares(self.chip, self.chips)
         return {
             "flops": step.flops,
@@ -144,7 +144,7 @@ class Plan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints, but for the advice."""
+        """The plan as `--json` prints it, without the advice."""
         on = self.setup, self.chip
         every, active = self.setup.parameters
         objectives = (("ttft", self.slo_ttft, self.ttft), ("tpot", self.slo_tpot, self.tpot))
@@ -202,17 +202,17 @@ def make(
     slo_ttft: float | None = None,
     slo_tpot: float | None = None,
 ) -> Plan:
-    """A plan on `on`: a chip, or so many of it (`v5e-8`).
+    """Make a plan on `on`: a chip (`v5e`) or several (`v5e-8`).
 
     Args:
-      dtype: f32, bf16 or auto: what `pdx.load` takes on such a chip.
+      dtype: f32, bf16, or auto: the dtype that `pdx.load` chooses on such a chip.
       kv_dtype: f32, bf16, int8; None or auto: as dtype.
       context: tokens that a row holds when it decodes; None: 2048, or what prompt and answer need.
       output_tokens: of an answer; None: 256, or what the context leaves.
       slo_ttft, slo_tpot: objectives in seconds.
 
     Raises:
-      RequestError: an unknown chip or dtype, a load that makes no sense, a policy that does not fit the model.
+      RequestError: an unknown chip or dtype, an impossible load, a policy that does not fit the model.
     """
     found, chips = _chips(on)
     shape = Shape(shape) if isinstance(shape, ModelConfig) else shape
@@ -273,7 +273,7 @@ def _check(setup: Setup, shape: Shape) -> None:
         quantized_specs(setup.specs, setup.policy)
         return
     policy = setup.policy
-    if shape.experts and shape.experts.stored_bits:  # what is published is known
+    if shape.experts and shape.experts.stored_bits:  # `stored` is known: as published
         policy = Policy(tuple((pattern, None if kind == STORED else kind) for pattern, kind in policy.rules))
 
     def of_one_expert(spec: ArraySpec) -> ArraySpec:

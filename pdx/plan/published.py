@@ -18,7 +18,7 @@ from pdx.quant import Policy
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to plan with: a configuration, and the layers of those that pdx cannot run yet."""
+    """A model to plan: a configuration, and descriptions of layers that pdx cannot run yet."""
 
     config: ModelConfig
     experts: Experts | None = None
@@ -26,7 +26,7 @@ class Shape:
 
     @property
     def runs(self) -> bool:
-        """Whether `pdx.model` is such a model."""
+        """Whether `pdx.model` can run it."""
         return self.experts is None and self.latent is None
 
     def setup(
@@ -36,18 +36,18 @@ class Shape:
         kv_dtype: str | None = None,
         layout: Layout | None = None,
     ) -> Setup:
-        """The model as it is stored and run, for the cost model."""
+        """The `Setup` for the cost model: the shape and how it is stored and run."""
         return Setup(self.config, dtype, quantize, kv_dtype, layout, self.experts, self.latent)
 
 
 def names() -> list[str]:
-    """Of all shapes, sorted."""
+    """The names of all shapes, sorted."""
     return sorted({file.stem for folder in config_folders() for file in folder.glob("*.toml")})
 
 
 def config(model: str | Path) -> ModelConfig:
-    """The configuration of a model that pdx runs. Raises as `shape`, and UnsupportedModelError for one that is only
-    planned with."""
+    """The configuration of a model that pdx can run. Raises as `shape`, and UnsupportedModelError for a model that it
+    can only plan."""
     found = shape(model)
     if not found.runs:
         raise UnsupportedModelError(
@@ -58,10 +58,10 @@ def config(model: str | Path) -> ModelConfig:
 
 
 def shape(model: str | Path) -> Shape:
-    """The shape of a known name, of a TOML file, or of anything that `pdx.load` takes, whose weights are not read.
+    """The shape of a known name, a TOML file, or anything that `pdx.load` takes; weights are not read.
 
     Raises:
-      ModelNotFoundError: nothing of that name; the message lists the known ones.
+      ModelNotFoundError: an unknown name; the message lists the known ones.
       ModelFileError: a file that is no configuration.
     """
     for folder in config_folders():
@@ -81,9 +81,11 @@ def shape(model: str | Path) -> Shape:
 
 
 def read(file: Path) -> Shape:
-    """A shape from TOML: the fields of `ModelConfig`; `window` and `full_every` (each so many layers one without a
-    window) in the place of `windows`; tables [experts] and [latent] of the fields of `Experts` and `Latent`. Raises
-    ModelFileError."""
+    """Read a shape from TOML. Raises ModelFileError.
+
+    It has the fields of `ModelConfig`, but `window` and `full_every` (every n-th layer has no window) in place of
+    `windows`, and tables [experts] and [latent] with the fields of `Experts` and `Latent`.
+    """
     try:
         fields = tomllib.loads(file.read_text(encoding="utf-8"))
         window, every = fields.pop("window", None), fields.pop("full_every", None)

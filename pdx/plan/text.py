@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
-    """Print it; `compiled` is what the real compiler said of the same steps."""
+    """Print a plan; `compiled`: the compiler's results for the same steps."""
     console = Console(width=screen())
     figures = "estimates, at measured rates" if plan.is_measured else "floors, from its peaks"
     console.print(
@@ -81,7 +81,7 @@ def _phases(plan: Plan) -> Table:
 
 
 def _compiled(compiled: Sequence[CompiledStep]) -> Table:
-    """The two answers side by side, a device's share."""
+    """Plan and compiler side by side, per device."""
     rows: list[tuple[str, ...]] = []
 
     def row(name: str, say: Callable[[CompiledStep], str]) -> None:

@@ -1,9 +1,9 @@
 """A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-A GGUF file states the vocabulary, for byte-level BPE the merges, and the name of a pre-tokenizer; the rest
-of the pipeline is knowledge, rebuilt here as the original tokenizers were published. SentencePiece files
-state a score per piece instead of merges: every split of a piece into two pieces is a merge, the best score
-first, and among the splits of one piece, or of equals, the one with the longest left part.
+A GGUF file has the vocabulary, for byte-level BPE the merges, and the name of a pre-tokenizer. The rest of the
+pipeline is not in the file; it is rebuilt here as the original tokenizers were published. SentencePiece files have a
+score per piece instead of merges. Every split of a piece into two pieces is a merge, the best score first; among splits
+with equal scores, the one with the longest left part comes first.
 """
 
 from __future__ import annotations

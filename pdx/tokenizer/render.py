@@ -1,7 +1,7 @@
-"""Chat templates rendered within bounds: in a process of their own that is started on first use and kept.
+"""Rendering chat templates within limits, in a separate process that is started on first use and kept.
 
-A template is a program that comes with a model. Its sandbox keeps it from files and from Python, but not from
-`'a' * 10**10` or from loops without end; only the system can stop those (`template_worker.py`).
+A template is a program that comes with a model. Its sandbox keeps it from files and from Python, but does not stop
+`'a' * 10**10` or endless loops; only the operating system can (`template_worker.py`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Renderer:
         if "text" in reply:
             return reply["text"]
         kind, message = reply["kind"], reply["message"]
-        if kind == "limit" and len(values) < _SMALL:  # the messages are not to blame: it is not tried again
+        if kind == "limit" and len(values) < _SMALL:  # the template is at fault, not the messages: no retry
             self._stopped[template] = message
         if kind == "refused":
             raise RequestError(
@@ -120,7 +120,7 @@ class Renderer:
             return reply
 
     def _ended(self, process: subprocess.Popen[bytes]) -> dict[str, str]:
-        """What stands for the reply of a process that ended over a template."""
+        """The reply in place of a process that a template has ended."""
         self.close()
         if process.returncode == -getattr(signal, "SIGXCPU", 0):
             return {"kind": "limit", "message": f"it takes more than {self._seconds:g} seconds of processor time"}

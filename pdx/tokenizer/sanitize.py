@@ -1,14 +1,14 @@
-"""Control tokens that users spell out stay text: whose a control token of a rendered chat is.
+"""Control tokens that users spell out stay text: this module finds who wrote each control token of a rendered chat.
 
-The prompt itself is rendered as ever. To learn which of its control tokens came out of a user's words, the template is
-rendered again with those words changed by marks: noncharacters of Unicode, which mean nothing in text. So are the ends
-of words that would only become a control token together with the template's, such as `end|>` behind `<|im_`.
+The prompt is rendered normally. To learn which of its control tokens come from a user's words, the template is rendered
+again with marks in those words: noncharacters of Unicode, which mean nothing in text. Ends of words are marked too if
+they could form a control token together with the template's text, such as `end|>` after `<|im_`.
 
-1. Marks stand in the place of each character. Where the two renderings are otherwise the same, that is the answer.
-   If not, the ends of words are left alone: a template may ask for `function`, which is a part of `<|function|>`.
-2. A template may act on a control token in the user's words (`content.split('</think>')`). So the marks are put beside
-   them; the control tokens of the two renderings must be the same ones in the same order.
-3. Otherwise the prompt is what the template makes of words whose control tokens are broken up by marks.
+1. A mark replaces each character. If the two renderings are otherwise equal, they give the answer. If not, this is
+   tried without the ends of words: a template may compare with `function`, which is a part of `<|function|>`.
+2. A template may act on a control token in the user's words (`content.split('</think>')`). So marks are put beside
+   the tokens; the two renderings must then have the same control tokens in the same order.
+3. Otherwise the prompt is the rendering of words whose control tokens are broken up by marks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SAID = ("role", "content", "reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat. `tokens`: control tokens in it that are a user's; `mark` keeps their characters apart."""
+    """A rendered chat. `tokens`: the control tokens in it that a user wrote; `mark` separates their characters."""
 
     text: str
     tokens: frozenset[str] = frozenset()
@@ -63,7 +63,7 @@ class ControlTokens:
         return max(map(len, self.tokens), default=0)
 
     def from_users(self, prompt: str, inputs: Mapping[str, Any], render: Callable[[dict[str, Any]], str]) -> Prompt:
-        """The prompt with the control tokens in it that are a user's.
+        """The prompt, with the control tokens in it that a user wrote.
 
         Args:
           prompt: what the template makes of `inputs`.
@@ -228,8 +228,8 @@ def _apart(text: str, spans: list[tuple[int, int]], users: list[bool], mark: str
 
 
 def keeping_apart(backend: tokenizers.Tokenizer, mark: str, tokens: frozenset[str]) -> tokenizers.Tokenizer:
-    """The same tokenizer, for texts with `mark` inside of spellings that are not to become `tokens`: its normalizer
-    takes the marks away after tokens have been looked for, so that everything else is as without them."""
+    """The same tokenizer, for texts with `mark` inside spellings that must not become `tokens`. Its normalizer removes
+    the marks after tokens have been matched, so that everything else is as without marks."""
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         # A `normalized` token is looked for behind the normalizer, where the marks are gone.

@@ -1,8 +1,8 @@
-"""Token ids to text one at a time, with the text of the whole sequence as the sum.
+"""Token ids to text, one at a time; the pieces add up to the text of the whole sequence.
 
-A decoder of the `tokenizers` library works on a whole sequence. The kinds that language models use can be
-run token by token: what a token adds depends on the bytes of an unfinished character and on whether it is
-the first, and on nothing else. `DecodeRule` is that reading of a decoder; `StreamDecoder` runs it.
+A decoder of the `tokenizers` library works on a whole sequence. The kinds that language models use can also run token
+by token: the text that a token adds depends only on the bytes of an unfinished character and on whether the token is
+the first. `DecodeRule` describes such a decoder; `StreamDecoder` runs it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class StreamDecoder:
         return self._strip(self._end_run() + text)
 
     def flush(self) -> str:
-        """What is left once the last token is in; the decoder is then as new."""
+        """The rest of the text after the last token; the decoder is then reset."""
         rest = self._utf8.decode(b"", True) + self._strip(self._end_run())
         self._start()
         return rest

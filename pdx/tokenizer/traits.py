@@ -23,7 +23,7 @@ _ARGUMENTS = {"object": {_WORD: "x"}, "text": f'{{"{_WORD}": "x"}}'}
 
 
 class Traits:
-    """What one template reads. Each answer is found when first asked for, and kept.
+    """What one template reads. Each answer is found on first use and kept.
 
     Args:
       source: the template.

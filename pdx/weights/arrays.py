@@ -10,7 +10,7 @@ import numpy as np
 from pdx.errors import ModelFileError
 
 _POINTER = b"version https://git-lfs"
-# XLA's CPU client takes a buffer of this alignment as it is and copies any other.
+# XLA's CPU client uses a buffer of this alignment without a copy.
 ALIGNMENT = 64
 
 
@@ -35,7 +35,7 @@ def converted(source: np.ndarray, dtype: Any, rows: np.ndarray | None = None) ->
 def nonfinite(x: np.ndarray) -> tuple[int, int] | None:
     """How many values of a floating array are NaN or infinite and the flat index of the first; None if none is.
 
-    A finite sum proves that all are finite; only an infinite or NaN one is looked at closely.
+    A finite sum proves that all are finite; values are checked one by one only otherwise.
     """
     with np.errstate(all="ignore"):
         total = np.sum(x, dtype=np.float32)
@@ -52,7 +52,7 @@ def map_file(path: Path) -> np.ndarray:
 
 
 def check_pointer(path: Path, content: np.ndarray) -> None:
-    """Raises ModelFileError for a file that stands in for one that git did not fetch."""
+    """Raises ModelFileError for a Git LFS pointer in place of the file."""
     if content[: len(_POINTER)].tobytes() == _POINTER:
         raise ModelFileError(
             f"{path}: is a pointer of Git LFS in the place of the file: run `git lfs pull` in the "

@@ -4,9 +4,9 @@
     DIR/params/       an orbax checkpoint of one uncompressed Zarr array a parameter, each in a single chunk
     DIR/tokenizer/    what `Tokenizer.save` writes
 
-A chunk of such an array is its plain bytes, so a parameter is read straight into its place; orbax itself
-takes several times as long. Any orbax can still restore `params/`. A quantized parameter is a folder's worth of arrays,
-NAME.values, NAME.scales and NAME.offsets; int4 lies two to a byte, the even column in the low four bits.
+A chunk of such an array is its plain bytes, so pdx reads it directly into place; orbax itself takes several times as
+long. Any orbax can still restore `params/`. A quantized parameter is several arrays, NAME.values, NAME.scales and
+NAME.offsets; int4 is packed two to a byte, with the even column in the low four bits.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def save(model: Model, directory: str | Path) -> Path:
             "quantized": quantized,
         }
         (part / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
-        CheckpointFile(part)  # an orbax that lays its arrays out otherwise is noticed now, not at the next load
+        CheckpointFile(part)  # so that an orbax with another array layout is noticed now, not at the next load
         if directory.is_dir():
             outputs.keep_mode(directory, part)
             directory.rmdir()
@@ -116,7 +116,7 @@ def _on_host(x: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without orbax's remarks on a layout that is meant."""
+    """Silence orbax's warnings about this layout, which is intended."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -175,7 +175,7 @@ class CheckpointFile:
             self._check(name)
 
     def _check_quantized(self, name: str, kind: Kind) -> None:
-        """Hold the arrays of a quantized parameter to its kind."""
+        """Check the arrays of a quantized parameter against its kind."""
         wanted = ("values", "scales") if kind.symmetric else ("values", "scales", "offsets")
         for part in wanted:
             if f"{name}.{part}" not in self._leaves:
@@ -200,7 +200,7 @@ class CheckpointFile:
                 )
 
     def _check(self, name: str) -> None:
-        """Hold a parameter's Zarr description and the size of its chunk to what `pdx.json` says."""
+        """Check a parameter's Zarr description and chunk size against `pdx.json`."""
         shape, dtype = self._leaves[name]
         if dtype not in _DTYPES:
             raise ModelFileError(
@@ -233,7 +233,7 @@ class CheckpointFile:
             )
 
     def names(self) -> list[str]:
-        """Of the parameters; a quantized one is one, however many arrays it has."""
+        """The names of the parameters; a quantized one counts once, however many arrays it has."""
         parts = {f"{name}.{part}" for name in self._quantized for part in ("values", "scales", "offsets")}
         return [*self._quantized, *(name for name in self._leaves if name not in parts)]
 

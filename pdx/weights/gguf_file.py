@@ -1,6 +1,6 @@
-"""Reading GGUF: metadata and tensor list by a parser of its own, the numbers through the `gguf` library.
+"""Reading GGUF: pdx's own parser for metadata and tensor list, the `gguf` library for dequantization.
 
-The library's own reader takes 13 s for a vocabulary of 262144 tokens, this one a tenth of a second. Format:
+The library's reader takes 13 s for a vocabulary of 262144 tokens, this parser a tenth of a second. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -123,7 +123,7 @@ class GgufFile:
         return out
 
     def stored_kind(self, name: str) -> Kind | None:
-        """Of the block types that are whole numbers with scales, and offsets, in groups of 32."""
+        """The kind of a block type that is integers with scales, or also offsets, in groups of 32; else None."""
         from pdx.quant import Kind
 
         name = self.dtype(name)
@@ -197,7 +197,7 @@ class _Parser:
             swapped = " (big-endian)" if version & 0xFFFF == 0 else ""
             raise fail(f"GGUF version {version}{swapped}, expected {known}, little-endian: convert it again")
         tensors, pairs = self._number(_U64), self._number(_U64)
-        # Each tensor and each pair takes 13 bytes and more; a corrupted count would keep the loops going.
+        # Each tensor and each pair takes at least 13 bytes; a corrupted count would keep the loops going.
         if (tensors + pairs) * 13 > self.size:
             raise fail(f"announces {tensors} tensors and {pairs} metadata fields in {self.size} bytes: corrupted")
         for i in range(pairs):
@@ -238,7 +238,7 @@ class _Parser:
         return values
 
     def _strings(self, count: int) -> list[str]:
-        """The hot loop of a large vocabulary: everything in locals, the bounds checked before and at the end."""
+        """The hot loop of a large vocabulary: all values in locals, bounds checked before and at the end only."""
         if count * 8 > self.size:
             raise struct.error
         buffer, at, unpack, out = self.buffer, self.at, _U64.unpack_from, []
@@ -251,7 +251,7 @@ class _Parser:
             if at > self.size:
                 raise struct.error from None
             raise self.file._error(f"{self.doing}: entry {len(out)} is not UTF-8: corrupted") from None
-        except OverflowError:  # a length that leads to no place a file can have
+        except OverflowError:  # a length beyond any file's size
             raise struct.error from None
         if at > self.size:
             raise struct.error
@@ -269,7 +269,7 @@ class _Parser:
         return name, shape, self._number(_U32), self._number(_U64)
 
     def _place(self, listed: list[tuple[str, tuple[int, ...], int, int]]) -> None:
-        """Turn offsets into places in the file, and hold them to its size."""
+        """Turn offsets into positions in the file, and check them against its size."""
         from gguf.constants import GGML_QUANT_SIZES
 
         fail, types = self.file._error, _types()

@@ -1,4 +1,4 @@
-"""What there is to load: built in, in the models folder, in the hub's cache. Reads no weights, imports no jax."""
+"""The models that can be loaded: built-in, in the models folder, in the hub's cache. Reads no weights or jax."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pdx.weights.safetensors_file import has_weights
 
 
 def list_models() -> list[dict[str, Any]]:
-    """One dict a model: `name kind size_mb cached license where`, the default model first.
+    """One dict per model: `name kind size_mb cached license where`, the default model first.
 
-    `size_mb` is of the files; of a built-in model that is not there yet, of its download.
+    `size_mb` is the size of the files, or of the download for a built-in model that is not cached.
     """
     rows = [_builtin(name) for name in sorted(BUILTIN, key=lambda n: n != DEFAULT_MODEL)]
     rows += [_saved(name) for name in known_names() if name not in BUILTIN]

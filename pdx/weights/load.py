@@ -53,19 +53,19 @@ def load(
 
     Args:
       dtype: of matrices, embeddings and biases: `auto` (see `default_dtype`), `f32`, `bf16` or a jax type.
-      mesh: where the parameters go, each as it is declared: a mesh (see `pdx.sharding.as_mesh`), a text such as
+      mesh: the devices to shard the parameters over: a mesh (see `pdx.meshes.as_mesh`), a text such as
         `data=2,model=4`, sizes such as `{"model": 4}`, or None for the default device.
       max_context: a shorter context than the model's own, in tokens.
-      quantize: which matrices become int8 or int4 as they are read, see `pdx.quant`; None: none, but for those that a
-        checkpoint holds quantized.
-      progress: told of the download and of the parameters as they are placed; None draws a bar for the download.
+      quantize: which matrices become int8 or int4 as they are read, see `pdx.quant`; None: only those that a checkpoint
+        holds quantized.
+      progress: called during the download and as parameters are placed; None draws a bar for the download.
 
     Raises:
       ModelNotFoundError, DownloadError: the model cannot be found or fetched.
       ModelFileError: a file is corrupted, truncated, incomplete, mis-shaped, or holds NaN or infinite values.
       UnsupportedModelError: a model of an architecture, or with a feature, that pdx does not have.
       ContextLengthError: `max_context` is not within the model's own.
-      ValueError: a dtype or a mesh that makes no sense.
+      ValueError: an unknown dtype or an invalid mesh.
 
     Example:
       >>> model = pdx.load("smollm2-135m-instruct", quantize="int8")  # doctest: +SKIP
@@ -106,7 +106,7 @@ def load(
 
 
 def _declared(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) -> tuple[Params, Policy]:
-    """The parameters as they are to be, and the policy with what the file holds in the place of `stored`."""
+    """The declarations of the parameters to load, and the policy with `stored` resolved by the file."""
     specs, file = param_specs(cfg, dtype), opened.file
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)[0]]
     sources = {name_of(path): _source(opened, path).name for path in paths}
@@ -114,7 +114,7 @@ def _declared(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) -
     known = file.names() if isinstance(file, QuantizedFile) else ()
     held = {name: file.stored_kind(source) if source in known else None for name, source in sources.items()}
     if isinstance(file, CheckpointFile) and any(held.values()):
-        # It has no floats to quantize anew; a head that was stored apart from a tied embedding stays apart.
+        # It has no floats to quantize again. A head that was stored apart from a tied embedding stays apart.
         policy = policy or Policy.parse("stored")
         if again := [n for n, kind in held.items() if kind and policy.kind(n) != STORED]:
             raise RequestError(
@@ -151,7 +151,7 @@ def _read_params(
     paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_parameter)
     jobs = [(_source(opened, path), spec, policy.kind(name_of(path))) for path, spec in paths]
     check_names(opened, {source.name for source, _, _ in jobs})
-    for source, spec, _ in jobs:  # before any is read: a size that is wrong costs no memory
+    for source, spec, _ in jobs:  # before any is read, so that a wrong size costs no memory
         check_shape(opened.file, source, tuple(spec.shape))
     sizes = [sum(x.size_bytes for x in jax.tree.leaves(spec, is_leaf=is_spec)) for _, spec, _ in jobs]
     total, done, lock = sum(sizes), 0, threading.Lock()
@@ -159,8 +159,8 @@ def _read_params(
     def one(i: int) -> Any:
         nonlocal done
         source, spec, kind = jobs[i]
-        # Not committed to the device, as the arrays that a caller makes are not: a step that took some of each
-        # would return a cache that the next call compiles anew for.
+        # Not committed to the device, like the arrays that a caller makes: given some of each, a step would return a
+        # cache for which the next call recompiles.
         with jax.default_device(where.devices.flat[0] if isinstance(where, Mesh) else where):
             if kind is None:
                 array = read_tensor(opened.file, source, spec.shape, spec.dtype)
@@ -179,7 +179,7 @@ def _read_params(
                 progress("loading", done, total)
         return array
 
-    # Largest first, so that no thread is left alone with an embedding at the end.
+    # Largest first, so that no thread works alone on an embedding at the end.
     order = sorted(range(len(jobs)), key=lambda i: -sizes[i])
     leaves: list[Any] = [None] * len(jobs)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
@@ -189,10 +189,10 @@ def _read_params(
 
 
 def _quantized_in_pieces(file: TensorFile, source: Source, spec: QuantArray, kind: Kind) -> QuantArray:
-    """A matrix quantized as it is read, some rows at a time: a large one is never there in float as a whole."""
+    """Quantize a matrix as it is read, some rows at a time: it is never in memory in float as a whole."""
     rows, columns = spec.shape
     count = -(-rows // max(1, PIECE // columns))
-    # Pieces of one size, if there are any: each size is a program.
+    # Pieces of equal size if possible, since each size compiles a program.
     count = next((n for n in range(count, min(2 * count, rows)) if rows % n == 0), count)
     size, whole = -(-rows // count), None
     for at in range(0, rows, size):
@@ -200,7 +200,7 @@ def _quantized_in_pieces(file: TensorFile, source: Source, spec: QuantArray, kin
         piece = quantized(read_tensor(file, source, spec.shape, spec.dtype, part), kind, str(spec.dtype))
         if len(part) == rows:
             return piece
-        # Put together on the host: a CPU takes the arrays as they are, and pieces and whole are never both there.
+        # Assembled on the host: a CPU uses these arrays without a copy, and pieces and whole never coexist.
         whole = whole or jax.tree.map(lambda x: aligned_empty(x.shape, x.dtype), spec, is_leaf=is_spec)
         for name, axis in (("values", 0), ("scales", 1), ("offsets", 1)):
             if (target := getattr(whole, name)) is not None:

@@ -1,4 +1,4 @@
-"""What loading a model gives, and what saving one takes."""
+"""`Model`: what `load` returns and `save` takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model's files behind one interface, whatever their kind: its configuration, its tensors, its tokenizer."""
+"""One interface to a model's files of any kind: its configuration, its tensors, its tokenizer."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ SourceOf = Callable[[str, int | None], Source]
 
 @dataclass(frozen=True)
 class OpenModel:
-    """`source` says where a parameter lies in `file`, `ignores` which tensors inference does not use.
+    """An opened model. `source` finds a parameter's tensor in `file`; `ignores` says which tensors inference skips.
 
-    `notes` tell what of the files is passed over.
+    `notes` are sentences about what is ignored in the files.
     """
 
     file: TensorFile
@@ -55,7 +55,7 @@ class OpenModel:
 def open_model(files: ModelFiles) -> OpenModel:
     """Open the files of a model and map its configuration.
 
-    No weights are read, but for an output head beside a tied embedding, which is compared with it.
+    No weights are read, with one exception: an output head beside a tied embedding is compared with it.
 
     Raises ModelFileError and UnsupportedModelError as `pdx.weights.load.load` says.
     """
@@ -84,7 +84,7 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
 def _open_hf(files: ModelFiles) -> OpenModel:
     path, notes = files.path / "config.json", []
     config = _read_config(path)
-    family_of_hf(config, str(path))  # a model that pdx does not have is that before its weights are looked at
+    family_of_hf(config, str(path))  # refuse an unknown family before looking at its weights
     file = open_safetensors(files.path, notes)
     family, cfg = config_from_hf(config, str(path), notes, len(file.names()))
     drafts = config.get("num_nextn_predict_layers")
@@ -140,7 +140,7 @@ def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
 
 
 def _idle(file: TensorFile, draft_layers: range = range(0)) -> Callable[[str], bool]:
-    """Which tensors of a file the text model does without."""
+    """A predicate: whether the text model does not need a tensor of the file."""
     return lambda name: part_of(name, draft_layers) is not None or is_buffer(name, file.shape(name))
 
 
@@ -149,7 +149,7 @@ def _head_differs(file: TensorFile, embed: str, head: str) -> bool:
     if embed == head or not {embed, head} <= set(file.names()):
         return False
     if file.shape(embed) != file.shape(head) or len(file.shape(head)) != 2:
-        return True  # what is wrong with it is said where it is read
+        return True  # reading it reports what is wrong with it
     count = file.shape(head)[0]
     pieces = (np.arange(at, min(at + ROWS_COMPARED, count)) for at in range(0, count, ROWS_COMPARED))
     return any(
@@ -168,9 +168,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def check_names(model: OpenModel, wanted: set[str]) -> None:
-    """Hold the tensors of a model to those that are needed.
+    """Compare the tensors of a model with those that are needed.
 
-    Raises ModelFileError for a tensor that is missing, and for one that is neither needed nor known to be idle.
+    Raises ModelFileError for a missing tensor, and for one that is neither needed nor known to be unused.
     """
     file, names = model.file, model.file.names()
     missing = sorted(wanted - set(names))
@@ -207,7 +207,7 @@ def read_tensor(
 
 
 def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dtype: Any) -> QuantArray:
-    """One matrix as the file has it quantized, on the host, checked. Raises as `read_tensor`."""
+    """One matrix on the host, quantized as in the file, and checked. Raises as `read_tensor`."""
     check_shape(file, source, shape)
     found = file.read_stored(source.name, dtype, source.rows)
     _check_finite(file, source.name, found.scales, "scales ")

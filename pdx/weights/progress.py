@@ -13,14 +13,14 @@ PATIENCE_S = 3.0  # seconds after which a user wants to know what is going on
 
 
 class Report(Protocol):
-    """Called with what is being done, how much of it is done, and how much there is: bytes, or what else is counted."""
+    """Called with a label, the amount done and the total, in bytes or another unit."""
 
     def __call__(self, label: str, done: int, total: int) -> None: ...
 
 
 @contextmanager
 def still(label: str, stream: TextIO | None = None, after_s: float = PATIENCE_S) -> Iterator[None]:
-    """Say on standard error what is going on once it has taken `after_s` seconds."""
+    """Print `label` on standard error if the block takes longer than `after_s` seconds."""
     timer = threading.Timer(after_s, lambda: print(f"{label} ...", file=stream or sys.stderr, flush=True))
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""From a model argument to files: what it names, where that is, and what could have been meant."""
+"""From a model argument to files: what it names, where the files are, and suggestions for an unknown name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pdx.weights.safetensors_file import PICKLED, has_weights
 Kind = Literal["gguf", "hf", "pdx"]
 CHECKPOINT_FILE = "pdx.json"  # what makes a directory a checkpoint of pdx
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-# From a hub only what is read: no pickles, no second copy of the weights, nothing in folders.
+# Fetched from a hub: only files that are read, so no pickles, no second copy of the weights, nothing in folders.
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 _HUB_IGNORED = ["*/*", "consolidated*"]
 
@@ -40,8 +40,8 @@ def resolve(model: str | Path, report: Report | None = None) -> ModelFiles:
     In this order: a built-in name, a name under the models folder of `PDX_HOME`, a path, a hub id `owner/name`
     or `owner/name@revision`. `report` is told of a built-in model's download; None draws a bar.
 
-    Raises ModelNotFoundError, with what is known and what is near, for an argument that names nothing or more
-    than one thing; DownloadError where something cannot be fetched.
+    Raises ModelNotFoundError, with known and similar names, for an argument that names nothing or more than one
+    model; DownloadError if a download fails.
     """
     text = str(model)
     if not text.strip():
