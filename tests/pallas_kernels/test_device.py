@@ -50,7 +50,7 @@ def kernel():
 
 @pytest.mark.parametrize(("op", "case"), DENSE_RUNS)
 def test_dense_attention(op, case, kernel):
-    problem = make(case, layout=problems.LAYOUT[kernel])
+    problem = make(case, layout=problems.layout_of(f"{op}_attention", kernel))
     if reason := refusal(op, kernel, problem):
         pytest.skip(reason)
     out, lse = problem.run(DENSE[op][0], return_lse=True, implementation=kernel)
@@ -63,7 +63,7 @@ def test_dense_attention(op, case, kernel):
 @pytest.mark.parametrize("case", paged_cases.CASES, ids=lambda c: c.name)
 def test_paged_attention(case, kernel):
     problem = make_paged(case)
-    out, lse = run_paged(problem, problems.LAYOUT[kernel], implementation=kernel, return_lse=True)
+    out, lse = run_paged(problem, problems.layout_of("paged_attention", kernel), implementation=kernel, return_lse=True)
     problem.check(out, lse)
     assert (np.asarray(out, np.float64)[~problem.real] == 0).all()
 
