@@ -159,6 +159,10 @@ class Op:
         """A name unchanged; a user's module, object or function as an implementation."""
         return given if isinstance(given, str) else own(given, self.public)
 
+    def find(self, given: Implementation) -> Any:
+        """The implementation itself: the library's of that name, or a user's own. Raises KeyError for `auto`."""
+        return self.implementations[given] if isinstance(given, str) else self.implementation(given)
+
     def explain(self, implementation: Implementation = "auto", platform: str | None = None, call: Any = None) -> Choice:
         """Say which implementation a call takes, and why. Raises as the op does.
 
@@ -185,7 +189,7 @@ class Op:
         """
         given = self.implementation(implementation)
         choice = choose(self.name, given, self.implementations, call, helper=self._helper)
-        chosen = self.implementations[choice.implementation] if isinstance(given, str) else given
+        chosen = self.find(choice.implementation if isinstance(given, str) else given)
         platforms, here = platforms_of(chosen), hardware.platform_of()
         if ANY in platforms or interpret:
             return chosen

@@ -26,7 +26,7 @@ import inspect
 import re
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +48,7 @@ class InFolder(Mapping[str, ModuleType]):
         self._package = package
 
     @property
-    def _declared(self) -> dict[str, tuple[str, str]]:
+    def _declared(self) -> dict[str, tuple[str, tuple[str, ...]]]:
         return declared(self._package)
 
     def __getitem__(self, name: str) -> ModuleType:
@@ -125,7 +125,12 @@ def own(given: Any, public: Callable) -> Any:
             f"{public.__name__}: implementation {given!r} is neither one of {', '.join(names())}, nor a module with "
             "run(arrays, call, config, interpret), nor a function"
         )
-    return FromFunction(given, public)
+    return _adapted(given, public)
+
+
+@lru_cache(maxsize=64)  # a step asks each time that it is called, and reading signatures takes 100 us
+def _adapted(function: Callable, public: Callable) -> FromFunction:
+    return FromFunction(function, public)
 
 
 def name_of(implementation: Any) -> str:
@@ -151,7 +156,9 @@ def load(reference: str) -> Any:
 
 
 def reference_of(implementation: Any) -> str | None:
-    """The string by which another process can `load` an implementation; None if it cannot (made in a notebook)."""
+    """How another process names an implementation: its name, or what `load` takes. None: it was made in a notebook."""
+    if isinstance(implementation, str):
+        return implementation
     if isinstance(implementation, ModuleType):
         return implementation.__name__
     module, name = getattr(implementation, "__module__", None), getattr(implementation, "__qualname__", "")

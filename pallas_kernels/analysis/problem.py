@@ -43,12 +43,12 @@ class Problem:
     @property
     def module(self) -> Any:
         """The implementation itself, see `pallas_kernels.implementation`."""
-        return implementation(self.op, self.implementation)
+        return op_of(self.op).find(self.implementation)
 
     @property
     def reference(self) -> str | None:
         """The name by which another process finds the implementation; None if it cannot."""
-        return self.implementation if isinstance(self.implementation, str) else reference_of(self.implementation)
+        return reference_of(self.implementation)
 
     @property
     def unsupported(self) -> str | None:
@@ -117,8 +117,3 @@ def op_of(op: str) -> Op:
 def implementations(op: str) -> tuple[str, ...]:
     """Names of the op's implementations, `xla` first."""
     return tuple(op_of(op).implementations)
-
-
-def implementation(op: str, given: Any) -> Any:
-    """The implementation of that name, or a user's module or function as an implementation."""
-    return op_of(op).implementations[given] if isinstance(given, str) else op_of(op).implementation(given)

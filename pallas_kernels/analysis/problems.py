@@ -8,17 +8,28 @@ given as a module or function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.analysis.problem import Problem, implementation, implementations, op_of
+from pallas_kernels.analysis.problem import Problem, implementations, op_of
 from pallas_kernels.implementation import load
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, round_up
+
+
+def _calling(op: str, implementation: Any, settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """`Problem.run`: the op's public function on arrays by the names of its arguments."""
+
+    def run(values, config, interpret=False):
+        given = {"implementation": implementation, "config": config, "interpret": interpret}
+        return op_of(op).public(**values, **settings, **given)
+
+    return run
 
 
 def _dense(op: str) -> Callable:
@@ -28,21 +39,8 @@ def _dense(op: str) -> Callable:
         layout = layout or layout_of(op, implementation)
         arrays, settings = case.abstract(layout), case.settings(layout)
         call = make_call(op, arrays, **settings)
-        function = getattr(import_module(f"pallas_kernels.{op}.api"), op)
-
-        def run(values, config, interpret=False):
-            rest = {"lengths": None} | {k: v for k, v in values.items() if k not in "qkv"}
-            return function(
-                values["q"],
-                values["k"],
-                values["v"],
-                **rest,
-                **settings,
-                config=config,
-                implementation=implementation,
-                interpret=interpret,
-            )
-
+        absent = {"lengths": None} if case.full else {}  # an argument without a default
+        run = _calling(op, implementation, settings | absent)
         rows = len(case.held)
         scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
         full = {
@@ -87,7 +85,6 @@ def _dense_needs(case: Any) -> tuple[int, int, int]:
 
 
 def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Problem:
-    from pallas_kernels.paged_attention.api import paged_attention
     from pallas_kernels.paged_attention.call import make_call
     from pallas_kernels.paged_attention.pieces import full_rows
 
@@ -120,20 +117,7 @@ def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Prob
     }
     call = make_call(arrays, **settings, scale=case.logit_scale)
 
-    def run(values, config, interpret=False):
-        q, k, v, *rest = values.values()
-        named = dict(zip(list(values)[3:], rest, strict=True))
-        return paged_attention(
-            q,
-            k,
-            v,
-            **named,
-            **settings,
-            scale=case.logit_scale,
-            config=config,
-            implementation=implementation,
-            interpret=interpret,
-        )
+    run = _calling("paged_attention", implementation, settings | {"scale": case.logit_scale})
 
     # Each row has pages of its own, so that timed reads come from memory. Unused entries name other rows' pages.
     tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width) % pages
@@ -248,16 +232,17 @@ def named(op: str, platform: str, reference: str | None) -> Any:
     """
     if reference is None:
         return for_platform(op, platform)[0]
-    if ":" not in reference and "." not in reference:
-        if reference not in implementations(op):
-            raise ValueError(f"{op} has no implementation {reference!r}; it has {', '.join(implementations(op))}")
+    known = implementations(op)
+    if reference in known:
         return reference
+    if not {":", "."} & set(reference) and find_spec(reference) is None:
+        raise ValueError(f"{op} has no implementation {reference!r}; it has {', '.join(known)}")
     return load(reference)
 
 
 def layout_of(op: str, given: Any) -> Layout:
     """The layout that an implementation gets: the first that it declares, or the op's default if it reads all."""
-    return (getattr(implementation(op, given), "LAYOUTS", None) or ("heads_first",))[0]
+    return (getattr(op_of(op).find(given), "LAYOUTS", None) or ("heads_first",))[0]
 
 
 def for_platform(op: str, platform: str) -> list[str]:

@@ -94,12 +94,8 @@ def flash_attention(
 
     Source: Dao et al. 2022 (FlashAttention); the meaning is `reference.attention`.
     """
-    arrays = {
-        **{"q": q, "k": k, "v": v, "starts": starts, "lengths": lengths, "sinks": sinks},
-        **{"k_scale": k_scale, "v_scale": v_scale, "tree": tree},
-    }
-    settings = {
-        **{"scale": scale, "causal": causal, "window": window, "softcap": softcap},
-        **{"layout": layout, "kv_heads": kv_heads, "value_dim": value_dim, "return_lse": return_lse},
-    }
+    cache = dict(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+    arrays = cache | dict(q=q, starts=starts, lengths=lengths, sinks=sinks, tree=tree)
+    mask = dict(causal=causal, window=window, softcap=softcap)
+    settings = mask | dict(scale=scale, layout=layout, kv_heads=kv_heads, value_dim=value_dim, return_lse=return_lse)
     return attend(OP, arrays, settings, implementation, config, interpret)

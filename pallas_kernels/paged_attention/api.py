@@ -106,11 +106,9 @@ def paged_attention(
 
     Source: Kwon et al. 2023 (PagedAttention); the meaning is `reference.attention`.
     """
-    arrays = {
-        **{"q": q, "k_pages": k_pages, "v_pages": v_pages},
-        **{"block_tables": block_tables, "lengths": lengths, "query_starts": query_starts},
-        **{"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale},
-    }
+    pools = dict(k_pages=k_pages, v_pages=v_pages, k_scale=k_scale, v_scale=v_scale)
+    rows = dict(block_tables=block_tables, lengths=lengths, query_starts=query_starts)
+    arrays = dict(q=q, sinks=sinks) | pools | rows
     call = make_call(
         arrays,
         scale=scale,

@@ -68,10 +68,8 @@ def write_pages(
       >>> k_pages[:, 0, :, 0].tolist()
       [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 7.0, 0.0]]
     """
-    arrays = {
-        **{"k_pages": k_pages, "v_pages": v_pages, "k": k, "v": v, "slots": slots},
-        **{"k_scale": k_scale, "v_scale": v_scale, "new_k_scale": new_k_scale, "new_v_scale": new_v_scale},
-    }
+    pools = dict(k_pages=k_pages, v_pages=v_pages, k_scale=k_scale, v_scale=v_scale)
+    arrays = pools | dict(k=k, v=v, slots=slots, new_k_scale=new_k_scale, new_v_scale=new_v_scale)
     call = make_call(arrays, layout)
     check_slots(call.pages * call.page, slots)
     return OP.run(implementation, arrays | {"slots": as_int32(slots)}, call, interpret=interpret)

@@ -19,7 +19,7 @@ from pallas_kernels import hardware
 from pallas_kernels.decode_attention.api import OP as DECODE
 from pallas_kernels.dispatch import Op
 from pallas_kernels.flash_attention.api import OP as FLASH
-from pallas_kernels.implementation import name_of, runs_on
+from pallas_kernels.implementation import runs_on
 from pallas_kernels.layouts import LAYOUTS, Layout
 from pallas_kernels.paged_attention.api import OP as PAGED
 from pdx.cache.dense import default_layout
@@ -39,12 +39,12 @@ class OwnKernels:
     by_op: tuple[tuple[str, Any], ...]
 
     def of(self, op: str) -> Any:
-        """The implementation of an op: a module, an object or an adapted function; a name stays a name."""
+        """What `implementation=` of an op is: `auto` for one that is not named."""
         return OPS[op].implementation(dict(self.by_op).get(op, "auto"))
 
-    def __str__(self) -> str:
-        named = ((op, x if isinstance(x, str) else name_of(x)) for op, x in self.by_op)
-        return ", ".join(f"{op}: {name}" for op, name in named)
+    def found(self) -> dict[str, Any]:
+        """The implementations themselves by op; an op that is `auto` is left out."""
+        return {op: OPS[op].find(given) for op, given in self.by_op if given != "auto"}
 
 
 Kernels = KernelName | Mapping[str, Any] | OwnKernels
@@ -95,10 +95,7 @@ def layout_for(kernels: Kernels, platform: str | None = None) -> Layout:
 
 
 def _common_layout(kernels: OwnKernels, platform: str | None) -> Layout:
-    reads = {}
-    for op, given in kernels.by_op:
-        found = OPS[op].implementations[given] if isinstance(given, str) and given != "auto" else kernels.of(op)
-        reads[op] = getattr(found, "LAYOUTS", None) or LAYOUTS
+    reads = {op: getattr(found, "LAYOUTS", None) or LAYOUTS for op, found in kernels.found().items()}
     for layout in (default_layout(platform), *LAYOUTS):
         if all(layout in layouts for layouts in reads.values()):
             return layout
@@ -111,14 +108,12 @@ def implementation(kernels: Kernels, layout: Layout, op: str | None = None) -> t
 
     Args:
       layout: the cache's.
-      op: the op's name; None: any op that `kernels` does not name.
+      op: the op's name, which only a user's own kernels depend on.
     """
     kernels = settled(kernels)
     if isinstance(kernels, OwnKernels):
-        given = "auto" if op is None else kernels.of(op)
-        found = OPS[op].implementations.get(given) if op and isinstance(given, str) else given
-        here = hardware.platform_of()
-        return given, found is not None and here == "cpu" and not runs_on(found, here)
+        found, here = kernels.found().get(op), hardware.platform_of()
+        return kernels.of(op), found is not None and here == "cpu" and not runs_on(found, here)
     if kernels != "pallas":
         return kernels, False
     if layout not in PALLAS_OF_LAYOUT:

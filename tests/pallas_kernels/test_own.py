@@ -15,6 +15,7 @@ from pallas_kernels import (
     quantized_matmul,
     write_pages,
 )
+from pallas_kernels.analysis import problems
 from pallas_kernels.decode_attention.api import OP
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.quant_array import dequantize, quantize
@@ -193,6 +194,18 @@ def test_a_file_that_declares_a_name_is_found(tmp_path, monkeypatch):
     assert choose("some_op", "auto", found, "no such heads", platform="gpu").implementation == "mosaic_gpu"
     assert choose("some_op", "auto", found, platform="tpu").implementation == "mosaic_gpu"
     assert "cpu" in choose("some_op", "auto", found, platform="cpu").reason
+
+
+def test_what_a_command_was_told_is_a_name_or_a_reference(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("def run(arrays, call, config, interpret): return arrays['q']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    op = "decode_attention"
+    assert problems.named(op, "gpu", None) == "gpu"
+    assert problems.named(op, "gpu", "xla") == "xla"
+    assert problems.named(op, "gpu", "my_module").__name__ == "my_module"
+    assert problems.named(op, "gpu", "tests.pallas_kernels.test_own:plain") is plain
+    with pytest.raises(ValueError, match="has no implementation 'nosuch'; it has xla, tpu, gpu"):
+        problems.named(op, "gpu", "nosuch")
 
 
 @pytest.mark.parametrize("reference", ["tests.pallas_kernels.test_own:plain", "pallas_kernels.decode_attention.xla"])

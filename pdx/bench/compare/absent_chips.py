@@ -16,9 +16,8 @@ from typing import Any
 
 from pallas_kernels.analysis import problems, static, targets
 from pallas_kernels.analysis.targets import Target
-from pallas_kernels.implementation import reference_of
 from pdx.bench.compare.measure import reason, start_row
-from pdx.bench.compare.paths import PHASES, Path, here, library
+from pdx.bench.compare.paths import PHASES, Path, here
 from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
 from pdx.errors import RequestError
@@ -61,25 +60,23 @@ def rows(
                 for shape in (shapes if subject else ())
             ),
         ]
-    own = [(op, path.name, reference) for op in extra or {} for path, reference in _importable(op, target, extra)]
+    extra = extra or {}
+    own = [(op, p.name, p.reference) for op in extra for p in _kernels(op, target, extra) if p.name in extra[op]]
     wanted = [
-        (op, case.name, name, reference)
+        (op, case.name, path.name, path.reference)
         for op, case in cases
-        for name, reference in (
-            *((p.name, p.implementation) for p in library(op, target.chip.platform)),
-            *((name, reference) for of, name, reference in own if of == op),
-            (XLA, "xla"),
-        )
+        for path in (*_kernels(op, target, extra), Path(XLA, "xla"))
+        if path.reference
     ]
     order = {
-        "own": own,
+        "own": [x for x in own if x[2]],
         "target": name,
         "ops": wanted,
         "steps": [asdict(s) for s in shapes] if subject else [],
         "subject": asdict(subject) if subject else None,
     }
     found = list(_in_a_process(order, told))
-    steps = sum(2 + sum(PHASES.get(op) == s.phase for op, _, _ in own) for s in shapes if subject)
+    steps = sum(2 + sum(PHASES.get(op) == s.phase for op, _, _ in order["own"]) for s in shapes if subject)
     missing = len(wanted) + steps - len(found)
     if missing and not found:
         raise RequestError(f"the compiler for {name} ended before it gave anything: leave {name} out of --targets")
@@ -87,19 +84,13 @@ def rows(
         found[-1] = replace(
             found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are missing.".strip()
         )
-    found += _not_importable(cases, target, extra or {})
+    found += _not_importable(cases, target, extra)
     return [with_cycles(row, target, told) if cycles else row for row in found]
 
 
 def _kernels(op: str, target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Path]:
     """The kernels of an op that run on a target, the library's and one's own."""
     return [path for path in here(op, target.chip.platform, extra.get(op, {})) if path.name != XLA]
-
-
-def _importable(op: str, target: Target, extra) -> list[tuple[Path, str]]:
-    """Those of one's own that run on a target, with how another process loads them."""
-    own = [p for p in _kernels(op, target, extra) if p.name in extra[op]]
-    return [(p, reference) for p in own if (reference := reference_of(p.implementation))]
 
 
 def _not_importable(cases: Sequence[Case], target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -109,7 +100,7 @@ def _not_importable(cases: Sequence[Case], target: Target, extra: Mapping[str, M
         replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=path.name, note=note)
         for op, case in cases
         for path in _kernels(op, target, extra)
-        if path.name in extra.get(op, {}) and not reference_of(path.implementation)
+        if not path.reference
     ]
 
 

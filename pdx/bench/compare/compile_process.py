@@ -19,7 +19,7 @@ from pallas_kernels.analysis.targets import Target
 from pdx import aot
 from pdx.bench.compare.absent_chips import MARK
 from pdx.bench.compare.measure import kernels_said, reason, start_row, what_ran
-from pdx.bench.compare.paths import PHASES, Path
+from pdx.bench.compare.paths import Path, step_kernels
 from pdx.bench.compare.rows import COMPILED, NOT_RUN, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
 from pdx.layers.kernels import Kernels
@@ -111,25 +111,20 @@ def compiled_step(subject: Subject, shape: Shape, kernels: Kernels, target: str,
     )
 
 
-def _own(order: dict[str, Any], phase: str) -> list[tuple[str, Kernels]]:
-    """Labels of kernels of one's own that are part of a phase, and `kernels=` with them."""
-    return [
-        (label, {op: implementation.load(reference)})
-        for op, label, reference in order["own"]
-        if PHASES.get(op) == phase
-    ]
-
-
 def _child(order: dict[str, Any]) -> None:
     target = Target.get(order["target"])
     for op, name, label, reference in order["ops"]:
         case = next(c for c in problems.cases(op) if c.name == name)
-        path = Path(label, implementation.load(reference) if ":" in reference or "." in reference else reference)
+        path = Path(label, problems.named(op, target.chip.platform, reference))
         empty = replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=label)
         _say(lambda op=op, case=case, path=path: compiled(op, case, path, target), empty)
+    extra: dict[str, dict[str, Any]] = {}
+    for op, label, reference in order["own"]:
+        extra.setdefault(op, {})[label] = implementation.load(reference)
     for values in order["steps"]:
         subject, shape = Subject(**order["subject"]), Shape(**values)
-        for label, kernels in (*((path, path) for path in (PALLAS, XLA)), *_own(order, shape.phase)):
+        own = step_kernels(shape.phase, extra, target.chip.platform)
+        for label, kernels in (*((path, path) for path in (PALLAS, XLA)), *own.items()):
             row = replace(step_row(subject, shape, target.chip, target.name), path=label)
             _say(lambda a=subject, b=shape, k=kernels, row=row: compiled_step(a, b, k, target.name, row), row)
 

@@ -21,6 +21,7 @@ from pdx.bench.compare.expected import answer, draw, errors
 from pdx.bench.compare.paths import Path
 from pdx.bench.compare.rows import INTERPRETED, MEASURED, NOT_RUN, Row, limits
 from pdx.bench.timing import Timing, interleaved
+from pdx.cache.layer import default_layout
 
 # What the interpreter gets through in a few seconds.
 INTERPRETED_FLOPS, INTERPRETED_BYTES = 2e8, 1 << 24
@@ -49,7 +50,7 @@ def case_rows(
     base = start_row(problem, chip, device)
     found = [*ours(op, case, arrays, platform, extra), *peers(op, case, arrays, platform)]
     rows = compete(found, base, right, rounds)
-    auto = chosen_by_auto(op, problems.OPS[op](case, "xla", paths.device_layout(platform)), platform)
+    auto = chosen_by_auto(op, problems.OPS[op](case, "xla", default_layout(platform)), platform)
     rows = [replace(r, auto=r.path == auto) for r in rows]
     at = len(paths.library(op, platform)) + 1
     own = set(extra or ())

@@ -8,8 +8,7 @@ from typing import Any
 
 from pallas_kernels import implementation
 from pallas_kernels.analysis import problems
-from pallas_kernels.analysis.problem import Problem
-from pallas_kernels.layouts import Layout
+from pallas_kernels.analysis.problem import Problem, op_of
 from pdx.bench.compare.rows import PALLAS, XLA
 from pdx.cache.layer import default_layout
 from pdx.errors import RequestError
@@ -27,18 +26,18 @@ class Path:
 
     def of(self, op: str) -> Any:
         """The implementation itself."""
-        return problems.implementation(op, self.implementation)
+        return op_of(op).find(self.implementation)
+
+    @property
+    def reference(self) -> str | None:
+        """How another process names the implementation; None if it cannot."""
+        return implementation.reference_of(self.implementation)
 
     def problem(self, op: str, case: Any, platform: str) -> Problem:
         """A case for this path, its cache lying as the path reads it; as the platform's caches lie if it reads all."""
         declared = getattr(self.of(op), "LAYOUTS", None)
-        here = device_layout(platform)
+        here = default_layout(platform)
         return problems.OPS[op](case, self.implementation, here if not declared or here in declared else declared[0])
-
-
-def device_layout(platform: str) -> Layout:
-    """How this platform's caches lie."""
-    return default_layout(platform)
 
 
 def library(op: str, platform: str) -> list[Path]:
@@ -69,7 +68,7 @@ def step_kernels(phase: str, extra: Mapping[str, Mapping[str, Any]], platform: s
         for op, by_label in extra.items()
         if PHASES.get(op) == phase
         for label, x in by_label.items()
-        if implementation.runs_on(problems.implementation(op, x), platform)
+        if implementation.runs_on(op_of(op).find(x), platform)
     }
 
 
@@ -96,7 +95,7 @@ def own(extra: Mapping[str, Any] | None, named: Sequence[str]) -> dict[str, dict
                 raise RequestError(
                     f"{label}: for which op is it? Compare one op alone, or set its OP to one of {known}"
                 )
-            problems.implementation(op, mine)
+            op_of(op).implementation(mine)
         except ValueError as error:
             raise RequestError(str(error)) from None
         found.setdefault(op, {})[label] = mine
