@@ -165,8 +165,12 @@ def test_a_trace_that_is_wrong_is_refused_by_its_line(tmp_path, line, says):
     file.write_text('{"arrival_s": 0, "prompt_tokens": 3, "output_tokens": 3}\n' + line, encoding="utf-8")
     with pytest.raises(RequestError, match=says):
         workload.read_trace(file, prompts())
+
+
+def test_a_trace_without_requests_or_without_a_file_is_refused(tmp_path):
+    file = tmp_path / "trace.jsonl"
     file.write_text("\n", encoding="utf-8")
     with pytest.raises(RequestError, match="has no requests"):
         workload.read_trace(file, prompts())
-    with pytest.raises(RequestError, match="not readable"):
+    with pytest.raises(RequestError, match="none cannot be read: No such file"):
         workload.read_trace(tmp_path / "none", prompts())
