@@ -40,6 +40,7 @@ _WHERE = {
     "SamplingOptions": "pdx.sampling.options",
     "SamplingState": "pdx.sampling.sampler",
     "Tokenizer": "pdx.tokenizer",
+    "Speculation": "pdx.speculative.options",
     "generate": "pdx.generation",
     "stream": "pdx.generation",
     "Engine": "pdx.engine.engine",

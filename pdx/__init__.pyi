@@ -19,6 +19,7 @@ from pdx.model import forward as forward
 from pdx.model import init_params as init_params
 from pdx.sampling.options import SamplingOptions as SamplingOptions
 from pdx.sampling.sampler import SamplingState as SamplingState
+from pdx.speculative.options import Speculation as Speculation
 from pdx.steps import decode_many as decode_many
 from pdx.steps import decode_step as decode_step
 from pdx.steps import mixed_step as mixed_step

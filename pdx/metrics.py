@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from pdx.errors import RequestError
 
@@ -25,6 +25,38 @@ class RequestTiming:
     def tpot_s(self) -> float | None:
         """Seconds per token after the first (decode): (E2E - TTFT) / (n - 1). None for fewer than two tokens."""
         return (self.e2e_s - self.ttft_s) / (self.tokens - 1) if self.tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class SpeculationCounts:
+    """What speculation did for a request.
+
+    by_length: the rounds that its tokens took, by the most tokens that a round drafted; 0 is a plain step.
+    drafted, kept: tokens that were verified, and those of them that were kept.
+    """
+
+    by_length: Mapping[int, int] = field(default_factory=dict)
+    drafted: int = 0
+    kept: int = 0
+
+    def __add__(self, other: SpeculationCounts) -> SpeculationCounts:
+        lengths = sorted(self.by_length | other.by_length)
+        rounds = {n: self.by_length.get(n, 0) + other.by_length.get(n, 0) for n in lengths}
+        return SpeculationCounts(rounds, self.drafted + other.drafted, self.kept + other.kept)
+
+    @property
+    def rounds(self) -> int:
+        return sum(self.by_length.values())
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafted tokens that was kept; None if none was drafted."""
+        return self.kept / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """A round emits one token more than it keeps; None without a round."""
+        return (self.rounds + self.kept) / self.rounds if self.rounds else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +16,14 @@ from pdx import steps
 from pdx.bench.timing import Timing, once
 from pdx.cache.dense import DenseCache, init_cache
 from pdx.config import ModelConfig
-from pdx.cost import Cost, Phase, Setup
+from pdx.cost import Cost, Phase, Setup, tradeoffs
 from pdx.cost.chips import MeasuredChip
 from pdx.generation.generator import PREFILL_CHUNK
-from pdx.layers.kernels import layout_for
+from pdx.layers.kernels import layout_for, settled
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
+from pdx.speculative.proposers import Synthetic
+from pdx.speculative.rounds import SpeculationState, speculate_many
 
 DECODE_TOKENS = 8  # steps of one timed run
 
@@ -195,6 +198,52 @@ class ModelUnderTest:
             batch * width,
             self.setup,
             lambda setup: [setup.verify(batch, context + 1, draft)],
+        )
+
+    def speculate(self, batch: int, context: int, draft: int, acceptance: float) -> TimedWork:
+        """Rounds of speculation behind `context` tokens a row, whose drafts cost nothing and are kept by chance.
+
+        The seconds are those of a round that emits as many tokens as the acceptance promises.
+        """
+        emitted, n = tradeoffs.tokens_per_round(acceptance, draft), 2 * DECODE_TOKENS
+        proposer, levels = Synthetic(acceptance), (0, draft)
+        begin, capacity = context - n, context + draft
+        options = [SamplingOptions(seed=row) for row in range(batch)]
+        state = {
+            "cache": self.cache(batch, capacity, begin),
+            "sampling": SamplingState.create(options, self.cfg.vocab_size),
+        }
+
+        def work() -> Timing:
+            cache = rewound(state["cache"], begin)
+            told = SpeculationState.create([[1] * (begin + 1)] * batch, batch, capacity, proposer)
+            start = time.perf_counter()
+            out = speculate_many(
+                self.params,
+                self.cfg,
+                cache,
+                state["sampling"],
+                told,
+                n,
+                active=np.ones(batch, bool),
+                limits=np.full(batch, n, np.int32),
+                costs=np.array([np.inf, 1.0], np.float32),
+                proposer=proposer,
+                levels=levels,
+                kernels=settled(self.kernels),
+            )
+            counts = np.asarray(out.counts)
+            seconds = time.perf_counter() - start
+            state["cache"], state["sampling"] = out.cache, out.sampling
+            return Timing((seconds / counts.mean() * emitted,))
+
+        return TimedWork(
+            f"batch {batch}, context {context}, drafts of {draft} kept with {acceptance:.0%} each (made up, free)",
+            "decode",
+            work,
+            batch * emitted,
+            self.setup,
+            lambda setup: [setup.verify(batch, context - n // 2, draft)],
         )
 
 

@@ -21,6 +21,7 @@ from pdx.cli.app import (
     load_model,
     print_table,
 )
+from pdx.errors import RequestError
 from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
 
@@ -82,6 +83,55 @@ def bench_memory(
         print(strict_json.dumps({"model": model, "results": [x.to_dict() for x in found]}))
     else:
         print_table(memory.table(found), as_markdown)
+
+
+@bench_app.command("speculation")
+def bench_speculation(
+    model: ModelOption = DEFAULT_MODEL,
+    speculate: Annotated[str, typer.Option(help="ngram, draft:MODEL, self:LAYERS or synthetic:ACCEPTANCE.")] = "ngram",
+    draft_length: Annotated[
+        str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay.")
+    ] = "auto",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Prompts that run together; may be given again.", min=1)
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="Kinds of prompts: copy, code, prose, chat, other scripts; all if none.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=2)] = 128,
+    repeats: Annotated[int, typer.Option(help="How often each prompt is answered both ways.", min=1)] = 1,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    as_markdown: MarkdownOption = False,
+) -> None:
+    """Speculative decoding beside plain decoding, by kind of prompt: speed, acceptance, whether answers are equal."""
+    from pdx.bench import device, speculation
+    from pdx.speculative.options import asked
+    from pdx.weights.progress import progress_bar
+
+    if (chosen := asked(speculate, draft_length)) is None:
+        raise RequestError("--speculate none: there is nothing to measure")
+    if wrong := [kind for kind in prompts or () if kind not in speculation.PROMPTS]:
+        raise RequestError(f"--prompts {wrong[0]!r} is not one of {', '.join(speculation.PROMPTS)}")
+    check_names("auto", "auto", quantize)
+    loaded = load_model(model, dtype, None, quantize)
+    with progress_bar(unit="rows") as bar:
+        found = speculation.run(
+            loaded,
+            chosen,
+            batch or (1,),
+            kinds=prompts or tuple(speculation.PROMPTS),
+            tokens=max_tokens,
+            repeats=repeats,
+            progress=bar,
+        )
+    if as_json:
+        print(
+            strict_json.dumps({"model": loaded.name, "device": device.machine(), "rows": [r.to_dict() for r in found]})
+        )
+        return
+    print_table(speculation.table(found), as_markdown)
 
 
 @eval_app.command("ppl")

@@ -58,11 +58,18 @@ def generate(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    speculate: Annotated[
+        str | None, typer.Option(help="Draft tokens and verify them together: none, ngram, draft:MODEL or self:LAYERS.")
+    ] = None,
+    draft_length: Annotated[
+        str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay, by step.")
+    ] = "auto",
     mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text and report TTFT, TPOT and E2E apart."""
     from pdx.sampling.options import FILTERS, SamplingOptions
+    from pdx.speculative.options import asked
 
     # The options of the command that bear the name of a setting.
     names = {f.name for f in dataclasses.fields(SamplingOptions)}
@@ -84,7 +91,9 @@ def generate(
         )
     if logprobs is not None and prompts is None and not as_json:
         raise RequestError("--logprobs are reported in the object that --json prints: add --json")
-    run = {"kernels": kernels, "kv_dtype": kv_dtype}
+    run: dict[str, Any] = {"kernels": kernels, "kv_dtype": kv_dtype}
+    if speculation := asked(speculate, draft_length):
+        run["speculate"] = speculation
     if prompts is not None:
         from pdx.clients.batch_file import check_output, read
 

@@ -34,6 +34,7 @@ from pdx.io.outputs import is_ordinary
 from pdx.layers.kernels import explain, explain_mixed
 from pdx.quant import Policy
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.options import Speculation
 
 # Requests under way for each slot of the engine: one that runs and one that waits, so that no slot is ever empty.
 AHEAD = 2
@@ -97,19 +98,25 @@ def job_of(engine, requests: list[Request]) -> dict[str, str]:
     return job | {"the engine": ", ".join(f"{name} {getattr(config, name)}" for name in alike)}
 
 
-def _job(model, requests: list[Request], kv_dtype, kernels: Any) -> dict[str, Any]:
+def _job(
+    model, requests: list[Request], kv_dtype, kernels: Any, speculation: Speculation | None = None
+) -> dict[str, Any]:
     """What tells one job from another: the requests, and what the answers depend on, as settled for this device.
 
     Names of models and policies are no part of it: what they stand for may change.
     """
-    return requests_of(requests) | {
-        "the model's files": _digest(_files(model.path)),
-        "dtype": jnp.dtype(model.dtype).name,
-        "quantization": _digest(Policy.of(model.params).rules),
-        "kv_dtype": jnp.dtype(cache_dtype(kv_dtype, model)).name,
-        "kernels": kernels,
-        "the version of pdx": __version__,
-    }
+    return (
+        requests_of(requests)
+        | {
+            "the model's files": _digest(_files(model.path)),
+            "dtype": jnp.dtype(model.dtype).name,
+            "quantization": _digest(Policy.of(model.params).rules),
+            "kv_dtype": jnp.dtype(cache_dtype(kv_dtype, model)).name,
+            "kernels": kernels,
+            "the version of pdx": __version__,
+        }
+        | ({"speculation": str(speculation)} if speculation else {})
+    )
 
 
 def requests_of(requests: list[Request]) -> dict[str, str]:
@@ -230,7 +237,15 @@ def run_file(engine, output: Path, requests: list[Request]) -> Tally:
 
 
 def run_offline(
-    model, source: Path, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str
+    model,
+    source: Path,
+    requests: list[Request],
+    output: Path,
+    *,
+    batch_size: int,
+    kernels: str,
+    kv_dtype: str,
+    speculate: Speculation | None = None,
 ) -> Tally:
     """The same without an engine, in static batches: `pdx generate --prompts`. The caller holds the lock on `output`.
 
@@ -238,13 +253,13 @@ def run_offline(
     NotFiniteError for one whose logits are NaN or infinite; what is finished is kept.
     """
     prompts = token_ids(model, source, requests)
-    journal = _opened(output, _job(model, requests, kv_dtype, explain(kernels)), requests)
+    journal = _opened(output, _job(model, requests, kv_dtype, explain(kernels), speculate), requests)
     lines = [r.line for r in requests]
     tally = Tally(resumed=len(journal.done))
     left = [(r, ids) for r, ids in zip(requests, prompts, strict=True) if r.line not in journal.done]
     try:
         with _progress_bar(journal, requests) as show:
-            settings = {"batch_size": batch_size, "kernels": kernels, "kv_dtype": kv_dtype}
+            settings = {"batch_size": batch_size, "kernels": kernels, "kv_dtype": kv_dtype, "speculate": speculate}
             for piece in stream(model, [ids for _, ids in left], [r.options for r, _ in left], **settings):
                 if (done := piece.completion) is None:
                     continue

@@ -14,8 +14,12 @@ def speculation(acceptance: float, draft: int, draft_cost: float, verify_cost: f
       draft: tokens drafted per round.
       draft_cost, verify_cost: of one drafted token and of a verification, in decode steps.
     """
-    tokens = draft + 1 if acceptance == 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
-    return tokens / (draft * draft_cost + verify_cost)
+    return tokens_per_round(acceptance, draft) / (draft * draft_cost + verify_cost)
+
+
+def tokens_per_round(acceptance: float, draft: int) -> float:
+    """Tokens that a round of `draft` drafted tokens emits: (1 - a^(g+1)) / (1 - a)."""
+    return draft + 1 if acceptance == 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
 
 
 def break_even(draft: int, draft_cost: float, verify_cost: float = 1.0) -> float | None:

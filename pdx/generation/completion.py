@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdx.errors import NotFiniteError
-from pdx.metrics import RequestTiming
+from pdx.metrics import RequestTiming, SpeculationCounts
 from pdx.sampling.options import SamplingOptions
 
 # What -inf, the log-probability of a token that is impossible, is in JSON, which has no infinity. OpenAI's value.
@@ -30,6 +30,7 @@ class Completion:
     token_ids: all generated tokens, an end token included; `text` leaves end tokens and stop strings out.
     finish_reason: `stop` (an end token or a stop string) or `length`.
     compile_s: seconds of compilation while its batch ran; they are in none of the timings.
+    speculation: what speculative decoding did; None without it.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Completion:
     timing: RequestTiming
     compile_s: float
     logprobs: list[TokenLogprobs] | None = None
+    speculation: SpeculationCounts | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -63,6 +65,7 @@ class Row:
     ttft_s: float = 0.0
     e2e_s: float = 0.0
     compile_s: float = 0.0  # so far, in its batch
+    speculation: SpeculationCounts | None = None
 
     def push(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprobs], now: float) -> None:
         """Take tokens as they came from the device at second `now`; what follows the last one is dropped."""
@@ -112,6 +115,7 @@ class Row:
             timing=RequestTiming(len(self.token_ids), self.ttft_s, self.e2e_s),
             compile_s=compile_s,
             logprobs=self.logprobs if self.options.logprobs is not None else None,
+            speculation=self.speculation,
         )
 
 

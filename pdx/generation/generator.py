@@ -1,12 +1,8 @@
-"""What runs requests in batches: the compiled programs of a shape; and what a model keeps of programs and caches."""
+"""What runs requests in batches: the compiled programs of one shape."""
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -35,8 +31,6 @@ PREFILL_CHUNK = PREFILL_LADDER[-1]  # tokens of a prompt that one call takes
 DEFAULT_ROWS = 8
 # Tokens a dispatch of `decode_many`: enough to hide the host's work, few enough to stream and stop soon.
 DECODE_TOKENS = 8
-# Shapes whose programs a model keeps.
-MOST_GENERATORS = 16
 
 
 class Generator:
@@ -88,6 +82,17 @@ class Generator:
     def compile_s(self) -> float:
         return self._programs.compile_s
 
+    def new_cache(self) -> DenseCache:
+        return self._make_cache()
+
+    def begin(self, requests: Sequence[Row], cache: DenseCache, clock: Clock) -> tuple[Decoding, DenseCache]:
+        """The decoding of a run, whose prompts are not prefilled yet."""
+        return Decoding(self), cache
+
+    def call(self, key, function, **arguments):
+        """Run a program, compiled when it is first wanted; see `Programs.call`."""
+        return self._programs.call(key, function, **arguments)
+
     def run(self, requests: Sequence[Row]) -> Iterator[Row]:
         """Generate for up to `rows` requests together; yields a request whenever it has new tokens.
 
@@ -109,7 +114,8 @@ class Generator:
             [r.options for r in requests], self.config.vocab_size, prompts=prompts, batch=self.rows
         )
         sampling = place_rows(sampling, self.mesh)
-        logits, cache = self._prefill(prompts, cache, clock)
+        decoding, cache = self.begin(requests, cache, clock)
+        logits, cache = self.prefill(prompts, cache, clock)
         first, sampling = self._programs.call(
             "first",
             _draw,
@@ -120,39 +126,17 @@ class Generator:
             clock=clock,
             static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
         )
-        got, n = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), 1
+        got, counts = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), np.ones(self.rows, int)
         while True:
             held.cache = cache
-            yield from _deliver(requests, got, n, clock)
+            yield from _deliver(requests, got, counts, clock)
             held.cache = None
-            running = [r for r in requests if not r.finish_reason]
-            if not running:
+            if all(r.finish_reason for r in requests):
                 break
-            n = min(self.decode_tokens, max(r.options.max_tokens - len(r.token_ids) for r in running))
-            tokens = np.zeros(self.rows, np.int32)
-            tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
-            out = self._programs.call(
-                "decode",
-                steps.PROGRAMS["decode_many"],
-                params=self.params,
-                tokens=tokens,
-                cache=cache,
-                sampling=sampling,
-                active=self._mask(requests),
-                steps=np.int32(n),
-                clock=clock,
-                static={
-                    "cfg": self.config,
-                    "n": self.decode_tokens,
-                    "num_logprobs": self.num_logprobs,
-                    "kernels": self.kernels,
-                },
-            )
-            cache, sampling = out.cache, out.sampling
-            got = jax.device_get(SampleOutput(out.tokens, out.logprobs, out.top_ids, out.top_logprobs))
+            got, counts, cache, sampling = decoding.dispatch(requests, cache, sampling, clock)
         held.cache = cache
 
-    def _prefill(
+    def prefill(
         self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
     ) -> tuple[jax.Array, DenseCache]:
         """Feed all prompts, the long ones in chunks; the logits behind each prompt's last token."""
@@ -183,13 +167,50 @@ class Generator:
         return logits, cache
 
     def _mask(self, requests: Sequence[Row]) -> np.ndarray:
-        mask = np.zeros(self.rows, bool)
-        mask[: len(requests)] = [not r.finish_reason for r in requests]
-        return mask
+        return self.left(requests) > 0
+
+    def left(self, requests: Sequence[Row]) -> np.ndarray:
+        """How many tokens each row may still generate, [rows]; 0 where none is running."""
+        left = np.zeros(self.rows, np.int32)
+        left[: len(requests)] = [0 if r.finish_reason else r.options.max_tokens - len(r.token_ids) for r in requests]
+        return left
 
 
-def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, clock: Clock) -> Iterator[Row]:
-    """Hand the first n columns of `got` to the requests that are running; yields each of them that has new tokens.
+class Decoding:
+    """The decoding of one run, a token a step."""
+
+    def __init__(self, generator: Generator):
+        self._generator = generator
+
+    def dispatch(self, requests: Sequence[Row], cache: DenseCache, sampling: SamplingState, clock: Clock):
+        """Up to `decode_tokens` new tokens a row: on the host, how many each row has, the cache, the sampling state."""
+        run = self._generator
+        left, tokens = run.left(requests), np.zeros(run.rows, np.int32)
+        tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
+        n = min(run.decode_tokens, int(left.max()))
+        out = run.call(
+            "decode",
+            steps.PROGRAMS["decode_many"],
+            params=run.params,
+            tokens=tokens,
+            cache=cache,
+            sampling=sampling,
+            active=left > 0,
+            steps=np.int32(n),
+            clock=clock,
+            static={
+                "cfg": run.config,
+                "n": run.decode_tokens,
+                "num_logprobs": run.num_logprobs,
+                "kernels": run.kernels,
+            },
+        )
+        got = jax.device_get(SampleOutput(out.tokens, out.logprobs, out.top_ids, out.top_logprobs))
+        return got, np.full(run.rows, n), out.cache, out.sampling
+
+
+def _deliver(requests: Sequence[Row], got: SampleOutput, counts: np.ndarray, clock: Clock) -> Iterator[Row]:
+    """Hand the first `counts` columns of `got` to the requests that are running; yields each that has new tokens.
 
     Raises NotFiniteError, when all have theirs, for the first that has no token where it needs one.
     """
@@ -197,7 +218,7 @@ def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, clock: Clock) -
     for row, request in enumerate(requests):
         if request.finish_reason:
             continue
-        best = request.options.logprobs or 0  # a neighbour may have asked for more
+        best, n = request.options.logprobs or 0, counts[row]  # a neighbour may have asked for more alternatives
         tokens = got.tokens[row, :n].tolist()
         tokens = tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens
         logprobs = (
@@ -237,39 +258,3 @@ def _draw(logits, sampling, positions, active, num_logprobs, mesh):
 @jax.jit
 def _keep(old, new, took_part):
     return jnp.where(took_part[:, None], new, old)
-
-
-@dataclass
-class _Kept:
-    """What a model keeps between calls: idle caches, and generators (programs) by shape, those used last at the end."""
-
-    caches: IdleCaches = field(default_factory=IdleCaches)
-    generators: OrderedDict[tuple, Generator] = field(default_factory=OrderedDict)
-
-
-# It goes when the model goes.
-_KEPT: weakref.WeakKeyDictionary[Model, _Kept] = weakref.WeakKeyDictionary()
-_KEPT_LOCK = threading.Lock()
-
-
-def generator(model: Model, *, rows: int, tokens: int, kv_dtype=None, **settings) -> Generator:
-    """The model's generator for `rows` requests of up to `tokens` tokens; made when it is first asked for.
-
-    The programs of the last `MOST_GENERATORS` shapes are kept.
-    """
-    capacity = SMALLEST_CAPACITY
-    while capacity < tokens:
-        capacity *= 2
-    capacity = min(capacity, round_up(model.config.max_context, 128))
-    kv_dtype = cache_dtype(kv_dtype, model)
-    key = (rows, capacity, str(kv_dtype), *sorted(settings.items()))
-    with _KEPT_LOCK:
-        kept = _KEPT.setdefault(model, _Kept())
-        if key not in kept.generators:
-            kept.generators[key] = Generator(
-                model, rows=rows, capacity=capacity, kv_dtype=kv_dtype, caches=kept.caches, **settings
-            )
-        kept.generators.move_to_end(key)
-        while len(kept.generators) > MOST_GENERATORS:
-            kept.generators.popitem(last=False)
-        return kept.generators[key]

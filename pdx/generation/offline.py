@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pdx.arguments import integer
 from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.completion import Completion
-from pdx.generation.generator import DEFAULT_ROWS, generator
+from pdx.generation.generator import DEFAULT_ROWS
+from pdx.generation.kept import generator
 from pdx.generation.prompts import Prompt, as_list, options_of_each, requests_of
 from pdx.layers.kernels import Kernels, settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.options import Speculation, asked
 from pdx.weights.load import Model
 
 
@@ -39,6 +41,8 @@ def stream(
     kernels: Kernels = "auto",
     kv_dtype=None,
     capacity: int | None = None,
+    speculate: Speculation | str | None = None,
+    draft_length: int | str = "auto",
     **settings,
 ) -> Iterator[Piece]:
     """Generate for one prompt or several; yields pieces of text as they come. Arguments and errors as `generate`.
@@ -55,6 +59,7 @@ def stream(
     if not isinstance(model, Model):
         raise RequestError(f"model is {model!r}: it must be what pdx.load returns")
     prompts, batch_size = as_list(prompts), integer("batch_size", batch_size, 1)
+    speculation = asked(speculate, draft_length)
     rows = requests_of(model, prompts, options_of_each(options, settings, len(prompts)))
     if not rows:
         return
@@ -69,6 +74,7 @@ def stream(
         kernels=settled(kernels),
         kv_dtype=kv_dtype,
         num_logprobs=max(r.options.logprobs or 0 for r in rows),
+        speculation=speculation,
     )
     for at in range(0, len(rows), run.rows):
         for row in run.run(rows[at : at + run.rows]):
@@ -92,7 +98,8 @@ def generate(
       prompts: a text, chat messages, token ids (a list or a one-dimensional array), or a list of any of these.
       options: sampling settings, one for all or one a prompt; None: greedy, 128 tokens.
       settings: single fields of `SamplingOptions` (max_tokens=, temperature=, ...), and batch_size=,
-        kernels=, kv_dtype=, capacity= (tokens a row can hold; None: what the requests need, rounded up).
+        kernels=, kv_dtype=, capacity= (tokens a row can hold; None: what the requests need, rounded up),
+        speculate= and draft_length= (see `pdx.speculative.options.Speculation`; None: a token a step).
 
     Returns:
       One completion a prompt, in the order of the prompts.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdx.generation.completion import Completion, json_logprob
 from pdx.installation.devices import where_run
-from pdx.metrics import ServedTiming
+from pdx.metrics import ServedTiming, SpeculationCounts
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -39,6 +39,16 @@ def completion_fields(
     }
     if isinstance(timing, ServedTiming):
         fields |= {"queue_s": timing.queue_s, "hit_tokens": timing.hit_tokens, "preemptions": timing.preemptions}
+    if completion.speculation is not None:
+        counts = completion.speculation
+        fields["speculation"] = {
+            "rounds": counts.rounds,
+            "rounds_by_draft_length": {str(length): n for length, n in counts.by_length.items()},
+            "drafted": counts.drafted,
+            "kept": counts.kept,
+            "acceptance": counts.acceptance,
+            "tokens_per_round": counts.tokens_per_round,
+        }
     if completion.logprobs is not None:
         fields["logprobs"] = [
             {
@@ -58,11 +68,22 @@ def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> s
     if timing.tpot_s is not None:
         decode = f"TPOT {timing.tpot_s * 1e3:.1f} ms = {1 / timing.tpot_s:.1f} tok/s"
     paths = kernel_paths(kernels)
-    return "\n".join(
-        [
-            f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
-            f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
-            f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
-            f"device   {where_run(mesh)}; {paths['prefill']}; {paths['decode']}",
-        ]
-    )
+    lines = [
+        f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
+        f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
+        f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
+        f"device   {where_run(mesh)}; {paths['prefill']}; {paths['decode']}",
+    ]
+    if completion.speculation is not None:
+        lines.insert(2, f"drafts   {speculation_line(completion.speculation)}")
+    return "\n".join(lines)
+
+
+def speculation_line(counts: SpeculationCounts) -> str:
+    """Acceptance and tokens a round, in words."""
+    if counts.tokens_per_round is None:
+        return "none: only one token"
+    kept = "none verified: nothing promised to pay"
+    if counts.acceptance is not None:
+        kept = f"{counts.kept} of {counts.drafted} verified tokens kept = {counts.acceptance:.0%}"
+    return f"{kept}; {counts.rounds} rounds, {counts.tokens_per_round:.2f} tokens a round"

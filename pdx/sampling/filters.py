@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 GROUP = 128  # tokens with consecutive ids; the lane width of a TPU
 CANDIDATES = 64
@@ -216,3 +216,24 @@ def _key(value: jax.Array) -> jax.Array:
 
 def _value(key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def draw(weights: Float[Array, "B W"], seeds: UInt[Array, "B 2"], positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Draw a token of each row with a probability in proportion to its weight, by two Gumbel draws: a group, by its
+    total weight, then a token in it. `weights` are padded, not negative, and one of a row is above 0.
+
+    The randomness of a row depends on its seed and position only. Noise per group and per place in a group is 100
+    times less noise than per token. Unlike an inverse CDF, the choice does not change when all logits change by a
+    rounding error.
+    """
+    groups = weights.reshape(weights.shape[0], -1, GROUP)
+    count = groups.shape[1]
+
+    def noise(seed, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        # mode "high": with 23 random bits a token of probability below 1e-7 would never be chosen.
+        return jax.random.gumbel(key, (count + GROUP,), mode="high")
+
+    drawn = jax.vmap(noise)(seeds, positions)
+    group = jnp.argmax(jnp.log(groups.sum(-1)) + drawn[:, :count], axis=-1)
+    return group * GROUP + jnp.argmax(jnp.log(take_group(groups, group)) + drawn[:, count:], axis=-1)

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pdx.errors import RequestError
 from pdx.meshes import on_own_mesh
-from pdx.sampling.filters import CANDIDATES, GROUP, Boundary, best, candidates, first_k, nucleus, pad, take_group
+from pdx.sampling.filters import CANDIDATES, Boundary, best, candidates, draw, first_k, nucleus, pad
 from pdx.sampling.options import MAX_LOGIT_BIAS, SamplingOptions
 
 __all__ = ["SampleOutput", "SamplingOptions", "SamplingState", "filtered_logits", "sample"]
@@ -180,14 +180,16 @@ def sample(
         raise ValueError(f"num_logprobs is {num_logprobs}: it must be from 0 to {most}")
     logits = logits.astype(jnp.float32)
 
+    def choose_drawn(x, top) -> Int[Array, " B"]:
+        weights, kept = _weights(x, top, state)
+        return draw(jnp.where(kept, weights, 0.0), state.seeds, positions)
+
     def choose() -> tuple[Float[Array, " B"], Int[Array, " B"]]:
         x = _adjusted(logits, state)
         x = pad(x if allowed is None else jnp.where(allowed, x, -jnp.inf))
         top, token = best(x)
         drawn = _is_drawn(state, top)
-        return top, lax.cond(
-            jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, top, state, positions), token), lambda: token
-        )
+        return top, lax.cond(jnp.any(drawn), lambda: jnp.where(drawn, choose_drawn(x, top), token), lambda: token)
 
     if allowed is None:
         plain = ~jnp.any(_is_adjusted(state) | (state.temperature > 0))
@@ -195,7 +197,7 @@ def sample(
     else:
         top, tokens = choose()
     tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)
-    out = SampleOutput(tokens, *_logprobs(logits, tokens, state.logprobs, num_logprobs))
+    out = SampleOutput(tokens, *logprobs_of(logits, tokens, state.logprobs, num_logprobs))
     if not mark_broken:
         return out
     finite = jnp.isfinite(top)
@@ -261,28 +263,8 @@ def _weights(x, top, state: SamplingState) -> tuple[Float[Array, "B W"], Bool[Ar
     return weights, p.keeps(weights) & (weights >= state.min_p[:, None])
 
 
-def _draw(x, top, state: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Draw a token from those that the filters keep, by the Gumbel-max trick on groups and then inside one.
-
-    Noise per group and per place in a group is 100 times less noise than per token. Unlike an inverse CDF, the choice
-    does not change when all logits change by a rounding error.
-    """
-    weights, kept = _weights(x, top, state)
-    groups = jnp.where(kept, weights, 0.0).reshape(x.shape[0], -1, GROUP)
-    count = groups.shape[1]
-
-    def noise(seed, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        # mode "high": with 23 random bits a token of probability below 1e-7 would never be chosen.
-        return jax.random.gumbel(key, (count + GROUP,), mode="high")
-
-    drawn = jax.vmap(noise)(state.seeds, positions)
-    group = jnp.argmax(jnp.log(groups.sum(-1)) + drawn[:, :count], axis=-1)
-    return group * GROUP + jnp.argmax(jnp.log(take_group(groups, group)) + drawn[:, count:], axis=-1)
-
-
-def _logprobs(logits, tokens, asked: Bool[Array, " B"], n: int):
-    """Log-probabilities of the chosen tokens, and ids and log-probabilities of the n best."""
+def logprobs_of(logits: Float[Array, "B V"], tokens: Int[Array, " B"], asked: Bool[Array, " B"], n: int):
+    """Log-probabilities of the chosen tokens, and ids and log-probabilities of the n best, where they are asked for."""
     rows = logits.shape[0]
 
     # inf is no log-probability, and unlike NaN it does not trip `jax_debug_nans`.

@@ -188,7 +188,7 @@ def verify(
     return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, settled(kernels))
 
 
-def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
+def finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
     """NaN logits for rows that overflow the cache, so that dropped tokens cannot go unnoticed."""
     full = cache.lengths > cache.capacity
     logits = jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
@@ -199,13 +199,13 @@ def _finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache
 @partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames="cache")
 def _prefill(params, cfg, tokens, lengths, cache, kernels):
     out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
-    return _finish(out.logits, out.cache)
+    return finish(out.logits, out.cache)
 
 
 def _step(params, cfg, tokens, active, cache, kernels):
     lengths = active.astype(jnp.int32)
     out = forward(params, cfg, tokens[:, None], cache, lengths=lengths, logits="all", kernels=kernels)
-    return _finish(out.logits[:, 0], out.cache)
+    return finish(out.logits[:, 0], out.cache)
 
 
 _decode_step = jax.jit(_step, static_argnames=("cfg", "kernels"), donate_argnames="cache")
@@ -214,7 +214,7 @@ _decode_step = jax.jit(_step, static_argnames=("cfg", "kernels"), donate_argname
 @partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames="cache")
 def _verify(params, cfg, tokens, lengths, cache, kernels):
     out = forward(params, cfg, tokens, cache, lengths=lengths, logits="all", kernels=kernels)
-    return _finish(out.logits, out.cache)
+    return finish(out.logits, out.cache)
 
 
 @partial(jax.jit, static_argnames=("cfg", "n", "num_logprobs", "kernels"), donate_argnames=("cache", "sampling"))

@@ -13,7 +13,8 @@ import pdx
 from pdx.cache.idle import IdleCaches
 from pdx.engine.request import EngineRequest
 from pdx.errors import EngineError, RequestError
-from pdx.generation.generator import _KEPT, MOST_GENERATORS, Generator, generator
+from pdx.generation.generator import Generator
+from pdx.generation.kept import _KEPT, MOST_GENERATORS, generator
 from pdx.generation.prompts import requests_of
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model

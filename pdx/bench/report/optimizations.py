@@ -27,6 +27,9 @@ from pdx.errors import PdxError
 from pdx.quant import quantize_params
 from pdx.weights.loaded import Model
 
+# Assumed, of each drafted token by itself.
+ACCEPTANCE = 0.8
+
 
 class NotBuilt(Exception):
     """What a row would measure does not exist in pdx yet."""
@@ -201,11 +204,13 @@ def kv_int8(experiment: Experiment):
 
 @row("speculative decoding", prefill="no", decode="huge")
 def speculation(experiment: Experiment):
-    raise NotBuilt(
-        "proposing and accepting drafts; what `verify` costs already, and from which acceptance on it would "
-        "pay, is under the pitfalls"
+    """With drafts that are free and kept by chance: over real texts, `pdx bench speculation` measures it."""
+    s = experiment.sizes
+    prefill = experiment.plain.prefill(1, s.prompt)  # the same program with it and without
+    yield Comparison(prefill, prefill)
+    yield Comparison(
+        experiment.plain.decode(1, s.context), experiment.plain.speculate(1, s.context, s.draft, ACCEPTANCE)
     )
-    yield
 
 
 @row("GQA / MQA", prefill="small", decode="yes")

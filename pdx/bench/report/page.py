@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pdx.bench.report.data import WITHIN, Report
-from pdx.bench.report.pitfalls import ACCEPTANCE
+from pdx.bench.report.optimizations import ACCEPTANCE
 from pdx.bench.report.verdicts import CLAIMS, Finding
 from pdx.io.tables import Table, screen
 

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx import cost, steps
-from pdx.bench.report.optimizations import Experiment
+from pdx.bench.report.optimizations import ACCEPTANCE, Experiment
 from pdx.bench.timed_work import ModelUnderTest, rewound, some_ids
 from pdx.bench.timing import Timing, interleaved, once
 from pdx.cost import tradeoffs
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 
-ACCEPTANCE = 0.8  # assumed, of each drafted token by itself
 SMALL_DRAFT = 0.1  # assumed: a draft model of a tenth of the target's TTFT and TPOT
 
 

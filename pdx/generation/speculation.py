@@ -1,0 +1,188 @@
+"""A generator that speculates: the proposer, its draft model, and what a round costs on this device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdx.cache.dense import DenseCache
+from pdx.errors import RequestError
+from pdx.generation.completion import Row
+from pdx.generation.generator import Decoding, Generator
+from pdx.generation.programs import Clock
+from pdx.metrics import SpeculationCounts
+from pdx.sampling.sampler import SamplingState
+from pdx.sharding import place_rows
+from pdx.speculative.lengths import LEVELS
+from pdx.speculative.options import Speculation
+from pdx.speculative.proposers import DraftModel, NGram, Proposer, SelfDraft, Synthetic
+from pdx.speculative.rounds import Speculated, SpeculationState, speculate_many
+from pdx.weights.load import Model
+
+# To find what a round costs: tokens that a row may emit, and how often; the fastest time counts.
+MEASURED_TOKENS, MEASURED_TIMES = 3, 4
+# Tokens of the made-up rows that are measured: enough for an n-gram to find a match.
+MEASURED_HISTORY = 4
+NEVER = 1e30  # seconds of a round at a level that is not to be taken
+
+
+class SpeculativeGenerator(Generator):
+    """A `Generator` whose steps verify drafts.
+
+    Args:
+      speculation: the draft model in it is loaded.
+
+    Raises:
+      RequestError: a draft model of another vocabulary, or more layers than the model has.
+    """
+
+    def __init__(self, model: Model, *, speculation: Speculation, kv_dtype=None, **settings):
+        super().__init__(model, kv_dtype=kv_dtype, **settings)
+        self.draft: Generator | None = None
+        self.proposer = self._proposer(model, speculation, kv_dtype)
+        is_fixed = speculation.draft_length != "auto"
+        self.levels = (0, int(speculation.draft_length)) if is_fixed else LEVELS
+        # A fixed length is taken wherever there is a draft. None: not measured yet.
+        self.costs = np.array([NEVER, 1.0], np.float32) if is_fixed else None
+
+    def _proposer(self, model: Model, speculation: Speculation, kv_dtype) -> Proposer:
+        if speculation.layers is not None:
+            if speculation.layers >= model.config.num_layers:
+                raise RequestError(
+                    f"speculate 'self:{speculation.layers}': the draft must be a part of the {model.config.num_layers} "
+                    f"layers of {model.name}"
+                )
+            return SelfDraft(speculation.layers)
+        if speculation.acceptance is not None:
+            return Synthetic(speculation.acceptance)
+        if speculation.model is None:
+            return NGram()
+        draft = speculation.model
+        _check_tokens(draft, model)
+        self.draft = Generator(
+            draft, rows=self.rows, capacity=self.capacity, kernels=self.kernels, kv_dtype=kv_dtype, chunk=self.chunk
+        )
+        return DraftModel(draft.config)
+
+    @property
+    def compile_s(self) -> float:
+        return super().compile_s + (self.draft.compile_s if self.draft else 0.0)
+
+    def begin(self, requests: Sequence[Row], cache: DenseCache, clock: Clock) -> tuple[Decoding, DenseCache]:
+        if self.costs is None:
+            cache = self._measure(cache, clock)
+        own = None
+        if self.draft is not None:  # its prefill is part of TTFT
+            _, own = self.draft.prefill([r.prompt for r in requests], self.draft.new_cache(), clock)
+        return _Speculating(self, own), cache
+
+    def speculate(
+        self,
+        cache: DenseCache,
+        sampling: SamplingState,
+        state: SpeculationState,
+        left: np.ndarray,
+        costs: np.ndarray,
+        clock: Clock,
+    ) -> Speculated:
+        """Dispatch rounds; each row may emit `left` tokens."""
+        return self.call(
+            "speculate",
+            speculate_many,
+            params=self.params,
+            cache=cache,
+            sampling=sampling,
+            state=state,
+            active=left > 0,
+            limits=left,
+            costs=costs,
+            draft_params=None if self.draft is None else self.draft.params,
+            clock=clock,
+            static={
+                "cfg": self.config,
+                "n": self.decode_tokens,
+                "proposer": self.proposer,
+                "levels": self.levels,
+                "num_logprobs": self.num_logprobs,
+                "kernels": self.kernels,
+            },
+        )
+
+    def state(self, texts: Sequence[Sequence[int]], own: Any) -> SpeculationState:
+        """The state behind these tokens; `own`: the proposer's."""
+        made = SpeculationState.create(texts, self.rows, self.capacity, self.proposer)
+        history, acceptance = place_rows((made.history, made.acceptance), self.mesh)
+        return SpeculationState(history, acceptance, own)
+
+    def _measure(self, cache: DenseCache, clock: Clock) -> DenseCache:
+        """Find what a round costs at each level, on this device and at this shape, with made-up rows.
+
+        It takes a few steps, once for a shape; they count as compilation.
+        """
+        begin, before = time.perf_counter(), clock.compile_s
+        own = None if self.draft is None else self.draft.new_cache()
+        left = np.full(self.rows, MEASURED_TOKENS, np.int32)
+        costs = np.full((len(self.levels), MEASURED_TIMES), np.inf)
+        texts = [[0] * MEASURED_HISTORY] * self.rows
+
+        def empty(cache: DenseCache) -> DenseCache:
+            held = place_rows(jnp.full(self.rows, MEASURED_HISTORY - 1, jnp.int32), self.mesh)
+            return cache.replace(lengths=held, written=jnp.copy(held))
+
+        for level in range(len(self.levels)):
+            only = np.where(np.arange(len(self.levels)) == level, 1.0, NEVER).astype(np.float32)
+            for at in range(MEASURED_TIMES):
+                state = self.state(texts, None if own is None else empty(own))
+                sampling = place_rows(SamplingState.create([], self.config.vocab_size, batch=self.rows), self.mesh)
+                jax.block_until_ready((state, sampling))
+                start = time.perf_counter()
+                out = jax.block_until_ready(self.speculate(empty(cache), sampling, state, left, only, clock))
+                costs[level, at] = (time.perf_counter() - start) / int(out.rounds.sum(axis=1).max())
+                cache, own = out.cache, out.state.proposer
+        self.costs = costs.min(axis=1).astype(np.float32)
+        clock.compile_s = before + time.perf_counter() - begin
+        return cache
+
+
+class _Speculating(Decoding):
+    """The decoding of one run. `own`: the proposer's state behind the prompts."""
+
+    def __init__(self, generator: SpeculativeGenerator, own: Any):
+        self._generator, self._own = generator, own
+        self._state: SpeculationState | None = None
+
+    def dispatch(self, requests: Sequence[Row], cache: DenseCache, sampling: SamplingState, clock: Clock):
+        run = self._generator
+        if self._state is None:  # now the first token is known
+            self._state = run.state([r.prompt + r.token_ids for r in requests], self._own)
+            self._own = None
+        out = run.speculate(cache, sampling, self._state, run.left(requests), run.costs, clock)
+        self._state = out.state
+        got, counts, rounds, *tokens = jax.device_get((out.emitted, out.counts, out.rounds, out.drafted, out.kept))
+        for row, request in enumerate(requests):
+            by_length = dict(zip(run.levels, rounds[row].tolist(), strict=True))
+            seen = SpeculationCounts(by_length, *(int(x[row]) for x in tokens))
+            request.speculation = (request.speculation or SpeculationCounts()) + seen
+        return got, counts, out.cache, out.sampling
+
+
+def _check_tokens(draft: Model, target: Model) -> None:
+    """Raise RequestError unless the draft model has the target's tokens."""
+    if draft.config.vocab_size != target.config.vocab_size or not _same_tokens(draft, target):
+        raise RequestError(
+            f"{draft.name} cannot draft for {target.name}: a draft model must have the same tokens "
+            f"(it has {draft.config.vocab_size} of them, the model {target.config.vocab_size})"
+        )
+
+
+def _same_tokens(draft: Model, target: Model) -> bool:
+    """Whether both read a text as the same tokens; a model without a tokenizer has those of its vocabulary."""
+    if draft.make_tokenizer is None or target.make_tokenizer is None:
+        return True
+    text = "Prefill reads 1024 tokens; d\u00e9coder \u7ffb\u8bd1 {x: [1, 2]}\n\tend"
+    return draft.tokenizer.encode(text) == target.tokenizer.encode(text)

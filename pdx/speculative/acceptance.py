@@ -1,0 +1,150 @@
+"""Which drafted tokens a row keeps, on the device: the answer has the distribution of plain decoding.
+
+Verification scores the newest token and g drafted ones in one pass. `accept` then goes through the positions one after
+the other, since penalties depend on the tokens before. Two rules, for two kinds of drafts:
+
+- A draft that was drawn at random comes with the distribution q that it was drawn from. The token x is kept with
+  probability min(1, p(x) / q(x)); otherwise one is drawn from max(p - q, 0), normalized. Leviathan et al. 2023 (arXiv
+  2211.17192), Chen et al. 2023 (arXiv 2302.01318).
+- A draft without a distribution (one found in the text, or a greedy one) was certain: q(x) = 1. Then the rule is the
+  same as to sample from p and keep the draft if it is the token sampled. This uses the randomness of plain decoding,
+  (seed, position), so the answer has the same tokens as plain decoding, at any temperature.
+
+Behind the last draft that was kept, one more token comes from p, so a round emits at least one token.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from pdx.sampling.filters import draw, pad
+from pdx.sampling.sampler import SampleOutput, SamplingState, filtered_logits, logprobs_of, sample
+
+# Streams of randomness apart from that of plain sampling: the draft's tokens, whether one is kept, what replaces it.
+DRAFT, KEEP, REPLACE = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
+
+
+@struct.dataclass
+class Drafted:
+    """The tokens that a proposer drafted behind the newest token of each row.
+
+    Attributes:
+      tokens: the first `lengths` of a row count.
+      probabilities: the distribution that each token was drawn from; None: the tokens were certain.
+      kept: for benchmarks only: whether a token is kept, whatever the model says; None: the model decides.
+    """
+
+    tokens: Int[Array, "B g"]
+    lengths: Int[Array, " B"]
+    probabilities: Float[Array, "B g V"] | None = None
+    kept: Bool[Array, "B g"] | None = None
+
+
+@struct.dataclass
+class Accepted:
+    """What a round emits: the first `counts` of `tokens` in each row. The last of them is not in the cache yet."""
+
+    emitted: SampleOutput  # tokens [B, g + 1], and so on
+    counts: Int[Array, " B"]
+    sampling: SamplingState
+
+
+def accept(
+    logits: Float[Array, "B T V"],
+    drafted: Drafted,
+    sampling: SamplingState,
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    *,
+    num_logprobs: int = 0,
+) -> Accepted:
+    """Go through a verified draft and emit what plain decoding would have emitted.
+
+    Args:
+      logits: behind the newest token and each of the g drafted ones, T = g + 1.
+      positions: of the first token that the round emits.
+      active: rows that take part; the others emit nothing.
+      num_logprobs: as in `pdx.sampling.sampler.sample`.
+
+    Returns:
+      `counts` is the number of drafts that were kept, plus one. A token is -1 (`NO_TOKEN`) where the logits are not
+      finite; it is the row's last one.
+
+    Example:
+      >>> from pdx.sampling.sampler import SamplingState
+      >>> from pdx.speculative.acceptance import Drafted, accept
+      >>> logits = jax.nn.one_hot(jnp.array([[7, 3, 9]]), 64)  # greedy: 7, then 3, then 9
+      >>> drafted = Drafted(jnp.array([[7, 5]]), jnp.array([2]))
+      >>> greedy = SamplingState.create([], 64, batch=1)
+      >>> done = accept(logits, drafted, greedy, jnp.array([4]), jnp.array([True]))
+      >>> done.counts.tolist(), done.emitted.tokens[0, :2].tolist()
+      ([2], [7, 3])
+    """
+    b, t, _ = logits.shape
+    rows = jax.eval_shape(lambda: sample(logits[:, 0], sampling, positions, num_logprobs=num_logprobs))
+    rows = jax.tree.map(lambda x: jnp.zeros((b, t, *x.shape[1:]), x.dtype), rows)
+
+    def one(carry):
+        i, going, counts, sampling, rows = carry
+        here = logits[:, i]
+        drawn = sample(here, sampling, positions + i, num_logprobs=num_logprobs, mark_broken=True)
+        kept = jnp.zeros(b, bool)
+        if t > 1:  # a plain step has no draft
+            at = jnp.minimum(i, t - 2)
+            token, has_draft = drafted.tokens[:, at], going & (i < drafted.lengths)
+            if drafted.probabilities is not None:
+                q = drafted.probabilities[:, at]
+                drawn = _replaced(drawn, here, token, q, sampling, positions + i, has_draft, num_logprobs)
+            kept = has_draft & (drawn.tokens == token)
+            if drafted.kept is not None:
+                kept = has_draft & drafted.kept[:, at]
+        sampling = sampling.observe(drawn.tokens, going)
+        rows = jax.tree.map(lambda every, new: lax.dynamic_update_index_in_dim(every, new, i, 1), rows, drawn)
+        return i + 1, kept, counts + going, sampling, rows
+
+    def goes_on(carry):
+        return (carry[0] < t) & jnp.any(carry[1])
+
+    start = (jnp.int32(0), active, jnp.zeros(b, jnp.int32), sampling, rows)
+    _, _, counts, sampling, rows = lax.while_loop(goes_on, one, start)
+    return Accepted(rows, counts, sampling)
+
+
+def apart(seeds: UInt[Array, "B 2"], stream: int) -> UInt[Array, "B 2"]:
+    """Seeds of another stream of randomness."""
+    return seeds ^ jnp.uint32(stream)
+
+
+def _replaced(drawn: SampleOutput, logits, token, q, sampling: SamplingState, positions, has_draft, num_logprobs: int):
+    """The tokens by the rule for random drafts, in rows that have a draft and are not greedy; logits that are not
+    finite keep their mark."""
+    by_rule = has_draft & (sampling.temperature > 0) & (drawn.tokens >= 0)
+
+    def choose():
+        tokens = jnp.where(by_rule, _by_rejection(logits, token, q, sampling, positions), drawn.tokens)
+        logprobs = logprobs_of(logits.astype(jnp.float32), tokens, sampling.logprobs, num_logprobs)
+        return SampleOutput(tokens, *logprobs)
+
+    return lax.cond(jnp.any(by_rule), choose, lambda: drawn)
+
+
+def _by_rejection(logits, token, q, sampling: SamplingState, positions) -> Int[Array, " B"]:
+    """The draft, or the token that replaces it."""
+    p = jax.nn.softmax(filtered_logits(logits, sampling), axis=-1)
+
+    def chance(seed, position):
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    u = jax.vmap(chance)(apart(sampling.seeds, KEEP), positions)
+    p_token, q_token = (jnp.take_along_axis(x, token[:, None], axis=1)[:, 0] for x in (p, q))
+    rest = jnp.maximum(p - q, 0)
+    # Where p and q are equal nothing is left, and nothing is rejected but by a rounding error.
+    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)
+    rest = jnp.maximum(pad(rest), 0)  # the padding's weight is -inf
+    replaced = draw(rest, apart(sampling.seeds, REPLACE), positions)
+    return jnp.where(u * q_token < p_token, token, replaced).astype(jnp.int32)

@@ -1,0 +1,254 @@
+"""Proposers: what is drafted for a row, from its tokens or by a smaller model. They run on the device, inside a round.
+
+A proposer is static and hashable; what it remembers is a pytree, its state. A round calls, in this order:
+
+1. `prepare`: how many tokens each row could draft, and how sure that is (its confidence class). It is cheap.
+2. `draft`, if the round's level is above 0: the tokens.
+
+The tokens of a row are `history[b, :held[b]]`; the last one is the newest, and the target's cache holds all the others.
+A proposer with a cache of its own drops what was rejected when it is next called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from pdx.cache.dense import DenseCache
+from pdx.config import ModelConfig
+from pdx.model import Params, forward
+from pdx.sampling.filters import best, draw, pad
+from pdx.sampling.sampler import SamplingState, filtered_logits
+from pdx.speculative.acceptance import DRAFT, Drafted, apart
+
+
+@struct.dataclass
+class Rows:
+    """What a proposer sees of the rows.
+
+    Attributes:
+      history: the tokens of each row, prompt and answer.
+      held: how many they are.
+      cache: the target's, which holds all tokens but the newest.
+      params, draft_params: of the target, and of the draft model if there is one.
+    """
+
+    history: Int[Array, "B S"]
+    held: Int[Array, " B"]
+    active: Bool[Array, " B"]
+    cache: DenseCache
+    sampling: SamplingState
+    params: Params
+    draft_params: Params | None = None
+
+    @property
+    def newest(self) -> Int[Array, " B"]:
+        return tokens_at(self.history, self.held - 1)
+
+
+@struct.dataclass
+class Prepared:
+    """What a proposer could draft: `available` tokens a row, of which confidence class; `tokens` where it knows them
+    already."""
+
+    available: Int[Array, " B"]
+    confidence: Int[Array, " B"]
+    tokens: Int[Array, "B g"] | None = None
+
+
+class Proposer(Protocol):
+    """Drafts tokens.
+
+    Attributes:
+      prior: the acceptance to assume of each confidence class, before anything was seen.
+    """
+
+    prior: tuple[float, ...]
+
+    def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
+        """What the rows could draft: up to `most` tokens each."""
+        ...
+
+    def draft(
+        self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any
+    ) -> tuple[Drafted, DenseCache, Any]:
+        """Draft `length` tokens a row; returns them, the target's cache and the state."""
+        ...
+
+
+@dataclass(frozen=True)
+class NGram:
+    """Prompt lookup: the tokens that followed the longest earlier match of the row's last tokens. No model.
+
+    Of equally long matches the latest counts. Where the text ends behind the match, the tokens between the match and
+    the end are taken again, as in a repetition. Saxena 2023; the confidence class is the length of the match.
+
+    Attributes:
+      longest: the most tokens of a match that are compared.
+    """
+
+    longest: int = 8
+    # Low for short matches: plain steps show for free what a draft would have been worth.
+    prior: ClassVar[tuple[float, ...]] = (0.02, 0.1, 0.25, 0.4, 0.55, 0.65, 0.75, 0.8)
+
+    def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
+        history, held = rows.history, rows.held
+        width = history.shape[1]
+        at = jnp.arange(width)
+        matches, run = jnp.ones(history.shape, bool), jnp.zeros(history.shape, jnp.int32)
+        for back in range(self.longest):
+            last = tokens_at(history, held - 1 - back)[:, None]
+            shifted = jnp.roll(history, back, axis=1)
+            matches &= (shifted == last) & (at >= back) & (held > back)[:, None]
+            run += matches
+        # Only an earlier place, and of equally long matches the latest.
+        earlier = (at < held[:, None] - 1) & (run > 0)
+        best = jnp.argmax(jnp.where(earlier, run * width + at, -1), axis=1)
+        found = jnp.any(earlier, axis=1)
+        gap = jnp.maximum(held - 1 - best, 1)
+        source = best[:, None] + 1 + jnp.arange(most) % gap[:, None]
+        tokens = jnp.take_along_axis(history, jnp.minimum(source, width - 1), axis=1)
+        length = jnp.take_along_axis(run, best[:, None], axis=1)[:, 0]
+        return Prepared(
+            jnp.where(found, most, 0), jnp.clip(length, 1, len(self.prior)) - 1, jnp.where(found[:, None], tokens, 0)
+        )
+
+    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+        return Drafted(prepared.tokens[:, :length], prepared.available), rows.cache, state
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Accepts each drafted token with probability `acceptance`, whatever the model says: for benchmarks and plans.
+
+    The verification is a real one and costs what it costs. The answer means nothing.
+    """
+
+    acceptance: float
+
+    @property
+    def prior(self) -> tuple[float, ...]:
+        return (self.acceptance,)
+
+    def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
+        return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+
+    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+        def chances(seed, position):
+            key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+            return jax.random.uniform(jax.random.fold_in(key, position), (length,))
+
+        kept = jax.vmap(chances)(apart(rows.sampling.seeds, DRAFT), rows.held) < self.acceptance
+        tokens = jnp.broadcast_to(rows.newest[:, None], kept.shape)
+        return Drafted(tokens, prepared.available, kept=kept), rows.cache, state
+
+
+@dataclass(frozen=True)
+class SelfDraft:
+    """The target's first `layers` layers and its own head, over the target's cache of those layers.
+
+    What it writes there, the verification writes again.
+    """
+
+    layers: int
+    prior: ClassVar[tuple[float, ...]] = (0.6,)
+
+    def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
+        return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+
+    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+        k, cache = self.layers, rows.cache
+        params = rows.params | {"layers": rows.params["layers"][:k]}
+        part = dataclasses.replace(cfg, num_layers=k, windows=cfg.windows[:k])
+        first = cache.replace(layers=cache.layers[:k], windows=cache.windows[:k])
+        feed = rows.newest[:, None], rows.active.astype(jnp.int32)
+        drafted, first = _decode(params, part, first, feed, rows, prepared, length, kernels)
+        return drafted, cache.replace(layers=(*first.layers, *cache.layers[k:])), state
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A smaller model of the same vocabulary. Its state is its cache, which holds the prompt when decoding begins.
+
+    Attributes:
+      cfg: of the draft model; its parameters are `Rows.draft_params`.
+    """
+
+    cfg: ModelConfig
+    prior: ClassVar[tuple[float, ...]] = (0.7,)
+    # A round that keeps its whole draft leaves two tokens that the draft's cache lacks.
+    BEHIND: ClassVar[int] = 2
+    CATCH_UP: ClassVar[int] = 16
+
+    def prepare(self, rows: Rows, state: DenseCache, most: int) -> Prepared:
+        return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+
+    def draft(self, rows: Rows, state: DenseCache, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+        params = rows.draft_params
+
+        def missing(cache: DenseCache, width: int):
+            """The next tokens that the cache lacks, [B, width], and how many they are: all but the newest one."""
+            at = cache.lengths[:, None] + jnp.arange(width)
+            tokens = jnp.take_along_axis(rows.history, jnp.minimum(at, rows.history.shape[1] - 1), axis=1)
+            return tokens, jnp.where(rows.active, rows.held - cache.lengths, 0)
+
+        def catch_up(cache: DenseCache) -> DenseCache:
+            tokens, count = missing(cache, self.CATCH_UP)
+            new = jnp.clip(count - self.BEHIND, 0, self.CATCH_UP)
+            return forward(params, self.cfg, tokens, cache, lengths=new, logits="none", kernels=kernels).cache
+
+        # What rounds without a draft left behind.
+        cache = lax.while_loop(
+            lambda cache: jnp.any(missing(cache, 1)[1] > self.BEHIND), catch_up, state.truncate(rows.held - 1)
+        )
+        feed = missing(cache, self.BEHIND)
+        drafted, cache = _decode(params, self.cfg, cache, feed, rows, prepared, length, kernels)
+        return drafted, rows.cache, cache
+
+
+def tokens_at(history: Int[Array, "B S"], at: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The token of each row at a position; outside of the row, the nearest one."""
+    return jnp.take_along_axis(history, jnp.clip(at, 0, history.shape[1] - 1)[:, None], axis=1)[:, 0]
+
+
+def _decode(params: Params, cfg: ModelConfig, cache: DenseCache, feed, rows: Rows, prepared, length: int, kernels):
+    """Draft `length` tokens behind `feed`, tokens [B, w] of which the first [B] are real; returns them and the cache,
+    which then holds all but the last of them.
+
+    They are drawn as the target draws its own, with its settings and penalties and with randomness of their own.
+    """
+    width = feed[0].shape[1]
+    sampling = rows.sampling.replace(seeds=apart(rows.sampling.seeds, DRAFT))
+
+    def step(carry, i):
+        cache, sampling, tokens, lengths = carry
+        out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
+        kept = filtered_logits(out.logits, sampling)
+        probabilities = jax.nn.softmax(kept, axis=-1)
+        drawn = _draw(kept, probabilities, sampling, rows.held + i)
+        tokens = jnp.pad(drawn[:, None], ((0, 0), (0, width - 1)))
+        carry = out.cache, sampling.observe(drawn, rows.active), tokens, rows.active.astype(jnp.int32)
+        return carry, (drawn, probabilities)
+
+    (cache, *_), (tokens, probabilities) = lax.scan(step, (cache, sampling, *feed), jnp.arange(length))
+    return Drafted(tokens.T, prepared.available, probabilities.swapaxes(0, 1)), cache
+
+
+def _draw(kept, probabilities, sampling: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    """A token of each row from its distribution; of a greedy row the one token that is left."""
+    top = best(pad(kept))[1]
+    is_drawn = sampling.temperature > 0
+
+    def drawn():
+        weights = jnp.maximum(pad(probabilities), 0)  # the padding's weight is -inf
+        return jnp.where(is_drawn, draw(weights, sampling.seeds, positions), top)
+
+    tokens = lax.cond(jnp.any(is_drawn), drawn, lambda: top)
+    return jnp.minimum(tokens, kept.shape[1] - 1).astype(jnp.int32)
