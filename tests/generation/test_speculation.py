@@ -82,6 +82,7 @@ def test_after_the_first_call_nothing_is_compiled(model):
     assert {c.compile_s for c in done} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_draft_model_is_loaded_once(model, tmp_path, monkeypatch):
     path, loaded = tiny_model.make(tmp_path), []
     monkeypatch.setattr(kept, "load", lambda *args, **settings: loaded.append(args) or pdx.load(*args, **settings))

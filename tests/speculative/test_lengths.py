@@ -1,5 +1,6 @@
 """How many tokens a round drafts."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,11 +57,11 @@ def test_tokens_of_a_round():
 
 
 def test_acceptance_forgets_its_prior_and_keeps_rows_and_classes_apart():
-    seen = Acceptance.none(2, (0.2, 0.8))
+    seen = jax.tree.map(jnp.asarray, Acceptance.none(2, (0.2, 0.8)))
     assert seen.of(jnp.array([0, 1])).tolist() == pytest.approx([0.2, 0.8])
     for _ in range(200):
         seen = seen.observe(jnp.array([1, 1]), jnp.array([4, 0]), jnp.array([1, 0]))
     assert seen.of(jnp.array([1, 1])).tolist() == pytest.approx([0.25, 0.8], abs=0.01)
     assert seen.of(jnp.array([0, 0])).tolist() == pytest.approx([0.2, 0.2])
-    one = Acceptance.none(1, (0.5,)).observe(jnp.array([0]), jnp.array([2]), jnp.array([2]))
+    one = jax.tree.map(jnp.asarray, Acceptance.none(1, (0.5,))).observe(jnp.array([0]), jnp.array([2]), jnp.array([2]))
     assert float(one.of(jnp.array([0]))[0]) == pytest.approx((0.5 * PRIOR_WEIGHT + 2) / (PRIOR_WEIGHT + 2), abs=0.01)

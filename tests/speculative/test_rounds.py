@@ -80,6 +80,7 @@ PROPOSERS = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("options", [GREEDY, PENALIZED], ids=["greedy", "penalized"])
 @pytest.mark.parametrize("name", PROPOSERS)
 @pytest.mark.parametrize("cfg", [LLAMA, GEMMA], ids=["llama", "windows"])
@@ -109,6 +110,7 @@ def test_a_draft_that_is_the_target_is_kept_whole():
     assert (drawn[1] == drawn[2]).all()
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["f32", "int8"])
 @pytest.mark.parametrize("cfg", [LLAMA, GEMMA], ids=["llama", "windows"])
 def test_rejected_tokens_leave_no_trace(cfg, dtype):
