@@ -1,4 +1,4 @@
-"""The persistent compilation cache: on by default, in pdx's own folder."""
+"""JAX's persistent compilation cache, which pdx keeps in its own folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OFF = ("0", "off", "no", "false")
 
 
 def cache_folder() -> Path | None:
-    """The folder of compiled programs, as the environment says; None: the cache is off. Imports no jax."""
+    """The folder of compiled programs, from the environment; None if the cache is off. Imports no jax."""
     wanted = os.environ.get("PDX_COMPILATION_CACHE", "")
     if wanted.lower() in OFF and wanted:
         return None
@@ -22,8 +22,8 @@ def cache_folder() -> Path | None:
 def enable_cache() -> Path | None:
     """Switch JAX's persistent compilation cache on, unless the user has set one up or switched it off.
 
-    `PDX_COMPILATION_CACHE` is a folder, or `off`. A cache that is already set in JAX (`JAX_COMPILATION_CACHE_DIR`)
-    stays. Returns the folder in use, None if there is none.
+    `PDX_COMPILATION_CACHE` is a folder, or `off`. A cache that is already configured in JAX
+    (`JAX_COMPILATION_CACHE_DIR`) is kept. Returns the folder in use; None if there is none.
     """
     check()
     import jax
@@ -34,7 +34,7 @@ def enable_cache() -> Path | None:
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Small programs count too: a step is made of a few of them, and each costs a second start-up time.
+    # Small programs are cached too, since together they take seconds to compile at each start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
