@@ -88,7 +88,7 @@ class Result:
         ]
         return Table(head, rows, keys=2)
 
-    def opening(self) -> str:
+    def heading(self) -> str:
         """What was measured, where, and the machine's ceilings."""
         versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
         return (

@@ -1,4 +1,4 @@
-"""What runs requests in batches: the compiled programs of a shape; and what a model keeps of programs and caches."""
+"""`Generator` runs a batch of requests with compiled programs of one shape. A model keeps its generators and caches."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, is_spec, place_rows
 from pdx.weights.load import Model
 
-# Chunk lengths that programs are compiled for: each at most 1.5 times the one before, so that a prompt
-# is padded by a fifth or less on average. None so short that its attention would be the op for decoding.
+# Chunk lengths that programs are compiled for. Each is at most 1.5 times the one before, so that padding adds a fifth
+# or less on average. The shortest is longer than what the decode attention op takes.
 PREFILL_LADDER = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SMALLEST_CAPACITY = 256
-PREFILL_CHUNK = PREFILL_LADDER[-1]  # tokens of a prompt that one call takes
+PREFILL_CHUNK = PREFILL_LADDER[-1]  # the most tokens of a prompt in one prefill call
 DEFAULT_ROWS = 8
-# Tokens a dispatch of `decode_many`: enough to hide the host's work, few enough to stream and stop soon.
+# Tokens per call of `decode_many`: enough to hide the host's work, few enough to stream and stop soon.
 DECODE_TOKENS = 8
-# Shapes whose programs a model keeps.
-MOST_GENERATORS = 16
+MOST_GENERATORS = 16  # a model keeps the programs of this many shapes
 
 
 class Generator:
-    """Programs and a cache for `rows` requests at a time, with room for `capacity` tokens each.
+    """Compiled programs and a cache for `rows` requests at a time, of up to `capacity` tokens each.
 
-    Once it has met its shapes (a rung of the prefill ladder each, and one decode program), a generation
-    of any length compiles nothing. `compile_s` counts the seconds spent on compiling.
+    It compiles one prefill program per rung of `PREFILL_LADDER`, when a prompt first needs it, and one decode program.
+    After that, nothing compiles. `compile_s`: seconds spent on compiling.
 
     Args:
       model: what `pdx.load` returns.
       rows: requests that run together.
       capacity: tokens of prompt and answer that a row can hold.
-      kernels: auto, xla or pallas. Raises NotImplementedError for a path that does not exist.
-      kv_dtype: of the cache, `f32`, `bf16`, `int8` or a jax type; None or `auto`: the parameters'.
-      chunk: the most tokens of a prompt that one prefill call takes.
-      decode_tokens: tokens a dispatch.
+      kernels: see `pdx.generate`. Raises NotImplementedError for a kernel path that does not exist here.
+      kv_dtype: type of the cache: `f32`, `bf16`, `int8` or a jax type; None or `auto`: the type of the parameters.
+      chunk: the most tokens of a prompt in one prefill call.
+      decode_tokens: the most tokens per decode call.
       num_logprobs: alternatives to report for each token.
+      caches: idle caches shared with other generators; None: its own.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Generator:
     def run(self, requests: Sequence[Row]) -> Iterator[Row]:
         """Generate for up to `rows` requests together; yields a request whenever it has new tokens.
 
-        The run has a cache of its own until it ends: until it is exhausted, closed or collected.
+        A run holds its own cache until the iterator is exhausted, closed or garbage-collected.
 
         Raises:
-          NotFiniteError: logits that are NaN or infinite; what came before them has been yielded.
+          NotFiniteError: logits are NaN or infinite. All tokens before them have been yielded.
         """
         if len(requests) > self.rows:
             raise ValueError(f"{len(requests)} requests for {self.rows} rows")
@@ -102,7 +102,7 @@ class Generator:
             yield from self._run(requests, held, Clock())
 
     def _run(self, requests: Sequence[Row], held: Held, clock: Clock) -> Iterator[Row]:
-        # Only between two steps is the cache fit for another run: a step that fails takes it along.
+        # `held.cache` is set only between steps: a step donates the cache, so after a failed one it is gone.
         cache, held.cache = held.cache, None
         prompts = [r.prompt for r in requests]
         sampling = SamplingState.create(
@@ -112,18 +112,18 @@ class Generator:
         logits, cache = self._prefill(prompts, cache, clock)
         first, sampling = self._programs.call(
             "first",
-            _draw,
+            _sample_first,
             logits=logits,
             sampling=sampling,
             positions=cache.lengths,
-            active=self._mask(requests),
+            active=self._active(requests),
             clock=clock,
             static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
         )
-        got, n = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), 1
+        sampled, n = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), 1
         while True:
             held.cache = cache
-            yield from _deliver(requests, got, n, clock)
+            yield from _deliver(requests, sampled, n, clock)
             held.cache = None
             running = [r for r in requests if not r.finish_reason]
             if not running:
@@ -138,7 +138,7 @@ class Generator:
                 tokens=tokens,
                 cache=cache,
                 sampling=sampling,
-                active=self._mask(requests),
+                active=self._active(requests),
                 steps=np.int32(n),
                 clock=clock,
                 static={
@@ -149,13 +149,14 @@ class Generator:
                 },
             )
             cache, sampling = out.cache, out.sampling
-            got = jax.device_get(SampleOutput(out.tokens, out.logprobs, out.top_ids, out.top_logprobs))
+            sampled = jax.device_get(SampleOutput(out.tokens, out.logprobs, out.top_ids, out.top_logprobs))
         held.cache = cache
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
     ) -> tuple[jax.Array, DenseCache]:
-        """Feed all prompts, the long ones in chunks; the logits behind each prompt's last token."""
+        """Prefill all prompts, long ones in chunks. Returns the logits [rows, V] of each prompt's last token, and the
+        cache."""
         cache = cache.truncate(np.zeros(self.rows, np.int32))
         held, logits = 0, None
         longest = max(len(p) for p in prompts)
@@ -175,36 +176,45 @@ class Generator:
                 clock=clock,
                 static={"cfg": self.config, "kernels": self.kernels},
             )
-            # A row whose prompt ended in an earlier chunk keeps the logits it had there.
+            # A row whose prompt ended in an earlier chunk keeps the logits of that chunk.
             if logits is not None:
-                new = self._programs.call("keep", _keep, old=logits, new=new, took_part=lengths > 0, clock=clock)
+                new = self._programs.call(
+                    "merge", _merge_logits, old=logits, new=new, appended=lengths > 0, clock=clock
+                )
             logits = new
             held += width
         return logits, cache
 
-    def _mask(self, requests: Sequence[Row]) -> np.ndarray:
-        mask = np.zeros(self.rows, bool)
-        mask[: len(requests)] = [not r.finish_reason for r in requests]
-        return mask
+    def _active(self, requests: Sequence[Row]) -> np.ndarray:
+        """[rows] of bool: the rows whose request is not finished."""
+        active = np.zeros(self.rows, bool)
+        active[: len(requests)] = [not r.finish_reason for r in requests]
+        return active
 
 
-def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, clock: Clock) -> Iterator[Row]:
-    """Hand the first n columns of `got` to the requests that are running; yields each of them that has new tokens.
+def _deliver(requests: Sequence[Row], sampled: SampleOutput, n: int, clock: Clock) -> Iterator[Row]:
+    """Append the first n columns of `sampled` to the running requests; yields each one that has new tokens.
 
-    Raises NotFiniteError, when all have theirs, for the first that has no token where it needs one.
+    Raises NotFiniteError for the first request without a token for its next position, after all others were yielded.
     """
     now, broken = clock.now(), None
     for row, request in enumerate(requests):
         if request.finish_reason:
             continue
         best = request.options.logprobs or 0  # a neighbour may have asked for more
-        tokens = got.tokens[row, :n].tolist()
+        tokens = sampled.tokens[row, :n].tolist()
         tokens = tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens
         logprobs = (
             TokenLogprobs(
-                int(got.tokens[row, i]),
-                float(got.logprob[row, i]),
-                tuple(zip(got.top_ids[row, i, :best].tolist(), got.top_logprobs[row, i, :best].tolist(), strict=True)),
+                int(sampled.tokens[row, i]),
+                float(sampled.logprob[row, i]),
+                tuple(
+                    zip(
+                        sampled.top_ids[row, i, :best].tolist(),
+                        sampled.top_logprobs[row, i, :best].tolist(),
+                        strict=True,
+                    )
+                ),
             )
             for i in range(len(tokens))
         )
@@ -219,7 +229,7 @@ def _deliver(requests: Sequence[Row], got: SampleOutput, n: int, clock: Clock) -
 
 
 def cache_dtype(name, model: Model):
-    """The type of the cache for a choice of the user. Raises RequestError for an unknown one."""
+    """The cache's type for a user's `kv_dtype`; None and `auto` mean the model's. Raises RequestError otherwise."""
     if name is None or (isinstance(name, str) and name == "auto"):
         return model.dtype
     try:
@@ -229,33 +239,34 @@ def cache_dtype(name, model: Model):
 
 
 @partial(jax.jit, static_argnames=("num_logprobs", "mesh"), donate_argnames="sampling")
-def _draw(logits, sampling, positions, active, num_logprobs, mesh):
+def _sample_first(logits, sampling, positions, active, num_logprobs, mesh):
+    """The first token of each row, and the sampling state after it."""
     drawn = sample(logits, sampling, positions, num_logprobs=num_logprobs, mark_broken=True)
     return drawn, constrain_rows(sampling.observe(drawn.tokens, active), mesh)
 
 
 @jax.jit
-def _keep(old, new, took_part):
-    return jnp.where(took_part[:, None], new, old)
+def _merge_logits(old, new, appended):
+    return jnp.where(appended[:, None], new, old)
 
 
 @dataclass
-class _Kept:
-    """What a model keeps between calls: idle caches, and generators (programs) by shape, those used last at the end."""
+class _ModelCaches:
+    """What a model keeps between calls: idle caches, and generators by shape, the one used last at the end."""
 
     caches: IdleCaches = field(default_factory=IdleCaches)
     generators: OrderedDict[tuple, Generator] = field(default_factory=OrderedDict)
 
 
-# It goes when the model goes.
-_KEPT: weakref.WeakKeyDictionary[Model, _Kept] = weakref.WeakKeyDictionary()
-_KEPT_LOCK = threading.Lock()
+# An entry is freed together with its model.
+_MODEL_CACHES: weakref.WeakKeyDictionary[Model, _ModelCaches] = weakref.WeakKeyDictionary()
+_MODEL_CACHES_LOCK = threading.Lock()
 
 
 def generator(model: Model, *, rows: int, tokens: int, kv_dtype=None, **settings) -> Generator:
-    """The model's generator for `rows` requests of up to `tokens` tokens; made when it is first asked for.
+    """The model's generator for `rows` requests of up to `tokens` tokens; made on first use.
 
-    The programs of the last `MOST_GENERATORS` shapes are kept.
+    A model keeps the `MOST_GENERATORS` generators that were used last.
     """
     capacity = SMALLEST_CAPACITY
     while capacity < tokens:
@@ -263,8 +274,8 @@ def generator(model: Model, *, rows: int, tokens: int, kv_dtype=None, **settings
     capacity = min(capacity, round_up(model.config.max_context, 128))
     kv_dtype = cache_dtype(kv_dtype, model)
     key = (rows, capacity, str(kv_dtype), *sorted(settings.items()))
-    with _KEPT_LOCK:
-        kept = _KEPT.setdefault(model, _Kept())
+    with _MODEL_CACHES_LOCK:
+        kept = _MODEL_CACHES.setdefault(model, _ModelCaches())
         if key not in kept.generators:
             kept.generators[key] = Generator(
                 model, rows=rows, capacity=capacity, kv_dtype=kv_dtype, caches=kept.caches, **settings

@@ -59,7 +59,7 @@ def test_a_prompt_that_overflows_is_an_error(sound, value, temperature):
 def test_an_answer_that_overflows_later_is_an_error_at_that_token(broken):
     pieces = []
     stream = pdx.stream(broken, [[5, 6, 7], [8, 9, 10], [11]], [biased(50), biased(BAD), biased(51)])
-    with pytest.raises(NotFiniteError, match="prompt 1: the logits behind token 3 "):
+    with pytest.raises(NotFiniteError, match="prompt 1: the logits after token 3 "):
         pieces.extend(stream)
     shown = ["".join(p.text for p in pieces if p.index == i) for i in range(3)]
     assert [len(text) for text in shown] == [9, 1, 9]  # what came before it, the neighbours' whole step too
@@ -174,10 +174,10 @@ def test_every_command_says_so_and_fails(overflowing, tmp_path):
 
     model = ("--model", overflowing, "--max-tokens", 3)
     for extra in ((), ("--json", "--logprobs", 2), ("--temperature", 1)):
-        assert "prompt 0: the logits behind token 4 " in run("generate", "hello", *model, *extra)
+        assert "prompt 0: the logits after token 4 " in run("generate", "hello", *model, *extra)
     requests = tmp_path / "requests.jsonl"
     requests.write_text('\n{"prompt": "hello"}\n')
-    assert "requests.jsonl, line 2: the logits behind token 4 " in run(
+    assert "requests.jsonl, line 2: the logits after token 4 " in run(
         "generate", "--prompts", requests, "--output", tmp_path / "answers.jsonl", *model
     )
     assert "window 0" in run("eval", "ppl", overflowing, "--max-tokens", 300, "--window", 128, "--stride", 64, "--json")
@@ -193,5 +193,5 @@ def test_chat_says_so_and_goes_on(overflowing, capsys):
 def test_rows_of_requests_must_be_json(tmp_path):
     requests = tmp_path / "requests.jsonl"
     requests.write_text('{"prompt": "a", "mine": NaN}\n')
-    with pytest.raises(RequestError, match="line 1 is no JSON: NaN"):
+    with pytest.raises(RequestError, match="line 1 is not JSON: NaN"):
         batch_file.read(requests, SamplingOptions())

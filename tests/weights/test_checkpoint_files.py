@@ -84,7 +84,7 @@ def test_a_complete_file_wins_over_an_index_that_does_not_name_it(directory):
     write_map(directory, dict.fromkeys(names, "model-00001-of-00002.safetensors"))
     model = load(directory)
     assert same(model.params, good.params)
-    assert any(f"{INDEX} is passed over" in note for note in model.notes)
+    assert any(f"{INDEX} is ignored" in note for note in model.notes)
     for broken in ("{", "[]", '{"metadata": {"total_size": 1}}', '{"weight_map": {}}'):
         (directory / INDEX).write_text(broken)
         assert same(load(directory).params, good.params)

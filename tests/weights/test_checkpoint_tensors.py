@@ -1,4 +1,4 @@
-"""Tensors beside those of the text model: what is passed over, what is said, what is refused by name; tied heads."""
+"""Tensors beside those of the text model: what is ignored, what is said, what is refused by name; tied heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from pdx.errors import ModelFileError
 from pdx.families import families
-from pdx.families.passed_over import is_buffer, part_of
+from pdx.families.ignored_tensors import is_buffer, part_of
 from pdx.weights.load import load
 from tests.support import tiny_model, weight_files
 
@@ -99,7 +99,7 @@ def test_no_parameter_of_a_family_is_a_buffer(family):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_that_the_configuration_does_not_ask_for_are_refused_by_name(directory, name):
-    with pytest.raises(ModelFileError, match=f"tensor {name} is not one that the configuration asks for") as caught:
+    with pytest.raises(ModelFileError, match=f"the configuration does not ask for tensor {name}") as caught:
         extended(directory, {name: WEIGHTS[name]})
     assert ("merge it into the model" in str(caught.value)) == ("lora" in name)
     assert ("quantized by another tool" in str(caught.value)) == ("scale" in name)
@@ -129,7 +129,7 @@ def test_draft_layers_behind_the_last_are_passed_over_where_the_configuration_na
 
 
 def test_the_text_of_a_multimodal_checkpoint(tmp_path):
-    """Gemma 3 with an image encoder: the nested names and configuration, and what is passed over is said."""
+    """Gemma 3 with an image encoder: the nested names and configuration, and what is ignored is said."""
     directory = tiny_model.make(tmp_path / "tiny")
     text = json.loads((directory / "config.json").read_text())
     del text["hidden_act"], text["architectures"], text["rope_theta"]

@@ -233,7 +233,7 @@ def test_gemma3_as_ollama_writes_it():
     gone, notes = ("rope.freq_base", "attention.layer_norm_rms_epsilon"), []
     large = read("gemma3", without=gone, notes=notes, context_length=131072, **VISION)
     assert (large.norm_eps, large.rope, large.rope_window) == (1e-6, RopeConfig(1e6, (8.0,) * 8), RopeConfig(1e4))
-    assert any("does not tell the RoPE scaling" in note for note in notes)
+    assert any("has no RoPE scaling" in note for note in notes)
     small = read("gemma3", without=gone, context_length=32768, rope__local__freq_base=2e4, rope__global__freq_base=2e6)
     assert (small.rope, small.rope_window) == (RopeConfig(2e6), RopeConfig(2e4))
     told = read("gemma3", context_length=131072, rope__freq_base=1e6)
