@@ -27,7 +27,7 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def slug() -> str:
+def file_name() -> str:
     """The device as a name of a file, such as `amd-epyc-2-cores` or `nvidia-l4`."""
     kind = f"{_cpu_model()} {os.cpu_count()} cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     return re.sub(r"[^a-z0-9.]+", "-", kind.lower()).strip("-")

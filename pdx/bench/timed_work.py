@@ -87,7 +87,7 @@ class ModelUnderTest:
         """`batch` prompts of `tokens` tokens into an empty cache, `chunk` at a time: TTFT, but for sampling."""
         chunk = min(chunk, tokens)
         state = {"cache": self.cache(batch, capacity or tokens, chunk=chunk)}
-        ids = some_ids(self.cfg, batch, tokens)
+        ids = token_ids(self.cfg, batch, tokens)
 
         def feed():
             for at in range(0, tokens, chunk):
@@ -117,7 +117,7 @@ class ModelUnderTest:
         """The last and longest `chunk` tokens of a prompt of `tokens`, behind the others."""
         held = tokens - chunk
         state = {"cache": self.cache(1, tokens, held, chunk)}
-        ids = some_ids(self.cfg, 1, chunk)
+        ids = token_ids(self.cfg, 1, chunk)
 
         def feed():
             logits, state["cache"] = steps.prefill(
@@ -126,7 +126,7 @@ class ModelUnderTest:
             return logits
 
         def work() -> Timing:
-            state["cache"] = rewound(state["cache"], held)
+            state["cache"] = set_held(state["cache"], held)
             return once(feed)
 
         return TimedWork(
@@ -143,7 +143,7 @@ class ModelUnderTest:
         begin = context - tokens
         sampling = SamplingState.create([SamplingOptions()] * batch, self.cfg.vocab_size, batch=batch)
         state = {"cache": self.cache(batch, context, begin), "sampling": sampling}
-        first = jnp.asarray(some_ids(self.cfg, batch, 1)[:, 0])
+        first = jnp.asarray(token_ids(self.cfg, batch, 1)[:, 0])
 
         def many():
             out = steps.decode_many(
@@ -160,7 +160,7 @@ class ModelUnderTest:
             return out.tokens
 
         def work() -> Timing:
-            state["cache"] = rewound(state["cache"], begin)
+            state["cache"] = set_held(state["cache"], begin)
             return once(many).per(tokens)
 
         return TimedWork(
@@ -176,7 +176,7 @@ class ModelUnderTest:
         """The scoring of `draft` + 1 tokens a row behind `context`."""
         width = draft + 1
         state = {"cache": self.cache(batch, context + width, context)}
-        ids = some_ids(self.cfg, batch, width)
+        ids = token_ids(self.cfg, batch, width)
 
         def score():
             logits, state["cache"] = steps.verify(
@@ -185,7 +185,7 @@ class ModelUnderTest:
             return logits
 
         def work() -> Timing:
-            state["cache"] = rewound(state["cache"], context)
+            state["cache"] = set_held(state["cache"], context)
             return once(score)
 
         return TimedWork(
@@ -198,7 +198,7 @@ class ModelUnderTest:
         )
 
 
-def some_ids(cfg: ModelConfig, batch: int, tokens: int) -> np.ndarray:
+def token_ids(cfg: ModelConfig, batch: int, tokens: int) -> np.ndarray:
     """Token ids of any text: what a step costs does not depend on them."""
     return (np.arange(batch * tokens, dtype=np.int32).reshape(batch, tokens) * 7 + 100) % cfg.vocab_size
 
@@ -206,10 +206,10 @@ def some_ids(cfg: ModelConfig, batch: int, tokens: int) -> np.ndarray:
 def filled(cache: DenseCache, held: int) -> DenseCache:
     """The cache as if its rows held `held` tokens, all alike: what attention over them costs is the same."""
     layers = jax.tree.map(lambda x: jnp.full_like(x, 1 if jnp.issubdtype(x.dtype, jnp.integer) else 0.01), cache.layers)
-    return rewound(cache.replace(layers=layers), held)
+    return set_held(cache.replace(layers=layers), held)
 
 
-def rewound(cache: DenseCache, held: int) -> DenseCache:
+def set_held(cache: DenseCache, held: int) -> DenseCache:
     """The cache with rows that hold `held` of the tokens that were in it."""
     lengths = jnp.full((cache.batch,), held, jnp.int32)
     return jax.block_until_ready(cache.replace(lengths=lengths, written=lengths + 0))

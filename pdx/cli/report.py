@@ -25,13 +25,13 @@ def calibrate(
     import shlex
 
     from pdx.bench.calibrate import calibrate as measure
-    from pdx.bench.device import slug
+    from pdx.bench.device import file_name
     from pdx.cost import chips
     from pdx.installation.compilation_cache import enable_cache
     from pdx.io import outputs
     from pdx.weights.progress import progress_bar
 
-    target = out or chips.file_of(name or slug())
+    target = out or chips.file_of(name or file_name())
     if target.parent.is_dir():
         outputs.check_file(target)
     else:
@@ -78,7 +78,7 @@ def report(
     """Measure and predict what each optimization gains on this device, in prefill and in decode, and explain it."""
     from pdx.bench import calibrate as calibration
     from pdx.bench import report as reporting
-    from pdx.bench.device import slug
+    from pdx.bench.device import file_name
     from pdx.bench.report import page
     from pdx.bench.report.optimizations import QUICK
     from pdx.cost import chips
@@ -87,7 +87,7 @@ def report(
     from pdx.weights.progress import progress_bar
 
     others = {name: chips.chip(name) for name in predict or ("v5e", "h100")}
-    here = chips.chip(chip or slug()) if chip or (not quick and slug() in chips.names()) else None
+    here = chips.chip(chip or file_name()) if chip or (not quick and file_name() in chips.names()) else None
     if here is not None and not isinstance(here, chips.MeasuredChip):
         raise RequestError(f"{here.name} was not measured: the report needs this device as pdx calibrate stores it")
     reporting.chosen(row)

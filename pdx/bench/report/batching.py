@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx import steps
-from pdx.bench.timed_work import ModelUnderTest, TimedWork, some_ids
+from pdx.bench.timed_work import ModelUnderTest, TimedWork, token_ids
 from pdx.bench.timing import Timing, once
 from pdx.cost import Cost, Phase, Setup
 from pdx.engine.config import EngineConfig
@@ -34,7 +34,7 @@ def static_batches(model: ModelUnderTest, prompt: int, outputs: list[int], rows:
     groups = [outputs[at : at + rows] for at in range(0, len(outputs), rows)]
     longest = max(outputs)
     capacity = round_up(prompt + longest, 128)
-    ids, lengths = some_ids(model.cfg, rows, prompt), np.full(rows, prompt)
+    ids, lengths = token_ids(model.cfg, rows, prompt), np.full(rows, prompt)
     state = {
         "cache": model.cache(rows, capacity, chunk=prompt),
         "sampling": SamplingState.create([SamplingOptions()] * rows, model.cfg.vocab_size),
@@ -86,7 +86,7 @@ def engine(model: Model, prompt: int, longest: int, rows: int) -> Engine:
 def continuous(running: Engine, model: ModelUnderTest, prompt: int, outputs: list[int]) -> TimedWork:
     """The same requests on an engine, each admitted as soon as a slot is free."""
     rows = running.config.slots
-    ids = tuple(some_ids(model.cfg, 1, prompt)[0].tolist())
+    ids = tuple(token_ids(model.cfg, 1, prompt)[0].tolist())
     requests = [EngineRequest(ids, SamplingOptions(max_tokens=n, ignore_eos=True)) for n in outputs]
 
     def load(setup: Setup) -> list[Cost]:

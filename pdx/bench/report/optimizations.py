@@ -19,7 +19,7 @@ from pallas_kernels.hardware import Chip
 from pdx import steps
 from pdx.bench.report import batching
 from pdx.bench.report.verdicts import CLAIMS, Comparison, Finding, judge
-from pdx.bench.timed_work import ModelUnderTest, TimedWork, some_ids
+from pdx.bench.timed_work import ModelUnderTest, TimedWork, token_ids
 from pdx.bench.timing import Timing, interleaved
 from pdx.config import ModelConfig
 from pdx.cost import Phase
@@ -214,16 +214,16 @@ def grouped_queries(experiment: Experiment):
     if experiment.cfg.group_size == 1:
         raise NotApplicable("this model has a KV head for each query head")
     s, whole = experiment.sizes, experiment.multihead
-    _same(whole, experiment.plain)
+    _check_same_logits(whole, experiment.plain)
     yield Comparison(whole.prefill(1, s.long_prompt), experiment.plain.prefill(1, s.long_prompt))
     yield Comparison(whole.decode(s.few_rows, s.long_context), experiment.plain.decode(s.few_rows, s.long_context))
 
 
-def _same(one: ModelUnderTest, other: ModelUnderTest, tokens: int = 32) -> None:
+def _check_same_logits(one: ModelUnderTest, other: ModelUnderTest, tokens: int = 32) -> None:
     """Raise unless both give the same next token at every place of a prompt, or nearly the same logits."""
     found = []
     for model in (one, other):
-        ids = some_ids(model.cfg, 1, tokens)
+        ids = token_ids(model.cfg, 1, tokens)
         logits, _ = steps.verify(model.params, model.cfg, ids, np.array([tokens]), model.cache(1, tokens), check=False)
         found.append(np.asarray(logits, np.float32))
     far = float(np.abs(found[0] - found[1]).max())

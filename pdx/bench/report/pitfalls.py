@@ -11,7 +11,7 @@ import numpy as np
 
 from pdx import cost, steps
 from pdx.bench.report.optimizations import Experiment
-from pdx.bench.timed_work import ModelUnderTest, rewound, some_ids
+from pdx.bench.timed_work import ModelUnderTest, set_held, token_ids
 from pdx.bench.timing import Timing, interleaved, once
 from pdx.cost import tradeoffs
 from pdx.sampling.options import SamplingOptions
@@ -138,9 +138,9 @@ def _request_works(
     }
 
     def prefill(prompt: int):
-        state["cache"] = rewound(state["cache"], 0)
+        state["cache"] = set_held(state["cache"], 0)
         logits, state["cache"] = steps.prefill(
-            model.params, model.cfg, some_ids(model.cfg, 1, prompt), np.full(1, prompt), state["cache"], check=False
+            model.params, model.cfg, token_ids(model.cfg, 1, prompt), np.full(1, prompt), state["cache"], check=False
         )
         return jnp.argmax(logits, -1).astype(jnp.int32)
 

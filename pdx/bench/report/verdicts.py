@@ -68,10 +68,10 @@ def judge(claim: str, of: Comparison, off: Timing, on: Timing, chip: Chip, chips
     verdict = HOLDS if quarter < high and third >= low else FAILS
     load = of.off.label if of.off.label == of.on.label else f"{of.off.label} → {of.on.label}"
     load += f" ({of.measures})" if of.measures else ""
-    return Finding(of.phase, claim, load, off, on, gains, predicted, verdict, because(of, off, on, chip))
+    return Finding(of.phase, claim, load, off, on, gains, predicted, verdict, explain(of, off, on, chip))
 
 
-def because(of: Comparison, off: Timing, on: Timing, chip: Chip) -> str:
+def explain(of: Comparison, off: Timing, on: Timing, chip: Chip) -> str:
     """The bound that explains a gain: what the time without goes to, what the optimization changes of it, and how near
     both come to what the device could do."""
     share, what = _dominant(of.off, chip)
