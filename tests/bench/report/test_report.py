@@ -133,7 +133,7 @@ def test_repeated_heads_say_the_same(model):
     assert whole.cfg.num_kv_heads == whole.cfg.num_heads
     optimizations._check_same_logits(whole, model)
     wrong = jax.tree.map(lambda x: -x, whole.params)
-    with pytest.raises(PdxError, match="must say the same"):
+    with pytest.raises(PdxError, match="must not change the logits"):
         optimizations._check_same_logits(dataclasses.replace(whole, params=wrong), model)
     outcome = optimizations.measure(
         next(r for r in optimizations.ROWS if r.name.startswith("GQA")), experiment_of(whole), {}
