@@ -80,9 +80,9 @@ def self_test(kernels: tuple[str, str] = ("xla", "pallas")) -> dict[str, Any]:
     """Prefill and decode of a small random model with both kinds of kernels, in f32, with the same tokens.
 
     Returns:
-      `passed` (None if there is nothing to compare) and, unless it is True, `reason`; `relative_difference`: the
-      largest difference of logits over the largest logit; for each kind, the seconds of a prefill, of a decode step, and of the
-      first run, which compiles.
+      `passed` (None if there is nothing to compare) and, unless it is True, `reason`; `relative_difference`, the
+      largest difference of logits over the largest logit; for each kind, the seconds of a prefill, of a decode step,
+      and of the first run, which compiles.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (ROWS, PROMPT + STEPS), dtype=np.int32)
