@@ -115,8 +115,9 @@ def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Reque
         raise RequestError(f"{where}: this is a row of OpenAI's batch format, which pdx batch answers")
     if ("prompt" in given) == ("messages" in given):
         raise RequestError(f'{where}: expected an object with either "prompt" or "messages"')
-    prompt = given.get("prompt", given.get("messages"))
-    if not isinstance(prompt, str if "prompt" in given else list) or not prompt:
+    prompt: Any = given.get("prompt", given.get("messages"))
+    kind: Any = str if "prompt" in given else list
+    if not isinstance(prompt, kind) or not prompt:
         raise RequestError(f"{where}: prompt must be a text and messages a list, neither of them empty")
     try:
         check_keys(given, SETTINGS)

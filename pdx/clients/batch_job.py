@@ -32,7 +32,7 @@ from pdx.generation.completion import Completion
 from pdx.generation.generator import cache_dtype
 from pdx.generation.results import completion_fields
 from pdx.io.outputs import is_ordinary
-from pdx.layers.kernels import explain, explain_mixed
+from pdx.layers.kernels import KernelName, explain, explain_mixed
 from pdx.quant import Policy
 from pdx.sampling.options import SamplingOptions
 
@@ -235,7 +235,7 @@ def run_file(engine, output: Path, requests: list[Request]) -> Tally:
 
 
 def run_offline(
-    model, source: Path, requests: list[Request], output: Path, *, batch_size: int, kernels: str, kv_dtype: str
+    model, source: Path, requests: list[Request], output: Path, *, batch_size: int, kernels: KernelName, kv_dtype: str
 ) -> Tally:
     """As `run_file`, in static batches without an engine: `pdx generate --prompts`.
 
@@ -249,8 +249,8 @@ def run_offline(
     left = [(r, ids) for r, ids in zip(requests, prompts, strict=True) if r.line not in journal.done]
     try:
         with _progress_bar(journal, requests) as show:
-            settings = {"batch_size": batch_size, "kernels": kernels, "kv_dtype": kv_dtype}
-            for piece in stream(model, [ids for _, ids in left], [r.options for r, _ in left], **settings):
+            prompts, options = [ids for _, ids in left], [r.options for r, _ in left]
+            for piece in stream(model, prompts, options, batch_size=batch_size, kernels=kernels, kv_dtype=kv_dtype):
                 if (done := piece.completion) is None:
                     continue
                 request, _ = left[piece.index]
@@ -259,7 +259,7 @@ def run_offline(
                 show(f"requests, {tally.tokens} tokens")
         journal.finish(lines)
     except NotFiniteError as error:
-        where = f"{source}, line {left[error.index][0].line}"
+        where = f"{source}, line {left[error.index or 0][0].line}"
         raise NotFiniteError(f"{where}: {error.reason}; {len(journal.done)} answers are in {journal.path}") from error
     finally:
         journal.close()

@@ -15,6 +15,7 @@ from typing import TextIO
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generation.completion import Completion
 from pdx.io import inputs
+from pdx.metrics import ServedTiming
 from pdx.sampling.options import SamplingOptions
 
 HELP = "/reset forgets the conversation, /exit ends it (so does the end of input); Ctrl-C stops an answer"
@@ -69,7 +70,8 @@ class Chat:
 
 def turn_summary(done: Completion) -> str:
     """One line about a turn: TTFT, TPOT, and how many tokens of its prompt were not in the cache."""
-    timing, new = done.timing, done.prompt_tokens - done.timing.hit_tokens
+    timing, hits = done.timing, done.timing.hit_tokens if isinstance(done.timing, ServedTiming) else 0
+    new = done.prompt_tokens - hits
     decode = f", TPOT {timing.tpot_s * 1e3:.1f} ms" if timing.tpot_s is not None else ""
     return (
         f"[prefilled {new} new of {done.prompt_tokens} tokens, TTFT {timing.ttft_s * 1e3:.0f} ms; "

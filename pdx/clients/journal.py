@@ -82,7 +82,8 @@ class StreamedOutput:
     """
 
     def __init__(self, output: Path, lines: list[int]):
-        self.output, self.path, self.done = output, output, {}
+        self.output = self.path = output
+        self.done: dict[int, str] = {}
         self._lines = iter(lines)
         self._next = next(self._lines, None)
         self._file = outputs.opened(output)

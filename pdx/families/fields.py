@@ -163,7 +163,7 @@ class Fields:
         value = self.get(key)
         if not isinstance(value, list):
             return None
-        layers = self.data.get(self.per_layer)
+        layers = self.data.get(self.per_layer or "")
         if len(value) != layers or any(not isinstance(x, (int, float)) or x < 0 or x % 1 for x in value):
             raise self.wrong(key, value, f"an integer of at least 0 for each of {short(layers)} layers")
         return [int(x) for x in value]

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from pdx.cache.layer import CACHE_DTYPES
 from pdx.errors import RequestError
 from pdx.generation.completion import Row, TokenLogprobs, not_finite
 from pdx.generation.programs import Clock, Programs
-from pdx.layers.kernels import explain, layout_for, settled
+from pdx.layers.kernels import Kernels, explain, layout_for, settled
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, is_spec, place_rows
@@ -62,20 +63,20 @@ class Generator:
         *,
         rows: int = DEFAULT_ROWS,
         capacity: int,
-        kernels: str = "auto",
+        kernels: Kernels = "auto",
         kv_dtype=None,
         chunk: int = PREFILL_CHUNK,
         decode_tokens: int = DECODE_TOKENS,
         num_logprobs: int = 0,
         caches: IdleCaches | None = None,
     ):
-        kernels = settled(kernels)
-        explain(kernels)  # raises before anything is made
+        self.kernels = settled(kernels)
+        explain(self.kernels)  # raises before anything is made
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
-        self.kernels, self.num_logprobs, self.decode_tokens = kernels, num_logprobs, decode_tokens
+        self.num_logprobs, self.decode_tokens = num_logprobs, decode_tokens
         self.rows = rows if self.mesh is None else round_up(rows, self.mesh.shape["data"])
         self._programs = Programs()
-        kind = {"chunk": chunk, "dtype": cache_dtype(kv_dtype, model), "layout": layout_for(kernels)}
+        kind = {"chunk": chunk, "dtype": cache_dtype(kv_dtype, model), "layout": layout_for(self.kernels)}
         self._make_cache = partial(init_cache, self.config, self.rows, capacity, mesh=self.mesh, **kind)
         declared = cache_specs(self.config, self.rows, capacity, mesh=self.mesh, **kind)
         self.capacity, self.chunk = declared.capacity, declared.chunk
@@ -103,7 +104,7 @@ class Generator:
 
     def _run(self, requests: Sequence[Row], held: Held, clock: Clock) -> Iterator[Row]:
         # `held.cache` is set only between steps: a step donates the cache, so after a failed one it is gone.
-        cache, held.cache = held.cache, None
+        cache, held.cache = cast(DenseCache, held.cache), None
         prompts = [r.prompt for r in requests]
         sampling = SamplingState.create(
             [r.options for r in requests], self.config.vocab_size, prompts=prompts, batch=self.rows
@@ -158,7 +159,8 @@ class Generator:
         """Prefill all prompts, long ones in chunks. Returns the logits [rows, V] of each prompt's last token, and the
         cache."""
         cache = cache.truncate(np.zeros(self.rows, np.int32))
-        held, logits = 0, None
+        held = 0
+        logits: Any = None  # of the first chunk
         longest = max(len(p) for p in prompts)
         while held < longest:
             width = bucket(min(longest - held, self.chunk), self._ladder)

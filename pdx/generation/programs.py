@@ -80,7 +80,7 @@ class Programs:
         return self._by_key[key], time.perf_counter() - start
 
 
-def _compiled(function: Callable, static: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable:
+def _compiled(function: Any, static: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable:
     """A jitted function, compiled for these arguments.
 
     JAX keeps a compiled program as long as its function lives, and a step lives as long as the process. So each program

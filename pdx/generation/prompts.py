@@ -8,11 +8,12 @@ import math
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generation.completion import Row
 from pdx.sampling.options import SamplingOptions
+from pdx.tokenizer.messages import Messages
 from pdx.weights.load import Model
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
@@ -27,7 +28,7 @@ def encode(model: Model, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt) if prompt else []
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        return model.tokenizer.encode_chat(prompt)
+        return model.tokenizer.encode_chat(cast(Messages, prompt))
     ids = _integers(prompt)
     if bad := [t for t in ids if not 0 <= t < model.config.vocab_size]:
         raise RequestError(f"token id {bad[0]} is outside the vocabulary of {model.config.vocab_size}")
@@ -38,14 +39,14 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list of prompts. Raises RequestError for any other type."""
     if isinstance(prompts, str):
         return [prompts]
-    ndim = getattr(prompts, "ndim", None)
-    prompts = prompts.tolist() if ndim == 1 else prompts
-    if isinstance(prompts, bytes) or not (isinstance(prompts, Sequence) or ndim == 2):
-        raise RequestError(f"a prompt is {_ACCEPTED}, not {_described(prompts)}; give one, or a list of them")
+    ndim, given = getattr(prompts, "ndim", None), cast(Any, prompts)
+    given = given.tolist() if ndim == 1 else given
+    if isinstance(given, bytes) or not (isinstance(given, Sequence) or ndim == 2):
+        raise RequestError(f"a prompt is {_ACCEPTED}, not {_described(given)}; give one, or a list of them")
     # A zero-dimensional array is a token id.
-    first = prompts[0] if len(prompts) else None
+    first = given[0] if len(given) else None
     is_one = isinstance(first, int | float | Mapping) or getattr(first, "ndim", None) == 0
-    return [prompts] if is_one else list(prompts)
+    return [given] if is_one else list(given)
 
 
 def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -> SamplingOptions:

@@ -11,8 +11,10 @@ from pdx.metrics import ServedTiming
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from pdx.layers.kernels import KernelName, Kernels
 
-def kernel_paths(kernels: str) -> dict[str, str]:
+
+def kernel_paths(kernels: Kernels) -> dict[str, str]:
     """Which attention path each phase took, and why."""
     from pdx.layers.kernels import explain
 
@@ -20,7 +22,7 @@ def kernel_paths(kernels: str) -> dict[str, str]:
 
 
 def completion_fields(
-    completion: Completion, kernels: str | dict[str, str], mesh: Mesh | None = None
+    completion: Completion, kernels: KernelName | dict[str, str], mesh: Mesh | None = None
 ) -> dict[str, Any]:
     """The fields of a completion for `--json` and for output rows; seconds, and token counts.
 
@@ -54,7 +56,7 @@ def completion_fields(
     return fields
 
 
-def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> str:
+def summary(completion: Completion, kernels: Kernels, mesh: Mesh | None = None) -> str:
     """The lines on standard error after the text: tokens, seconds and rates of each phase."""
     timing, prompt = completion.timing, completion.prompt_tokens
     decode = "only one token"

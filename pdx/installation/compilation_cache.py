@@ -9,6 +9,7 @@ from pdx.installation.paths import home
 from pdx.installation.versions import check
 
 OFF = ("0", "off", "no", "false")
+_OPTION = "jax_compilation_cache_dir"
 
 
 def cache_folder() -> Path | None:
@@ -17,6 +18,13 @@ def cache_folder() -> Path | None:
     if wanted.lower() in OFF and wanted:
         return None
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or wanted or home() / "xla")
+
+
+def folder_in_use() -> str | None:
+    """The folder of JAX's compilation cache; None (or an empty text) if it has none."""
+    import jax
+
+    return getattr(jax.config, _OPTION)
 
 
 def enable_cache() -> Path | None:
@@ -31,9 +39,9 @@ def enable_cache() -> Path | None:
     folder = cache_folder()
     if folder is None:
         return None
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if used := folder_in_use():
+        return Path(used)
+    jax.config.update(_OPTION, str(folder))
     # Small programs are cached too, since together they take seconds to compile at each start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

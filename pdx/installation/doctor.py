@@ -132,7 +132,7 @@ def _accelerator() -> str | None:
 
 
 def _others() -> dict[str, str | None]:
-    found = {}
+    found: dict[str, str | None] = {}
     for name in OTHERS:
         try:
             found[name] = metadata.version(name)

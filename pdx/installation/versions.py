@@ -156,7 +156,7 @@ def _of_devices(here: dict[str, str]) -> Iterator[Misfit]:
     jax, jaxlib = here["jax"], here.get("jaxlib")
     for name in (name for name in here if name not in ("jax", "jaxlib")):
         version, extra = here[name], _extra(name)
-        needs = {canonicalize_name(need.name): need.specifier for need in requirements("jax", extra or "")}
+        needs = {str(canonicalize_name(need.name)): need.specifier for need in requirements("jax", extra or "")}
         if extra is None:
             yield Misfit(f"{name} {version} is installed, which jax {jax} does not use", (name,), install=False)
         elif name.endswith("-pjrt"):

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +105,11 @@ class SamplingState:
             return column((min(getattr(o, name), LARGEST) for o in rows), np.float32)
 
         seeds = [secrets.randbits(64) if o.seed is None else o.seed for o in rows]
+        bias_ids: Any
+        bias_values: Any
         bias_ids, bias_values = _bias_arrays(rows, vocab_size)
-        in_prompt, output_counts = np.zeros((batch, vocab_size), bool), np.zeros((batch, vocab_size), np.int32)
+        in_prompt: Any = np.zeros((batch, vocab_size), bool)
+        output_counts: Any = np.zeros((batch, vocab_size), np.int32)
         for row, ids in _histories("prompts", prompts, options, vocab_size):
             in_prompt[row, ids] = True
         for row, ids in _histories("outputs", outputs, options, vocab_size):
@@ -131,7 +136,7 @@ class SamplingState:
         counts = self.output_counts
         # A negative token means none; its index past the end is dropped.
         column = jnp.where(active & (tokens >= 0), tokens, counts.shape[1])
-        return self.replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
+        return replace(self, output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
 
     def put(self, row: int | Int[Array, ""], one: SamplingState) -> SamplingState:
         """The state with row `row` replaced by the only row of `one`."""
@@ -201,7 +206,7 @@ def sample(
     finite = jnp.isfinite(top)
     if allowed is not None:  # a mask may hide a NaN
         finite &= jnp.isfinite(logits.max(-1))
-    return out.replace(tokens=jnp.where(finite, tokens, NO_TOKEN))
+    return replace(out, tokens=jnp.where(finite, tokens, NO_TOKEN))
 
 
 @jax.jit

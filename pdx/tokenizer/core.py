@@ -200,7 +200,7 @@ class Tokenizer:
             chosen = self._settings.control
             if chosen is None:
                 # In some models, runs of spaces and line feeds are added tokens. Every template contains them.
-                chosen = {t.content for t in added if t.content in template and not t.content.isspace()}
+                chosen = frozenset(t.content for t in added if t.content in template and not t.content.isspace())
             self._controls[template] = ControlTokens(t.content for t in added if t.special or t.content in chosen)
         return self._controls[template]
 

@@ -72,7 +72,7 @@ def _end_ids(fields: Fields, tokens: list[str], types: list[int], settings: Sett
     control |= set(settings.named.values())
     spelled = end_tokens(ids.__contains__, control.__contains__)
     named = {fields.token_id(key, len(tokens)) for key in _END_IDS} | fields.token_ids("eos_token_ids", len(tokens))
-    return frozenset(named - {None}) | {ids[token] for token in spelled}
+    return frozenset(i for i in named if i is not None) | {ids[token] for token in spelled}
 
 
 def _byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
@@ -117,6 +117,7 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
         if kind == _USER_DEFINED and token.isspace() and " " in token:
             tokens[index] = token.replace(" ", _SPACE)
     lines, scores = fields.strings("merges"), fields.numbers("scores", len(tokens))
+    merges: Sequence[tuple[str, ...]]
     if lines is not None:
         merges = [tuple(line.split(" ")) for line in lines]
     elif scores is not None:
@@ -225,7 +226,8 @@ def _add_tokens(backend: Any, tokens: list[str], types: list[int], settings: Set
     from tokenizers import AddedToken
 
     named = set(settings.named.values())
-    special, plain = [], []
+    special: list[str] = []
+    plain: list[str] = []
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _UNKNOWN) or token in named:
             # Gemma's unused tokens are control tokens in GGUF files, but ordinary added tokens in `tokenizer.json`.

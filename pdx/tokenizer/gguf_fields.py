@@ -46,7 +46,8 @@ class Fields:
         value = [] if value is None else value
         if not isinstance(value, (list, tuple, np.ndarray)):
             raise self.error(key, f"should be a list of token ids, is {type(value).__name__}")
-        return {self._token_id(key, item, size) for item in value} - {None}
+        ids = (self._token_id(key, item, size) for item in value)
+        return {token_id for token_id in ids if token_id is not None}
 
     def _token_id(self, key: str, value: Any, size: int) -> int | None:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -74,7 +74,8 @@ def build_from_hf(directory: Path) -> tuple[tokenizers.Tokenizer, Settings]:
     ends = {backend.token_to_id(token) for token in (*spelled, named.get("eos_token", ""))}
     ends.update(_ids(directory, model.get("eos_token_id")))
     templates = _templates(directory, config)
-    return backend, Settings(named, frozenset(ends - {None}), templates, split, control, str(directory))
+    eos_ids = frozenset(token_id for token_id in ends if token_id is not None)
+    return backend, Settings(named, eos_ids, templates, split, control, str(directory))
 
 
 def _ids(directory: Path, value: Any) -> list[int]:

@@ -16,8 +16,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pdx.errors import ModelFileError, RequestError
 
@@ -85,7 +86,7 @@ class Renderer:
             return
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
+        for pipe in _pipes(process):
             with contextlib.suppress(OSError):  # flushing to the ended process fails
                 pipe.close()
 
@@ -94,19 +95,20 @@ class Renderer:
         process, self._process = self._process, None
         self._lock = threading.Lock()
         if process is not None:
-            for pipe in (process.stdin, process.stdout):
+            for pipe in _pipes(process):
                 pipe.raw.close()  # without flushing, since the parent will flush the same bytes
 
     def _exchange(self, request: bytes) -> dict[str, str]:
         with self._lock:
             process = self._started()
+            stdin, stdout = _pipes(process)
             timer = threading.Timer(_WALL_SECONDS, process.kill)
             timer.daemon = True
             timer.start()
             try:
-                process.stdin.write(request)
-                process.stdin.flush()
-                line = process.stdout.readline()
+                stdin.write(request)
+                stdin.flush()
+                line = stdout.readline()
             except OSError:  # the process ended during the write
                 line = b""
             except BaseException:  # such as Ctrl-C: the pending reply would be taken for the next request's
@@ -152,13 +154,18 @@ class Renderer:
             ) from error
         self._process = process
         # Some installations of Python print lines at their start; these are skipped.
-        if not any(line.strip() == b"ready" for line in iter(process.stdout.readline, b"")):
+        if not any(line.strip() == b"ready" for line in iter(_pipes(process)[1].readline, b"")):
             self.close()
             raise RequestError(
                 f"chat templates are rendered in a separate process ({sys.executable} {_WORKER}), "
                 "which does not start: give the prompt as text"
             )
         return process
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[BufferedWriter, BufferedReader]:
+    """Standard input and output of a process that was started with pipes."""
+    return cast(BufferedWriter, process.stdin), cast(BufferedReader, process.stdout)
 
 
 _default = Renderer()

@@ -41,8 +41,8 @@ class DecodeRule:
     def from_decoder(cls, state: dict[str, Any] | None) -> DecodeRule:
         """From a decoder's description in `tokenizer.json`. Raises UnsupportedModelError for an unknown kind."""
         kind = state["type"] if state else None
-        steps = state["decoders"] if kind == "Sequence" else [state]
-        kinds = [step["type"] if step else None for step in steps]
+        steps: list[dict[str, Any]] = [] if state is None else state["decoders"] if kind == "Sequence" else [state]
+        kinds: list[str | None] = [step["type"] if step else None for step in steps] or [None]
         if kinds == ["ByteLevel"]:
             return cls(byte_level=True)
         if kinds == ["Metaspace"]:

@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; for a prompt its body is simply kept."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  (its base class declares a set)
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -73,12 +73,13 @@ class Traits:
 
     @cached_property
     def _arguments(self) -> tuple[str | None, str | None]:
-        return tuple(self._try(_chat_with_call(_call("f", _ARGUMENTS[kind]))) for kind in ("object", "text"))
+        as_object, as_text = (self._try(_chat_with_call(_call("f", _ARGUMENTS[kind]))) for kind in ("object", "text"))
+        return as_object, as_text
 
     def _is_rendered(self, role: str, as_parts: bool) -> bool:
         if (role, as_parts) not in self._found:
             text = self._try(_chat(role, [{"type": "text", "text": _WORD}] if as_parts else _WORD))
-            self._found[role, as_parts] = bool(text) and _WORD in text and not _PRINTED_PART.search(text)
+            self._found[role, as_parts] = text is not None and _WORD in text and not _PRINTED_PART.search(text)
         return self._found[role, as_parts]
 
     def _try(self, messages: list[dict[str, Any]]) -> str | None:

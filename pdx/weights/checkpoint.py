@@ -263,13 +263,14 @@ class CheckpointFile:
 
     def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
         kind = self._quantized[name]
-        values = self._raw(f"{name}.values")
+        values: Any = self._raw(f"{name}.values")
         if kind.bits == 4:
             # Shifting up and down again extends the sign of the four bits.
             pairs = np.stack([values << 4, values], axis=-1).view(np.int8) >> 4
             values = pairs.reshape(self.shape(name)).astype(ml_dtypes.int4)
-        offsets = None if kind.symmetric else self._raw(f"{name}.offsets")
-        return QuantArray(values, self._raw(f"{name}.scales"), offsets, kind.activations, np.dtype(dtype).name)
+        scales: Any = self._raw(f"{name}.scales")
+        offsets: Any = None if kind.symmetric else self._raw(f"{name}.offsets")
+        return QuantArray(values, scales, offsets, kind.activations, np.dtype(dtype).name)
 
     def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
         """The values in `dtype`."""
@@ -283,6 +284,6 @@ class CheckpointFile:
         shape, stored = self._leaves[array]
         values = aligned_empty(shape, _DTYPES[stored])
         with open(_chunk(self.path, array, len(shape)), "rb", buffering=0) as file:
-            if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
+            if file.readinto(values.reshape(-1).view(np.uint8).data) != values.nbytes:
                 raise ModelFileError(f"{file.name}: the data of parameter {array} is cut off")
         return values

@@ -41,7 +41,7 @@ def _builtin(name: str) -> dict[str, Any]:
 
 def _saved(name: str) -> dict[str, Any]:
     path = models_home() / name
-    kind = {"pdx": "checkpoint", "hf": "hf directory", "gguf": "gguf"}[file_kind(path)]
+    kind = {"pdx": "checkpoint", "hf": "hf directory", "gguf": "gguf", None: ""}[file_kind(path)]
     terms = None
     if kind == "checkpoint":
         terms = _json(path / CHECKPOINT_FILE).get("license")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,7 @@ def _declare(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) ->
     sources = {name_of(path): _source(opened, path).name for path in paths}
     sources.setdefault("lm_head", _source(opened, ("lm_head",)).name)
     known = file.names() if isinstance(file, QuantizedFile) else ()
-    held = {name: file.stored_kind(source) if source in known else None for name, source in sources.items()}
+    held = {name: _stored_kind(file, source) if source in known else None for name, source in sources.items()}
     if isinstance(file, CheckpointFile) and any(held.values()):
         # A quantized checkpoint has no floats to quantize again. A separately stored output head stays separate.
         policy = policy or Policy.parse("stored")
@@ -126,6 +126,10 @@ def _declare(opened: OpenModel, cfg: ModelConfig, dtype: Any, policy: Policy) ->
             specs["lm_head"] = specs.get("lm_head", specs["embed"])
     policy = policy.resolve_stored(held.get, list(held))
     return (quantized_specs(specs, policy) if policy else specs), policy
+
+
+def _stored_kind(file: TensorFile, source: str) -> Kind | None:
+    return file.stored_kind(source) if isinstance(file, QuantizedFile) else None
 
 
 def default_dtype(device: jax.Device) -> Any:
@@ -163,10 +167,11 @@ def _read_params(
         # Like the arrays that a caller makes, these are not committed to the device. A step that is given both kinds
         # would return a committed cache, and the next call would recompile.
         with jax.default_device(where.devices.flat[0] if isinstance(where, Mesh) else where):
+            array: Any
             if kind is None:
                 array = read_tensor(opened.file, source, spec.shape, spec.dtype)
             elif kind.as_stored:
-                array = read_stored(opened.file, source, spec.shape, spec.dtype)
+                array = read_stored(cast(QuantizedFile, opened.file), source, spec.shape, spec.dtype)
             else:
                 array = _quantized_in_pieces(opened.file, source, spec, kind)
             if not isinstance(where, Mesh):
@@ -195,7 +200,8 @@ def _quantized_in_pieces(file: TensorFile, source: Source, spec: QuantArray, kin
     count = -(-rows // max(1, VALUES_PER_PIECE // columns))
     # Pieces of equal size if possible, since each size compiles a program.
     count = next((n for n in range(count, min(2 * count, rows)) if rows % n == 0), count)
-    size, whole = -(-rows // count), None
+    size = -(-rows // count)
+    whole: Any = None
     for at in range(0, rows, size):
         part = range(at, min(at + size, rows))
         piece = quantized(read_tensor(file, source, spec.shape, spec.dtype, part), kind, str(spec.dtype))

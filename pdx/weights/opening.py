@@ -87,7 +87,8 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
 
 
 def _open_hf(files: ModelFiles) -> OpenModel:
-    path, notes = files.path / "config.json", []
+    path = files.path / "config.json"
+    notes: list[str] = []
     config = _read_config(path)
     family_of_hf(config, str(path))  # refuse an unknown family before looking at its weights
     file = open_safetensors(files.path, notes)
@@ -215,9 +216,9 @@ def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dty
     """One matrix on the host, quantized as in the file. Raises as `read_tensor`."""
     check_shape(file, source, shape)
     found = file.read_stored(source.name, dtype, source.rows)
-    _check_finite(file, source.name, found.scales, "scales ")
+    _check_finite(file, source.name, np.asarray(found.scales), "scales ")
     if found.offsets is not None:
-        _check_finite(file, source.name, found.offsets, "offsets ")
+        _check_finite(file, source.name, np.asarray(found.offsets), "offsets ")
     return found
 
 

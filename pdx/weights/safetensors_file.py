@@ -13,7 +13,7 @@ import struct
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -180,7 +180,7 @@ def _fail(path: Path, text: str) -> ModelFileError:
     return ModelFileError(f"{path}: {text}")
 
 
-def _are_whole(numbers: Any) -> bool:
+def _are_whole(numbers: Any) -> TypeGuard[list[int]]:
     """Whether this is a list of integers."""
     return isinstance(numbers, list) and all(type(n) is int for n in numbers)
 

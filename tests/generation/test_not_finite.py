@@ -52,7 +52,7 @@ def biased(token):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_prompt_that_overflows_is_an_error(sound, value, temperature):
     model = break_token(sound, value=value)
-    with pytest.raises(NotFiniteError, match=r"prompt 0: .*behind token 2 .*NaN or infinite"):
+    with pytest.raises(NotFiniteError, match=r"prompt 0: .*after token 2 .*NaN or infinite"):
         pdx.generate(model, [5, BAD, 6], max_tokens=4, temperature=temperature)
 
 
@@ -90,7 +90,7 @@ def test_the_engine_gives_the_same_error_and_shares_no_page_of_it(sound, broken)
     expected = pdx.generate(sound, [*prompt, 7], max_tokens=3, ignore_eos=True)[0].token_ids
     with pdx.Engine(broken, pdx.EngineConfig(slots=2, page_size=16, token_budget=80)) as engine:
         neighbour = engine.submit([8, 9], max_tokens=20, ignore_eos=True)
-        with pytest.raises(NotFiniteError, match=r"behind token 70 .*NaN or infinite"):
+        with pytest.raises(NotFiniteError, match=r"after token 70 .*NaN or infinite"):
             engine.submit([*prompt, BAD], max_tokens=3).result(60)
         assert len(neighbour.result(60).token_ids) == 20
         done = engine.submit([*prompt, 7], max_tokens=3, ignore_eos=True).result(60)
@@ -99,7 +99,7 @@ def test_the_engine_gives_the_same_error_and_shares_no_page_of_it(sound, broken)
         async def streamed():
             return [o async for o in engine.stream([5, BAD], max_tokens=3)]
 
-        with pytest.raises(EngineError, match="behind token 1 "):
+        with pytest.raises(EngineError, match="after token 1 "):
             asyncio.run(streamed())
 
 

@@ -101,7 +101,7 @@ def test_a_step_that_fails_takes_its_cache_along(model, expected, monkeypatch):
     list(run.run(rows()))
     assert run._caches.idle_bytes > 0
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_mask", lambda requests: 1 / 0)
+        patch.setattr(run, "_active", lambda requests: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(run.run(rows()))
     assert run._caches.idle_bytes == 0

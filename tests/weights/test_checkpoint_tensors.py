@@ -81,7 +81,7 @@ def extended(directory, extra: dict):
     return load(directory)
 
 
-def test_buffers_of_any_family_are_passed_over(directory):
+def test_buffers_of_any_family_are_ignored(directory):
     plain = load(directory)
     model = extended(directory, BUFFERS)
     assert same(model.params, plain.params)
@@ -105,26 +105,26 @@ def test_weights_that_the_configuration_does_not_ask_for_are_refused_by_name(dir
     assert ("quantized by another tool" in str(caught.value)) == ("scale" in name)
 
 
-def test_parts_beside_the_text_model_are_passed_over_and_said(directory):
+def test_parts_beside_the_text_model_are_ignored_and_said(directory):
     plain = load(directory)
     model = extended(directory, dict.fromkeys(PARTS, (2, 2)))
     assert same(model.params, plain.params)
     for part in set(PARTS.values()):
         held = [name for name, of in PARTS.items() if of == part]
-        said = f"{len(held)} tensor{'s' * (len(held) > 1)} of {part} "
+        said = f"{len(held)} tensor{'s' * (len(held) > 1)} of {part}, "
         assert any(said in note and any(f"such as {name}:" in note for name in held) for note in model.notes), part
 
 
-def test_draft_layers_behind_the_last_are_passed_over_where_the_configuration_names_them(directory):
+def test_draft_layers_behind_the_last_are_ignored_where_the_configuration_names_them(directory):
     plain = load(directory)
     draft = {"model.layers.2.eh_proj.weight": (32, 64), "model.layers.2.mlp.up_proj.weight": (48, 32)}
-    with pytest.raises(ModelFileError, match=r"model\.layers\.2\.eh_proj\.weight is not one"):
+    with pytest.raises(ModelFileError, match=r"does not ask for tensor model\.layers\.2\.eh_proj\.weight"):
         extended(directory, draft)
     weight_files.reconfigure(directory, num_nextn_predict_layers=1)
     model = load(directory)
     assert same(model.params, plain.params)
     assert any("2 tensors of draft heads" in note for note in model.notes)
-    with pytest.raises(ModelFileError, match=r"model\.layers\.3\.eh_proj\.weight is not one"):
+    with pytest.raises(ModelFileError, match=r"does not ask for tensor model\.layers\.3\.eh_proj\.weight"):
         extended(directory, {"model.layers.3.eh_proj.weight": (32, 64)})
 
 

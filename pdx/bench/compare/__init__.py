@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pdx.bench.compare import absent_chips, ceiling, contestants, measure, paths, selection, steps
 from pdx.bench.compare.rows import Comparison, Row
 from pdx.bench.compare.steps import Subject
+from pdx.installation.compilation_cache import folder_in_use
 from pdx.installation.devices import device_name
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
@@ -77,9 +78,9 @@ def compare(
             f"No accelerator here: on {found.device} the Pallas kernels have no times. Small cases are interpreted, "
             "which gives their errors.",
         )
-    if jax.config.jax_compilation_cache_dir:
+    if folder := folder_in_use():
         found.notes.append(
-            f"Compiled programs are cached in {jax.config.jax_compilation_cache_dir}: the compile time of a cached "
+            f"Compiled programs are cached in {folder}: the compile time of a cached "
             "program is only that of loading it."
         )
     total = len(cases) + len(phases)
