@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,16 +104,13 @@ class SamplingState:
             return column((min(getattr(o, name), LARGEST) for o in rows), np.float32)
 
         seeds = [secrets.randbits(64) if o.seed is None else o.seed for o in rows]
-        bias_ids: Any
-        bias_values: Any
         bias_ids, bias_values = _bias_arrays(rows, vocab_size)
-        in_prompt: Any = np.zeros((batch, vocab_size), bool)
-        output_counts: Any = np.zeros((batch, vocab_size), np.int32)
+        in_prompt, output_counts = np.zeros((batch, vocab_size), bool), np.zeros((batch, vocab_size), np.int32)
         for row, ids in _histories("prompts", prompts, options, vocab_size):
             in_prompt[row, ids] = True
         for row, ids in _histories("outputs", outputs, options, vocab_size):
             np.add.at(output_counts[row], ids, 1)
-        made = cls(
+        made = cast(Any, cls)(  # with numpy arrays, which become jax's below
             temperature=setting("temperature"),
             top_k=column((o.top_k if o.top_k < vocab_size else 0 for o in rows), np.int32),
             top_p=setting("top_p"),
@@ -136,7 +132,7 @@ class SamplingState:
         counts = self.output_counts
         # A negative token means none; its index past the end is dropped.
         column = jnp.where(active & (tokens >= 0), tokens, counts.shape[1])
-        return replace(self, output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
+        return cast(Any, self).replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
 
     def put(self, row: int | Int[Array, ""], one: SamplingState) -> SamplingState:
         """The state with row `row` replaced by the only row of `one`."""
@@ -206,7 +202,7 @@ def sample(
     finite = jnp.isfinite(top)
     if allowed is not None:  # a mask may hide a NaN
         finite &= jnp.isfinite(logits.max(-1))
-    return replace(out, tokens=jnp.where(finite, tokens, NO_TOKEN))
+    return cast(Any, out).replace(tokens=jnp.where(finite, tokens, NO_TOKEN))
 
 
 @jax.jit

@@ -70,19 +70,8 @@ def compare(
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
     chip, source = ceiling.device_roofline()
-    notes = [*contestants.missing_peers(), *(paths.notes_on_steps(own) if subject else ())]
-    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=notes)
-    if platform not in ACCELERATORS:
-        found.notes.insert(
-            0,
-            f"No accelerator here: on {found.device} the Pallas kernels have no times. Small cases are interpreted, "
-            "which gives their errors.",
-        )
-    if folder := folder_in_use():
-        found.notes.append(
-            f"Compiled programs are cached in {folder}: the compile time of a cached "
-            "program is only that of loading it."
-        )
+    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__})
+    found.notes += _notes(found.device, platform, own if subject else {})
     total = len(cases) + len(phases)
     for i, (op, case) in enumerate(cases):
         progress("measuring", i, total)
@@ -97,6 +86,22 @@ def compare(
     for target in wanted:
         found.rows += _static(target, cases, subject, phases, cycles, own, progress)
     return found
+
+
+def _notes(device: str, platform: str, in_steps: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sentences about what this run cannot compare. `in_steps`: the user's kernels, if steps are compared."""
+    notes = [*contestants.missing_peers(), *paths.notes_on_steps(in_steps)]
+    if platform not in ACCELERATORS:
+        notes.insert(
+            0,
+            f"No accelerator here: on {device} the Pallas kernels have no times. Small cases are interpreted, "
+            "which gives their errors.",
+        )
+    if folder := folder_in_use():
+        notes.append(
+            f"Compiled programs are cached in {folder}: the compile time of a cached one is only that of loading it."
+        )
+    return notes
 
 
 def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, own, progress: Report) -> list[Row]:

@@ -50,19 +50,14 @@ def rows(
       RequestError: the compiler ended before it returned anything.
     """
     target = Target.get(name)
-    if (why := targets.missing(name)) is not None:
-        return [
-            *(
-                counted(op, case, path, target, why, report)
-                for op, case in cases
-                for path in _kernels(op, target, extra or {})
-            ),
-            *(
-                replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
-                for shape in (shapes if subject else ())
-            ),
-        ]
     extra = extra or {}
+    if (why := targets.missing(name)) is not None:
+        kernels = [(op, case, path) for op, case in cases for path in _kernels(op, target, extra)]
+        found = [counted(*kernel, target, why, report) for kernel in kernels]
+        for shape in shapes if subject else ():
+            row = step_row(subject, shape, target.chip, name)
+            found.append(replace(row, path=PALLAS, rung=COUNTED, note=why))
+        return found
     own = [(op, p.name, p.reference) for op in extra for p in _kernels(op, target, extra) if p.name in extra[op]]
     wanted = [
         (op, case.name, path.name, path.reference)
