@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -32,7 +34,7 @@ def visible(
     if window is not None:
         mask &= k > q - window
     if tree is not None:
-        place = key_positions - starts[:, None]
+        place = key_positions - cast(Array, starts)[:, None]
         own = (place >= 0) & (place < tree.shape[2])
         place = jnp.broadcast_to(jnp.clip(place, 0, tree.shape[2] - 1)[:, None, :], mask.shape)
         mask &= ~own[:, None, :] | jnp.take_along_axis(tree, place, axis=2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class QuantArray:
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in] of the matrix."""
-        return tuple(self.values.shape)
+        return cast(tuple[int, int], tuple(self.values.shape))
 
     @property
     def dtype(self):
@@ -209,8 +209,12 @@ def from_blocks(
     low, high = (-8, 7) if bits == 4 else (-128, 127)
     if values.size and not low <= values.min() <= values.max() <= high:
         raise ValueError(f"values from {values.min()} to {values.max()} are not int{bits}")
-    turned = lambda x: None if x is None else np.ascontiguousarray(np.asarray(x, np.float32).T)  # noqa: E731
-    return check(QuantArray(values.astype(DTYPES[bits]), turned(scales), turned(offsets), stands_for=str(dtype)))
+
+    def turned(x: Any) -> Any:
+        return None if x is None else np.ascontiguousarray(np.asarray(x, np.float32).T)
+
+    stored: Any = values.astype(DTYPES[bits])
+    return check(QuantArray(stored, turned(scales), turned(offsets), stands_for=str(dtype)))
 
 
 def quantize_rows(x: Float[Array, "M in"]) -> tuple[Int[Array, "M in"], Float[Array, "M 1"]]:

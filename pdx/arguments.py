@@ -19,12 +19,16 @@ def number(name: str, value: Any, low: float, high: float, hint: str = "", *, op
     """`value` as a float in [low, high] (in (low, high] with `open_below`), always finite. Raises RequestError."""
     value = plain(value)
     # Compared first: a whole number may be too large for a float.
-    good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    good = _is_number(value) and abs(value) <= sys.float_info.max
     if not good or value > high or value < low or (open_below and value == low):
         above = f"{'above' if open_below else 'at least'} {low:g}"
         span = f"{above} and finite" if high == math.inf else f"{above} and at most {high:g}"
         raise RequestError(f"{name} is {value!r}: it must be a number {span}{hint}")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None, hint: str = "") -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import wraps
 from inspect import isgeneratorfunction
-from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
+from typing import Any, Final, Literal, ParamSpec, TypeGuard, TypeVar, cast
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ R = TypeVar("R")
 MESH_AXES = ("data", "model")
 
 # A program is traced for a mesh, for one device (None), or for the unknown devices of its arguments.
-ANY_DEVICES = "any devices"
+ANY_DEVICES: Final = "any devices"
 Devices = Mesh | None | Literal["any devices"]
 MESH_HELP = "expected axes out of data, model with a size each, such as data=2,model=4"
 
@@ -49,8 +49,8 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[ja
         raise RequestError(f"mesh {sizes!r} of type {type(sizes).__name__} does not say how many devices: {MESH_HELP}")
     given = {axis: _size(n) for axis, n in (sizes or {}).items()}
     if not set(given) <= set(MESH_AXES) or None in given.values():
-        raise RequestError(f"mesh {dict(sizes)!r}: {MESH_HELP}")
-    shape = tuple(given.get(axis, 1) for axis in MESH_AXES)
+        raise RequestError(f"mesh {dict(sizes or {})!r}: {MESH_HELP}")
+    shape = tuple(given.get(axis) or 1 for axis in MESH_AXES)
     devices = list(devices if devices is not None else jax.devices())
     count = math.prod(shape)
     if count > len(devices):
@@ -141,7 +141,8 @@ def on_own_mesh(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def each(*args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
-        with closing(function(*args, **kwargs)) as pieces:
+        generator = cast("Generator[Any]", function(*args, **kwargs))
+        with closing(generator) as pieces:
             while True:
                 with no_ambient_mesh():
                     piece = next(pieces, _END)
@@ -149,7 +150,7 @@ def on_own_mesh(function: Callable[P, R]) -> Callable[P, R]:
                     return
                 yield piece
 
-    return each if isgeneratorfunction(function) else call
+    return cast("Callable[P, R]", each if isgeneratorfunction(function) else call)
 
 
 def check_mesh(parameter: Any, mesh: Mesh | None) -> None:

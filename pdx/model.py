@@ -10,7 +10,7 @@ Prefill, decode and verification are this `forward` with T = chunk, 1 and draft 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -162,11 +162,11 @@ def forward(
         rows = cache.rows(lengths, b, t)
     else:
         rows = TokenRows.behind(jnp.zeros(b, jnp.int32), as_new_lengths(lengths, b, t), t)
-    layer_rows = [rows] * cfg.num_layers if cache is None else cache.layer_rows(rows)
+    layer_rows = [rows] * cfg.num_layers if cache is None else cache.layer_rows(cast(Any, rows))
     rotations = {r: rotation(r, cfg.head_dim, rows.positions) for r in map(cfg.layer_rope, range(cfg.num_layers))}
 
     # Without a cache nothing says on which devices the parameters are.
-    mesh = ANY_DEVICES if cache is None else cache.mesh
+    mesh: Devices = ANY_DEVICES if cache is None else cache.mesh
     x = embed(params["embed"], tokens, cfg.embed_scale, mesh)
     hidden = {0: x} if 0 in hidden_layers else {}
     layers = []
@@ -188,7 +188,7 @@ def forward(
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
     return ForwardOutput(
         logits=_logits(params, cfg, x, rows, logits, mesh),
-        cache=None if cache is None else cache.advance(rows, tuple(layers)),
+        cache=None if cache is None else cache.advance(cast(Any, rows), tuple(layers)),
         final_hidden=x,
         hidden=hidden,
     )

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantArray, quantized_matmul
-from pallas_kernels.quant_array import DTYPES, GROUPS, quantize, take_rows
+from pallas_kernels.quant_array import DTYPES, GROUPS, Activations, quantize, take_rows
 from pdx.errors import RequestError
 from pdx.meshes import ANY_DEVICES, Devices, on_one_device, on_several_devices
 from pdx.sharding import ArraySpec, is_spec, mesh_axis
@@ -48,7 +49,7 @@ class Kind:
     bits: int
     group: int | None = None  # None: one scale per output channel; 0: the largest of GROUPS that divides
     symmetric: bool = True
-    activations: str = "float"
+    activations: Activations = "float"
     as_stored: bool = False  # taken from the file value for value
 
     def group_for(self, columns: int) -> int | None:
@@ -215,7 +216,7 @@ def _declared(name: str, spec: ArraySpec, policy: Policy) -> ArraySpec | QuantAr
             f"{name}: groups of {group} do not divide rows of {columns}; "
             f"{' or '.join(map(str, fits)) or 'none of 32, 64 and 128'} would"
         )
-    values, scales = _part_specs(spec, columns // (group or columns), kind.bits)
+    values, scales = cast(tuple[Any, Any], _part_specs(spec, columns // (group or columns), kind.bits))
     return QuantArray(values, scales, None if kind.symmetric else scales, kind.activations, str(jnp.dtype(spec.dtype)))
 
 
@@ -235,7 +236,7 @@ def _part_specs(spec: ArraySpec, groups: int, bits: int) -> tuple[ArraySpec, Arr
 
 def _parts(w: QuantArray, spec: ArraySpec, mesh: Mesh) -> QuantArray:
     """The placement of the parts of `w` on `mesh`."""
-    values, scales = (s.partition(mesh) for s in _part_specs(spec, w.groups, w.bits))
+    values, scales = (cast(Any, s.partition(mesh)) for s in _part_specs(spec, w.groups, w.bits))
     return replace(w, values=values, scales=scales, offsets=None if w.offsets is None else scales)
 
 
@@ -303,10 +304,12 @@ def matmul(
 
 def lookup(table: QuantArray, tokens: Int[Array, "B T"], spec: ArraySpec, mesh: Devices) -> Float[Array, "B T D"]:
     """Rows of an embedding, dequantized. On a mesh each device looks up its own rows, and one sum follows."""
-    parts = _parts(table, spec, mesh) if on_several_devices(mesh) else None
-    if parts is None or parts.values[0] is None:
+    if not on_several_devices(mesh):
         return take_rows(table, tokens)
-    axis = parts.values[0]
+    parts = _parts(table, spec, mesh)
+    axis: Any = parts.values[0]
+    if axis is None:
+        return take_rows(table, tokens)
 
     def each(tokens, table):
         own = jnp.clip(tokens, 0, spec.shape[0] - 1) - lax.axis_index(axis) * table.shape[0]

@@ -105,7 +105,7 @@ def replicated(specs: Iterable[ArraySpec], mesh: Mesh) -> list[str]:
     for spec in specs:
         for axis, units in zip(spec.axes, spec.units or spec.shape, strict=True):
             name = LOGICAL_TO_MESH.get(axis) if axis else None
-            if name in mesh.shape and units % mesh.shape[name]:
+            if axis and name in mesh.shape and units % mesh.shape[name]:
                 said[axis] = f"{axis} ({units}) does not divide over {name}={mesh.shape[name]}: replicated"
     return list(said.values())
 
@@ -137,5 +137,5 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 @on_own_mesh
 def place(tree: Any, specs: Any, mesh: Mesh | str | Mapping[str, int]) -> Any:
     """Put a tree of arrays (numpy or jax) onto `mesh` as `specs`, a tree of the same structure, declare."""
-    mesh = as_mesh(mesh)
-    return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(mesh)), specs, tree, is_leaf=is_spec)
+    own = as_mesh(mesh)
+    return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(own)), specs, tree, is_leaf=is_spec)

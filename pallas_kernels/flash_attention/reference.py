@@ -5,6 +5,8 @@ It is plain array operations with static shapes, so it differentiates and vmaps.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -65,7 +67,7 @@ def attention(
     if layout == "heads_first":
         kv_heads, k, v = k.shape[1], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     else:
-        kv_heads = kv_heads if layout == "folded" else k.shape[2]
+        kv_heads = cast(int, kv_heads) if layout == "folded" else k.shape[2]
         k, v = from_layout(k, layout, kv_heads, h), from_layout(v, layout, kv_heads, value_dim or h)
     slots, starts, lengths = k.shape[1], as_int32(starts), as_int32(lengths)
     precision = precision_of(q.dtype)
@@ -85,12 +87,13 @@ def attention(
     v = jnp.where(held[:, :, None, None], v, 0)
     logits = jnp.where(mask, logits, MASKED)
     top = logits.max(-1, keepdims=True)
-    if sinks is not None:
-        sink = sink_logits(sinks).reshape(kv_heads, -1)[None, :, :, None, None]
+    sink = sink_logits(sinks)
+    if sink is not None:
+        sink = sink.reshape(kv_heads, -1)[None, :, :, None, None]
         top = jnp.maximum(top, sink)
     weights = jnp.exp(logits - top) * mask
     total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
+    if sink is not None:
         total += jnp.exp(sink - top)
     shares = weights / jnp.maximum(total, 1e-30)
     if v_scale is not None:

@@ -1,7 +1,7 @@
-"""`pdx calibrate`: this device's bandwidth and matmul rates, and how fast it is at the pieces that a step is made of.
+"""`pdx calibrate`: measures this device's memory bandwidth, matmul rates, and the rates of the parts of a step.
 
-Only single products, single attention calls and one small made-up transformer are run, none of them a model that is
-predicted later: what is fitted here is judged elsewhere (`pdx report`).
+It runs single products, single attention calls and one small artificial transformer, and no model that is predicted
+later. `pdx report` then tests the predictions on real models.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from pdx.quant import parse_kind, quantized
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
 
-# The made-up transformer: no published one has these widths.
+# The artificial transformer; no published model has these widths.
 MODEL = ModelConfig("llama", 512, 768, 6, 12, 4, 64, 2048, 8192)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: enough points for a few percent, few enough for less than a minute on two cores."""
+    """What is measured: enough points for errors of a few percent, in less than a minute on two cores."""
 
-    bandwidth_mb: int = 512
+    bandwidth_mb: int = 512  # of the array that is read
     square: int = 1024  # side of the products that give the peaks
-    sides: tuple[int, ...] = (384, 1024, 4096)
-    rows: tuple[int, ...] = (1, 2, 8, 32, 256, 1024)
+    sides: tuple[int, ...] = (384, 1024, 4096)  # of float matrices
+    rows: tuple[int, ...] = (1, 2, 8, 32, 256, 1024)  # multiplied with them
     quantized_sides: tuple[int, ...] = (512, 2048)
     quantized_rows: tuple[int, ...] = (1, 8, 64, 512)
-    new: tuple[int, ...] = (32, 256, 1024)
-    more: tuple[int, ...] = (1, 4)  # times as many tokens are seen
-    batches: tuple[int, ...] = (1, 8)
-    seen: tuple[int, ...] = (64, 512, 4096)
-    policies: tuple[str, ...] = ("w8a8", "int8", "int4:g64")  # what is found holds for groups of other sizes too
+    new: tuple[int, ...] = (32, 256, 1024)  # queries of a prefill attention call
+    more: tuple[int, ...] = (1, 4)  # keys per query of such a call
+    batches: tuple[int, ...] = (1, 8)  # rows of a decode attention call
+    seen: tuple[int, ...] = (64, 512, 4096)  # keys of such a row
+    policies: tuple[str, ...] = ("w8a8", "int8", "int4:g64")  # the rates are used for other group sizes too
     model: ModelConfig = MODEL
-    decode_rows: tuple[int, ...] = (1, 8)
-    prefill_tokens: tuple[int, ...] = (64, 512)
-    stream_mb: int = 96  # weights and caches together are larger than a CPU's caches
-    rounds: int = 2  # of a job, in one pass
-    passes: int = 2  # through all of them: what disturbs a job for seconds is gone when its turn comes again
+    decode_rows: tuple[int, ...] = (1, 8)  # of its decode steps
+    prefill_tokens: tuple[int, ...] = (64, 512)  # of its prefill steps
+    stream_mb: int = 96  # size of weights or caches that are read in turn: more than a CPU's caches hold
+    rounds: int = 2  # runs of a measurement in one pass
+    passes: int = 2  # over all measurements, so that a disturbance of some seconds spoils only one of them
 
 
 ACCELERATOR = Plan(
@@ -87,10 +87,17 @@ TINY = Plan(
 
 
 def calibrate(name: str | None = None, plan: Plan | None = None, progress: Report = silent) -> MeasuredChip:
-    """Measure this process's default device; see `Plan`. Its peaks are those of the published table where it has one.
+    """Measure this process's default device, as `plan` says.
 
-    Peaks are what a sum of a large array reads and a square product computes; `rates` what products with weights as
-    models have them, attention over caches and the rest of a layer take.
+    Args:
+      name: the chip's name; None: made from the device's.
+      plan: what is measured; None: by the kind of device.
+      progress: called after each measurement.
+
+    Returns:
+      The chip. Its peaks are the bandwidth of summing a large array and the rates of square products. Its `rates` are
+      those of products with weights, of attention over caches, and of the rest of a layer. Other figures are from the
+      published table, if the device is in it.
     """
     cpu = jax.default_backend() == "cpu"
     plan = plan or (Plan() if cpu else ACCELERATOR)
@@ -101,16 +108,16 @@ def calibrate(name: str | None = None, plan: Plan | None = None, progress: Repor
     for i, (key, run) in enumerate(turns):
         progress("calibrating", i, len(turns))
         found[key] = max(found.get(key, 0.0), _rounded(run()))
-        gc.collect()  # weights and caches of one job, before those of the next
+        gc.collect()  # frees the arrays of this measurement before the next one
     chip = _chip(name, found, plan, dtype)
     rest = {}
     for i, (tokens, cost, work) in enumerate(_steps(plan, dtype)):
         progress("calibrating layers", i, len(plan.decode_rows) + len(plan.prefill_tokens))
         parts = chip.rates.parts(cost.work)
         seconds = min(_measure(work, plan.rounds) for _ in range(plan.passes))
-        # Where the pieces take as long as the whole, what is beside them is too little to be seen.
-        beside = max(seconds - parts["products"] - parts["attention"], 0.02 * seconds)
-        rest[tokens] = _rounded(cost.work.layers * tokens * cost.work.width / beside)
+        # If products and attention by themselves take as long as the step, the rest is too short to be measured.
+        remainder = max(seconds - parts["products"] - parts["attention"], 0.02 * seconds)
+        rest[tokens] = _rounded(cost.work.layers * tokens * cost.work.width / remainder)
         width = cost.work.width
     surface = Surface(tuple(sorted(rest)), (width,), tuple((rest[t],) for t in sorted(rest)))
     return dataclasses.replace(chip, rates=dataclasses.replace(chip.rates, rest=surface))
@@ -151,7 +158,7 @@ def _chip(name: str | None, found: dict[tuple, float], plan: Plan, dtype) -> Mea
     )
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(Chip)}
     fields |= {
-        "name": name or device.slug(),
+        "name": name or device.file_name(),
         "hbm_gbps": found["bandwidth",],
         "f32_tflops": found["peak", "float32"],
         "bf16_tflops": found["peak", "bfloat16"],
@@ -161,7 +168,7 @@ def _chip(name: str | None, found: dict[tuple, float], plan: Plan, dtype) -> Mea
 
 
 def _jobs(plan: Plan, dtype) -> Iterator[tuple[tuple, Callable[[], float]]]:
-    """What is measured, by what it is called; each gives its rate."""
+    """(key, measurement) of everything but the steps. A measurement returns its rate."""
     yield ("bandwidth",), partial(_bandwidth, plan)
     for of in ("float32", "bfloat16", "int8"):
         yield ("peak", of), partial(_peak, plan, of)
@@ -185,7 +192,7 @@ def _stored(policy: str) -> str:
 
 
 def _rounded(rate: float) -> float:
-    """To four digits: nothing is measured more closely."""
+    """Rounded to four digits, since measurements are not more exact."""
     return float(f"{rate:.4g}")
 
 
@@ -195,13 +202,13 @@ def _measure(work: Callable[[], Timing], rounds: int) -> float:
 
 def _bandwidth(plan: Plan) -> float:
     work = read_bandwidth(plan.bandwidth_mb)
-    # The best, here and below: a peak is what the device can do, and what disturbs it is not part of that.
+    # The best run, here and in `_peak`, since a peak is what the device can do undisturbed.
     return work.bytes_read / interleaved({"it": work}, max(5, plan.rounds))["it"].best / 1e9
 
 
 def _peak(plan: Plan, dtype: str, times: int = 8) -> float:
-    """TFLOP/s of square products, each of which takes the one before."""
-    # bf16 is emulated on a CPU, some fifty times as slow: a smaller one says it too.
+    """TFLOP/s of a chain of square products."""
+    # A CPU emulates bf16 about fifty times as slowly; a smaller product measures that too.
     n = plan.square // 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else plan.square
     w = jax.random.normal(jax.random.key(0), (n, n)) * n**-0.5
     w = (w * 127).astype(jnp.int8) if dtype == "int8" else w.astype(dtype)
@@ -216,16 +223,16 @@ def _peak(plan: Plan, dtype: str, times: int = 8) -> float:
 
 
 def _products(plan: Plan, dtype, policy: str | None, rows: int, side: int) -> float:
-    """Weights a second of a chain of products as the model makes them, each with a matrix of its own.
+    """Weights per second of a chain of products as in the model, each with another matrix.
 
-    For a few rows the matrices together are larger than a CPU's caches, as a model's are; many rows are bound by
-    arithmetic, and a few matrices do.
+    For a few rows, the matrices together are larger than a CPU's caches, as a model's are. Many rows are bound by
+    arithmetic, so that two matrices suffice.
     """
     kind = parse_kind(policy) if policy else None
     each = side * side * (dtype.itemsize if kind is None else kind.bits / 8)
     few = rows <= 32
     wanted = max(2, int(plan.stream_mb * 1e6 / each)) if few else 2
-    count = min(wanted, 24)  # in one program; others of their kind follow as other arguments of it
+    count = min(wanted, 24)  # matrices per call of the program; it is called with several sets
     w = jax.random.normal(jax.random.key(1), (side, side), dtype) * side**-0.5
     if kind is not None:
         w = quantized(w, kind, str(dtype))
@@ -249,7 +256,7 @@ def _products(plan: Plan, dtype, policy: str | None, rows: int, side: int) -> fl
 
 
 def _attention(plan: Plan, dtype, kv: str, batch: int, new: int, seen: int) -> float:
-    """FLOP/s of pairs that are seen, for many queries; bytes of keys and values a second for a few."""
+    """For many queries, FLOP/s of the unmasked pairs; for a few, bytes of keys and values per second."""
     one = Setup(dataclasses.replace(plan.model, num_layers=1, windows=()), str(dtype), kv_dtype=kv)
     few = new <= MAX_QUERIES
     cost = one.decode(batch, seen) if few else one.prefill(batch, new, seen - new)
@@ -280,7 +287,7 @@ def _attention(plan: Plan, dtype, kv: str, batch: int, new: int, seen: int) -> f
 
 
 def _steps(plan: Plan, dtype):
-    """Tokens, cost and work of a few steps of the made-up transformer."""
+    """(tokens, cost, timed function) of a few steps of the artificial transformer."""
     model = ModelUnderTest(plan.model, init_params(plan.model, jax.random.key(5), dtype), dtype)
     for rows in plan.decode_rows:
         timed = model.decode(rows, 128)

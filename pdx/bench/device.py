@@ -1,4 +1,4 @@
-"""What this process runs on, in words and bytes."""
+"""Names and memory of the device that this process runs on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdx.installation.devices import device_name
 
 
 def machine() -> str:
-    """This process's device, with the make of a CPU."""
+    """The name of this process's device; for a CPU with its model and cores."""
     name = device_name()
     if jax.default_backend() != "cpu":
         return name
@@ -27,13 +27,13 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def slug() -> str:
-    """The device as a name of a file, such as `amd-epyc-2-cores` or `nvidia-l4`."""
+def file_name() -> str:
+    """The device's name for use in file names, such as `amd-epyc-2-cores` or `nvidia-l4`."""
     kind = f"{_cpu_model()} {os.cpu_count()} cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     return re.sub(r"[^a-z0-9.]+", "-", kind.lower()).strip("-")
 
 
 def memory_gib() -> float:
-    """Memory of one device: what an accelerator reports, and all of the machine's for a CPU."""
+    """Memory of one device in GiB: what an accelerator reports; for a CPU, the machine's memory."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**30

@@ -1,11 +1,11 @@
-"""`pdx bench engine`: what the engine is held to. Four figures, each a ratio of things that ran in turn in one process.
+"""`pdx bench engine`: four figures of the engine with targets. Each is a ratio of times measured in one process.
 
-- `throughput`: tokens a second at full slots against the bare `decode_step` loop and against static batches in
-  transformers; the gain over one slot beside what the cost model says.
-- `gap`: the longest that requests wait for their next token while a long prompt comes in, with chunked prefill and
-  without.
-- `prefix`: TTFT of a prompt whose beginning is cached, against that of the first one.
-- `overhead`: TPOT of a request alone against the bare loop.
+- `throughput`: tokens per second with all slots taken, relative to a plain loop of `decode_step` and to static batches
+  in transformers; the gain over one slot, beside the cost model's prediction.
+- `gap`: the longest wait of the decoding requests for their next token while a long prompt is prefilled, with chunked
+  prefill relative to without.
+- `prefix`: TTFT of a prompt whose beginning is cached, relative to that of the first such prompt.
+- `overhead`: TPOT of a single request, relative to the plain loop.
 """
 
 from __future__ import annotations
@@ -36,8 +36,15 @@ from pdx.weights.load import Model
 
 @dataclass(frozen=True)
 class Figure:
-    """One ratio beside its target. `at_least`: it should be at least the target, else at most; without a target it is
-    only reported."""
+    """A measured ratio and its target.
+
+    Attributes:
+      name, what: its short name, and a description.
+      value: the ratio.
+      target: what it should reach; None: it is only reported.
+      at_least: `value` should be at least the target; False: at most.
+      seen: the measurements behind it.
+    """
 
     name: str
     what: str
@@ -60,7 +67,7 @@ _VERDICTS = {None: "", True: "holds", False: "falls short"}
 
 
 def table(figures: Sequence[Figure]) -> Table:
-    """A row a figure, with what it was made of."""
+    """One row per figure, with the measurements behind it."""
     rows = []
     for f in figures:
         seen = "; ".join(f"{name} {value:.4g}" for name, value in f.seen.items())
@@ -73,7 +80,7 @@ def _target(figure: Figure) -> str:
 
 
 def check_names(only: Sequence[str]) -> None:
-    """Raises RequestError for a name that is no figure."""
+    """Raises RequestError for an unknown figure."""
     if unknown := set(only) - FIGURES.keys():
         raise RequestError(f"{', '.join(sorted(unknown))} is no figure: there are {', '.join(FIGURES)}")
 
@@ -81,7 +88,10 @@ def check_names(only: Sequence[str]) -> None:
 def run(
     model: Model, only: Sequence[str] = (), *, peer: bool = True, sizes: Sizes | None = None
 ) -> tuple[list[Figure], list[str]]:
-    """Measure; returns the figures and notes on what did not run. Raises RequestError for a name that is no figure."""
+    """Measure the figures named in `only` (none: all). `peer`: also run transformers.
+
+    Returns the figures, and sentences about what did not run. Raises RequestError for an unknown figure.
+    """
     check_names(only)
     sizes, figures, notes = sizes or Sizes(), [], []
     for name, measure in FIGURES.items():
@@ -98,7 +108,7 @@ def run(
 
 
 def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
-    """All requests at once, decode-heavy, of mixed length, greedy."""
+    """All requests are sent at once. They are greedy, with short prompts and answers of mixed length."""
     prompts, rng = Prompts.of(model), np.random.default_rng(0)
     outputs = Lengths.parse(sizes.outputs).sample(rng, sizes.requests)
     requests = [request_of(prompts.cut(sizes.prompt), n) for n in outputs]
@@ -129,19 +139,19 @@ def throughput(model: Model, sizes: Sizes, peer=None) -> Iterator[Figure]:
         if peer:
             contestants["peer"] = peer.generate([r.prompt for r in requests], outputs, sizes.slots)
             peer.generate([requests[0].prompt], [2], 1)()
-        contestants["loop"]()  # the engines are warm
+        contestants["loop"]()  # warm-up; the engines have compiled already
         times = interleaved(contestants, sizes.rounds, warm_up=False)
         metrics = many.metrics()
     rate, steady = 1 / times["engine"].median, median(full)
-    yield _against_the_loop(sizes, metrics, steady, sizes.slots / times["loop"].median, rate)
+    yield _relative_to_loop(sizes, metrics, steady, sizes.slots / times["loop"].median, rate)
     if peer:
-        yield _against_a_peer(sizes, rate, sum(outputs) / times["peer"].median)
+        yield _relative_to_peer(sizes, rate, sum(outputs) / times["peer"].median)
     chip = this_device(bandwidth.bytes_read / times["read"].median, multiply.flops / times["multiply"].median)
     yield _gain_of_slots(model, sizes, chip, rate, 1 / times["one slot"].median, sizes.prompt + int(mean) // 2)
 
 
-def _against_the_loop(sizes: Sizes, metrics: EngineMetrics, steady: float, loop: float, rate: float) -> Figure:
-    """Rates in tokens a second: `steady` with all slots taken, `rate` of the whole run."""
+def _relative_to_loop(sizes: Sizes, metrics: EngineMetrics, steady: float, loop: float, rate: float) -> Figure:
+    """Rates in tokens per second: `steady` while all slots are taken, `rate` over the whole run."""
     return Figure(
         "throughput",
         f"tokens/s with all {sizes.slots} slots taken, against the bare decode_step loop",
@@ -159,7 +169,7 @@ def _against_the_loop(sizes: Sizes, metrics: EngineMetrics, steady: float, loop:
     )
 
 
-def _against_a_peer(sizes: Sizes, rate: float, peer: float) -> Figure:
+def _relative_to_peer(sizes: Sizes, rate: float, peer: float) -> Figure:
     return Figure(
         "peer",
         f"tokens/s of {sizes.requests} requests, against transformers in static batches of {sizes.slots}",
@@ -170,7 +180,7 @@ def _against_a_peer(sizes: Sizes, rate: float, peer: float) -> Figure:
 
 
 def _gain_of_slots(model: Model, sizes: Sizes, chip: Chip, rate: float, single: float, context: int) -> Figure:
-    """Beside what the cost model says for rows of `context` tokens."""
+    """The gain of several slots, with the cost model's prediction for rows of `context` tokens."""
     setup = Setup(model.config, jnp.dtype(model.dtype).name, Policy.of(model.params))
     floors = {batch: setup.decode(batch, context).seconds(chip) for batch in (1, sizes.slots)}
     return Figure(
@@ -187,7 +197,7 @@ def _gain_of_slots(model: Model, sizes: Sizes, chip: Chip, rate: float, single: 
 
 
 def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
-    """A long prompt comes while all slots but one decode."""
+    """A long prompt arrives while all slots but one decode."""
     prompts = Prompts.of(model)
     worst: dict[bool, list[float]] = {True: [], False: []}
     first: dict[bool, list[float]] = {True: [], False: []}
@@ -218,7 +228,7 @@ def gap(model: Model, sizes: Sizes) -> Iterator[Figure]:
 
 
 def prefix(model: Model, sizes: Sizes) -> Iterator[Figure]:
-    """Two prompts with a common beginning, one after the other."""
+    """Two prompts with a common beginning are sent one after the other."""
     cold, warm, hits = [], [], []
     with start_engine(model, sizes, slots=sizes.slots) as engine:
         for seed in range(sizes.rounds + 2):

@@ -1,4 +1,4 @@
-"""What `pdx bench engine` runs: engines, requests and bare decode loops of the sizes it asks for."""
+"""The engines, requests and plain decode loops that `pdx bench engine` times."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from pdx.weights.load import Model
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the loads are; those of the targets unless a test asks for less."""
+    """The sizes of the loads. The defaults are those that the targets hold for; tests use smaller ones."""
 
     slots: int = 8
     prompt: int = 32
-    budget: int | None = None  # tokens of a step; None: the engine's own choice
+    budget: int | None = None  # the most tokens of a step; None: the engine's default
     context: int = 2048  # of every engine, so that they share programs
     outputs: str = "uniform:64:256"
     requests: int = 24
-    alone: int = 2  # requests of that load that one slot is given
-    steps: int = 160  # of a bare loop at most: as many as an answer has on average, so that contexts are alike
+    alone: int = 2  # requests of that load that the engine with one slot serves
+    steps: int = 160  # the most steps of the plain loop: the mean length of an answer, so that contexts are equal
     long_prompt: int = 2000
-    before: int = 8  # tokens that each request has had when the long prompt comes
+    before: int = 8  # tokens that each request has received when the long prompt arrives
     prefix: int = 1000
-    own: int = 24  # tokens of a prompt behind a shared prefix
+    own: int = 24  # tokens of a prompt after the shared prefix
     rounds: int = 3
 
 
 def bare_loop(model: Model, batch: int, prompt: int, count: int) -> Callable[[], Timing]:
-    """A contestant: `decode_step` and argmax in a plain Python loop over a dense cache; seconds a step."""
+    """A timed function: `decode_step` and argmax in a plain Python loop over a dense cache; seconds per step."""
     capacity = round_up(prompt + count + 1, 128)
     state = {
         "cache": init_cache(
@@ -89,7 +89,7 @@ def serve(engine: Engine, requests: Sequence[EngineRequest]) -> tuple[list[Compl
 
 
 def full_rate(done: Sequence[Completion], slots: int) -> float:
-    """Tokens a second from when all slots were first taken until the last request got its slot."""
+    """Tokens per second from when all slots were first taken until the last request got its slot."""
     admitted = sorted(c.timing.queue_s for c in done)
     begin, end = admitted[slots - 1], admitted[-1]
     times = [t for c in done for t in accumulate((c.timing.ttft_s, *c.timing.gaps_s))]
@@ -97,8 +97,8 @@ def full_rate(done: Sequence[Completion], slots: int) -> float:
 
 
 def interrupted(engine: Engine, prompts: Prompts, sizes: Sizes) -> tuple[float, float]:
-    """Seconds of the longest gap between two tokens of the requests that decode, and TTFT of the long prompt."""
-    answer = engine.config.max_context - 16  # longer than the long prompt will take
+    """Seconds: the longest gap between two tokens of the decoding requests, and TTFT of the long prompt."""
+    answer = engine.config.max_context - 16  # long enough to decode until the long prompt is answered
     decoding = [engine.submit(request_of(prompts.cut(16), answer)) for _ in range(sizes.slots - 1)]
     for stream in decoding:
         for _ in range(sizes.before):
@@ -110,7 +110,7 @@ def interrupted(engine: Engine, prompts: Prompts, sizes: Sizes) -> tuple[float, 
 
 
 def this_device(bytes_per_s: float, flops_per_s: float) -> Chip:
-    """This device, as it was during the run, for the cost model."""
+    """This device as a chip for the cost model, with the rates measured in this run."""
     tflops = flops_per_s / 1e12
     return Chip(
         name="this device",

@@ -1,4 +1,4 @@
-"""`pdx bench memory`: what a model takes of this machine's memory, each way of storing it in a process of its own."""
+"""`pdx bench memory`: the host memory of a model, measured in a separate process for each quantization."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from pdx.io.tables import Table
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of the parameters, and of the process before the model is loaded, at its peak while it was, and when it
-    has generated a few tokens."""
+    """Memory in bytes of a model quantized by `policy`.
+
+    Attributes:
+      parameters: size of the parameters.
+      before, peak, after: of the process: before loading, at its peak while loading, and after generating four tokens.
+    """
 
     policy: str
     parameters: int
@@ -33,14 +37,14 @@ class Memory:
 
 
 def measure(model: str, policies: Sequence[str]) -> list[Memory]:
-    """One fresh process for each policy. Raises PdxError where one fails, and off Linux."""
+    """Measure each policy in a new process. Raises PdxError if one fails, and on systems without /proc."""
     if not Path("/proc/self/status").exists():
         raise PdxError("memory is read from /proc, which this system does not have")
     return [Memory(policy, **_run(model, policy)) for policy in policies]
 
 
 def table(found: Sequence[Memory]) -> Table:
-    """In megabytes."""
+    """The results as a table, in megabytes."""
     head = ("weights", "parameters, MB", "process before", "at the peak of loading", "after four tokens")
     return Table(
         head, [(x.policy, *(f"{n / 1e6:.0f}" for n in (x.parameters, x.before, x.peak, x.after))) for x in found]
@@ -61,7 +65,7 @@ def _run(model: str, policy: str) -> dict[str, int]:
 
 
 def _status(field: str) -> int:
-    """A field of this process's status: VmRSS what it holds, VmHWM the most that it held."""
+    """A field of this process's status in bytes: VmRSS (its memory) or VmHWM (its peak)."""
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"{field}:\s*(\d+) kB", text).group(1)) << 10
 
@@ -78,7 +82,7 @@ def _child(model: str, policy: str) -> dict[str, int]:
     peak = _status("VmHWM")
     generate(loaded, "Hello", max_tokens=4, ignore_eos=True)
     leaves = jax.tree.leaves(loaded.params)
-    # As they lie in memory: a CPU keeps int4 in a byte each.
+    # The size in memory: a CPU stores an int4 value in one byte.
     return {
         "parameters": sum(x.on_device_size_in_bytes() for x in leaves),
         "before": before,

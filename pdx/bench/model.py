@@ -1,4 +1,4 @@
-"""`pdx bench model`: prefill and decode of a model, each against its ceiling and beside transformers."""
+"""`pdx bench model`: times prefill and decode of a model, and compares them with their ceilings and transformers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Line:
     best_seconds: float
     tokens_per_s: float
     _: KW_ONLY
-    gb_per_s: float | None = None  # weights + KV read a second
+    gb_per_s: float | None = None  # weights and KV read per second
     share_of_bandwidth: float | None = None
-    gflop_per_s: float | None = None  # of matrix products, those of the model's configuration
-    share_of_peak: float | None = None  # of a large f32 product in the same rounds
-    peer_seconds: float | None = None
-    plain_seconds: float | None = None  # of the model as it was given, where this is another way of storing it
+    gflop_per_s: float | None = None  # FLOPs of the model's products per second
+    share_of_peak: float | None = None  # relative to a large f32 product in the same rounds
+    peer_seconds: float | None = None  # of transformers
+    plain_seconds: float | None = None  # of the model without this quantization
 
     @property
     def speedup(self) -> float | None:
@@ -49,13 +49,13 @@ class Line:
 
     @property
     def gain(self) -> float | None:
-        """Over the model as it was given."""
+        """Speed relative to the model without this quantization."""
         return self.plain_seconds / self.seconds if self.plain_seconds else None
 
 
 @dataclass
 class Result:
-    """A benchmark run: where it ran and what it saw."""
+    """The results of a run, with the machine's ceilings."""
 
     model: str
     device: str
@@ -88,7 +88,7 @@ class Result:
         ]
         return Table(head, rows, keys=2)
 
-    def opening(self) -> str:
+    def heading(self) -> str:
         """What was measured, where, and the machine's ceilings."""
         versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
         return (
@@ -119,11 +119,12 @@ def run(
     kernels: str,
     others: Mapping[str, Model] | None = None,
 ) -> Result:
-    """Measure; everything of a shape runs in turn, round by round, so that its ratios come from one run.
+    """Time prefills of `prompt_tokens` and decode steps of `batches`. All variants of a shape run in turn, in rounds.
 
     Args:
-      peer: transformers on the same file too; and llama.cpp, where other ways of storing the model are measured.
-      others: the same model with its weights stored in other ways, by their names.
+      peer: also time transformers on the same file, and with `others`, llama.cpp.
+      kernels: of the steps.
+      others: the same model with other quantizations, by name.
     """
     bandwidth, others = read_bandwidth(), others or {}
     other, reason = transformers_or_reason(model.path) if peer else (None, "")
@@ -227,7 +228,7 @@ def _decode_line(model: Model, batch: int, shape: str, times: Timing, read: floa
 
 
 def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
-    """The same context in a cache 32 times as large: what a step costs must follow the context."""
+    """A decode step in a cache 32 times as large. Its time should depend on the context, not on the capacity."""
     large = min(8192, model.config.max_context)
     times = interleaved(
         {
@@ -243,7 +244,7 @@ def _capacity_line(model: Model, kernels: str, bandwidth) -> Line:
 
 
 def _step_bytes(model: Model, batch: int) -> float:
-    """Bytes a decode step has to read: every weight once, and the keys and values of the mean context."""
+    """Bytes that a decode step must read: every weight once, and the keys and values of the mean context."""
     cfg = model.config
     weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     if "lm_head" in model.params:

@@ -1,5 +1,5 @@
-"""Opponents of the model benchmark on the same file: transformers (the extra `parity`), and llama.cpp where somebody
-has built llama-cpp-python."""
+"""Other programs that `pdx bench` times on the same model file: transformers (the extra `parity`) and llama.cpp (if
+llama-cpp-python is installed)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pdx.bench.timing import Timing
 
 
 class Transformers:
-    """A model of transformers in f32 on the CPU, loaded from the file that pdx loaded."""
+    """A model in transformers, in f32 on the CPU. `path`: a .gguf file or a Hugging Face directory."""
 
     def __init__(self, path: Path):
-        # Checkpoints of pdx itself are not for transformers: load the original.
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -27,7 +26,7 @@ class Transformers:
         self.model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
 
     def prefill(self, tokens: int, batch: int = 1) -> Callable[[], Timing]:
-        """A contestant: one prompt, logits of its last token only, as generation needs them."""
+        """A timed function: prefill of one prompt, with logits of its last token only."""
         ids = self._ids(batch, tokens)
 
         def work() -> Timing:
@@ -39,7 +38,7 @@ class Transformers:
         return work
 
     def decode(self, batch: int, context: int, tokens: int) -> Callable[[], Timing]:
-        """A contestant: greedy steps behind a prompt of `context`; seconds a step."""
+        """A timed function: greedy steps after a prompt of `context` tokens; seconds per step."""
         ids = self._ids(batch, context)
 
         def work() -> Timing:
@@ -53,8 +52,8 @@ class Transformers:
         return work
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch: int) -> Callable[[], Timing]:
-        """A contestant: greedy answers of these lengths in static batches, prompts padded on the left; a batch runs
-        until its longest answer is done. Seconds of all of them."""
+        """A timed function: greedy answers of these lengths in static batches, with prompts padded on the left. A batch
+        runs until its longest answer is finished. Seconds of all batches."""
         groups = []
         for at in range(0, len(prompts), batch):
             part = prompts[at : at + batch]
@@ -80,7 +79,7 @@ class Transformers:
 
 
 def transformers_or_reason(path: Path) -> tuple[Transformers | None, str]:
-    """The peer, or None and why it is not there: said in the table, never left out in silence."""
+    """(the model in transformers, ""), or (None, a sentence that says why it cannot run)."""
     try:
         return Transformers(path), ""
     except ImportError as error:
@@ -90,7 +89,7 @@ def transformers_or_reason(path: Path) -> tuple[Transformers | None, str]:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, as the file stores it, on all cores."""
+    """A GGUF file in llama.cpp, quantized as in the file, on all cores."""
 
     def __init__(self, path: Path):
         import llama_cpp
@@ -102,7 +101,7 @@ class LlamaCpp:
         )
 
     def prefill(self, tokens: int) -> Callable[[], Timing]:
-        """A contestant: one prompt."""
+        """A timed function: prefill of one prompt."""
         ids = [i % 1000 + 100 for i in range(tokens)]
 
         def work() -> Timing:
@@ -114,7 +113,7 @@ class LlamaCpp:
         return work
 
     def decode(self, context: int, tokens: int) -> Callable[[], Timing]:
-        """A contestant: greedy steps behind a prompt of `context`; seconds a step."""
+        """A timed function: greedy steps after a prompt of `context` tokens; seconds per step."""
         prompt = self.prefill(context)
 
         def work() -> Timing:

@@ -1,4 +1,4 @@
-"""The two phases of a model as contestants of `timing.interleaved`: each call runs one and gives its seconds."""
+"""The two phases of a model as timed functions for `timing.interleaved`: each call runs one and returns its seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prefill_work(
     kv_dtype=None,
     capacity: int | None = None,
 ) -> Callable[[], Timing]:
-    """A contestant: `batch` prompts of `tokens` tokens into an empty cache; seconds until their logits are there."""
+    """A timed function: prefill of `batch` prompts of `tokens` tokens into an empty cache; seconds of all chunks."""
     state = {"cache": _cache(model, batch, capacity or max(tokens, 256), kernels, kv_dtype)}
     chunk = min(tokens, chunk)
     ids = np.arange(batch * tokens, dtype=np.int32).reshape(batch, -1) % 1000 + 100
@@ -61,7 +61,7 @@ def prefill_work(
 def decode_work(
     model: Model, batch: int, kernels: str = "auto", options: SamplingOptions | None = None, capacity: int = 256
 ) -> Callable[[], Timing]:
-    """A contestant: greedy (or sampled) decoding of `batch` rows behind a prompt; seconds a step."""
+    """A timed function: greedy (or sampled) decoding of `batch` rows after a prompt; seconds per step."""
     vocab = model.config.vocab_size
     state: dict[str, Any] = {
         "cache": _cache(model, batch, capacity, kernels),

@@ -1,4 +1,4 @@
-"""Whether a picture that a command is asked for can be drawn and written, asked before anything is measured."""
+"""Checks, before anything is measured, that a plot can be drawn and written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pdx.io import outputs
 
 
 def require() -> None:
-    """Raises RequestError, saying what to install, where matplotlib is not."""
+    """Raises RequestError, with what to install, if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -17,7 +17,7 @@ def require() -> None:
 
 
 def check(file: Path) -> None:
-    """Raises RequestError for a picture that could not be drawn or written in the end."""
+    """Raises RequestError if a plot cannot be drawn or written to `file`."""
     require()
     from matplotlib.backend_bases import FigureCanvasBase
 

@@ -1,4 +1,4 @@
-"""`pdx eval ppl`: what quantization costs in quality, on a text, against the model as it is."""
+"""`pdx eval ppl`: the quality of a quantized model on a text, compared with the unquantized model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from pdx.generation.generator import cache_dtype
 from pdx.layers.kernels import layout_for
 from pdx.weights.loaded import Model
 
-# Tokens that go through the model together: a vocabulary of 262144 makes 134 MB of f32 logits of them.
+# Tokens per call. With a vocabulary of 262144, their f32 logits take 134 MB.
 CHUNK = 128
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of the scored tokens: exp of the mean negative log-likelihood; and beside the reference, both following the same
-    text, mean KL(reference || model) in nats and the share of positions with the same most likely token."""
+    """Quality over the scored tokens of a text.
+
+    Attributes:
+      perplexity, reference_perplexity: exp of the mean negative log-likelihood of the model, and of the reference.
+      kl: mean KL(reference || model) in nats.
+      top1_agreement: the share of positions at which both have the same most likely token.
+      tokens: the number of scored tokens.
+    """
 
     perplexity: float
     reference_perplexity: float
@@ -40,16 +46,17 @@ class Quality:
 def windows(
     tokens: Sequence[int], length: int, stride: int, first: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], int]]:
-    """Sliding windows over a text: tokens, and how many of its first ones are context that was scored before.
+    """Sliding windows over a text: (tokens, how many of the first ones are context only and not scored).
 
     Args:
-      first: what each window opens with: the token that a model was trained to see at the start, if there is one.
+      length, stride: tokens of a window, and from one window to the next.
+      first: tokens that every window begins with, such as BOS.
 
     Raises:
-      RequestError: a text with nothing to score, or a stride that a window does not hold.
+      RequestError: a text with nothing to score, or a stride outside 1 to length - 1.
     """
     size = length - len(first)
-    scored, at = (0 if first else 1), 0  # a token that follows nothing is not scored
+    scored, at = (0 if first else 1), 0  # a token without a previous one is not scored
     if len(tokens) <= scored:
         raise RequestError(f"a text of {len(tokens)} tokens has nothing to score: at least two are needed")
     if not 1 <= stride < length:
@@ -74,14 +81,14 @@ def evaluate(
     """Perplexity of `model` over a text in sliding windows, and how far it is from `reference`.
 
     Args:
-      reference: the same model unquantized; its cache is of its own type. The model itself: only its cache differs.
-      kv_dtype: of the model's cache.
-      length, stride: tokens of a window and from one to the next; each token is scored once.
-      max_tokens: of the text; None: all.
+      reference: the unquantized model, with a cache of its own type; or `model` itself, to compare its `kv_dtype`.
+      kv_dtype: type of the model's cache.
+      length, stride: tokens of a window, and from one to the next; each token is scored once.
+      max_tokens: tokens of the text to score; None or 0: all.
 
     Raises:
-      RequestError: a text too short, a window that does not fit the context.
-      NotFiniteError: logits that are NaN or infinite, so that there is no perplexity.
+      RequestError: the text is too short, or a window does not fit the context.
+      NotFiniteError: logits are NaN or infinite.
     """
     if length > model.config.max_context:
         raise RequestError(f"windows of {length} tokens do not fit the context of {model.config.max_context}")
@@ -90,12 +97,12 @@ def evaluate(
     first = _Scorer(model, length, kv_dtype, kernels)
     same = reference is model and cache_dtype(kv_dtype, model) == cache_dtype(None, model)
     second = None if same else _Scorer(reference, length, None, kernels)
-    for number, (part, known) in enumerate(windows(tokens, length, stride, model.tokenizer.opening)):
+    for number, (part, known) in enumerate(windows(tokens, length, stride, model.tokenizer.bos_prefix)):
         pairs = ((x, x) for x in first.logits(part))
         if second is not None:
             pairs = zip(first.logits(part), second.logits(part), strict=True)
         for i, (mine, theirs) in enumerate(pairs):
-            at = i * CHUNK + np.arange(CHUNK) + 1  # logits behind a token score the next one
+            at = i * CHUNK + np.arange(CHUNK) + 1  # the logits of a token score the next one
             scored = (known <= at) & (at < len(part))
             targets = np.asarray(part, np.int32)[np.minimum(at, len(part) - 1)]
             found = np.asarray(_compare(mine, theirs, targets, scored), np.float64)
@@ -109,17 +116,17 @@ def evaluate(
 
 
 def _check_finite(found: np.ndarray, model: Model, reference: Model, where: str) -> None:
-    """Raise NotFiniteError for the model whose figure is NaN or infinite."""
+    """Raise NotFiniteError that names the model whose figure is NaN or infinite."""
     for value, scored in zip(found[[1, 0, 2]], (reference, model, model), strict=True):
         if not np.isfinite(value):
             raise NotFiniteError(
-                f"{where}: the logits of {scored.name} in {jnp.dtype(scored.dtype).name} are NaN or infinite, or leave "
-                "a token of the text no chance: there is no perplexity (try another dtype)"
+                f"{where}: the logits of {scored.name} in {jnp.dtype(scored.dtype).name} are NaN or infinite, or give "
+                "a token of the text probability 0: there is no perplexity (try another dtype)"
             )
 
 
 class _Scorer:
-    """Runs windows through a model, a chunk at a time, over a cache of its own."""
+    """Computes the logits of windows, a chunk at a time, with its own cache."""
 
     def __init__(self, model: Model, length: int, kv_dtype, kernels: str):
         self.model, self.kernels = model, kernels
@@ -134,7 +141,7 @@ class _Scorer:
         )
 
     def logits(self, part: Sequence[int]) -> Iterator[jax.Array]:
-        """Of every position, [CHUNK, V] at a time; the last chunk is padded."""
+        """The logits of every position, in arrays [CHUNK, V]; the last one is padded."""
         self.cache = self.cache.truncate(np.zeros(1, np.int32))
         for at in range(0, len(part), CHUNK):
             ids, some = np.zeros((1, CHUNK), np.int32), part[at : at + CHUNK]
@@ -153,10 +160,10 @@ class _Scorer:
 
 @jax.jit
 def _compare(mine, theirs, targets, scored):
-    """Sums over the scored positions: both negative log-likelihoods, the divergence, the agreements."""
+    """[4] sums over the scored positions: the two negative log-likelihoods, KL divergence, top-1 agreements."""
     ours, reference = jax.nn.log_softmax(mine), jax.nn.log_softmax(theirs)
     pick = lambda x: -jnp.take_along_axis(x, targets[:, None], axis=1)[:, 0]  # noqa: E731
-    # A token that the reference excludes (-inf) has no part in the divergence.
+    # A token with probability 0 under the reference (-inf) adds 0 to the divergence.
     divergence = jnp.where(jnp.isneginf(reference), 0.0, jnp.exp(reference) * (reference - ours)).sum(-1)
     agreed = mine.argmax(-1) == theirs.argmax(-1)
     found = jnp.stack([pick(ours), pick(reference), divergence, agreed.astype(jnp.float32)])

@@ -1,9 +1,9 @@
-"""What `pdx doctor` asks of the device: what it is, which kernel each op takes, and whether they compute the same.
+"""The part of `pdx doctor` that needs the device: its name, the kernel of each op, and whether XLA and Pallas agree.
 
     python -m pdx.bench.self_test
 
-prints one JSON object a line, `{"devices": ...}`, `{"kernels": ...}`, `{"self_test": ...}`. It is a process of its own:
-a broken runtime can end it at any of them, and whoever reads knows how far it came.
+prints one JSON object per line: `{"devices": ...}`, `{"kernels": ...}`, `{"self_test": ...}`. It is a separate process,
+since a broken runtime can crash it. The lines printed until then show how far it came.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-# Imported first: it adds to what JAX's caches ask for, so that whatever was compiled before is compiled again.
+# Imported before anything is compiled, because the import changes the keys of JAX's caches.
 import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ from pdx.sharding import is_spec
 from pdx.steps import decode_step, prefill
 
 OPS = (flash_attention, decode_attention, paged_attention, write_pages, quantized_matmul)
-# One layer of the shapes that kernels are written for: heads of 64, two query heads to a KV head.
+# One layer with a shape that all kernels support: heads of 64, two query heads per KV head.
 MODEL = ModelConfig(
     family="llama",
     vocab_size=512,
@@ -47,11 +47,11 @@ MODEL = ModelConfig(
     max_context=256,
 )
 ROWS, PROMPT, STEPS, CAPACITY = 2, 24, 4, 128
-TOLERANCE = 1e-3  # of f32 logits, in units of the largest one
+TOLERANCE = 1e-3  # of f32 logits, relative to the largest one
 
 
 def sections() -> Iterator[tuple[str, Any]]:
-    """Each part of the answer as soon as it is known."""
+    """(name, content) of each section, as soon as it is known."""
     yield "devices", devices()
     yield (
         "kernels",
@@ -61,7 +61,7 @@ def sections() -> Iterator[tuple[str, Any]]:
 
 
 def devices() -> dict[str, Any]:
-    """The backend and its devices, with the memory of each in bytes where it says so."""
+    """The backend and its devices, with the memory of each in bytes (None if it does not report it)."""
     found = []
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
@@ -77,16 +77,16 @@ def devices() -> dict[str, Any]:
 
 
 def self_test(kernels: tuple[str, str] = ("xla", "pallas")) -> dict[str, Any]:
-    """Prefill and decode of a small random model along both paths, in f32, with the same tokens.
+    """Prefill and decode of a small random model with both kinds of kernels, in f32, with the same tokens.
 
     Returns:
-      `passed`, None where there is nothing to compare, and `reason` unless it is True; the largest difference of
-      logits as a share of the largest logit; for each path the seconds of a prefill and of a decode step, and of the
-      first run, with compilation.
+      `passed` (None if there is nothing to compare) and, unless it is True, `reason`; `relative_difference`, the
+      largest difference of logits over the largest logit; for each kind, the seconds of a prefill, of a decode step,
+      and of the first run, which compiles.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (ROWS, PROMPT + STEPS), dtype=np.int32)
-    # Drawn here and not by `init_params`, whose compilation would take longer than the test.
+    # Not `init_params`, whose compilation would take longer than the test.
     params = jax.tree.map(
         lambda spec: jnp.asarray(rng.normal(0, 0.05, spec.shape), jnp.float32),
         param_specs(MODEL, jnp.float32),
@@ -111,7 +111,7 @@ def self_test(kernels: tuple[str, str] = ("xla", "pallas")) -> dict[str, Any]:
 
 
 def run(params, tokens: np.ndarray, kernels: str) -> tuple[np.ndarray, float, float]:
-    """Logits behind the prompt and behind each further token, [steps, rows, vocabulary]; seconds of both phases."""
+    """Logits of the prompt's last token and of each further token, [1 + STEPS, ROWS, V]; seconds of both phases."""
     cache = init_cache(MODEL, ROWS, CAPACITY, layout=layout_for(kernels))
     begun = time.perf_counter()
     logits, cache = prefill(
@@ -126,7 +126,7 @@ def run(params, tokens: np.ndarray, kernels: str) -> tuple[np.ndarray, float, fl
 
 
 def compare(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """Whether two runs' logits agree, and are logits at all."""
+    """Whether the logits of two runs are finite, not all zero, and equal within the tolerance."""
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return {"passed": False, "reason": "logits that are NaN or infinite"}
     if not one.any() or not other.any():

@@ -1,4 +1,4 @@
-"""What the batch does to each phase: the same model, more rows, both phases timed; and a picture of it."""
+"""Times both phases of a model at several batch sizes, and plots them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BatchPoint:
 def batch_sweep(
     model: Model, batches: Sequence[int] = (1, 2, 4, 8), *, prompt_tokens: int = 64, rounds: int = 3
 ) -> list[BatchPoint]:
-    """Time both phases at every batch size, in turn, so that they share whatever else the machine does."""
+    """Time both phases at every batch size, in turn, so that a disturbance affects all alike."""
     work = {}
     for batch in batches:
         work["prefill", batch] = prefill_work(model, batch, prompt_tokens)
@@ -41,7 +41,7 @@ def batch_sweep(
 
 
 def table(points: Sequence[BatchPoint]) -> str:
-    """The points as Markdown."""
+    """The points as a Markdown table."""
     head = "| batch | TTFT | prefill tok/s | TPOT | decode tok/s |\n|---|---|---|---|---|"
     rows = [
         f"| {p.batch} | {p.ttft_s * 1e3:.0f} ms | {p.prefill_tokens_per_s:.0f} | {p.tpot_s * 1e3:.1f} ms "
@@ -52,22 +52,24 @@ def table(points: Sequence[BatchPoint]) -> str:
 
 
 def picture(points: Sequence[BatchPoint], title: str = ""):
-    """Throughput of each phase against the batch, both relative to batch 1. Returns a matplotlib figure."""
+    """A matplotlib figure: TTFT and TPOT by batch size, and the throughput of each phase relative to the smallest."""
     import matplotlib.pyplot as plt
 
     figure, (seconds, rate) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     plt.close(figure)  # a notebook would show it twice
     batches = [p.batch for p in points]
-    seconds.plot(batches, [p.ttft_s * 1e3 for p in points], "o-", label=f"TTFT, {points[0].prompt_tokens} tokens a row")
+    seconds.plot(
+        batches, [p.ttft_s * 1e3 for p in points], "o-", label=f"TTFT, {points[0].prompt_tokens} tokens per row"
+    )
     seconds.plot(batches, [p.tpot_s * 1e3 for p in points], "s-", label="TPOT")
-    seconds.set(xlabel="batch", ylabel="milliseconds", yscale="log", title="what a user waits for")
+    seconds.set(xlabel="batch", ylabel="milliseconds", yscale="log", title="latency")
     for label, values in (
         ("prefill", [p.prefill_tokens_per_s for p in points]),
         ("decode", [p.decode_tokens_per_s for p in points]),
     ):
         rate.plot(batches, [v / values[0] for v in values], "o-", label=label)
-    rate.plot(batches, [b / batches[0] for b in batches], "k:", label="as many times as rows")
-    rate.set(xlabel="batch", ylabel="tokens/s against the smallest batch", title="what the device gives")
+    rate.plot(batches, [b / batches[0] for b in batches], "k:", label="proportional to the batch")
+    rate.set(xlabel="batch", ylabel="tokens/s relative to the smallest batch", title="throughput")
     for axes in (seconds, rate):
         axes.set_xticks(batches)
         axes.legend()

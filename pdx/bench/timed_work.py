@@ -1,4 +1,4 @@
-"""One model under a load, to be timed and predicted alike: what the calibration and the rows of the report run."""
+"""A model's step under a load, which can be timed and predicted. Used by the calibration and the report."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ DECODE_TOKENS = 8  # steps of one timed run
 
 @dataclass(frozen=True)
 class TimedWork:
-    """A step under a load: how to time it, and what it costs.
+    """A step under a load: how to time it, and its cost.
 
     Attributes:
-      label: the load in words.
-      work: a contestant of `timing.interleaved`; seconds of one step.
-      tokens: that a step takes or makes, all rows together.
-      setup, load: the cost model's view of it; `load` gives the calls that one run is made of.
+      label: a description of the load.
+      work: a timed function for `timing.interleaved`; seconds of one step.
+      tokens: that a step reads or generates, of all rows.
+      setup: the setup for the cost model.
+      load: setup -> the costs of the calls in one run.
     """
 
     label: str
@@ -47,25 +48,26 @@ class TimedWork:
     load: Callable[[Setup], list[Cost]]
 
     def costs(self, dtype: str | None = None) -> list[Cost]:
-        """In the setup's own type, or as the model would be run in `dtype`."""
+        """The costs of one run, in the setup's own type or in `dtype`."""
         kv = self.setup.kv_dtype if self.setup.kv_dtype != self.setup.dtype else None
         return self.load(replace(self.setup, dtype=dtype, kv_dtype=kv) if dtype else self.setup)
 
     def seconds(self, chip: Chip) -> float:
-        """Predicted: of a measured chip in the type that was run, of a published one in the type it is made for."""
+        """Predicted seconds: for a measured chip in the setup's type, for a published one in bf16 or, if it lacks that,
+        f16."""
         dtype = None if isinstance(chip, MeasuredChip) else "bfloat16" if chip.bf16_tflops else "float16"
         return sum(cost.seconds(chip) for cost in self.costs(dtype))
 
     def floor(self, chip: Chip) -> float:
-        """What it takes at least at a chip's peaks, in the type that was run."""
+        """The least seconds at a chip's peaks, in the setup's type."""
         return sum(cost.floor(chip) for cost in self.costs())
 
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model on this device as it is stored and run; `params` may be quantized, which `quantize` says.
+    """A model on this device, with its quantization, cache type and kernels.
 
-    `kernels` is that of the steps; with `dense`, attention is the reference, all scores in memory.
+    `quantize` must describe how `params` are quantized. With `kernels="dense"`, attention is the dense reference.
     """
 
     cfg: ModelConfig
@@ -87,10 +89,10 @@ class ModelUnderTest:
         return filled(cache, held) if held else cache
 
     def prefill(self, batch: int, tokens: int, chunk: int = PREFILL_CHUNK, capacity: int | None = None) -> TimedWork:
-        """`batch` prompts of `tokens` tokens into an empty cache, `chunk` at a time: TTFT, but for sampling."""
+        """Prefill of `batch` prompts of `tokens` tokens into an empty cache, in chunks: TTFT without sampling."""
         chunk = min(chunk, tokens)
         state = {"cache": self.cache(batch, capacity or tokens, chunk=chunk)}
-        ids = some_ids(self.cfg, batch, tokens)
+        ids = token_ids(self.cfg, batch, tokens)
 
         def feed():
             for at in range(0, tokens, chunk):
@@ -117,10 +119,10 @@ class ModelUnderTest:
         return TimedWork(label, "prefill", work, batch * tokens, self.setup, load)
 
     def last_chunk(self, tokens: int, chunk: int) -> TimedWork:
-        """The last and longest `chunk` tokens of a prompt of `tokens`, behind the others."""
+        """Prefill of the last `chunk` tokens of a prompt of `tokens`: its longest step."""
         held = tokens - chunk
         state = {"cache": self.cache(1, tokens, held, chunk)}
-        ids = some_ids(self.cfg, 1, chunk)
+        ids = token_ids(self.cfg, 1, chunk)
 
         def feed():
             logits, state["cache"] = steps.prefill(
@@ -129,7 +131,7 @@ class ModelUnderTest:
             return logits
 
         def work() -> Timing:
-            state["cache"] = rewound(state["cache"], held)
+            state["cache"] = set_held(state["cache"], held)
             return once(feed)
 
         return TimedWork(
@@ -142,11 +144,11 @@ class ModelUnderTest:
         )
 
     def decode(self, batch: int, context: int, tokens: int = DECODE_TOKENS) -> TimedWork:
-        """Greedy steps of `batch` rows that hold `context` tokens in the end: TPOT."""
+        """Greedy decode steps of `batch` rows that hold `context` tokens at the end: TPOT."""
         begin = context - tokens
         sampling = SamplingState.create([SamplingOptions()] * batch, self.cfg.vocab_size, batch=batch)
         state = {"cache": self.cache(batch, context, begin), "sampling": sampling}
-        first = jnp.asarray(some_ids(self.cfg, batch, 1)[:, 0])
+        first = jnp.asarray(token_ids(self.cfg, batch, 1)[:, 0])
 
         def many():
             out = steps.decode_many(
@@ -163,7 +165,7 @@ class ModelUnderTest:
             return out.tokens
 
         def work() -> Timing:
-            state["cache"] = rewound(state["cache"], begin)
+            state["cache"] = set_held(state["cache"], begin)
             return once(many).per(tokens)
 
         return TimedWork(
@@ -176,10 +178,10 @@ class ModelUnderTest:
         )
 
     def verify(self, batch: int, context: int, draft: int) -> TimedWork:
-        """The scoring of `draft` + 1 tokens a row behind `context`."""
+        """Verification of `draft` + 1 tokens per row after `context` tokens."""
         width = draft + 1
         state = {"cache": self.cache(batch, context + width, context)}
-        ids = some_ids(self.cfg, batch, width)
+        ids = token_ids(self.cfg, batch, width)
 
         def score():
             logits, state["cache"] = steps.verify(
@@ -188,7 +190,7 @@ class ModelUnderTest:
             return logits
 
         def work() -> Timing:
-            state["cache"] = rewound(state["cache"], context)
+            state["cache"] = set_held(state["cache"], context)
             return once(score)
 
         return TimedWork(
@@ -215,7 +217,7 @@ class ModelUnderTest:
         }
 
         def work() -> Timing:
-            cache = rewound(state["cache"], begin)
+            cache = set_held(state["cache"], begin)
             told = SpeculationState.create([[1] * (begin + 1)] * batch, batch, capacity, proposer)
             start = time.perf_counter()
             out = speculate_many(
@@ -247,18 +249,18 @@ class ModelUnderTest:
         )
 
 
-def some_ids(cfg: ModelConfig, batch: int, tokens: int) -> np.ndarray:
-    """Token ids of any text: what a step costs does not depend on them."""
+def token_ids(cfg: ModelConfig, batch: int, tokens: int) -> np.ndarray:
+    """Arbitrary token ids [batch, tokens]; the cost of a step does not depend on them."""
     return (np.arange(batch * tokens, dtype=np.int32).reshape(batch, tokens) * 7 + 100) % cfg.vocab_size
 
 
 def filled(cache: DenseCache, held: int) -> DenseCache:
-    """The cache as if its rows held `held` tokens, all alike: what attention over them costs is the same."""
+    """The cache with `held` equal tokens in each row; the cost of attention does not depend on their values."""
     layers = jax.tree.map(lambda x: jnp.full_like(x, 1 if jnp.issubdtype(x.dtype, jnp.integer) else 0.01), cache.layers)
-    return rewound(cache.replace(layers=layers), held)
+    return set_held(cache.replace(layers=layers), held)
 
 
-def rewound(cache: DenseCache, held: int) -> DenseCache:
-    """The cache with rows that hold `held` of the tokens that were in it."""
+def set_held(cache: DenseCache, held: int) -> DenseCache:
+    """The cache with each row's length set to `held`, without clearing its content."""
     lengths = jnp.full((cache.batch,), held, jnp.int32)
     return jax.block_until_ready(cache.replace(lengths=lengths, written=lengths + 0))

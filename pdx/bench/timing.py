@@ -1,4 +1,7 @@
-"""Wall time of work that is really done: warm, fresh, blocked on, several times, with its spread."""
+"""Wall time of device work: after a warm-up, waited for, repeated, with its spread.
+
+A "timed function" is a function without arguments that does some work and returns its `Timing`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Between which the middle half of the runs lies."""
+        """The lower and the upper quartile."""
         if len(self.seconds) < 2:
             return self.median, self.median
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -37,12 +40,12 @@ class Timing:
         return Timing(self.seconds + other.seconds)
 
     def per(self, n: int) -> Timing:
-        """Seconds of one of n equal parts of each run."""
+        """The seconds divided by n."""
         return Timing(tuple(s / n for s in self.seconds))
 
 
 def once(work: Callable[[], Any]) -> Timing:
-    """One run, waited for."""
+    """The seconds of one call, including the wait for its result on the device."""
     start = time.perf_counter()
     jax.block_until_ready(work())
     return Timing((time.perf_counter() - start,))
@@ -51,8 +54,10 @@ def once(work: Callable[[], Any]) -> Timing:
 def interleaved(
     contestants: dict[str, Callable[[], Timing]], rounds: int, *, warm_up: bool = True
 ) -> dict[str, Timing]:
-    """Run all in turn, `rounds` times after a warm-up: what disturbs the machine disturbs all of them alike.
-    `warm_up=False`: they are warm."""
+    """Run all timed functions in turn, `rounds` times, so that a disturbance affects all alike.
+
+    `warm_up=False`: skip the first, uncounted run of each.
+    """
     for work in contestants.values() if warm_up else ():
         work()
     times = {name: Timing(()) for name in contestants}
@@ -63,9 +68,9 @@ def interleaved(
 
 
 def read_bandwidth(megabytes: int = 512) -> Callable[[], Timing]:
-    """A contestant that reads an array too large for any cache; `bytes_read` tells how much.
+    """A timed function that sums an array too large for any cache; `bytes_read` is the array's size.
 
-    A sum is the lightest thing that must touch every element, so this is the ceiling of a decode step.
+    Its bandwidth is the ceiling of a decode step.
     """
     array = jax.random.normal(jax.random.key(0), (megabytes, 1 << 18), "float32")
     total = jax.jit(lambda x: x.sum())
@@ -78,8 +83,10 @@ def read_bandwidth(megabytes: int = 512) -> Callable[[], Timing]:
 
 
 def matmul_rate(size: int = 2048) -> Callable[[], Timing]:
-    """A contestant that multiplies two square f32 matrices, as fast as the device can: the ceiling of a prefill.
-    `flops` tells how much it does."""
+    """A timed function that multiplies two square f32 matrices; `flops` is its FLOPs.
+
+    Its rate is the ceiling of a prefill.
+    """
     a, b = (jax.random.normal(jax.random.key(i), (size, size), "float32") for i in range(2))
     multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, precision="highest"))
 

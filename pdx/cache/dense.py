@@ -7,13 +7,15 @@ wraps. The memory layout depends on the device: the one that its attention reads
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from pallas_kernels.layouts import Layout
@@ -71,7 +73,7 @@ class DenseCache:
             )
         rows = TokenRows.behind(self.lengths, as_new_lengths(new_lengths, batch, tokens), tokens)
         # A token past the end would wrap and overwrite the row's first ones. It is dropped instead.
-        return rows.replace(real=rows.real & (rows.positions < self.capacity))
+        return replace(rows, real=rows.real & (rows.positions < self.capacity))
 
     def layer_rows(self, rows: TokenRows) -> list[TokenRows]:
         """The rows as each layer sees them."""
@@ -80,7 +82,7 @@ class DenseCache:
     def advance(self, rows: TokenRows, layers: tuple[LayerCache, ...]) -> DenseCache:
         """The cache with `layers`, to which the tokens of `rows` were appended."""
         total = self.lengths + rows.new_lengths
-        return self.replace(layers=layers, lengths=total, written=jnp.maximum(self.written, total)).placed()
+        return replace(self, layers=layers, lengths=total, written=jnp.maximum(self.written, total)).placed()
 
     def placed(self) -> DenseCache:
         """The cache constrained to its placement on the mesh. A jitted function must return it so."""
@@ -90,11 +92,9 @@ class DenseCache:
 
     def specs(self) -> DenseCache:
         """The cache with an `ArraySpec` for each leaf."""
-        return self.replace(
-            layers=tuple(layer.specs() for layer in self.layers),
-            lengths=row_spec(self.lengths),
-            written=row_spec(self.written),
-        )
+        lengths: Any = row_spec(self.lengths)
+        written: Any = row_spec(self.written)
+        return replace(self, layers=tuple(x.specs() for x in self.layers), lengths=lengths, written=written)
 
     def check_room(self, new_lengths) -> None:
         """Raise ContextLengthError where `new_lengths` [B] more tokens do not fit. Waits for the device."""
@@ -108,7 +108,7 @@ class DenseCache:
             )
 
     @on_own_mesh
-    def truncate(self, keep_lengths: Int[Array, " B"]) -> DenseCache:
+    def truncate(self, keep_lengths: Int[ArrayLike, " B"]) -> DenseCache:
         """Keep the first `keep_lengths` [B] tokens of each row and forget the rest; no data moves.
 
         A shorter row stays as it is; 0 empties a row for the next request. Outside of a trace it raises
@@ -119,7 +119,7 @@ class DenseCache:
         kept = jnp.minimum(self.lengths, keep)
         if not any(isinstance(x, jax.core.Tracer) for x in (keep, self.lengths, self.written)):
             self._check_held(np.asarray(kept))
-        return self.replace(lengths=kept, written=jnp.where(kept == 0, 0, self.written))
+        return replace(self, lengths=kept, written=jnp.where(kept == 0, 0, self.written))
 
     def _check_held(self, keep_lengths: np.ndarray) -> None:
         written = np.asarray(self.written)
@@ -163,7 +163,8 @@ def cache_specs(
         slots = layer_slots(window, capacity, chunk)
         return layer_specs(cfg, batch, slots, "batch", dtype=dtype, mesh=mesh, layout=layout or default_layout())
 
-    count, layers = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros"), tuple(layer(w) for w in cfg.windows)
+    count: Any = ArraySpec((batch,), ("batch",), jnp.int32, init="zeros")
+    layers = tuple(layer(w) for w in cfg.windows)
     return DenseCache(layers, count, count, capacity, min(chunk, capacity), cfg.windows, mesh)
 
 

@@ -8,8 +8,9 @@ and no lengths.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +96,13 @@ class PagedCache:
 
     def advance(self, rows: PackedRows, layers: tuple[LayerCache, ...]) -> PagedCache:
         """The cache with `layers`, to which the tokens of `rows` were appended."""
-        return self.replace(layers=layers).placed()
+        return replace(self, layers=layers).placed()
 
     def placed(self) -> PagedCache:
         """The cache constrained to its placement on the mesh. A jitted function must return it so."""
         if self.mesh is None:
             return self
-        specs = self.replace(layers=tuple(layer.specs() for layer in self.layers))
+        specs = replace(self, layers=tuple(layer.specs() for layer in self.layers))
         return jax.tree.map(lambda s, x: constrain(x, s, self.mesh), specs, self, is_leaf=is_spec)
 
 
@@ -119,7 +120,7 @@ def paged_cache_specs(
         raise RequestError(f"cfg is {type(cfg).__name__}: it must be a ModelConfig, such as the config of a model")
     groups, layout, dtype = page_groups(cfg), layout or default_layout(), cache_dtype(dtype)
     many = isinstance(pages, Sequence) or getattr(pages, "ndim", 0) == 1
-    counts = tuple(integer("pages", p) for p in (pages if many else (pages,) * len(groups)))
+    counts = tuple(integer("pages", p) for p in (cast(Any, pages) if many else (pages,) * len(groups)))
     page_size = PAGE_SIZES[layout] if page_size is None else integer("page_size", page_size)
     if len(counts) != len(groups) or min(counts) < 1 or page_size < 1:
         raise ValueError(
@@ -194,7 +195,7 @@ def _copy_pages(cache, group, src, dst):
 
 
 # Of the jitted program, for those that compile it themselves.
-copy_pages.lower, copy_pages.program = _copy_pages.lower, _copy_pages
+cast(Any, copy_pages).lower, cast(Any, copy_pages).program = _copy_pages.lower, _copy_pages
 
 
 def _copied(x: Array, src: Int[Array, " n"], dst: Int[Array, " n"]) -> Array:

@@ -1,13 +1,12 @@
-"""The command line: arguments in, text out. Everything it does is a call that Python can make too.
+"""The command line: it reads arguments and prints text. The work is done by functions that Python code can call too.
 
-A file a group of commands. jax and the model code are imported by the command that needs them, so that `pdx --help`
-answers at once.
+Each file holds a group of commands. A command imports jax and the model code itself, so that `pdx --help` is fast.
 """
 
 try:
     from pdx.cli import bench, doctor, generate, kernels, load, models, plan, report, serving
     from pdx.cli.app import app, main
-except KeyboardInterrupt:  # nothing has begun yet, and nobody is there to catch it
+except KeyboardInterrupt:  # Ctrl-C during these imports, before `main` can handle it
     import os
     import sys
 

@@ -1,4 +1,4 @@
-"""The command itself, the options that several commands share, and the entry point."""
+"""The command `pdx`: its entry point, and the options and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pdx.errors import RequestError
 
 
 class Commands(TyperGroup):
-    """The commands of `pdx`. None starts with a jax whose parts do not fit, but `doctor`, which says what is wrong."""
+    """The commands of `pdx`. All but `doctor` check first that the installed releases of jax's parts fit together."""
 
     def resolve_command(self, context, arguments):
         name, command, rest = super().resolve_command(context, arguments)
@@ -28,15 +28,15 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="LLM inference in JAX, prefill and decode apart.",
+    help="LLM inference in JAX, with prefill and decode as separate phases.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="--debug, anywhere, or PDX_DEBUG=1 shows the traceback of an error.",
 )
-bench_app = typer.Typer(help="Measure, on this device.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed and memory on this device.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-eval_app = typer.Typer(help="Measure quality.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure a model's quality.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 
 ModelOption = Annotated[
@@ -47,18 +47,18 @@ ModelOption = Annotated[
         help="Built-in name, .gguf file, Hugging Face directory, hub id, or a checkpoint of `pdx convert`.",
     ),
 ]
-DtypeOption = Annotated[str, typer.Option(help="Parameters: auto, f32 or bf16.")]
-KvDtypeOption = Annotated[str, typer.Option(help="KV-cache: auto (as the parameters), f32, bf16 or int8.")]
+DtypeOption = Annotated[str, typer.Option(help="Type of the parameters: auto, f32 or bf16.")]
+KvDtypeOption = Annotated[str, typer.Option(help="Type of the KV cache: auto (as the parameters), f32, bf16 or int8.")]
 QuantizeOption = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="Weights: int8, w8a8, int4[:g64], stored (as in "
-        "the file), exceptions such as int4,lm_head=w8a8, or a TOML file.",
+        help="Quantization of the weights: int8, w8a8, int4[:g64], stored (as in the file), a list with exceptions "
+        "such as int4,lm_head=w8a8, or a TOML file.",
     ),
 ]
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
-MeshOption = Annotated[str | None, typer.Option(help="Devices, such as data=2,model=4.")]
+MeshOption = Annotated[str | None, typer.Option(help="Mesh of devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, however wide.")]
 
@@ -76,11 +76,11 @@ def pdx(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of pdx, JAX and Python."),
     ] = False,
 ) -> None:
-    """LLM inference in JAX, prefill and decode apart."""
+    """LLM inference in JAX, with prefill and decode as separate phases."""
 
 
 def versions() -> dict[str, str]:
-    """Of pdx, JAX and Python, read without importing JAX."""
+    """The versions of pdx, JAX and Python, read without importing JAX."""
     from importlib.metadata import PackageNotFoundError, version
 
     from pdx import __version__
@@ -93,15 +93,16 @@ def versions() -> dict[str, str]:
 
 
 def refuse_without_effect(context: typer.Context, why: str, *names: str) -> None:
-    """Raise RequestError for an option of the command line that would change nothing; `why` says so."""
+    """Raise RequestError if one of the parameters `names` was given although it has no effect; `why` is the reason."""
     for name in names:
-        if context.get_parameter_source(name).name == "COMMANDLINE":
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
             option = next(x.opts[0] for x in context.command.params if x.name == name)
             raise RequestError(f"{option} would change nothing: {why}")
 
 
 def print_table(table, as_markdown: bool) -> None:
-    """A `pdx.io.tables.Table` for the screen, or as Markdown."""
+    """Print a `pdx.io.tables.Table` for the screen, or as Markdown."""
     if as_markdown:
         print(table.markdown())
     else:
@@ -109,12 +110,13 @@ def print_table(table, as_markdown: bool) -> None:
 
 
 def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = None):
+    """`pdx.load`, with the compilation cache on and the model's notes on standard error."""
     from pdx.installation.compilation_cache import enable_cache
     from pdx.weights.load import load
-    from pdx.weights.progress import still
+    from pdx.weights.progress import slow_notice
 
     enable_cache()
-    with still(f"loading {model}"):
+    with slow_notice(f"loading {model}"):
         loaded = load(model, dtype=dtype, mesh=mesh, quantize=quantize)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -122,7 +124,7 @@ def load_model(model: str, dtype: str, mesh: str | None, quantize: str | None = 
 
 
 def check_names(kernels: str = "auto", kv_dtype: str = "auto", *quantize: str | None) -> None:
-    """Raise, before a model is loaded, what these choices would raise after it."""
+    """Check these choices before a model is loaded. Raises RequestError or NotImplementedError."""
     from pdx.generation.generator import cache_dtype
     from pdx.layers.kernels import explain
     from pdx.quant import Policy
@@ -135,12 +137,12 @@ def check_names(kernels: str = "auto", kv_dtype: str = "auto", *quantize: str | 
 
 
 def main() -> None:
-    """Entry point: whatever goes wrong ends in one line and an exit code, see `pdx.cli.errors`."""
+    """Entry point. An error becomes one line and an exit code, see `pdx.cli.errors`."""
     warnings.showwarning = lambda message, *place, **more: print(f"note: {message}", file=sys.stderr)
     command = typer.main.get_command(app)
 
     def invoke(arguments: list[str]) -> None:
-        # Not called as a whole: typer would end interrupts and broken pipes in its own way.
+        # Not `command(arguments)`, because typer would handle interrupts and broken pipes itself.
         with command.make_context("pdx", arguments) as context:
             command.invoke(context)
 

@@ -1,4 +1,4 @@
-"""`pdx bench` and `pdx eval`: what is measured on this device."""
+"""`pdx bench model`, `pdx bench memory` and `pdx eval`."""
 
 from __future__ import annotations
 
@@ -37,16 +37,15 @@ def bench_model(
     ] = None,
     peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
     quantize: Annotated[
-        list[str] | None,
-        typer.Option(help="Also run the model with its weights stored so; more than one may be given."),
+        list[str] | None, typer.Option(help="Also run the model quantized like this; more than one may be given.")
     ] = None,
     dtype: DtypeOption = "auto",
     kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
 ) -> None:
-    """Prefill and decode of a model, beside other ways of storing it, transformers, llama.cpp and this machine's memory
-    bandwidth."""
+    """Measure prefill and decode of a model; compare with quantized weights, transformers, llama.cpp and this machine's
+    memory bandwidth."""
     from pdx.bench import model as bench
 
     check_names(kernels, "auto", *(quantize or ()))
@@ -56,7 +55,7 @@ def bench_model(
     if as_json:
         print(strict_json.dumps(result.to_dict(), indent=2))
         return
-    print(result.opening())
+    print(result.heading())
     print_table(result.table(), as_markdown)
     print("\n".join(["", *result.notes]))
 
@@ -65,19 +64,19 @@ def bench_model(
 def bench_memory(
     model: ModelOption = DEFAULT_MODEL,
     quantize: Annotated[
-        list[str] | None, typer.Option(help="How weights are stored; more than one may be given, `none` among them.")
+        list[str] | None, typer.Option(help="Quantization, or `none`; more than one may be given.")
     ] = None,
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
 ) -> None:
-    """What a model takes of this machine's memory, at the peak of loading and when it has run."""
+    """Measure how much host memory a model needs: the peak while loading, and after it has run."""
     from pdx.bench import memory
-    from pdx.weights.progress import still
+    from pdx.weights.progress import slow_notice
     from pdx.weights.resolve import resolve
 
     check_names("auto", "auto", *(quantize or ()))
     resolve(model)
-    with still("loading and running the model, a process for each way of storing it"):
+    with slow_notice("loading and running the model in a process for each quantization"):
         found = memory.measure(model, quantize or ("none", "int8"))
     if as_json:
         print(strict_json.dumps({"model": model, "results": [x.to_dict() for x in found]}))
@@ -136,28 +135,28 @@ def bench_speculation(
 
 @eval_app.command("ppl")
 def eval_ppl(
-    model: Annotated[str, typer.Argument(help="Anything --model takes.")] = DEFAULT_MODEL,
-    file: Annotated[Path | None, typer.Option(help="Text to score; without it, Python's language reference.")] = None,
+    model: Annotated[str, typer.Argument(help="A model, as for --model.")] = DEFAULT_MODEL,
+    file: Annotated[Path | None, typer.Option(help="Text to score; default: Python's language reference.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="What a quantized checkpoint is held against: the model that it was made of.")
+        str | None, typer.Option(help="For a quantized checkpoint: the original model that it is compared with.")
     ] = None,
     quantize: QuantizeOption = None,
     kv_dtype: KvDtypeOption = "auto",
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     stride: Annotated[int, typer.Option(help="Tokens from one window to the next.")] = 256,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text to score; 0: all.", min=0)] = 4096,
     dtype: DtypeOption = "auto",
     kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity over a text, and KL divergence and top-1 agreement against the unquantized model."""
+    """Measure perplexity over a text, and KL divergence and top-1 agreement with the unquantized model."""
     import dataclasses
 
     from pdx.bench import quality
     from pdx.calibration import stdlib_texts
     from pdx.io import inputs
     from pdx.quant import quantize_params
-    from pdx.weights.progress import still
+    from pdx.weights.progress import slow_notice
 
     text = inputs.read(file, stdlib_texts.evaluation)
     check_names(kernels, kv_dtype, quantize)
@@ -166,7 +165,7 @@ def eval_ppl(
         loaded = load_model(model, dtype, None, quantize)
     else:
         loaded = dataclasses.replace(plain, params=quantize_params(plain.params, quantize)) if quantize else plain
-    with still("scoring the text, window by window"):
+    with slow_notice("scoring the text, window by window"):
         found = quality.evaluate(
             loaded, plain, text, kv_dtype=kv_dtype, length=window, stride=stride, max_tokens=max_tokens, kernels=kernels
         )
@@ -175,6 +174,6 @@ def eval_ppl(
         return
     print(
         f"perplexity      {found.perplexity:.4f} ({found.perplexity / found.reference_perplexity - 1:+.3%} against "
-        f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats a token\n"
+        f"{found.reference_perplexity:.4f} unquantized)\nKL divergence   {found.kl:.6f} nats per token\n"
         f"top-1 agreement {found.top1_agreement:.2%}\ntokens          {found.tokens}"
     )

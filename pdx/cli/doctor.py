@@ -1,4 +1,4 @@
-"""`pdx doctor`: what is wrong with this installation, if anything is."""
+"""`pdx doctor`: checks the installation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How the command ends: what went wrong in one line, an exit code, and nothing left behind.
+"""How the command ends: errors as one line, exit codes, signals, and removal of unfinished files.
 
-Exit codes: 0, done, or the reader of the output went away (`| head`); 1, an error; 2, options that cannot be read; 130,
+Exit codes: 0, done, or the reader of the output has closed it (`| head`); 1, an error; 2, invalid options; 130,
 interrupted; 143, terminated. `--debug` or PDX_DEBUG=1 shows the traceback of an error.
 """
 
@@ -26,10 +26,10 @@ from pdx.errors import PdxError
 from pdx.io import outputs
 
 DEBUG = "--debug"
-# typer brings its own copy of click, or depends on it: its errors are found through a public name.
+# Depending on its release, typer has its own copy of click or imports it. This finds click's UsageError in both.
 UsageError = typer.BadParameter.__mro__[2]
 ENDS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
-# Seconds for Python to notice a signal; a compiler or a kernel does not let it.
+# Seconds that Python gets to handle a signal. It cannot while it waits for a compiler or a kernel.
 GRACE_S = 1.0
 
 
@@ -38,80 +38,86 @@ class Terminated(BaseException):
 
 
 def run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run a command and return its exit code; whatever it raises is told on standard error."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)  # behind it nothing is an option
-    asked = DEBUG in arguments[:at] or os.environ.get("PDX_DEBUG", "") not in ("", "0")
+    """Run a command and return its exit code. An error is reported on standard error."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)  # no options after it
+    debug = DEBUG in arguments[:at] or os.environ.get("PDX_DEBUG", "") not in ("", "0")
     rest = [a for a in arguments[:at] if a != DEBUG] + arguments[at:]
     try:
         try:
-            streams.mend()
-            threading.excepthook = partial(_thread_ended, debug=asked)
-            if not asked:  # a plugin of JAX for a device that is not here
+            streams.prepare()
+            threading.excepthook = partial(_thread_failed, debug=debug)
+            if not debug:  # JAX logs a traceback if a plugin finds no device
                 logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
             with _signals():
                 command(rest)
                 streams.flush_output()
             return 0
         except BaseException as error:
-            return _ended(error, asked)
-    except (KeyboardInterrupt, Terminated):  # once more, while the first is dealt with
+            return _exit_code(error, debug)
+    except (KeyboardInterrupt, Terminated):  # a second signal, while the first is handled
         return leave(signal.SIGINT)
 
 
-def _ended(error: BaseException, debug: bool) -> int:
-    """The exit code of an error, which is told."""
+def _exit_code(error: BaseException, debug: bool) -> int:
+    """Report an error; returns its exit code."""
     if isinstance(error, KeyboardInterrupt | Terminated):
         return leave(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
-    if _reader_left(error):
+    if _is_reader_gone(error):
         streams.drop_output()
         return 0
     try:
         streams.flush_output()
     except OSError as failed:
-        if _reader_left(failed):
+        if _is_reader_gone(failed):
             return 0
         error = failed if isinstance(error, typer.Exit) else error
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, UsageError):
-        from typer import rich_utils
-
-        rich_utils.rich_format_error(error)
-        return error.exit_code
+        return _usage_error(error)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    _tell(error, debug)
+    _print_error(error, debug)
     return 1
 
 
-def _reader_left(error: BaseException) -> bool:
-    """Whether it is that of standard output which went away, and not of some other pipe. rich turns it into an exit."""
+def _usage_error(error: Any) -> int:
+    """Print a UsageError of click; returns its exit code."""
+    from typer import rich_utils
+
+    rich_utils.rich_format_error(error)
+    return error.exit_code
+
+
+def _is_reader_gone(error: BaseException) -> bool:
+    """Whether standard output is a broken pipe (no other pipe counts). rich turns that error into a SystemExit."""
     if isinstance(error, SystemExit):
         return isinstance(error.__context__, BrokenPipeError)
     return isinstance(error, BrokenPipeError) and (error.filename == streams.OUTPUT or streams.is_output_broken())
 
 
-def _thread_ended(failed: threading.ExceptHookArgs, debug: bool) -> None:
-    """The engine's own thread tells those who wait for it."""
+def _thread_failed(failed: threading.ExceptHookArgs, debug: bool) -> None:
+    """Print an error that ended a thread, unless it is the engine's, which reports to its callers."""
     if debug or not (failed.thread and failed.thread.name.startswith("pdx-")):
-        _tell(failed.exc_value, debug)
+        _print_error(failed.exc_value, debug)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
+    """A log filter that replaces a record's traceback by the error's text."""
     if record.exc_info:
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
         record.exc_info = None
     return True
 
 
-def _tell(error: BaseException | None, debug: bool) -> None:
+def _print_error(error: BaseException | None, debug: bool) -> None:
     if debug and error:
         traceback.print_exception(error)
-    print(f"error: {said(error)}", file=sys.stderr)
+    print(f"error: {message(error)}", file=sys.stderr)
 
 
-def said(error: BaseException | None) -> str:
-    """What a user is told of an error: its text where pdx raised it on purpose, else one line."""
+def message(error: BaseException | None) -> str:
+    """The text of an error for users: its own if pdx raised it on purpose, else one line that says what to do."""
     if isinstance(error, PdxError | NotImplementedError):
         return str(error)
     line = next((x.strip() for x in str(error).splitlines() if x.strip()), "")[:400]
@@ -120,39 +126,39 @@ def said(error: BaseException | None) -> str:
         return f"{where}{outputs.reason(error)}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
         return f"there is not enough memory: take a smaller model, batch or context, or --quantize ({line or 'host'})"
-    if _of_backends(error):
-        asked = os.environ.get("JAX_PLATFORMS")
-        why = f"JAX_PLATFORMS={asked} asks for what is not here" if asked else "JAX finds no device that it can use"
+    if _is_backend_error(error):
+        platforms = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS={platforms} is not available" if platforms else "JAX finds no device that it can use"
         return f"{why} ({line or type(error).__name__}): JAX_PLATFORMS=cpu runs on the CPU; unset, JAX chooses"
     return (
-        f"pdx failed where it should not, which is a fault of pdx: {type(error).__name__}: {line}. {DEBUG} (or "
-        "PDX_DEBUG=1) shows where; please report that"
+        f"unexpected error, which is a fault of pdx: {type(error).__name__}: {line}. {DEBUG} (or PDX_DEBUG=1) shows "
+        "the traceback; please report it"
     )
 
 
-def _of_backends(error: BaseException | None) -> bool:
-    """Whether JAX raised it as it looked for its devices; it does so with errors of several types."""
+def _is_backend_error(error: BaseException | None) -> bool:
+    """Whether JAX raised it while it initialized its devices, which has several error types."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
     return bool(frames) and os.path.basename(frames[-1].filename) == "xla_bridge.py"
 
 
 def leave(number: signal.Signals) -> int:
-    """End the process at once, with nothing unfinished left on disk.
+    """Remove unfinished files and end the process at once.
 
-    An orderly end waits for threads and for programs under way, which may take minutes. Called from any thread, also
-    while another one holds the streams: it writes to the descriptors.
+    A normal exit would wait for threads and running programs, possibly for minutes. Any thread may call this, even
+    while another one holds the streams' locks, since it writes to the descriptors.
     """
     code, word = ENDS[number]
     outputs.discard_unfinished()
     with suppress(OSError):
-        cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a bar may have hidden it
+        cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar may have hidden it
         os.write(2, cursor + word.encode() + b"\n")
     os._exit(code)
 
 
 class _signals:
-    """Inside, Ctrl-C and SIGTERM raise in the main thread. Where that is busy with a call that does not return to
-    Python, such as a compilation, a thread ends the process."""
+    """Within the block, Ctrl-C and SIGTERM raise an exception in the main thread. If that is busy in native code, such
+    as a compilation, a second thread ends the process after `GRACE_S` seconds."""
 
     def __enter__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -164,7 +170,7 @@ class _signals:
         for number in ENDS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._raise)
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # Python writes there before it can run a handler
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # written at once, before Python can run a handler
         threading.Thread(target=self._watch, args=(read,), name="pdx-signals", daemon=True).start()
 
     def __exit__(self, kind, error, _) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,22 +35,22 @@ from pdx.weights.builtin import DEFAULT_MODEL
 def generate(
     context: typer.Context,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; - reads standard input, less the newline at its end.")
+        str | None, typer.Argument(help="The prompt; - reads standard input without its last newline.")
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the smallest set of this probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this total probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens seen; 1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Taken off once for a token generated before.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="Taken off for each time it was generated.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens seen; 1: off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted once from the logits of generated tokens.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Subtracted for each time a token was generated.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given more than once.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end token.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end token.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Report log-probabilities with this many alternatives.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of requests: prompt or messages, and settings.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of answers, in the order of --prompts.")] = None,
@@ -67,34 +68,19 @@ def generate(
     mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate text and report TTFT, TPOT and E2E apart."""
-    from pdx.sampling.options import FILTERS, SamplingOptions
+    """Generate text; report TTFT, TPOT and E2E separately."""
+    from pdx.sampling.options import SamplingOptions
     from pdx.speculative.options import asked
 
-    # The options of the command that bear the name of a setting.
+    # The options of the command that have the name of a sampling setting.
     names = {f.name for f in dataclasses.fields(SamplingOptions)}
     settings = {name: value for name, value in context.params.items() if name in names and value is not None}
     options = SamplingOptions(**settings)  # checked before a model is loaded
-    if (prompts is None) != (output is None):
-        raise RequestError("--prompts and --output go together")
-    if prompts is not None and prompt is not None:
-        raise RequestError("give a PROMPT or --prompts, not both")
-    if prompts is not None and (chat or system is not None):
-        raise RequestError('--chat and --system are for a PROMPT: in --prompts, rows with "messages" are chats')
-    if prompts is None:
-        refuse_without_effect(context, "it is for the requests of --prompts", "batch_size")
-    else:
-        refuse_without_effect(context, "the answers to --prompts are JSON already, in --output", "as_json")
-    if prompts is None and temperature == 0:
-        refuse_without_effect(
-            context, "a temperature of 0 always takes the best token; add --temperature", *FILTERS, "seed"
-        )
-    if logprobs is not None and prompts is None and not as_json:
-        raise RequestError("--logprobs are reported in the object that --json prints: add --json")
+    _check_combination(context, context.params)
     run: dict[str, Any] = {"kernels": kernels, "kv_dtype": kv_dtype}
     if speculation := asked(speculate, draft_length):
         run["speculate"] = speculation
-    if prompts is not None:
+    if prompts is not None and output is not None:
         from pdx.clients.batch_file import check_output, read
 
         requests = read(prompts, options)
@@ -114,6 +100,28 @@ def generate(
     _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)
 
 
+def _check_combination(context: typer.Context, given: Mapping[str, Any]) -> None:
+    """Raise RequestError for options that exclude each other, and for those without effect."""
+    from pdx.sampling.options import FILTERS
+
+    if (given["prompts"] is None) != (given["output"] is None):
+        raise RequestError("--prompts and --output go together")
+    if given["prompts"] is not None:
+        if given["prompt"] is not None:
+            raise RequestError("give a PROMPT or --prompts, not both")
+        if given["chat"] or given["system"] is not None:
+            raise RequestError('--chat and --system are for a PROMPT: in --prompts, rows with "messages" are chats')
+        refuse_without_effect(context, "the answers to --prompts are JSON already, in --output", "as_json")
+        return
+    refuse_without_effect(context, "it is for the requests of --prompts", "batch_size")
+    if given["temperature"] == 0:
+        refuse_without_effect(
+            context, "a temperature of 0 always takes the best token; add --temperature", *FILTERS, "seed"
+        )
+    if given["logprobs"] is not None and not given["as_json"]:
+        raise RequestError("--logprobs are reported in the object that --json prints: add --json")
+
+
 def _generate_file(load, source: Path, requests, output: Path, run: dict) -> None:
     from pdx.clients import batch_job
     from pdx.io.outputs import is_ordinary, locked
@@ -126,21 +134,21 @@ def _generate_file(load, source: Path, requests, output: Path, run: dict) -> Non
 
 def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
     from pdx.generation import results, stream
-    from pdx.weights.progress import patiently
+    from pdx.weights.progress import notify_if_slow
 
     completion, held = None, ""
-    pieces = patiently(stream(model, request, options, **run), "compiling programs for this shape")
+    pieces = notify_if_slow(stream(model, request, options, **run), "compiling programs for this shape")
     try:
         for number, piece in enumerate(pieces):
             held += piece.text
-            # The first piece waits for the second: a program may be compiled between them, which is said on a line.
+            # The first piece is printed together with the second, because the notice of a compilation may come between.
             if not as_json and (number or piece.completion):
                 sys.stdout.write(held)
                 sys.stdout.flush()
                 held = ""
             completion = piece.completion or completion
     finally:
-        if not as_json:  # the first piece, where an error followed it
+        if not as_json:  # the first piece, if an error followed it
             sys.stdout.write(held)
             sys.stdout.flush()
     if as_json:

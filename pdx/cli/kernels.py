@@ -1,4 +1,4 @@
-"""`pdx tune` and `pdx compare`: the kernels by themselves."""
+"""`pdx tune` and `pdx compare`: choosing tiles of kernels, and comparing implementations."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def tune(
         str | None,
         typer.Option(help="Rank for this chip (v5e, h100, ...) by static figures; without it, measure on this device."),
     ] = None,
-    case: Annotated[str | None, typer.Option(help="Only cases whose name holds this.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Keep the best tiles for the kernels to take.")] = False,
-    folder: Annotated[Path | None, typer.Option(help="Of the tables; else $PDX_TUNED, else the package's.")] = None,
+    case: Annotated[str | None, typer.Option(help="Only cases whose name contains this.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Store the best tiles, so that kernels use them.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of the tables; default: $PDX_TUNED, else the package's.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose a kernel's tiles: measured on a real device, else ranked by what its compiler says."""
+    """Choose a kernel's tiles, by measurement on this device or by static figures of the compiler."""
     from pallas_kernels import tiles
     from pallas_kernels.analysis import targets, tuning
 
@@ -54,32 +56,34 @@ def compare(
         list[str] | None,
         typer.Argument(
             help="flash_attention, decode_attention, paged_attention, "
-            "quantized_matmul, steps (prefill and decode); none: all."
+            "quantized_matmul, or steps (prefill and decode); default: all."
         ),
     ] = None,
     shapes: Annotated[
         str | None,
-        typer.Option(help="all, or part of a case's name; without it a few on a CPU, all of real size elsewhere."),
+        typer.Option(
+            help="all, or a part of a case's name; default: a few cases on a CPU, all of realistic size elsewhere."
+        ),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Chips that are not here, for static figures: v5e,h100, or none.")
+        str | None, typer.Option(help="Other chips for which to report static figures: v5e,h100, or none.")
     ] = None,
     own: Annotated[
         list[str] | None,
         typer.Option(
             "--with",
-            help="A kernel of your own, package.module:function, importable from here; beside the others of the one OP "
-            "named, or of its OP. Several times for several.",
+            help="Also compare your own kernel, package.module:function (importable from this folder), for the single "
+            "OP given or for the kernel's own OP. May be given more than once.",
         ),
     ] = None,
-    cycles: Annotated[bool, typer.Option("--cycles", help="The compilers' static cycles too; slow.")] = False,
+    cycles: Annotated[bool, typer.Option("--cycles", help="Also report the compilers' static cycles; slow.")] = False,
     model: ModelOption = DEFAULT_MODEL,
-    rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="How often each implementation is timed.", min=1)] = 5,
     csv: Annotated[Path | None, typer.Option(help="Write every row to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the roofline with what was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the measurements against the roofline.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """XLA's path against the Pallas kernel and other people's: each op, and the whole prefill and decode steps."""
+    """Compare XLA, Pallas and other kernels: each op by itself, and the whole prefill and decode steps."""
     from pdx.bench import compare as comparing
     from pdx.bench.compare import plot as plotting
     from pdx.bench.compare.terminal import show
@@ -88,27 +92,35 @@ def compare(
     if op and "steps" not in op:
         refuse_without_effect(context, "only `steps` run a model", "model")
     if targets == "none":
-        refuse_without_effect(context, "static cycles are of --targets", "cycles")
+        refuse_without_effect(context, "static cycles are for --targets", "cycles")
     if csv is not None:
         outputs.check_file(csv)
     if plot is not None:
         plotting.check(plot)
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
-    settings = {"shapes": shapes, "targets": chips, "model": model, "rounds": rounds, "cycles": cycles}
     with progress_bar(unit="cases") as bar:
-        found = comparing.compare(op or (), **settings, extra=_importable(own or ()), progress=bar)
+        found = comparing.compare(
+            op or (),
+            shapes=shapes,
+            targets=chips,
+            model=model,
+            rounds=rounds,
+            cycles=cycles,
+            extra=_importable(own or ()),
+            progress=bar,
+        )
     if as_json:
         print(strict_json.dumps(found.to_dict()))
     else:
         show(found)
-    if csv is not None:  # behind what is printed, which is there even if a disk is full by now
+    if csv is not None:  # after printing, so that a full disk loses no result
         found.write_csv(csv)
     if plot is not None:
         plotting.save(found, plot)
 
 
 def _importable(references: Sequence[str]) -> dict[str, str]:
-    """References by the last part of their name. What lies in the working folder can be imported, as by `python -m`."""
+    """Last part of a reference -> reference. Adds the working folder to the import path, like `python -m`."""
     if references and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     return {reference.replace(":", ".").rpartition(".")[2]: reference for reference in references}

@@ -35,45 +35,49 @@ def bench_load(
     context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     arrival: Annotated[
-        str, typer.Option(help="poisson; burst (in clusters); closed (each client sends when it has its answer).")
+        str, typer.Option(help="poisson; burst (in clusters); closed (a client waits for each answer).")
     ] = "poisson",
     rate: Annotated[
-        list[float] | None, typer.Option(help="Requests a second, inf: all at once; more than one may be given.")
+        list[float] | None, typer.Option(help="Requests per second; inf: all at once; more than one may be given.")
     ] = None,
-    clients: Annotated[list[int] | None, typer.Option(help="Of closed; more than one may be given.")] = None,
-    requests: Annotated[int, typer.Option(help="Of each load; of a trace, the first so many.")] = 64,
+    clients: Annotated[
+        list[int] | None, typer.Option(help="Clients of a closed load; more than one may be given.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Requests of each load, or the most that a trace is read for.")] = 64,
     prompt_len: Annotated[str, typer.Option(help=f"Tokens of a prompt: {LENGTHS}.")] = "lognormal:128:0.5",
-    output_len: Annotated[str, typer.Option(help="Tokens of an answer, likewise.")] = "uniform:16:128",
+    output_len: Annotated[str, typer.Option(help="Tokens of an answer, in the same notation.")] = "uniform:16:128",
     shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.", min=0)] = 0,
     burstiness: Annotated[
-        float, typer.Option(help="Of burst: the shape of the gaps' gamma distribution; 1 is poisson.")
+        float, typer.Option(help="For burst: shape of the gamma distribution of the gaps; 1 is poisson.")
     ] = 0.25,
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines of arrival_s, prompt_tokens, output_tokens, instead of --arrival, --rate and the lengths."
+            help="JSON lines with arrival_s, prompt_tokens and output_tokens, instead of --arrival, --rate and lengths."
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="What prompts are cut from; without it, Python's language reference.")
+        Path | None, typer.Option(help="Text that prompts are cut from; default: Python's language reference.")
     ] = None,
-    slo_ttft: Annotated[float | None, typer.Option(help="Milliseconds to the first token, for goodput.")] = None,
-    slo_tpot: Annotated[float | None, typer.Option(help="Milliseconds a token, for goodput.")] = None,
-    slo_e2e: Annotated[float | None, typer.Option(help="Milliseconds in all, for goodput.")] = None,
+    slo_ttft: Annotated[float | None, typer.Option(help="TTFT objective for goodput, in milliseconds.")] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="TPOT objective for goodput, in milliseconds.")] = None,
+    slo_e2e: Annotated[float | None, typer.Option(help="E2E objective for goodput, in milliseconds.")] = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="Settings side by side: chunked_prefill=on,off, "
+            help="Compare values of a setting: chunked_prefill=on,off, "
             "prefix_cache=on,off, slots=1,4,8, kv_dtype=auto,int8, "
-            "quantize=none,int8, ...; all combinations of several."
+            "quantize=none,int8, ...; if given more than once, all combinations."
         ),
     ] = None,
     profile: ProfileOption = None,
     slots: SlotsOption = None,
     token_budget: TokenBudgetOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.", min=0)] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Picture of latency against throughput, such as load.png.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and prompts.", min=0)] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="File for a plot of latency against throughput, such as load.png.")
+    ] = None,
     dtype: DtypeOption = "auto",
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
@@ -82,7 +86,7 @@ def bench_load(
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
 ) -> None:
-    """The engine under load: TTFT, TPOT, E2E, throughput and goodput, over rates and settings side by side."""
+    """Measure the engine under load: TTFT, TPOT, E2E, throughput and goodput, for several rates and settings."""
     from pdx.bench import load
     from pdx.bench.load import page, workload
     from pdx.installation.devices import where_run
@@ -90,7 +94,7 @@ def bench_load(
     from pdx.sampling.options import SamplingOptions
 
     if trace is not None:
-        refuse_without_effect(context, "the trace says how long prompts and answers are", "prompt_len", "output_len")
+        refuse_without_effect(context, "the trace has the lengths of prompts and answers", "prompt_len", "output_len")
     if trace is not None or arrival != "burst":
         refuse_without_effect(context, "it is for --arrival burst", "burstiness")
     pressures = _pressures(arrival, rate, clients, trace)
@@ -107,7 +111,7 @@ def bench_load(
     models = {stored: load_model(model, dtype, mesh, stored) for stored in dict.fromkeys(s.quantize for s in each)}
     first = next(iter(models.values()))
     device, loads = where_run(first.mesh), []
-    for number, pressure in enumerate(pressures):  # other prompts for each, or the prefix cache would know them
+    for number, pressure in enumerate(pressures):  # with new prompts, so that the prefix cache holds none of them
         prompts = workload.Prompts.of(first, seed * len(pressures) + number, shared_prefix, text)
         loads.append(
             workload.read_trace(trace, prompts, requests)
@@ -116,23 +120,24 @@ def bench_load(
         )
     results = load.compare(models, each, loads, objectives, sampling=sampling)
     if as_json:
-        said = {"model": first.name, "device": device, "results": [r.to_dict() for r in results]}
-        print(strict_json.dumps(said))
+        fields = {"model": first.name, "device": device, "results": [r.to_dict() for r in results]}
+        print(strict_json.dumps(fields))
     else:
         print(
-            f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests a load, {loads[0].process}\n"
+            f"{first.name}, {first.dtype}, on {device}; {len(loads[0].requests)} requests per load, "
+            f"{loads[0].process}\n"
         )
         print_table(page.table(results), as_markdown)
         print("\n".join(["", *page.notes(results)]))
     if plot:
-        page.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests a load")
+        page.plot(results, plot, f"{first.name}, {loads[0].process}, {len(loads[0].requests)} requests per load")
 
 
 def _pressures(arrival: str, rate, clients, trace: Path | None) -> list[float]:
-    """Rates or numbers of clients, as the arrival wants them. Raises RequestError for what does not go together."""
+    """The rates, or for `closed` the numbers of clients. Raises RequestError for options that exclude each other."""
     if trace is not None:
         if rate or clients or arrival != "poisson":
-            raise RequestError("--trace says when requests come: leave out --arrival, --rate and --clients")
+            raise RequestError("--trace has the arrival times: leave out --arrival, --rate and --clients")
         return [0.0]
     closed = arrival == "closed"
     given, other = (clients, rate) if closed else (rate, clients)
@@ -152,7 +157,7 @@ def bench_engine(
     model: ModelOption = DEFAULT_MODEL,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="throughput, gap, prefix or overhead; more than one may be given. Without it, all."),
+        typer.Option(help="throughput, gap, prefix or overhead; more than one may be given. Default: all."),
     ] = None,
     peer: Annotated[bool, typer.Option(help="Also run transformers on the same weights, if it is installed.")] = True,
     dtype: DtypeOption = "auto",
@@ -160,7 +165,7 @@ def bench_engine(
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
 ) -> None:
-    """What the engine is held to: throughput, stalls, prefix reuse and overhead, each as a ratio beside its target."""
+    """Measure the engine against its targets: throughput, stalls, prefix reuse and overhead."""
     from pdx.bench import engine_figures as figures
 
     figures.check_names(only or ())

@@ -1,4 +1,4 @@
-"""`pdx models`, `pdx convert` and `pdx quantize`: what there is to run, and in what form."""
+"""`pdx models`, `pdx convert` and `pdx quantize`: listing models and making checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdx.io import strict_json
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List what is built in, what is in the cache, and what can be loaded."""
+    """List the models that can be loaded by name."""
     from pdx.weights.listing import list_models
 
     rows = list_models()
@@ -28,12 +28,12 @@ def models(as_json: JsonOption = False) -> None:
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="What to convert; anything --model takes.")],
-    directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
+    model: Annotated[str, typer.Argument(help="The model to convert, as for --model.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory for the checkpoint; --model accepts it.")],
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Save config, tokenizer and parameters as a checkpoint that loads faster."""
+    """Save configuration, tokenizer and parameters as a checkpoint that loads faster."""
     from pdx.weights.checkpoint import reserved
 
     with reserved(directory):
@@ -43,19 +43,21 @@ def convert(
 @app.command()
 def quantize(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="What to quantize; anything --model takes.")],
-    directory: Annotated[Path, typer.Argument(help="A new directory, which is a model argument from then on.")],
+    model: Annotated[str, typer.Argument(help="The model to quantize, as for --model.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory for the checkpoint; --model accepts it.")],
     policy: QuantizeOption = "int4",
-    method: Annotated[str, typer.Option(help="rtn (to the nearest), awq (activation-aware scaling) or gptq.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="rtn (round to nearest), awq (activation-aware scaling) or gptq.")
+    ] = "gptq",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text that awq and gptq look at; without it, docstrings of the standard library."),
+        typer.Option(help="Calibration text for awq and gptq; default: docstrings of the standard library."),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Of 512 tokens, taken from that text.", min=1)] = 16,
+    sequences: Annotated[int, typer.Option(help="Sequences of 512 tokens taken from that text.", min=1)] = 16,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize a model, with a calibration text if need be, and save it as a checkpoint."""
+    """Quantize a model, with a calibration text for awq and gptq, and save it as a checkpoint."""
     from pdx import calibration as calibrating
     from pdx.calibration import stdlib_texts
     from pdx.io import inputs
@@ -67,7 +69,7 @@ def quantize(
         raise RequestError(f"--quantize {policy} quantizes nothing: `pdx convert` saves a model as it is")
     calibrating.check_method(method)
     if method == "rtn":
-        refuse_without_effect(context, "rtn rounds to the nearest and looks at no text", "calibration", "sequences")
+        refuse_without_effect(context, "rtn rounds to nearest and uses no text", "calibration", "sequences")
     text = inputs.read(calibration, stdlib_texts.calibration) if method != "rtn" else ""
     with reserved(directory):
         if method == "rtn":
@@ -83,9 +85,9 @@ def quantize(
 
 def _save(model, directory: Path, as_json: bool) -> None:
     from pdx.weights.checkpoint import save
-    from pdx.weights.progress import still
+    from pdx.weights.progress import slow_notice
 
-    with still(f"saving to {directory}"):
+    with slow_notice(f"saving to {directory}"):
         save(model, directory)
     if as_json:
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
@@ -95,7 +97,7 @@ def _save(model, directory: Path, as_json: bool) -> None:
 
 
 def _print_models(rows: list[dict[str, Any]]) -> None:
-    """A table of what `pdx models` knows."""
+    """Print the models as a table."""
     from rich.markup import escape
 
     from pdx.io.tables import Table

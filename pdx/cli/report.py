@@ -1,4 +1,4 @@
-"""`pdx calibrate` and `pdx report`: this device measured, and the table of optimizations on it."""
+"""`pdx calibrate` and `pdx report`: measuring this device, and the table of optimizations on it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from pdx.weights.builtin import DEFAULT_MODEL
 
 @app.command()
 def calibrate(
-    name: Annotated[str | None, typer.Option(help="Of the chip; without it, made of the device's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; without it, where --chip finds it by name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the chip; default: from the device's name.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: where --chip finds the chip by its name.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this device: bandwidth, matmul rates and how fast it is at the pieces of a step; store it as a chip."""
+    """Measure this device (memory bandwidth, matmul rates, parts of a step) and store it as a chip for --chip."""
     import dataclasses
     import shlex
 
     from pdx.bench.calibrate import calibrate as measure
-    from pdx.bench.device import slug
+    from pdx.bench.device import file_name
     from pdx.cost import chips
     from pdx.installation.compilation_cache import enable_cache
     from pdx.io import outputs
     from pdx.weights.progress import progress_bar
 
-    target = out or chips.file_of(name or slug())
+    target = out or chips.file_of(name or file_name())
     if target.parent.is_dir():
         outputs.check_file(target)
     else:
@@ -39,7 +41,7 @@ def calibrate(
         chip = measure(name, progress=progress)
     try:
         file = chips.save(chip, out)
-    except OSError:  # the disk is full by now: the measurement is printed
+    except OSError:  # such as a full disk: print the measurement instead
         print(strict_json.dumps(dataclasses.asdict(chip)) if as_json else chips.to_toml(chip))
         raise
     if as_json:
@@ -59,8 +61,8 @@ def report(
     chip: Annotated[
         str | None,
         typer.Option(
-            help="This device, as `pdx calibrate` stored it; without it, the one of "
-            "its name, measured now if there is none."
+            help="This device as `pdx calibrate` stored it; default: the chip with the device's name, which is "
+            "measured now if it does not exist."
         ),
     ] = None,
     predict: Annotated[
@@ -69,14 +71,14 @@ def report(
     row: Annotated[
         list[str] | None, typer.Option(help="Measure only this row, and no pitfalls; more than one may be given.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny loads: whether it runs, not what it says.")] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny loads, to test that it runs; the figures mean nothing.")] = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure and predict each optimization on this device, prefill and decode apart: which pays where, and why?"""
+    """Measure and predict what each optimization gains on this device, in prefill and in decode, and explain it."""
     from pdx.bench import calibrate as calibration
     from pdx.bench import report as reporting
-    from pdx.bench.device import slug
+    from pdx.bench.device import file_name
     from pdx.bench.report import page
     from pdx.bench.report.optimizations import QUICK
     from pdx.cost import chips
@@ -85,7 +87,7 @@ def report(
     from pdx.weights.progress import progress_bar
 
     others = {name: chips.chip(name) for name in predict or ("v5e", "h100")}
-    here = chips.chip(chip or slug()) if chip or (not quick and slug() in chips.names()) else None
+    here = chips.chip(chip or file_name()) if chip or (not quick and file_name() in chips.names()) else None
     if here is not None and not isinstance(here, chips.MeasuredChip):
         raise RequestError(f"{here.name} was not measured: the report needs this device as pdx calibrate stores it")
     reporting.chosen(row)
@@ -97,7 +99,7 @@ def report(
             if not quick:
                 chips.save(here)
         found = reporting.run(loaded, here, others, QUICK if quick else None, only=row, progress=progress)
-    if not as_json:  # before files are written: a disk that is full by now costs no result
+    if not as_json:  # before files are written, so that a full disk loses no result
         page.show(found)
     try:
         files = [str(file) for file in reporting.write(found, out)]

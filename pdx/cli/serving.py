@@ -1,4 +1,4 @@
-"""`pdx chat` and `pdx batch`: what stands on the engine."""
+"""`pdx chat` and `pdx batch`, which use the engine."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from pdx.weights.builtin import DEFAULT_MODEL
 
 ProfileOption = Annotated[str | None, typer.Option("--engine", help="A profile of configs/engines/ or a TOML file.")]
 SlotsOption = Annotated[int | None, typer.Option(help="Requests that decode together.", min=1)]
-TokenBudgetOption = Annotated[int | None, typer.Option(help="Tokens of a step, decode rows included.", min=1)]
+TokenBudgetOption = Annotated[int | None, typer.Option(help="The most tokens of a step, decode rows included.", min=1)]
 MaxTokensOption = Annotated[int, typer.Option(help="Stop an answer after this many tokens.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy. Chats: as the model's files recommend.")]
-TopPOption = Annotated[float | None, typer.Option(help="Keep the smallest set of this probability.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help="0 is greedy. Default: greedy; for chats, what the model's files recommend.")
+]
+TopPOption = Annotated[float | None, typer.Option(help="Keep the smallest set of tokens with this total probability.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 
 
 def engine_config(profile: str | None, **settings):
-    """A profile with those settings that say something: not None, and not auto, which leaves it to the profile."""
+    """A profile's `EngineConfig` with the given settings; None and `auto` leave the profile's value."""
     from pdx.engine.config import EngineConfig
 
     given = {name: value for name, value in settings.items() if value not in (None, "auto")}
@@ -46,12 +48,12 @@ def engine_config(profile: str | None, **settings):
 
 
 def _asked(**settings):
-    """The settings that were given."""
+    """The settings that are not None."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def start_engine(model, config):
-    """A compiled engine, with a bar while it compiles."""
+    """A started engine. A progress bar is shown while it compiles."""
     from pdx import Engine
     from pdx.weights.progress import progress_bar
 
@@ -79,8 +81,8 @@ def chat(
         bool, typer.Option("--json", help="Print the conversation as one JSON object, at its end.")
     ] = False,
 ) -> None:
-    """Talk to a model; its cache lives from turn to turn, so that only new tokens are prefilled."""
-    from pdx.clients.chat import Chat, check_template, converse, typed
+    """Talk to a model. Its KV cache is kept between turns, so that only new tokens are prefilled."""
+    from pdx.clients.chat import Chat, check_template, converse, input_lines
     from pdx.generation.results import completion_fields
     from pdx.layers.kernels import explain_mixed
     from pdx.sampling.options import SamplingOptions
@@ -90,14 +92,16 @@ def chat(
     streams.check_argument("--system", system)
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
     if not config.prefix_cache:
-        raise RequestError(f"profile {profile} has prefix_cache = false: a chat would prefill every turn anew")
+        raise RequestError(
+            f"profile {profile} has prefix_cache = false: a chat would prefill the whole conversation in every turn"
+        )
     check_names(config.kernels, config.kv_dtype, quantize)
     loaded = load_model(model, dtype, mesh, quantize)
     check_template(loaded.tokenizer, system)  # before anything is compiled
     options = dataclasses.replace(options, **{**loaded.sampling, **asked})
     with start_engine(loaded, config) as engine:
         talk = Chat(engine, options, system)
-        turns = converse(talk, typed(encoding=streams.encoding()), out=io.StringIO() if as_json else None)
+        turns = converse(talk, input_lines(encoding=streams.encoding()), out=io.StringIO() if as_json else None)
     if as_json:
         print(
             strict_json.dumps(
@@ -119,7 +123,7 @@ def batch(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN.jsonl", help="Requests: prompt or messages and settings a row, or OpenAI's batch rows."
+            metavar="IN.jsonl", help="Requests: rows with prompt or messages and settings, or OpenAI's batch rows."
         ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the same order.")],
@@ -138,9 +142,9 @@ def batch(
     mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a file of requests with continuous batching. Interrupted, the same command goes on where it was."""
+    """Answer a file of requests with continuous batching. After an interruption, the same command resumes."""
     from pdx.clients import batch_job
-    from pdx.clients.batch_file import check_output, unread_names
+    from pdx.clients.batch_file import check_output, ignored_names
     from pdx.io.outputs import is_ordinary, locked
     from pdx.sampling.options import SamplingOptions
 
@@ -154,8 +158,8 @@ def batch(
     with locked(output, "pdx batch") if is_ordinary(output) else nullcontext():
         batch_job.check_journal(output, requests)
         loaded = load_model(model, dtype, mesh, quantize)
-        if unread := unread_names(loaded, requests):
-            print(f"note: the chat template does not read {', '.join(unread)}: passed over", file=sys.stderr)
+        if unread := ignored_names(loaded, requests):
+            print(f"note: the chat template does not read {', '.join(unread)}: ignored", file=sys.stderr)
         with start_engine(loaded, config) as engine:
             tally = batch_job.run_file(engine, output, requests)
     if as_json:
@@ -172,7 +176,7 @@ def batch(
         )
     else:
         print(
-            f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were there before",
+            f"{len(requests)} answers in {output}, {tally.tokens} tokens; {tally.resumed} rows were finished before",
             file=sys.stderr,
         )
     if tally.failed:

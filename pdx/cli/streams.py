@@ -1,10 +1,10 @@
-"""The three standard streams of the command, made so that nothing is lost on them and nothing fails for their sake.
+"""Makes the three standard streams of the command robust.
 
-- Standard output takes every text: a character that its encoding lacks is written as JSON escapes it, `\\u4f60`. So an
-  object that `--json` prints stays valid and exact.
-- Standard error never fails: a message that nobody can read costs no answer.
-- A descriptor that was closed (`>&-`) is opened again, so that no file of the command gets its number: reading or
-  writing it is an error of its own, except for standard error, where it is silence.
+- Standard output accepts every text. A character that its encoding lacks is written as a JSON escape, `\\u4f60`, so
+  that an object printed by `--json` stays valid and exact.
+- Standard error never fails. If a message cannot be written, it is lost, and the command continues.
+- A descriptor that was closed (`>&-`) is opened again, so that no file of the command gets its number. Reading or
+  writing it is an error, except for standard error, which stays silent.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pdx.io import inputs
 
 OUTPUT = "standard output"
 ESCAPING = "pdx.json_escape"
-# Handlers of the user's own choice that never raise.
+# Error handlers that never raise; if the user has chosen one of them, it is kept.
 LENIENT = ("replace", "ignore", "backslashreplace", "xmlcharrefreplace", "namereplace")
 
 
-def mend() -> None:
-    """Put the streams in order, once, as the command starts."""
+def prepare() -> None:
+    """Make the streams robust, once, when the command starts."""
     _open_closed()
     codecs.register_error(ESCAPING, _json_escape)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors not in LENIENT:
@@ -37,7 +37,8 @@ def mend() -> None:
 
 
 def _open_closed() -> None:
-    """Open closed descriptors again the wrong way round, lowest first, so that each gets its own number."""
+    """Open closed descriptors again, lowest first, so that each gets its own number. Standard input is opened for
+    writing and the others for reading, so that using them fails."""
     for number, name, mode, flags in (
         (0, "stdin", "r", os.O_WRONLY),
         (1, "stdout", "w", os.O_RDONLY),
@@ -58,7 +59,7 @@ def _json_escape(error: UnicodeError) -> tuple[str, int]:
 
 
 class _NeverFailing(io.TextIOWrapper):
-    """Text to a stream that may be closed, full or a broken pipe."""
+    """A text stream that ignores errors of a closed, full or broken descriptor."""
 
     def write(self, text: str) -> int:
         try:
@@ -71,13 +72,13 @@ class _NeverFailing(io.TextIOWrapper):
             super().flush()
 
     def close(self) -> None:
-        """The descriptor is the process's, not this object's."""
+        """Flush only: the descriptor belongs to the process, not to this object."""
         self.flush()
 
 
 def flush_output() -> None:
-    """Write what standard output still holds. Raises OSError where that fails, and drops it then: Python would try
-    once more as it ends."""
+    """Flush standard output. Raises OSError if that fails, and then drops the buffered text, since Python would try
+    again at exit."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -86,12 +87,12 @@ def flush_output() -> None:
 
 
 def drop_output() -> None:
-    """Send what standard output still holds, and all that follows, nowhere."""
+    """Discard the buffered text of standard output, and all later text."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def is_output_broken() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
+    """Whether standard output is a pipe whose reader has closed it."""
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()
@@ -100,9 +101,9 @@ def is_output_broken() -> bool:
 
 
 def read_prompt() -> str:
-    """Standard input as a text, less the newline at its end, which `echo` and editors put there.
+    """Standard input as text, without one newline at its end, which `echo` and editors add.
 
-    Raises RequestError for what is no text.
+    Raises RequestError if it cannot be read or decoded.
     """
     try:
         data = sys.stdin.buffer.read()
@@ -113,14 +114,14 @@ def read_prompt() -> str:
 
 
 def encoding() -> str:
-    """Of standard input: as the console or PYTHONIOENCODING has it; where that is ASCII, UTF-8, which includes it."""
+    """The encoding of standard input, from the console or PYTHONIOENCODING; UTF-8 instead of ASCII."""
     name = codecs.lookup(sys.stdin.encoding or "utf-8").name
     return "utf-8" if name == "ascii" else name
 
 
 def check_argument(name: str, text: str | None) -> None:
-    """Raise RequestError for a text of the command line that is not of the console's encoding."""
+    """Raise RequestError for an argument of the command line that is not valid in the console's encoding."""
     try:
         (text or "").encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{name} holds bytes that are no {sys.getfilesystemencoding()} text") from None
+        raise RequestError(f"{name} holds bytes that are not {sys.getfilesystemencoding()} text") from None

@@ -1,1 +1,1 @@
-"""What stands on the engine: a chat, batch jobs, OpenAI's batch files."""
+"""Programs that use the engine: the terminal chat, batch jobs, OpenAI's batch files."""

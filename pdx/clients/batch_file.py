@@ -1,4 +1,4 @@
-"""The rows of a file of requests, read and checked: prompt or messages, and settings."""
+"""Reading and checking the rows of a file of requests: a prompt or messages, and settings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from pdx.clients.request_keys import check_keys, closest
 from pdx.errors import PdxError, RequestError
-from pdx.generation.prompts import checked_ids
+from pdx.generation.prompts import servable_ids
 from pdx.io import inputs, outputs
 from pdx.sampling.options import SamplingOptions
 from pdx.tokenizer.messages import check_messages
 
 SETTINGS = {f.name for f in dataclasses.fields(SamplingOptions)}
-# What a chat template is given by pdx itself.
+# Variables that pdx itself gives to a chat template.
 _OWN_NAMES = (
     "messages",
     "tools",
@@ -27,19 +27,22 @@ _OWN_NAMES = (
     "chat_template",
     "sanitize_control_tokens",
 )
-# Values that a row must not lose: refused where the template does not read them.
+# Variables that are refused if the template does not read them, since ignoring them would change the answer.
 _ASKED_FOR = ("documents", "reasoning_effort")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A line of the file.
+    """A request of the file.
 
-    row: what it said.
-    prompt: a text, messages or token ids.
-    settings: the fields of `options` that somebody gave.
-    template: what its chat template is given beside the messages.
-    error: why the row cannot be served; there is no prompt then.
+    Attributes:
+      line: its line number, from 1.
+      row: the JSON value of the line.
+      prompt: a text, messages or token ids; None if there is an `error`.
+      options: all sampling settings.
+      settings: those that the row or the user gave, by field of `options`.
+      template: variables for the chat template besides the messages.
+      error: why the row cannot be served.
     """
 
     line: int
@@ -55,8 +58,8 @@ class Request:
         return isinstance(self.prompt, list) and isinstance(self.prompt[0], Mapping)
 
 
-def unread_names(model, requests: list[Request]) -> list[str]:
-    """What rows give to the chat template and it does not read, and is passed over."""
+def ignored_names(model, requests: list[Request]) -> list[str]:
+    """The template variables in the rows that this model's chat template does not read. They are ignored."""
     given = {name for request in requests for name in request.template} - {*_ASKED_FOR}
     if not given:
         return []
@@ -65,22 +68,22 @@ def unread_names(model, requests: list[Request]) -> list[str]:
 
 
 def read(path: Path, defaults: SamplingOptions) -> list[Request]:
-    """Read and check all requests; a row's own settings go before `defaults`.
+    """Read and check all requests. A row's own settings override `defaults`.
 
-    Raises RequestError that names the line. Keys that are no setting are the user's own: they are kept.
+    Other keys of a row are kept for its answer. Raises RequestError that names the line.
     """
     requests = []
-    for number, row, where in rows_of(path):
-        if has_half_pair(row):
-            raise RequestError(f"{where} holds half a surrogate pair, which is no character")
+    for number, row, where in read_rows(path):
+        if has_lone_surrogate(row):
+            raise RequestError(f"{where} holds half a surrogate pair, which is not a character")
         requests.append(parse(where, number, row, defaults))
     if not requests:
-        raise RequestError(f'{path} holds no requests: one JSON object a line, such as {{"prompt": "Hello"}}')
+        raise RequestError(f'{path} holds no requests: one JSON object per line, such as {{"prompt": "Hello"}}')
     return requests
 
 
-def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """The number of each line that is not blank, what it says, and where that is for messages. Raises RequestError."""
+def read_rows(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """(line number, JSON value, place for error messages) of each line that is not blank. Raises RequestError."""
     for number, line in enumerate(inputs.lines(path), 1):
         where = f"{path}, line {number}"
         if line.strip():
@@ -88,12 +91,12 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
                 row = json.loads(line, parse_constant=_no_number)
                 json.dumps(row)  # as it will be written
             except (ValueError, RecursionError) as error:
-                raise RequestError(f"{where} is no JSON: {error}") from None
+                raise RequestError(f"{where} is not JSON: {error}") from None
             yield number, row, where
 
 
-def has_half_pair(row: Any) -> bool:
-    """Whether a row says `\\ud83d` alone, as texts that were cut inside of a character do: it is in no encoding."""
+def has_lone_surrogate(row: Any) -> bool:
+    """Whether a row holds half a surrogate pair, such as `\\ud83d` alone. It cannot be encoded."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -102,18 +105,19 @@ def has_half_pair(row: Any) -> bool:
 
 
 def _no_number(name: str):
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def parse(where: str, number: int, row: Any, defaults: SamplingOptions) -> Request:
-    """The request that a row asks for; a null is a key that is not there. Raises RequestError that says `where`."""
+    """The request of a row. A null counts as a missing key. Raises RequestError that begins with `where`."""
     given = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
     if "body" in given and "custom_id" in given:
         raise RequestError(f"{where}: this is a row of OpenAI's batch format, which pdx batch answers")
     if ("prompt" in given) == ("messages" in given):
         raise RequestError(f'{where}: expected an object with either "prompt" or "messages"')
-    prompt = given.get("prompt", given.get("messages"))
-    if not isinstance(prompt, str if "prompt" in given else list) or not prompt:
+    prompt: Any = given.get("prompt", given.get("messages"))
+    kind: Any = str if "prompt" in given else list
+    if not isinstance(prompt, kind) or not prompt:
         raise RequestError(f"{where}: prompt must be a text and messages a list, neither of them empty")
     try:
         check_keys(given, SETTINGS)
@@ -135,7 +139,7 @@ def build(
     template: Mapping[str, Any],
     defaults: SamplingOptions,
 ) -> Request:
-    """A request of a prompt that is checked. Raises RequestError for a setting out of its range."""
+    """A request with an already checked prompt. Raises RequestError for a setting out of its range."""
     return Request(number, row, prompt, dataclasses.replace(defaults, **settings), settings, template)
 
 
@@ -148,23 +152,24 @@ def check_template(extra: Any) -> None:
 
 
 def prompt_of(model, request: Request) -> Any:
-    """The prompt of a request, with a chat's own template values already in it.
+    """The prompt of a request. A chat with template variables is rendered to token ids here.
 
-    Raises RequestError for one that this model's template does not know.
+    Raises RequestError for a variable that this model's template does not read, if it is probably a misspelling or
+    must not be ignored.
     """
     if not request.template:
         return request.prompt
     known = model.tokenizer.template_names
     for name in request.template.keys() - known - {"add_generation_prompt"}:
         if near := closest(name, known):
-            raise RequestError(f"this model's chat template has no {name}: {near} is meant?")
+            raise RequestError(f"this model's chat template has no {name}: did you mean {near}?")
         if name in _ASKED_FOR:
             raise RequestError(f"this model's chat template has no {name}: leave it out")
     return model.tokenizer.encode_chat(request.prompt, **request.template)
 
 
 def check_output(path: Path, source: Path) -> None:
-    """Raise RequestError where writing would destroy something, or is not possible."""
+    """Raise RequestError if `path` is the file of requests, is not empty, or cannot be written."""
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
         raise RequestError(f"{path} is the file of requests: name another one")
     if os.path.isfile(path) and os.stat(path).st_size:
@@ -173,11 +178,11 @@ def check_output(path: Path, source: Path) -> None:
 
 
 def token_ids(model, source: Path, requests: list[Request]) -> list[list[int]]:
-    """The prompts as the model reads them. Raises RequestError or ContextLengthError that names the line."""
+    """The token ids of each prompt. Raises RequestError or ContextLengthError that names the line."""
     ids = []
     for request in requests:
         try:
-            ids.append(checked_ids(model, prompt_of(model, request), request.options))
+            ids.append(servable_ids(model, prompt_of(model, request), request.options))
         except PdxError as error:
             raise type(error)(f"{source}, line {request.line}: {error}") from error
     return ids

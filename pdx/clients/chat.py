@@ -1,7 +1,7 @@
-"""`pdx chat`: a conversation on a terminal whose cache lives from turn to turn.
+"""`pdx chat`: a conversation on a terminal that keeps its KV cache between turns.
 
-Each turn sends the whole conversation; the engine's prefix cache holds what was computed before, so that only the new
-tokens are prefilled, and each turn says how many these were.
+Each turn sends the whole conversation. The engine's prefix cache holds the tokens of earlier turns, so only the new
+ones are prefilled. A line after each answer says how many these were.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TextIO
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generation.completion import Completion
 from pdx.io import inputs
+from pdx.metrics import ServedTiming
 from pdx.sampling.options import SamplingOptions
 
 HELP = "/reset forgets the conversation, /exit ends it (so does the end of input); Ctrl-C stops an answer"
@@ -25,25 +26,26 @@ class Chat:
 
     Args:
       engine: a `pdx.Engine` with a prefix cache.
-      options: of every answer; `max_tokens` is cut to what the context still holds.
+      options: sampling settings of every answer; `max_tokens` is reduced to the room left in the context.
       system: a system message, or None.
     """
 
     def __init__(self, engine, options: SamplingOptions, system: str | None = None):
         self.engine, self.options = engine, options
-        self._opening = [{"role": "system", "content": system}] if system is not None else []
-        self.messages: list[dict[str, str]] = list(self._opening)
+        self._system = [{"role": "system", "content": system}] if system is not None else []
+        self.messages: list[dict[str, str]] = list(self._system)
 
     def reset(self) -> None:
-        self.messages = list(self._opening)
+        """Forget all turns."""
+        self.messages = list(self._system)
 
     def say(self, text: str, show: Callable[[str], None] = lambda piece: None) -> Completion:
-        """Send a message and return the answer; `show` gets its text as it comes.
+        """Send a message and return the answer. `show` is called with its text piece by piece.
 
-        An answer that Ctrl-C stops stays in the conversation as far as it came.
+        Ctrl-C stops the answer. The part generated until then stays in the conversation.
 
         Raises:
-          ContextLengthError: the conversation is too long for the model; the message is not part of it then.
+          ContextLengthError: the conversation is too long for the model. The message is not added to it.
           EngineError: the answer failed.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -67,8 +69,9 @@ class Chat:
 
 
 def turn_summary(done: Completion) -> str:
-    """What a turn took, the phases apart, and how much of its prompt lay in the cache."""
-    timing, new = done.timing, done.prompt_tokens - done.timing.hit_tokens
+    """One line about a turn: TTFT, TPOT, and how many tokens of its prompt were not in the cache."""
+    timing, hits = done.timing, done.timing.hit_tokens if isinstance(done.timing, ServedTiming) else 0
+    new = done.prompt_tokens - hits
     decode = f", TPOT {timing.tpot_s * 1e3:.1f} ms" if timing.tpot_s is not None else ""
     return (
         f"[prefilled {new} new of {done.prompt_tokens} tokens, TTFT {timing.ttft_s * 1e3:.0f} ms; "
@@ -79,7 +82,7 @@ def turn_summary(done: Completion) -> str:
 def converse(
     chat: Chat, lines: Iterable[str], out: TextIO | None = None, err: TextIO | None = None
 ) -> list[Completion]:
-    """Answer line after line; returns the answers. Their text goes to `out` as it comes, all about them to `err`."""
+    """Answer line after line; returns the answers. Their text goes to `out`, summaries and errors to `err`."""
     out, err = out or sys.stdout, err or sys.stderr
 
     def show(piece: str) -> None:
@@ -103,15 +106,17 @@ def converse(
                 turns.append(done)
                 show("\n")
                 print(turn_summary(done), file=err)
-            except PdxError as error:  # what the template or the context refuses ends the turn, not the chat
+            except PdxError as error:  # an error ends the turn, not the chat
                 if chat.engine.is_closed:
                     raise
-                print(f"error: {error} (the message is no part of the conversation; /reset forgets it all)", file=err)
+                print(
+                    f"error: {error} (the message was not added to the conversation; /reset forgets it all)", file=err
+                )
     return turns
 
 
 def check_template(tokenizer, system: str | None) -> None:
-    """Raise RequestError for a model that has no chat template, or whose template takes no system message."""
+    """Raise RequestError for a model without a chat template, or whose template refuses the system message."""
     hello = [{"role": "user", "content": "Hello"}]
     tokenizer.encode_chat(hello)
     if system is not None:
@@ -121,9 +126,9 @@ def check_template(tokenizer, system: str | None) -> None:
             raise RequestError(f"this model takes no --system message: {error}") from None
 
 
-def typed(prompt: str = "> ", encoding: str = "utf-8") -> Iterable[str]:
-    """Lines of standard input, with a prompt and line editing on a terminal. A line that is no text is passed over,
-    and said."""
+def input_lines(prompt: str = "> ", encoding: str = "utf-8") -> Iterable[str]:
+    """Lines of standard input, with a prompt and line editing on a terminal. A line that cannot be decoded is skipped
+    with an error message."""
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin.buffer, 1):
             try:
@@ -139,4 +144,4 @@ def typed(prompt: str = "> ", encoding: str = "utf-8") -> Iterable[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            print(f"error: the line is no {error.encoding} text", file=sys.stderr)
+            print(f"error: the line is not {error.encoding} text", file=sys.stderr)

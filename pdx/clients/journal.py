@@ -1,11 +1,11 @@
-"""What a batch job has finished, on disk beside its output, so that a run that is interrupted or killed can go on.
+"""The journal of a batch job: its finished rows, on disk beside the output, so that the job can be resumed.
 
-    OUT.jsonl.journal    {"job": {...}}              what the job is, see `pdx.clients.batch_job.job_of`
+    OUT.jsonl.journal    {"job": {...}}              the job's description (`batch_job.describe_engine_job`)
                          3 9f0c2a1b {"text": ...}    the answer to line 3 of the requests, with a checksum
                          ...                         in the order in which they finished
 
-A line that is cut short or damaged, wherever it stands, is dropped, and its request computed anew. A journal of another
-job is refused. The lock on the output (`pdx.io.outputs.locked`) keeps two jobs from one journal.
+A damaged or incomplete line is ignored, and its request is computed again. A journal of another job is refused. The
+lock on the output (`pdx.io.outputs.locked`) keeps a second job from using the same journal.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pdx.io import outputs, strict_json
 
 
 class Journal:
-    """Finished rows of a job on disk, by the line of their request.
+    """The finished rows of a job on disk. `done` maps the line of a request to its answer as JSON text.
 
     Args:
-      output: what the job is to write; the journal lies beside it.
-      job: what the job is, as JSON: a journal of another one is refused.
-      lines: the lines that requests stand in; rows of others are dropped. None: of any.
+      output: the job's output file; the journal is beside it.
+      job: the job's description, a JSON value.
+      lines: the line numbers of the requests; rows of other lines are dropped. None: keep all.
 
     Raises:
-      RequestError: the journal there is of another job, or is none.
+      RequestError: the existing journal belongs to another job, or is not a journal.
     """
 
     def __init__(self, output: Path, job: Any, lines: Collection[int] | None = None):
@@ -44,12 +44,12 @@ class Journal:
         kept = b"".join([header, *(_row(n, row) for n, row in self.done.items())])
         if kept != found:
             outputs.write_text(self.path, kept.decode())
-        # Unbuffered: a row is with the system, in one piece, before the next one is computed.
+        # Unbuffered, so that each row is written by one system call before the next one is computed.
         self._file = self.path.open("r+b", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
-        """Keep the answer to the request of a line. Raises EngineError where the disk does not take it."""
+        """Append the answer to the request of a line. Raises EngineError if it cannot be written."""
         text = strict_json.dumps(row, ensure_ascii=False)
         data = _row(line, text)
         try:
@@ -58,14 +58,14 @@ class Journal:
                 raise OSError("there is no space left on the device")
         except OSError as error:
             raise EngineError(
-                f"{self.path} cannot be written: {outputs.reason(error)}; what is finished is kept: the "
-                "same command goes on from there"
+                f"{self.path} cannot be written: {outputs.reason(error)}; finished rows are kept: run the same "
+                "command to resume"
             ) from error
         self._size += len(data)
         self.done[line] = text
 
     def finish(self, lines: list[int]) -> None:
-        """Write the output in the order of `lines`, in one piece, and remove the journal."""
+        """Write the output at once, in the order of `lines`, and remove the journal."""
         with outputs.replacing(self.output) as file:
             file.writelines(self.done[line] + "\n" for line in lines)
         self.close()
@@ -75,19 +75,22 @@ class Journal:
         self._file.close()
 
 
-class InOrder:
-    """The same for an output that is no ordinary file, such as a pipe: each row is written as soon as it and those
-    before it are finished, and a run that is killed cannot go on."""
+class StreamedOutput:
+    """Takes the place of a `Journal` for an output that is not an ordinary file, such as a pipe.
+
+    A row is written as soon as it and all rows before it are finished. The job cannot be resumed.
+    """
 
     def __init__(self, output: Path, lines: list[int]):
-        self.output, self.path, self.done = output, output, {}
+        self.output = self.path = output
+        self.done: dict[int, str] = {}
         self._lines = iter(lines)
         self._next = next(self._lines, None)
         self._file = outputs.opened(output)
 
     def add(self, line: int, row: Mapping[str, Any]) -> None:
         self.done[line] = strict_json.dumps(row, ensure_ascii=False)
-        with _errors_name(self.output):
+        with _naming_file(self.output):
             while self._next in self.done:
                 self._file.write(self.done[self._next] + "\n")
                 self._next = next(self._lines, None)
@@ -97,13 +100,13 @@ class InOrder:
         self.close()
 
     def close(self) -> None:
-        with _errors_name(self.output):  # it writes once more what could not be written
+        with _naming_file(self.output):  # closing tries again to write buffered rows
             self._file.close()
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """What the system says of an open file does not name it."""
+def _naming_file(path: Path) -> Iterator[None]:
+    """Add the file's name to an OSError of an open file, which lacks it."""
     try:
         yield
     except OSError as error:
@@ -112,16 +115,16 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 
 def path_of(output: Path) -> Path:
-    """Where the journal of an output lies: beside the file that links lead to, so that two names have one journal."""
+    """The path of an output's journal. Links are followed first, so that two names of one file share it."""
     target = outputs.real(output)
     return target.with_name(target.name + ".journal")
 
 
 def check_job(path: Path, found: bytes, job: Any) -> bool:
-    """Whether `found`, what `path` holds, is a journal of `job`; False: it never got as far as its first line.
+    """Whether `found`, the content of `path`, is a journal of `job`. False if its first line is incomplete.
 
-    Where both are objects, only the keys that both have are compared. Raises RequestError for a journal of another job,
-    and for what is none.
+    If both descriptions are objects, only their common keys are compared. Raises RequestError for a journal of another
+    job, and for content that is not a journal.
     """
     first, newline, _ = found.partition(b"\n")
     if not newline and b'{"job": '.startswith(first[:8]):
@@ -129,21 +132,21 @@ def check_job(path: Path, found: bytes, job: Any) -> bool:
     try:
         there = json.loads(first)["job"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise RequestError(f"{path} is no journal that can be read: remove it to begin anew") from None
+        raise RequestError(f"{path} is not a readable journal: remove it to start again") from None
     if isinstance(there, dict) and isinstance(job, dict):
         differ = [f"{k} ({there[k]} there, {job[k]} here)" for k in job if k in there and there[k] != job[k]]
     else:
         differ = [] if there == job else ["the whole description"]
     if differ:
         raise RequestError(
-            f"{path} is of another job, which differs in {', '.join(differ)}: finish that one, or "
-            "remove the file to begin anew"
+            f"{path} belongs to another job, which differs in {', '.join(differ)}: finish that one, or "
+            "remove the file to start again"
         )
     return True
 
 
 def _rows(found: bytes) -> Iterator[tuple[int, str]]:
-    """The rows of a journal that are whole."""
+    """(line, row) of the intact rows of a journal."""
     for line in found.split(b"\n")[1:]:
         number, _, rest = line.partition(b" ")
         try:

@@ -1,4 +1,4 @@
-"""Answers to rows of OpenAI's batch files, in the API's own shapes; what pdx measured stands under `pdx`."""
+"""Answers to rows of OpenAI's batch files, in the API's format. Timings and other fields of pdx are under `pdx`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from pdx.clients.batch_file import Request
-from pdx.generation.completion import Completion, TokenLogprobs
+from pdx.generation.completion import Completion, TokenLogprobs, json_logprob
 from pdx.tokenizer import Tokenizer
 
-# What the API writes for "very unlikely": JSON has no infinity.
-LEAST = -9999.0
 
-
-def answered(request: Request, done: Completion, fields: Mapping[str, Any], tokenizer: Tokenizer, model: str) -> dict:
-    """The output row of a completion. `fields`: what pdx measured; `model`: named where the request names none."""
+def answer_row(request: Request, done: Completion, fields: Mapping[str, Any], tokenizer: Tokenizer, model: str) -> dict:
+    """The output row of a completion. `fields`: see `completion_fields`; `model`: used if the request names none."""
     body = request.row["body"]
     logprobs = done.logprobs
     if request.is_chat:
-        said = {
+        choice: dict[str, Any] = {
             "message": {"role": "assistant", "content": done.text, "refusal": None},
-            "logprobs": None if logprobs is None else _of_chat(logprobs, tokenizer),
+            "logprobs": None if logprobs is None else _chat_logprobs(logprobs, tokenizer),
         }
     else:
-        said = {
+        choice = {
             "text": done.text,
-            "logprobs": None if logprobs is None else _of_completion(logprobs, done.text, tokenizer),
+            "logprobs": None if logprobs is None else _completion_logprobs(logprobs, done.text, tokenizer),
         }
     kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
     return _row(request) | {
@@ -39,7 +36,7 @@ def answered(request: Request, done: Completion, fields: Mapping[str, Any], toke
                 "object": kind,
                 "created": int(time.time()),
                 "model": body.get("model") or model,
-                "choices": [said | {"index": 0, "finish_reason": done.finish_reason}],
+                "choices": [choice | {"index": 0, "finish_reason": done.finish_reason}],
                 "usage": {
                     "prompt_tokens": done.prompt_tokens,
                     "completion_tokens": done.completion_tokens,
@@ -51,24 +48,24 @@ def answered(request: Request, done: Completion, fields: Mapping[str, Any], toke
     }
 
 
-def failed(request: Request, error: Exception) -> dict[str, Any]:
-    """The output row of a request that was not served."""
-    said = {"code": type(error).__name__, "message": str(error), "line": request.line}
-    return _row(request) | {"response": None, "error": said}
+def error_row(request: Request, error: Exception) -> dict[str, Any]:
+    """The output row of a request that could not be served."""
+    described = {"code": type(error).__name__, "message": str(error), "line": request.line}
+    return _row(request) | {"response": None, "error": described}
 
 
 def _row(request: Request) -> dict[str, Any]:
     return {"id": f"batch_req_{request.line}", "custom_id": request.row.get("custom_id")}
 
 
-def _of_chat(logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """One entry a generated token, an end token included."""
+def _chat_logprobs(logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
+    """One entry per generated token, including an end token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         # `token` cannot show part of a character, `bytes` can.
         return {
             "token": tokenizer.token_text(token_id),
-            "logprob": max(logprob, LEAST),
+            "logprob": json_logprob(logprob),
             "bytes": list(tokenizer.token_bytes(token_id)),
         }
 
@@ -76,28 +73,28 @@ def _of_chat(logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
-def _of_completion(logprobs: list[TokenLogprobs], text: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Four lists, one place a generated token. Offsets count characters from the beginning of the answer."""
+def _completion_logprobs(logprobs: list[TokenLogprobs], text: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Four lists with one entry per generated token. Offsets are characters from the start of the answer."""
     decoder, read, offsets, best = tokenizer.stream(), 0, [], []
     for t in logprobs:
         offsets.append(min(read, len(text)))  # a stop string cuts the text before its tokens
         read += len(decoder.push(t.token_id))
-        # The best entry keeps its text where two tokens have the same; the chosen token is always among them.
+        # If two tokens have the same text, the better one keeps it as its name. The chosen token is always included.
         named: dict[str, float] = {}
         for token_id, logprob in dict([*t.top, (t.token_id, t.logprob)]).items():
             name = _name(token_id, tokenizer)
-            named[f"token_id:{token_id}" if name in named else name] = max(logprob, LEAST)
+            named[f"token_id:{token_id}" if name in named else name] = json_logprob(logprob)
         best.append(named)
     return {
         "tokens": [_name(t.token_id, tokenizer) for t in logprobs],
-        "token_logprobs": [max(t.logprob, LEAST) for t in logprobs],
+        "token_logprobs": [json_logprob(t.logprob) for t in logprobs],
         "top_logprobs": best,
         "text_offset": offsets,
     }
 
 
 def _name(token_id: int, tokenizer: Tokenizer) -> str:
-    """The text of a token; for part of a character its bytes, as the API spells them."""
+    """The text of a token; for a part of a character its bytes, in the API's notation."""
     data = tokenizer.token_bytes(token_id)
     try:
         return data.decode("utf-8")

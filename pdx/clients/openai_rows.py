@@ -2,14 +2,14 @@
 
 Every field is of one kind:
 
-- SETTING: served, a field of `SamplingOptions`;
-- TEMPLATE: handed to the chat template under its own name;
-- READ: served by code of its own in this module;
-- PASSED_OVER: changes no answer;
-- `Only` some values: these ask for nothing that pdx lacks, any other would change the answer and is refused.
+- SETTING: becomes the field of `SamplingOptions` with this name;
+- TEMPLATE: becomes the variable of the chat template with this name;
+- READ: handled by code in this module;
+- IGNORED: does not change the answer;
+- `Only` some values: accepted with these values, which change nothing; refused with any other.
 
-A field that is in no table is refused, and null is always the default. The tables hold OpenAI's fields and those that
-vLLM adds. `tests/parity/test_openai_types.py` holds them to the types that the `openai` package publishes.
+A field that is not in the tables is refused; null always means the default. The tables hold OpenAI's fields and those
+that vLLM adds. `tests/parity/test_openai_types.py` compares them with the types of the `openai` package.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from pdx.tokenizer.messages import check_messages
 
 
 class Kind(Enum):
-    """What is done with a field, whatever its value."""
+    """How a field is handled, whatever its value."""
 
     SETTING = "setting"
     TEMPLATE = "template"
     READ = "read"
-    PASSED_OVER = "passed over"
+    IGNORED = "ignored"
 
 
 @dataclass(frozen=True)
 class Only:
-    """Nothing but these values: any other is refused, with `hint` as what to do instead."""
+    """Accepts only these values. Any other is refused, and the error ends with `hint`."""
 
     values: tuple[Any, ...] = ()
     hint: str = "leave it out"
 
 
 Field = Kind | Only
-SETTING, TEMPLATE, READ, PASSED_OVER = Kind
-NO_TOOLS = "pdx does not read tool calls out of answers: leave it out"
+SETTING, TEMPLATE, READ, IGNORED = Kind
+NO_TOOLS = "pdx does not parse tool calls in answers: leave it out"
 NO_GRAMMAR = "pdx does not constrain the form of answers: leave it out"
 NO_SCORES = "pdx reports log-probabilities of the answer only: leave it out"
 
-# Of both endpoints: OpenAI's fields, then vLLM's.
+# Fields of both endpoints: OpenAI's, then vLLM's.
 _BOTH: dict[str, Field] = {
     "model": READ,
     "max_tokens": SETTING,
@@ -63,9 +63,9 @@ _BOTH: dict[str, Field] = {
     "seed": READ,
     "logprobs": READ,
     "n": Only((1,), "write the row several times, with a custom_id and a seed for each"),
-    "stream": Only((False,), "an answer in a file comes whole"),
-    "stream_options": PASSED_OVER,
-    "user": PASSED_OVER,
+    "stream": Only((False,), "answers in a file are not streamed"),
+    "stream_options": IGNORED,
+    "user": IGNORED,
     "top_k": READ,
     "min_p": SETTING,
     "repetition_penalty": SETTING,
@@ -78,23 +78,23 @@ _BOTH: dict[str, Field] = {
     "min_tokens": Only((0,)),
     "include_stop_str_in_output": Only((False,)),
     "skip_special_tokens": Only((True,)),
-    "spaces_between_special_tokens": PASSED_OVER,
+    "spaces_between_special_tokens": IGNORED,
     "truncate_prompt_tokens": Only(hint="shorten the prompt"),
     "prompt_logprobs": Only(hint=NO_SCORES),
     "allowed_token_ids": Only(),
     "bad_words": Only(([],), "ban tokens with logit_bias"),
     "logits_processors": Only(([],)),
     "return_tokens_as_token_ids": Only((False,)),
-    "return_token_ids": PASSED_OVER,
+    "return_token_ids": IGNORED,
     "prompt_embeds": Only(),
     "response_format": Only(({"type": "text"},), NO_GRAMMAR),
     "structured_outputs": Only(hint=NO_GRAMMAR),
     **dict.fromkeys((f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")), Only(hint=NO_GRAMMAR)),
-    "guided_decoding_backend": PASSED_OVER,
-    "priority": PASSED_OVER,
-    "request_id": PASSED_OVER,
-    "cache_salt": PASSED_OVER,
-    "mm_processor_kwargs": PASSED_OVER,
+    "guided_decoding_backend": IGNORED,
+    "priority": IGNORED,
+    "request_id": IGNORED,
+    "cache_salt": IGNORED,
+    "mm_processor_kwargs": IGNORED,
 }
 
 CHAT: dict[str, Field] = _BOTH | {
@@ -106,20 +106,20 @@ CHAT: dict[str, Field] = _BOTH | {
     "functions": Only(([],), NO_TOOLS),
     "tool_choice": Only(("none", "auto"), NO_TOOLS),
     "function_call": Only(("none", "auto"), NO_TOOLS),
-    "parallel_tool_calls": PASSED_OVER,  # without tools there are no calls
+    "parallel_tool_calls": IGNORED,  # without tools there are no calls
     "modalities": Only((["text"],), "answers are text"),
     "audio": Only(hint="answers are text"),
-    "prediction": PASSED_OVER,  # it makes an answer faster, not another one
+    "prediction": IGNORED,  # makes an answer faster, but does not change it
     "moderation": Only(hint="pdx has no moderation model: leave it out"),
     "verbosity": Only(("medium",), "say in a message how long the answer is to be"),
     "web_search_options": Only(hint="pdx does not search the web: leave it out"),
-    "metadata": PASSED_OVER,
-    "service_tier": PASSED_OVER,
-    "store": PASSED_OVER,
-    "safety_identifier": PASSED_OVER,
-    "prompt_cache_key": PASSED_OVER,
-    "prompt_cache_options": PASSED_OVER,
-    "prompt_cache_retention": PASSED_OVER,
+    "metadata": IGNORED,
+    "service_tier": IGNORED,
+    "store": IGNORED,
+    "safety_identifier": IGNORED,
+    "prompt_cache_key": IGNORED,
+    "prompt_cache_options": IGNORED,
+    "prompt_cache_retention": IGNORED,
     "chat_template_kwargs": READ,
     "documents": TEMPLATE,
     "add_generation_prompt": READ,
@@ -140,20 +140,20 @@ URLS = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETIONS}
 
 
 def is_openai(row: Any) -> bool:
-    """Whether a row is one of OpenAI's batch files, rather than one of `pdx generate --prompts`."""
+    """Whether a row has the format of OpenAI's batch files, not that of `pdx generate --prompts`."""
     if not isinstance(row, Mapping) or "body" in row:
         return isinstance(row, Mapping)
     return "custom_id" in row and ("url" in row or "method" in row) and not {"prompt", "messages"} & {*row}
 
 
 def parse(number: int, row: Mapping[str, Any], defaults: SamplingOptions) -> Request:
-    """The request of a row on line `number`. Raises RequestError for what pdx cannot answer as it is asked."""
+    """The request of a row in line `number`. Raises RequestError for a field or value that pdx does not support."""
     fields, body = _envelope(row)
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         _check(name, value, fields)
     settings = {name: value for name, value in given.items() if fields[name] is SETTING}
-    if "max_completion_tokens" in settings:  # the newer name counts
+    if "max_completion_tokens" in settings:  # the newer name wins
         settings["max_tokens"] = settings.pop("max_completion_tokens")
     settings |= _translated(given, fields is CHAT)
     if fields is COMPLETIONS:
@@ -165,7 +165,7 @@ def parse(number: int, row: Mapping[str, Any], defaults: SamplingOptions) -> Req
 
 
 def _envelope(row: Mapping[str, Any]) -> tuple[dict[str, Field], Mapping[str, Any]]:
-    """The fields that the row's endpoint has, and the row's body."""
+    """The fields of the row's endpoint, and the row's body."""
     body = row.get("body")
     if not isinstance(body, Mapping) or not isinstance(row.get("custom_id"), str):
         raise RequestError("a batch row needs a custom_id, which is a text, and a body, which is an object")
@@ -182,23 +182,24 @@ def _envelope(row: Mapping[str, Any]) -> tuple[dict[str, Field], Mapping[str, An
 def _check(name: str, value: Any, fields: Mapping[str, Field]) -> None:
     if name not in fields:
         other = next((url for url, others in URLS.items() if name in others), None)
-        hint = f"; it belongs to {other}" if other else f"; {near} is meant?" if (near := closest(name, fields)) else ""
-        raise RequestError(f"{name} is no field that pdx knows here{hint}")
+        near = closest(name, fields)
+        hint = f"; it belongs to {other}" if other else f"; did you mean {near}?" if near else ""
+        raise RequestError(f"{name} is not a field that pdx knows here{hint}")
     field = fields[name]
     if isinstance(field, Only) and not any(_same(value, allowed) for allowed in field.values):
         raise RequestError(f"{name} is not supported as {_short(value)}: {field.hint}")
 
 
 def _translated(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
-    """The settings whose meaning or name here is another one."""
+    """The settings that have another name or other values in `SamplingOptions`."""
     settings: dict[str, Any] = {}
     if "model" in given and not isinstance(given["model"], str):
         raise RequestError(f"model is {given['model']!r}: it must be a text")
     if "seed" in given:
-        seed = given["seed"]  # the API's are signed
+        seed = given["seed"]  # signed in the API, unsigned in pdx
         settings["seed"] = seed % 2**64 if type(seed) is int and -(2**63) <= seed < 0 else seed
     if "top_k" in given:
-        settings["top_k"] = 0 if given["top_k"] == -1 else given["top_k"]  # vLLM's -1 is off
+        settings["top_k"] = 0 if given["top_k"] == -1 else given["top_k"]  # -1 means off in vLLM, 0 in pdx
     wanted = given.get("logprobs", False if is_chat else None)
     if not is_chat:
         return settings | ({} if wanted is None else {"logprobs": wanted})
@@ -213,10 +214,10 @@ def _translated(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
 
 
 def _prompt(prompt: Any) -> Any:
-    """The one prompt of a body: a text or token ids, alone or in a list."""
+    """The prompt of a body: a text or token ids, possibly in a list of one."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         if len(prompt) > 1:
-            raise RequestError(f"prompt holds {len(prompt)} prompts: give each a row of its own")
+            raise RequestError(f"prompt holds {len(prompt)} prompts: write one row for each")
         prompt = prompt[0]
     is_ids = isinstance(prompt, list) and all(type(i) is int and i >= 0 for i in prompt)
     if not (isinstance(prompt, str) or is_ids) or not prompt:
@@ -225,12 +226,12 @@ def _prompt(prompt: Any) -> Any:
 
 
 def _template(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a chat's template is given beside the messages."""
+    """The variables for the chat template besides the messages."""
     extra = given.get("chat_template_kwargs", {})
     check_template(extra)
     named = {name: value for name, value in given.items() if CHAT[name] is TEMPLATE}
     if twice := extra.keys() & named.keys():
-        raise RequestError(f"{min(twice)} stands in chat_template_kwargs too: give it once")
+        raise RequestError(f"{min(twice)} is also in chat_template_kwargs: give it once")
     if not isinstance(given.get("add_generation_prompt", True), bool):
         raise RequestError(f"add_generation_prompt is {given['add_generation_prompt']!r}: it must be true or false")
     own = {"add_generation_prompt": False} if given.get("add_generation_prompt") is False else {}
@@ -238,7 +239,7 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal in JSON, where true is not 1."""
+    """Whether two JSON values are equal; in JSON, true is not 1."""
     return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
 
 

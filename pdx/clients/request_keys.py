@@ -1,4 +1,4 @@
-"""Names that settings of a request are given by mistake."""
+"""Finding misspelled or foreign names of settings among the keys of a request."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from pdx.errors import RequestError
 
-# At least so alike (difflib's ratio): max_token and temprature are, topic and token_ids are not.
-ALIKE = 0.86
-# What other programs call the settings of pdx.
-_ELSEWHERE = {
+# difflib's ratio from which two names count as similar: max_token and temprature are misspellings, topic is not.
+SIMILARITY = 0.86
+# Names of pdx's settings in other programs.
+_OTHER_NAMES = {
     "max_tokens": (
         "max_new_tokens",
         "max_completion_tokens",
@@ -26,26 +26,30 @@ _ELSEWHERE = {
     "stop_token_ids": ("eos_token_id",),
     "logprobs": ("top_logprobs", "n_probs"),
 }
-# Fields of OpenAI's rows that ask for something, which a plain row would lose in silence.
-_NOT_HERE = ("n", "best_of", "tools", "response_format", "min_tokens", "reasoning_effort")
+# Fields of OpenAI's API that pdx does not serve. They are refused, since ignoring them would change the answer.
+_UNSUPPORTED = ("n", "best_of", "tools", "response_format", "min_tokens", "reasoning_effort")
 
 
 def closest(key: str, names: Iterable[str]) -> str | None:
-    """The name that `key` most likely stands for; None if it is like none of them."""
+    """The name that `key` is probably a misspelling of; None if it is similar to none of them.
+
+    >>> closest("temprature", ["temperature", "top_p"])
+    'temperature'
+    """
     plain = {_plain(name): name for name in names}
-    found = difflib.get_close_matches(_plain(key), plain, 1, ALIKE)
+    found = difflib.get_close_matches(_plain(key), plain, 1, SIMILARITY)
     return plain[found[0]] if found else None
 
 
 def check_keys(row: Mapping[str, Any], settings: Iterable[str]) -> None:
-    """Raises RequestError for a key of a plain row that looks like a setting and is none; other keys are free."""
-    elsewhere = {other: name for name, others in _ELSEWHERE.items() for other in others}
+    """Raises RequestError for a key of a plain row that looks like a setting but is not one. Other keys are allowed."""
+    elsewhere = {other: name for name, others in _OTHER_NAMES.items() for other in others}
     settings = set(settings)
     for key in row.keys() - settings:
         if name := elsewhere.get(key) or closest(key, settings):
-            raise RequestError(f"{key!r} is no setting: {name} is. Write that, or give a key of your own another name")
-        if key in _NOT_HERE and row[key] not in (None, [], 1, {"type": "text"}):
-            raise RequestError(f"{key!r} is no setting of pdx: leave it out, or give a key of your own another name")
+            raise RequestError(f"{key!r} is no setting, but {name} is: write that, or rename your own key")
+        if key in _UNSUPPORTED and row[key] not in (None, [], 1, {"type": "text"}):
+            raise RequestError(f"{key!r} is no setting of pdx: leave it out, or rename your own key")
 
 
 def _plain(name: str) -> str:

@@ -8,7 +8,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pdx.arguments import boolean, integer, number
 from pdx.errors import RequestError
@@ -160,7 +160,8 @@ class EngineConfig:
         """With `deterministic`: the chunk length at whose multiples every prompt is split; else None."""
         if not self.deterministic:
             return None
-        return (self.budget - self.slots) // self.page_size * self.page_size
+        page_size = cast(int, self.page_size)
+        return (self.budget - self.slots) // page_size * page_size
 
 
 def profiles() -> list[str]:

@@ -29,8 +29,10 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
 
+from pdx.cache.paged import PagedCache
 from pdx.engine.config import EngineConfig
 from pdx.engine.driver import Driver
 from pdx.engine.request import EngineRequest
@@ -74,7 +76,8 @@ class Engine:
         kv_dtype = cache_dtype(config.kv_dtype, model)
         self.model, self.config = model, settle(config, model, kv_dtype)
         self.runner = Runner(model, self.config, kv_dtype)
-        self.scheduler = Scheduler(self.config, self.runner.cache.groups, self.config.pages, self.config.max_context)
+        pages, context = cast(Sequence[int], self.config.pages), cast(int, self.config.max_context)
+        self.scheduler = Scheduler(self.config, cast(PagedCache, self.runner.cache).groups, pages, context)
         self._driver = Driver(self.scheduler, self.runner)
         self._work = self._driver.work
         self._thread: threading.Thread | None = None
@@ -151,21 +154,21 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | EngineRequest | list[Prompt | EngineRequest],
-        options: SamplingOptions | list[SamplingOptions] | None = None,
+        prompts: Prompt | EngineRequest | Sequence[Prompt | EngineRequest],
+        options: SamplingOptions | Sequence[SamplingOptions] | None = None,
         **settings,
     ) -> list[Completion]:
         """Completions of one prompt or many, in their order. Waits while the queue is full.
 
         Raises what `submit` raises, and EngineError for a request that failed; the others are then cancelled.
         """
-        prompts = [prompts] if isinstance(prompts, EngineRequest) else as_list(prompts)
-        each = [options] * len(prompts)
+        given: list[Any] = [prompts] if isinstance(prompts, EngineRequest) else as_list(cast(Any, prompts))
+        each: list[Any] = [options] * len(given)
         if isinstance(options, list | tuple):
-            each, settings = options_of_each(options, settings, len(prompts)), {}
+            each, settings = options_of_each(options, settings, len(given)), {}
         streams: list[RequestStream] = []
         try:
-            for index, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
+            for index, (prompt, option) in enumerate(zip(given, each, strict=True)):
                 while True:
                     try:
                         streams.append(self.submit(prompt, option, index=index, **settings))

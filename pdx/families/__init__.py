@@ -1,6 +1,6 @@
-"""Model families: each module here maps published configurations and tensor names onto the one model.
+"""Model families: each maps published configurations and tensor names to `ModelConfig` and pdx's parameters.
 
-A new family is one file with a tuple `FAMILIES`; it is found by being here.
+A family is a module of this package with a tuple `FAMILIES`. It needs no registration.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError, UnsupportedModelError
 from pdx.families.common import Family, TensorFile
-from pdx.families.fields import Fields, counted, short
+from pdx.families.fields import Fields, count_of, short
 
-_SHARED = ("common", "fields", "passed_over", "rope")
-# Fields of a GGUF architecture that belong to encoders beside the text model.
+_HELPERS = ("common", "fields", "ignored_tensors", "rope")
+# Prefixes of GGUF fields that describe encoders, not the text model.
 _ENCODERS = ("vision.", "audio.", "mm.")
 
 
 @cache
 def families() -> tuple[Family, ...]:
     """Every family in this package."""
-    modules = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+    modules = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _HELPERS)
     return tuple(family for name in modules for family in import_module(f"{__name__}.{name}").FAMILIES)
 
 
@@ -35,13 +35,16 @@ def _known(attribute: str) -> str:
 
 
 def family_of_hf(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json. Raises UnsupportedModelError for an architecture pdx does not have."""
+    """The family of a config.json; `where` names the file in errors.
+
+    Raises UnsupportedModelError for an architecture that pdx does not have, ModelFileError if none is named.
+    """
     listed, kind = config.get("architectures"), config.get("model_type")
     if listed and not (isinstance(listed, list) and isinstance(listed[0], str)):
         raise Fields(config, where).wrong("architectures", listed, "a list of names")
     if not listed and not kind:
         raise ModelFileError(
-            f"{where}: neither architectures nor model_type is there, expected one of {_known('architectures')}"
+            f"{where}: has neither architectures nor model_type, expected one of {_known('architectures')}"
         )
     for family in families():
         if (listed and listed[0] in family.architectures) or (not listed and kind in family.model_types):
@@ -53,7 +56,7 @@ def family_of_hf(config: Mapping[str, Any], where: str) -> Family:
 
 
 def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
-    """The family of GGUF metadata. Raises UnsupportedModelError for an architecture pdx does not have."""
+    """The family of GGUF metadata; `where` names the file in errors. Raises as `family_of_hf`."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelFileError(f"{where}: general.architecture is missing, expected one of {_known('gguf')}")
@@ -63,7 +66,7 @@ def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
     if architecture == "clip":
         raise UnsupportedModelError(
             f"{where}: this is the image encoder of a model (general.architecture = 'clip'); "
-            "name the file of the text model that lies beside it"
+            "name the file of the text model, which is usually in the same folder"
         )
     raise UnsupportedModelError(
         f"{where}: general.architecture = {short(architecture)} is not supported; pdx has {_known('gguf')}"
@@ -73,10 +76,17 @@ def family_of_gguf(metadata: Mapping[str, Any], where: str) -> Family:
 def config_from_hf(
     config: Mapping[str, Any], where: str = "config.json", notes: list[str] | None = None, tensors: int | None = None
 ) -> tuple[Family, ModelConfig]:
-    """Map a Hugging Face config.json; `tensors` is how many the model's files hold, where that is known.
+    """The family and `ModelConfig` of a Hugging Face config.json.
 
-    Fields that pdx does not know go to `notes`, in words. Raises ModelFileError for a field that is missing or of the
-    wrong type and UnsupportedModelError for what pdx does not implement, both naming file, field and value.
+    Args:
+      config: its content.
+      where: its name in errors.
+      notes: a sentence for each group of unknown fields is appended.
+      tensors: the number of tensors in the model's files; None: unknown.
+
+    Raises:
+      ModelFileError: a field is missing or of the wrong type.
+      UnsupportedModelError: a field asks for something that pdx does not implement. Both name file, field and value.
     """
     notes = [] if notes is None else notes
     family, fields = family_of_hf(config, where), Fields(config, where, held=tensors, notes=notes)
@@ -90,18 +100,18 @@ def config_from_hf(
 def config_from_gguf(
     metadata: Mapping[str, Any], file: TensorFile, where: str, notes: list[str] | None = None
 ) -> tuple[Family, ModelConfig]:
-    """Map GGUF metadata; `file` says which tensors there are.
+    """The family and `ModelConfig` of GGUF metadata and the tensors in `file`.
 
-    Every field under the architecture's name shapes the model, so an unknown one is an error here. Those of an encoder
-    for images or sound beside the text model are passed over, which `notes` is told. Raises as `config_from_hf`.
+    Every field under the architecture's name changes the model, so an unknown one is an error. Fields of an image or
+    audio encoder are ignored, with a sentence in `notes`. Raises as `config_from_hf`.
     """
     family = family_of_gguf(metadata, where)
     prefix = f"{metadata['general.architecture']}."
     encoders = [key for key in metadata if key.startswith(("clip.", *(prefix + part for part in _ENCODERS)))]
     if encoders and notes is not None:
         notes.append(
-            f"{counted(len(encoders), 'metadata field')} of an encoder for images or sound passed over, such "
-            f"as {encoders[0]}: pdx runs the text model"
+            f"ignored {count_of(len(encoders), 'metadata field')} of an image or audio encoder, such as "
+            f"{encoders[0]}: pdx runs the text model"
         )
     under = {
         key.removeprefix(prefix): _plain(value)
@@ -116,7 +126,7 @@ def config_from_gguf(
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and scalars of numpy as Python's own lists and numbers."""
+    """numpy's arrays and scalars as lists and numbers of Python."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     return [_plain(x) for x in value] if isinstance(value, list) else value
@@ -128,6 +138,4 @@ def _checked(build, fields: Fields, *rest) -> ModelConfig:
     except ValueError as error:  # ModelConfig's own checks
         raise ModelFileError(f"{fields.where}: {error}") from None
     except ArithmeticError as error:  # a RoPE base of 1, say
-        raise ModelFileError(
-            f"{fields.where}: the numbers of the configuration cannot be computed with ({error})"
-        ) from None
+        raise ModelFileError(f"{fields.where}: the configuration holds impossible numbers ({error})") from None

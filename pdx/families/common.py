@@ -1,4 +1,4 @@
-"""What the families share: the description of one, the usual tensor names, and the usual fields."""
+"""What the families share: the type `Family`, the usual tensor names, and the usual configuration fields."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ GGUF_NAMES: dict[str, str] = {
 
 
 class TensorFile(Protocol):
-    """What the readers of `pdx.weights` have in common. Nothing is read before `read` is called."""
+    """The interface of the file readers in `pdx.weights`. Tensors are read from disk only by `read`."""
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -65,42 +65,42 @@ class QuantizedFile(TensorFile, Protocol):
     """A file with quantized matrices that a `QuantArray` can represent."""
 
     def stored_kind(self, name: str) -> Kind | None:
-        """The kind of a quantized tensor; None: it is not quantized, or in a form that a `QuantArray` cannot hold."""
+        """The kind of a quantized tensor; None if it is not quantized, or a `QuantArray` cannot represent it."""
         ...
 
     def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
-        """A tensor with a stored kind, on the host, value for value; it counts as an array of `dtype`."""
+        """A tensor that has a stored kind, on the host, with exactly the file's values and the given `dtype`."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """The tensor that a parameter is read from, and the changes made to it."""
+    """The tensor that a parameter is read from, and how it is changed."""
 
     name: str
-    rows: np.ndarray | None = None  # the source row of each of our rows
+    rows: np.ndarray | None = None  # for each row of the parameter, its row in the tensor; None: the same rows
     offset: float = 0.0  # added to the values
-    stored_rows: int | None = None  # of a tensor that holds other parameters too; None: it holds this one alone
+    stored_rows: int | None = None  # rows of a fused tensor; None: the tensor holds this parameter only
 
 
 @dataclass(frozen=True)
 class Names:
-    """How one format names and stores a family's parameters.
+    """How one file format names and stores a family's parameters.
 
-    Leaves with one tensor name are fused: their rows lie in that tensor one after another, in the order of `leaves`.
+    Leaves that share a tensor name are fused: the tensor holds their rows one after another, in the order of `leaves`.
     """
 
     leaves: Mapping[str, str]
-    minus_one: tuple[str, ...] = ()  # norms stored as the factor minus one
-    interleaved: tuple[str, ...] = ()  # rows in the pair order (0, H/2, 1, H/2 + 1, ..) of interleaved RoPE
-    prefixes: tuple[str, ...] = ("model.", "")  # possible prefixes in place of the leading "model."
+    minus_one: tuple[str, ...] = ()  # norms whose file stores the factor minus one
+    interleaved: tuple[str, ...] = ()  # leaves with rows in the pair order (0, H/2, 1, H/2 + 1, ..)
+    prefixes: tuple[str, ...] = ("model.", "")  # what may stand in place of the leading "model."
 
     def source(self, leaf: str, layer: int | None, cfg: ModelConfig, prefix: str = "model.") -> Source:
         """The tensor of one parameter leaf; `layer` is None outside the layers."""
         name = self.leaves[leaf].format(i=layer)
         if name.startswith("model."):
             name = prefix + name.removeprefix("model.")
-        elif leaf == "lm_head" and prefix.endswith(".model."):  # a causal model inside another
+        elif leaf == "lm_head" and prefix.endswith(".model."):  # the text model inside a multimodal one
             name = prefix.removesuffix("model.") + name
         rows, fused = None, [other for other, tensor in self.leaves.items() if tensor == self.leaves[leaf]]
         if leaf in self.interleaved:
@@ -113,9 +113,9 @@ class Names:
         return Source(name, rows, 1.0 if leaf in self.minus_one else 0.0, stored_rows)
 
     def find_prefix(self, names: list[str]) -> str:
-        """The one of `prefixes` that these tensors have; the first one if none fits."""
+        """The one of `prefixes` that these tensor names have; the first one if none fits."""
         present = set(names)
-        for leaf in ("embed", "final_norm"):  # a tied model may keep its embedding as the output head alone
+        for leaf in ("embed", "final_norm"):  # a tied model may store its embedding under the output head's name
             tail = self.leaves[leaf].removeprefix("model.")
             if found := [p for p in self.prefixes if p + tail in present]:
                 return found[0]
@@ -124,7 +124,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: how to recognise it, its configuration and its names in both formats."""
+    """One architecture: how to recognise its files, and how to read configuration and tensor names of both formats."""
 
     name: str
     architectures: tuple[str, ...]  # `architectures[0]` of config.json
@@ -144,19 +144,22 @@ def _row_count(leaf: str, cfg: ModelConfig) -> int:
 
 
 def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
-    """Source rows, [heads * H], that reorder rows stored for interleaved RoPE into halves, as pdx has them.
+    """Row indices, [heads * H], that reorder rows stored for interleaved RoPE into pdx's order.
 
-    In GGUF files of Llama, rows 2i and 2i + 1 of queries and keys are a rotated pair; in pdx rows i and i + H/2 are.
+    In GGUF files of Llama, rows 2i and 2i + 1 of queries and keys are rotated together; in pdx, rows i and i + H/2.
+
+    >>> halves_from_pairs(1, 4).tolist()
+    [0, 2, 1, 3]
     """
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
 
 
 def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidden_act") -> dict[str, Any]:
-    """The fields that every decoder's config.json has, as arguments of `ModelConfig`; `max_context` without scaling.
+    """The fields of every decoder's config.json, as arguments of `ModelConfig`. `max_context` is before RoPE scaling.
 
-    `defaults` are those of the family's published configuration class: a field that equals its default may be missing.
-    Raises UnsupportedModelError for a field value pdx does not have.
+    `defaults` are those of the family's published configuration class, since files may leave out fields that equal
+    them. Raises UnsupportedModelError for a value that pdx does not have.
     """
     for key, harmless in REFUSED.items():
         f.only(key, *harmless)
@@ -183,10 +186,14 @@ def hf_shape(f: Fields, defaults: Mapping[str, Any], activation_key: str = "hidd
 
 
 def windows_from_types(f: Fields, layers: int, window: int | None, default: Callable[[int], bool]) -> tuple:
-    """One window a layer from `layer_types`, or from `default(layer)` (is it a window layer?) where that is missing."""
+    """The window of each layer in tokens (None: the whole context), from `layer_types`.
+
+    `default(layer)` says whether it is a window layer if that field is missing. Raises ModelFileError for a list of
+    the wrong length, and for window layers without a `window`.
+    """
     types = f.get("layer_types")
     if types is not None and not isinstance(types, list):
-        raise f.wrong("layer_types", types, "a list with an entry a layer")
+        raise f.wrong("layer_types", types, "a list with one entry per layer")
     if types is None:
         types = ["sliding_attention" if default(i) and window else "full_attention" for i in range(layers)]
     for kind in types:
@@ -200,11 +207,11 @@ def windows_from_types(f: Fields, layers: int, window: int | None, default: Call
 
 
 def gguf_windows(f: Fields, layers: int, is_local: Callable[[int], bool], default: int = 0) -> tuple[int | None, ...]:
-    """One window a layer (None: the whole context) from `attention.sliding_window` and its pattern.
+    """The window of each layer in tokens (None: the whole context), from `attention.sliding_window` and its pattern.
 
-    The window is a number, or one a layer (0: none); `default` is the family's. The pattern is a flag a layer, or a
-    period: every n-th layer sees everything. `is_local` stands in for a missing pattern. Raises ModelFileError for
-    lists of another length, and for a list of window layers without a window.
+    The window is a number, or a list with one per layer (0: none); `default` is the family's. The pattern is a list
+    with one flag per layer, or a period n: every n-th layer sees the whole context. `is_local` replaces a missing
+    pattern. Raises ModelFileError for lists of the wrong length, and for window layers without a window.
     """
     key, pattern = "attention.sliding_window", "attention.sliding_window_pattern"
     sizes, local = f.each_layer(key), f.each_layer(pattern)
@@ -220,10 +227,10 @@ def gguf_windows(f: Fields, layers: int, is_local: Callable[[int], bool], defaul
 
 
 def gguf_shape(f: Fields, file: TensorFile, theta: float = 10_000.0, eps: float | None = None) -> dict[str, Any]:
-    """The fields that every decoder's GGUF metadata has, as arguments of `ModelConfig`.
+    """The fields of every decoder's GGUF metadata, as arguments of `ModelConfig`.
 
-    Biases, query/key norms and an own output head are there when their tensors are. `theta` and `eps` are the family's
-    RoPE base and norm epsilon where files may leave them out.
+    The model has biases, query/key norms and a separate output head if the file has their tensors. `theta` and `eps`
+    are the family's RoPE base and norm epsilon, used if the file leaves them out.
     """
     names, layers = set(file.names()), f.layers("block_count")
     for key in ("expert_count", "nextn_predict_layers"):
@@ -261,7 +268,7 @@ def gguf_shape(f: Fields, file: TensorFile, theta: float = 10_000.0, eps: float 
 
 
 def _check_heads(f: Fields, file: TensorFile, names: set[str], name: str, expected: list[int]) -> None:
-    """Check the number of heads against a tensor's shape, before the row order is allocated (one number per row)."""
+    """Check the number of heads against a tensor's shape, before anything of that size is allocated."""
     if name in names and list(file.shape(name)) != expected:
         raise ModelFileError(
             f"{f.where}: tensor {name} has shape {list(file.shape(name))}, expected {expected} from the configuration"
@@ -269,7 +276,7 @@ def _check_heads(f: Fields, file: TensorFile, names: set[str], name: str, expect
 
 
 def _rope_freqs(file: TensorFile, head_dim: int) -> tuple[float, ...] | None:
-    """The divisors that GGUF keeps as a tensor (Llama 3.1 and later)."""
+    """The RoPE divisors [H/2] that GGUF files of Llama 3.1 and later store as a tensor; None if there is none."""
     name = "rope_freqs.weight"
     if name not in file.names():
         return None

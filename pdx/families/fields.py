@@ -1,4 +1,4 @@
-"""Reading a published configuration: every field is type-checked when read, and unread fields are reported."""
+"""Reading a published configuration: a field's type is checked when it is read, and unread fields are reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pdx.config import MOST_LAYERS
 from pdx.errors import ModelFileError, UnsupportedModelError
 
-# Fields of a Hugging Face config.json that do not change what the model computes in inference.
+# Fields of a Hugging Face config.json that do not change the result of inference.
 INERT = frozenset(
     """
     architectures model_type auto_map transformers_version torch_dtype dtype _name_or_path name_or_path
@@ -27,7 +27,8 @@ INERT = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Fields that change the computation in ways pdx does not have; any other value than these is refused.
+# Fields that change the computation in ways that pdx does not have, with the values that change nothing. Any other
+# value is refused.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_chunk_size": (),
@@ -61,7 +62,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 
 def short(value: Any) -> str:
-    """`repr`, cut to what an error message can hold.
+    """`repr`, shortened for an error message.
 
     >>> short(list(range(1000)))
     '[0, 1, 2, 3, 4, 5, 6, 7, ...]'
@@ -69,17 +70,26 @@ def short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def counted(count: int, what: str) -> str:
-    """`1 tensor`, `2 tensors`."""
+def count_of(count: int, what: str) -> str:
+    """A number with its noun.
+
+    >>> count_of(1, "tensor"), count_of(2, "tensor")
+    ('1 tensor', '2 tensors')
+    """
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 class Fields:
-    """A configuration as a mapping that remembers what was read.
+    """A configuration that records which of its fields were read.
 
-    `where` is the file, for errors; `prefix` is what stands before each key in that file; `held` is how many
-    tensors the model's files hold, where that is known; `notes` collects sentences for the user. `per_layer` names
-    the field with the number of layers where a number may also stand as a list with an equal entry a layer (GGUF).
+    Args:
+      data: field -> value.
+      where: the file's name in errors.
+      prefix: what stands before each key in that file.
+      held: the number of tensors in the model's files; None: unknown.
+      notes: sentences for the user are appended here.
+      per_layer: the field with the number of layers, in formats where a number may also be a list with one equal
+        entry per layer (GGUF).
     """
 
     def __init__(
@@ -96,7 +106,7 @@ class Fields:
         self.used: set[str] = set()
 
     def inner(self, data: Any, prefix: str, key: str) -> Fields:
-        """The fields of an object within this one, under `prefix`. Raises ModelFileError where it is no object."""
+        """The fields of a nested object. Raises ModelFileError if the value `data` of `key` is not an object."""
         if not isinstance(data, dict):
             raise self.wrong(key, data, "an object")
         return Fields(data, self.where, f"{self.prefix}{prefix}", self.held, self.notes)
@@ -105,13 +115,16 @@ class Fields:
         return key in self.data
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or `default` where the field is missing or null."""
+        """The value, or `default` if the field is missing or null."""
         self.used.add(key)
         value = self.data.get(key)
         return default if value is None else value
 
     def _one(self, key: str, default: Any = None) -> Any:
-        """`get`; of a list with an equal entry a layer, that entry. Raises UnsupportedModelError where they differ."""
+        """As `get`, but a list with one equal entry per layer counts as that entry.
+
+        Raises UnsupportedModelError if the entries differ.
+        """
         value = self.get(key, default)
         if self.per_layer is None or not isinstance(value, list) or not value:
             return value
@@ -127,12 +140,12 @@ class Fields:
         return value[0]
 
     def wrong(self, key: str, value: Any, expected: str) -> ModelFileError:
-        """The error for a field that is missing or of the wrong kind."""
+        """The error for a field that is missing or has a wrong type or value."""
         said = "is missing" if value is None else f"is {short(value)}"
         return ModelFileError(f"{self.where}: field {self.prefix}{key} {said}, expected {expected}")
 
     def integer(self, key: str, default: int | None = None, most: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` to `most`. Raises ModelFileError for anything else."""
+        """An integer from `least` to `most`. Raises ModelFileError for anything else."""
         value = self._one(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -143,28 +156,29 @@ class Fields:
         return value
 
     def each_layer(self, key: str) -> list[int] | None:
-        """A list with a whole number of at least 0, or a flag, for each layer; None where the field is no list.
+        """A list with one integer of at least 0, or one flag, per layer; None if the field is not a list.
 
         Raises ModelFileError for a list of another length or of other values.
         """
         value = self.get(key)
         if not isinstance(value, list):
             return None
-        layers = self.data.get(self.per_layer)
+        layers = self.data.get(self.per_layer or "")
         if len(value) != layers or any(not isinstance(x, (int, float)) or x < 0 or x % 1 for x in value):
             raise self.wrong(key, value, f"an integer of at least 0 for each of {short(layers)} layers")
         return [int(x) for x in value]
 
     def layers(self, key: str, default: int | None = None) -> int:
-        """How many layers there are. A corrupted count would fill the memory with lists that have an entry a layer; a
-        plausible one is held to the names of the tensors, which says what is missing. Raises as `integer`."""
+        """The number of layers. Raises as `integer`, and for a number far above the number of tensors: a corrupted
+        count would fill the memory with lists of that length. A plausible but wrong count is found later, by the
+        tensors that are missing."""
         value = self.integer(key, default, MOST_LAYERS if self.held is None else None)
         if self.held is not None and value > max(self.held, PLAUSIBLE_LAYERS):
             raise self.wrong(
                 key,
                 value,
                 f"fewer than the {self.held} tensors that the model's files hold: "
-                "corrupted, or the two do not belong together",
+                "the file is corrupted, or it belongs to another model",
             )
         return value
 
@@ -176,7 +190,7 @@ class Fields:
         return float(value)
 
     def optional_number(self, key: str, default: float | None = None) -> float | None:
-        """`number`, where an explicit null or 0 means none."""
+        """As `number`; an explicit null or 0 means None."""
         value = self._one(key)
         if value is None and key not in self.data:
             value = default
@@ -200,7 +214,7 @@ class Fields:
             raise self.unsupported(key, value, f"only {allowed}")
 
     def unused(self) -> dict[str, Any]:
-        """The fields that were not read and that may mean something."""
+        """Fields that were not read, are not in `INERT`, and are neither null, false nor empty."""
         return {
             k: v
             for k, v in self.data.items()

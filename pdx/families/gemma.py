@@ -37,10 +37,10 @@ DEFAULTS = {
     }
 }
 DEFAULTS["gemma3"] = {**DEFAULTS["gemma2"], "vocab_size": 262208, "max_position_embeddings": 131072}
-# Every n-th layer sees the whole context, the others a window.
+# Every n-th layer attends to the whole context, the others to a window.
 PERIOD = {"gemma2": 2, "gemma3": 6}
 LOCAL_THETA = 10_000.0  # the base of Gemma 3's window layers
-LONG_CONTEXT, LONG_FACTOR = 131_072, 8.0  # of Gemma 3's larger models, and the linear scaling that gives it
+LONG_CONTEXT, LONG_FACTOR = 131_072, 8.0  # the context of Gemma 3's larger models, and their linear RoPE scaling
 
 HF = Names(
     {
@@ -50,7 +50,7 @@ HF = Names(
         "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
     },
     minus_one=("final_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm"),
-    # Checkpoints with an image encoder nest the text model, the way depends on the version that wrote them.
+    # Checkpoints with an image encoder nest the text model; how depends on the version that wrote them.
     prefixes=("model.", "language_model.model.", "model.language_model.", ""),
 )
 
@@ -90,7 +90,7 @@ def _from_hf(name: str, f: Fields) -> ModelConfig:
 
 
 def _from_multimodal(name: str, f: Fields) -> ModelConfig:
-    """The text side of a model with an image encoder; what belongs to images is left out on purpose."""
+    """The text side of a model with an image encoder. Fields about images are ignored on purpose."""
     for key, harmless in REFUSED.items():
         f.only(key, *harmless)
     for key in f.data:
@@ -105,10 +105,10 @@ def _from_multimodal(name: str, f: Fields) -> ModelConfig:
 
 
 def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
-    """llama.cpp has already added one to the norms, and derives what its files do not say as is done here."""
+    """A GGUF file. llama.cpp has already added one to the norms. Missing fields are derived as llama.cpp does."""
     if name == "gemma2":
         shape = gguf_shape(f, file)
-    else:  # Ollama's files leave out what is the same in every Gemma 3, or spell it in their own way
+    else:  # Ollama's files leave out what all Gemma 3 models share, or use other field names
         shape = gguf_shape(f, file, f.number("rope.global.freq_base", 1_000_000.0), eps=1e-6)
         _add_scaling(f, shape)
     layers = shape["num_layers"]
@@ -134,13 +134,13 @@ def _from_gguf(name: str, f: Fields, file: TensorFile) -> ModelConfig:
 
 
 def _add_scaling(f: Fields, shape: dict[str, Any]) -> None:
-    """The scaling of Gemma 3's large models, whose context is 131072, in files without a word about RoPE."""
+    """Add the RoPE scaling of Gemma 3's large models (context 131072) if the file has no field about RoPE."""
     f.only("rope.freq_scale", 1.0)
     told = f.has("rope.freq_base") or any(key.startswith("rope.scal") for key in f.data)
     if not told and shape["max_context"] >= LONG_CONTEXT:
         shape["rope"] = RopeConfig(shape["rope"].theta, linear(LONG_FACTOR, shape["head_dim"]))
         f.notes.append(
-            f"the file does not tell the RoPE scaling: full layers get the factor {LONG_FACTOR:g}, as in "
+            f"the file has no RoPE scaling: full layers get the factor {LONG_FACTOR:g}, as in "
             f"every published Gemma 3 with a context of {LONG_CONTEXT} tokens"
         )
 

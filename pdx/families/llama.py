@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.1+, and what is built like them (SmolLM2)."""
+"""Llama 2, 3, 3.1 and later, and models of the same architecture (SmolLM2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULTS = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
-# llama.cpp rotates pairs of neighbours for this architecture, so its files store queries and keys that way.
+# llama.cpp rotates neighbouring rows for this architecture, so its files store query and key rows in that order.
 PAIRS = Names(GGUF_NAMES, interleaved=("q_proj", "k_proj", "q_bias", "k_bias"))
 
 
@@ -30,7 +30,7 @@ def from_hf(f: Fields) -> ModelConfig:
 
 
 def from_gguf(f: Fields, file: TensorFile) -> ModelConfig:
-    """Mistral's files carry this architecture too; theirs may have a window on every layer."""
+    """A GGUF file. Mistral's files name this architecture too and may have a window on every layer."""
     shape = gguf_shape(f, file)
     return ModelConfig(family="llama", windows=gguf_windows(f, shape["num_layers"], lambda layer: True), **shape)
 

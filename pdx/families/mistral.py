@@ -26,7 +26,7 @@ def from_hf(f: Fields) -> ModelConfig:
     rope, _, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"])
     window = f.integer("sliding_window", 0 if f.has("sliding_window") else 4096, least=0) or None
     windows = windows_from_types(f, shape["num_layers"], window, lambda layer: True)
-    if len(set(windows)) > 1:  # the published class warns and then ignores such a list
+    if len(set(windows)) > 1:  # transformers warns and then ignores such a list
         raise f.unsupported("layer_types", f.get("layer_types"), "Mistral models whose layers are all alike")
     return ModelConfig(family="mistral", rope=rope, windows=windows, **shape)
 

@@ -34,7 +34,7 @@ DEFAULTS = {
 def _from_hf(name: str, f: Fields) -> ModelConfig:
     shape = hf_shape(f, DEFAULTS if name == "qwen2" else {**DEFAULTS, "head_dim": 128})
     rope, _, shape["max_context"] = rope_from_hf(f, shape["head_dim"], shape["max_context"])
-    # The first `max_window_layers` layers see everything, the others a window, where it is switched on.
+    # With `use_sliding_window`, the first `max_window_layers` layers see the whole context and the others a window.
     in_use, first = f.flag("use_sliding_window", False), f.integer("max_window_layers", 28, least=0)
     window = f.get("sliding_window", None if f.has("sliding_window") else 4096)
     window = f.integer("sliding_window", window) if in_use and window else None

@@ -1,4 +1,4 @@
-"""Published RoPE scalings as one divisor per frequency, and where configurations keep them."""
+"""RoPE scaling rules as one divisor per frequency, and the configuration fields that describe them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from pdx.config import RopeConfig
 from pdx.families.fields import Fields, short
 
-# What an entry may hold besides the numbers of its rule. `finetuned` tells how the model was made.
+# Keys of an entry that are not numbers of its rule. `finetuned` only says how the model was trained.
 _NAMING = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
-# Numbers of one rule or another. A rule that has no use for one passes it over, as transformers does.
+# The numbers of all rules. A rule ignores the numbers of other rules, as transformers does.
 _NUMBERS = frozenset(
     """
     factor original_max_position_embeddings attention_factor attn_factor beta_fast beta_slow short_factor long_factor
@@ -25,9 +25,9 @@ def linear(factor: float, head_dim: int) -> tuple[float, ...]:
 
 
 def llama3(theta: float, head_dim: int, factor: float, low: float, high: float, original: int) -> tuple[float, ...]:
-    """Llama 3.1's rule: long wavelengths are divided by `factor`, short ones kept, a ramp between.
+    """Llama 3.1's rule: low frequencies are divided by `factor`, high ones are kept, with a linear ramp between.
 
-    `low` and `high` are the numbers of rotations within the `original` context that bound the ramp.
+    The ramp lies between `low` and `high` rotations within the `original` context, in tokens.
     """
     divisors = []
     for i in range(head_dim // 2):
@@ -51,8 +51,8 @@ def yarn(
     beta_slow: float = 1.0,
     truncate: bool = True,
 ) -> tuple[float, ...]:
-    """YaRN (Peng et al., 2023): frequencies that turn fewer than `beta_slow` times within the `original`
-    context are divided by `factor`, those above `beta_fast` kept, a ramp over their index between."""
+    """YaRN (Peng et al., 2023): frequencies with fewer than `beta_slow` rotations within the `original` context are
+    divided by `factor`, those with more than `beta_fast` are kept, with a linear ramp over the index between."""
 
     def index(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -74,9 +74,9 @@ def yarn_attention(factor: float, mscale: float = 1.0) -> float:
 def _yarn_temperature(f: Fields, factor: float) -> float:
     """The factor on cos and sin of a YaRN entry.
 
-    `attention_factor` is the whole of it. `attn_factor` multiplies what the rule gives: YaRN's own code, vLLM and
-    llama.cpp read it so, and the published values make sense only so (0.878 with a factor of 4 undoes the rule's
-    1.139). transformers does not know the name and passes it over.
+    `attention_factor` replaces the rule's value. `attn_factor` multiplies it, as in YaRN's own code, vLLM and
+    llama.cpp; published values make sense only so (0.878 with a factor of 4 cancels the rule's 1.139). transformers
+    ignores `attn_factor`.
     """
     mscale, mscale_all = f.optional_number("mscale"), f.optional_number("mscale_all_dim")
     temperature = yarn_attention(factor)
@@ -88,16 +88,16 @@ def _yarn_temperature(f: Fields, factor: float) -> float:
         return temperature
     f.notes.append(
         f"{f.prefix}attn_factor = {more} multiplies YaRN's attention factor {temperature:.6g}, as in YaRN's "
-        "own code, vLLM and llama.cpp; transformers passes it over"
+        "own code, vLLM and llama.cpp; transformers ignores it"
     )
     return temperature * more
 
 
 def _rule(f: Fields, kind: str, theta: float, head_dim: int, positions: int, original: int) -> tuple[RopeConfig, int]:
-    """An entry of a scaling rule, and the context it gives a model of `positions` position embeddings.
+    """The `RopeConfig` of an entry with the rule `kind`, and the model's context in tokens.
 
-    llama3 and yarn name the context of the training themselves, so that `positions` may count the scaling already;
-    with linear it does not (vLLM reads it so).
+    Entries of llama3 and yarn name the `original` context of the training, so `positions` (max_position_embeddings)
+    may already include the scaling. With linear it does not; vLLM reads it the same way.
     """
     if kind == "linear":
         factor = f.number("factor")
@@ -124,10 +124,10 @@ def _rule(f: Fields, kind: str, theta: float, head_dim: int, positions: int, ori
 
 
 def _scaled(f: Fields, theta: float, head_dim: int, positions: int, original: int | None) -> tuple[RopeConfig, int]:
-    """One `rope_scaling` or `rope_parameters` entry, and the context it gives.
+    """One `rope_scaling` or `rope_parameters` entry, and the model's context in tokens.
 
-    `original`, from beside the entry, wins over its own, as in transformers. Raises UnsupportedModelError for a rule
-    pdx does not have, and for a parameter that is of no rule.
+    `original` is the `original_max_position_embeddings` outside the entry; it wins over the entry's own, as in
+    transformers. Raises UnsupportedModelError for an unknown rule, and for a parameter that no rule has.
     """
     for key in _NAMING:
         f.used.add(key)
@@ -135,7 +135,7 @@ def _scaled(f: Fields, theta: float, head_dim: int, positions: int, original: in
     f.only("partial_rotary_factor", 1, 1.0)
     kind = f.get("rope_type", f.get("type", "default"))
     if kind == "default":
-        f.get("mrope_section")  # sections of image positions; those of a text are all one
+        f.get("mrope_section")  # only images have positions in several sections
         rope, context = RopeConfig(theta), positions
     else:
         inside = f.integer("original_max_position_embeddings", positions)
@@ -144,12 +144,12 @@ def _scaled(f: Fields, theta: float, head_dim: int, positions: int, original: in
     for key, value in f.unused().items():
         if key not in _NUMBERS:
             raise f.unsupported(key, value, f"rope_type {kind} without it")
-        f.notes.append(f"{f.prefix}{key} = {short(value)} is passed over: rope_type {kind} does not use it")
+        f.notes.append(f"{f.prefix}{key} = {short(value)} is ignored: rope_type {kind} does not use it")
     return rope, context
 
 
 def _parameters(f: Fields) -> Fields:
-    """The scaling under its older name, which wins where both are there, or its newer one."""
+    """The fields of `rope_scaling`, the older name, or else of `rope_parameters`."""
     older, newer = (f.inner(f.get(key, {}), "rope_parameters.", key) for key in ("rope_scaling", "rope_parameters"))
     return older if older.data else newer
 
@@ -159,9 +159,9 @@ def rope_from_hf(
 ) -> tuple[RopeConfig, RopeConfig | None, int]:
     """The rotary embeddings of full and of window layers (None: the same), and the context in tokens.
 
-    Reads both spellings: `rope_theta`, `rope_scaling`, `rope_local_base_freq`, and the newer
-    `rope_parameters`, flat or one entry a layer type. `theta` and `window_theta` are the family's defaults;
-    `positions` is `max_position_embeddings`.
+    Reads the older fields (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and the newer `rope_parameters`, flat
+    or with one entry per layer type. `theta` and `window_theta` are the family's defaults; `positions` is
+    `max_position_embeddings`.
     """
     params, top_theta, original = _parameters(f), f.number("rope_theta", theta), None
     if f.get("original_max_position_embeddings") is not None:
@@ -177,7 +177,7 @@ def rope_from_hf(
         for key in sorted(flat.unused().keys() - {*_NAMING, *_NUMBERS}):
             raise flat.unsupported(key, flat.get(key), f"entries of {' and '.join(_LAYER_TYPES)}")
     full, context = entry("full_attention", top_theta)
-    if window_theta is not None:  # Gemma 3, whose positions count the scaling of its full layers
+    if window_theta is not None:  # Gemma 3: max_position_embeddings already includes the scaling of its full layers
         window, _ = entry("sliding_attention", f.number("rope_local_base_freq", window_theta))
         return full, window, positions
     window = entry("sliding_attention", top_theta)[0] if "sliding_attention" in nested else full
@@ -187,13 +187,13 @@ def rope_from_hf(
 def rope_from_gguf(
     f: Fields, head_dim: int, max_context: int, freqs: tuple[float, ...] | None = None, theta: float = 10_000.0
 ) -> RopeConfig:
-    """The rotary embedding of `{arch}.rope.*`; `freqs` are the divisors of a `rope_freqs.weight` tensor, if any.
+    """The rotary embedding that `{arch}.rope.*` describes; `freqs` are the divisors of a `rope_freqs.weight` tensor.
 
-    `theta` is the family's base where the file has none. `context_length` counts a scaling already.
+    `theta` is the family's base, used if the file has none. `context_length` already includes a scaling.
     """
     theta = f.number("rope.freq_base", theta)
     f.only("rope.dimension_count", head_dim)
-    # A factor without a type means linear: llama.cpp's reading of older files.
+    # A factor without a type means linear, as llama.cpp reads older files.
     kind = f.get("rope.scaling.type", "linear")
     factor = f.number("rope.scaling.factor", f.optional_number("rope.scale_linear") or 1.0)
     original = f.integer("rope.scaling.original_context_length", max_context)

@@ -1,4 +1,8 @@
-"""Prompts to completions: what a request is, the offline loop, compiled programs, and what a request ends as."""
+"""From prompts to completions, offline.
+
+`prompts` checks and tokenizes requests, `generator` runs them in batches with programs that `programs` compiled once,
+`completion` collects a request's tokens until it ends, `offline` is the public loop, and `results` prints.
+"""
 
 from pdx.generation.offline import generate, stream
 

@@ -1,4 +1,4 @@
-"""One request while its tokens come in: text, stops and limits; and the completion it ends as."""
+"""A running request (`Row`): its tokens, text, stop strings and limits. And `Completion`, its result."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pdx.errors import NotFiniteError
 from pdx.metrics import RequestTiming, SpeculationCounts
 from pdx.sampling.options import SamplingOptions
 
-# What -inf, the log-probability of a token that is impossible, is in JSON, which has no infinity. OpenAI's value.
+# JSON has no infinity. This stands for -inf, the log-probability of an impossible token, as in OpenAI's API.
 LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """One token's log-probability under the model, and those of the best alternatives; -inf where it is impossible."""
+    """The log-probability of one token, and `top`: (token, log-probability) of the best alternatives.
+
+    An impossible token has -inf.
+    """
 
     token_id: int
     logprob: float
@@ -27,10 +30,14 @@ class TokenLogprobs:
 class Completion:
     """The answer to one prompt.
 
-    token_ids: all generated tokens, an end token included; `text` leaves end tokens and stop strings out.
-    finish_reason: `stop` (an end token or a stop string) or `length`.
-    compile_s: seconds of compilation while its batch ran; they are in none of the timings.
-    speculation: what speculative decoding did; None without it.
+    Attributes:
+      index: which of the prompts it answers, from 0.
+      text: the generated text without end tokens and stop strings.
+      token_ids: all generated tokens, including an end token.
+      finish_reason: `stop` (an end token or a stop string) or `length`.
+      timing: TTFT, TPOT and E2E, in seconds.
+      compile_s: seconds of compilation while its batch ran. No timing includes them.
+      speculation: what speculative decoding did; None without it.
     """
 
     index: int
@@ -50,7 +57,7 @@ class Completion:
 
 @dataclass
 class Row:
-    """A request in a batch. `decoder` turns tokens into text, `ends` are the tokens that end it."""
+    """A request in a batch. `decoder` turns tokens into text, `ends` are the tokens that end the request."""
 
     index: int
     prompt: list[int]
@@ -60,15 +67,15 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
-    shown: int = 0
+    shown: int = 0  # characters of `text` that `fresh_text` has returned
     finish_reason: str | None = None
     ttft_s: float = 0.0
     e2e_s: float = 0.0
-    compile_s: float = 0.0  # so far, in its batch
+    compile_s: float = 0.0  # seconds of compilation in its batch so far
     speculation: SpeculationCounts | None = None
 
     def push(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprobs], now: float) -> None:
-        """Take tokens as they came from the device at second `now`; what follows the last one is dropped."""
+        """Append tokens that the device returned at second `now`. Tokens after the end of the request are dropped."""
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.finish_reason:
                 return
@@ -77,9 +84,10 @@ class Row:
             self.e2e_s = now
             self.token_ids.append(token)
             self.logprobs.append(logprob)
-            self._read(token)
+            self._append_text(token)
 
-    def _read(self, token: int) -> None:
+    def _append_text(self, token: int) -> None:
+        """Append the token's text, and set `finish_reason` if the request ends with it."""
         before = len(self.text)
         if token in self.ends:
             self.finish_reason = "stop"
@@ -93,11 +101,11 @@ class Row:
             self.text, self.finish_reason = self.text[: found[0]], "stop"
 
     def fresh_text(self) -> str:
-        """Text not shown yet, less an end that may turn out to be the beginning of a stop string."""
+        """The text that was not returned before. A tail that may be the beginning of a stop string is held back."""
         end = len(self.text)
         if not self.finish_reason and self.options.stop:
-            reach = max(len(s) for s in self.options.stop) - 1
-            for at in range(max(self.shown, end - reach), end):
+            longest = max(len(s) for s in self.options.stop) - 1
+            for at in range(max(self.shown, end - longest), end):
                 if any(s.startswith(self.text[at:]) for s in self.options.stop):
                     end = at
                     break
@@ -105,7 +113,7 @@ class Row:
         return fresh
 
     def completion(self, compile_s: float) -> Completion:
-        """What it ended as."""
+        """The request as a `Completion`."""
         return Completion(
             index=self.index,
             text=self.text,
@@ -120,16 +128,22 @@ class Row:
 
 
 def json_logprob(value: float) -> float:
-    """A log-probability as JSON has it: at least `LOWEST_LOGPROB`."""
+    """A log-probability for JSON: at least `LOWEST_LOGPROB`.
+
+    >>> json_logprob(float("-inf"))
+    -9999.0
+    """
     return max(value, LOWEST_LOGPROB)
 
 
 def first_stop(text: str, stops: Sequence[str], new: int = 0) -> tuple[int, int] | None:
-    """Begin and end of the stop string that is complete first in `text`, None if there is none. Of several that end at
-    the same place, the first in the list counts.
+    """(begin, end) of the stop string that ends first in `text`; None if there is none.
 
-    A token may be long enough to complete several. Which one counts depends on the text alone, not on where its tokens
-    end. `new`: the text before it holds no whole stop string.
+    If several end at the same place, the first in the list wins. The result depends on the text alone, not on how it
+    is divided into tokens. `new`: the characters before this index contain no complete stop string.
+
+    >>> first_stop("one, two. three", [". ", ", "])
+    (3, 5)
     """
     # A stop string may have begun in the text before `new`.
     begins = [(text.find(stop, max(new - len(stop) + 1, 0)), len(stop)) for stop in stops]
@@ -138,12 +152,12 @@ def first_stop(text: str, stops: Sequence[str], new: int = 0) -> tuple[int, int]
 
 
 def not_finite(position: int, index: int | None = None) -> NotFiniteError:
-    """The error of a request that has no next token, since the logits behind its token at `position` are not finite.
+    """The error of a request that has no next token, because its logits after token `position` are not finite.
 
-    `index`: which prompt it is, where there are several.
+    `index`: which of several prompts it is.
     """
     return NotFiniteError(
-        f"the logits behind token {position} of the request are NaN or infinite: the model overflows "
+        f"the logits after token {position} of the request are NaN or infinite: the model overflows "
         "for this input (try another dtype)",
         index,
     )

@@ -1,9 +1,10 @@
-"""What runs requests in batches: the compiled programs of one shape."""
+"""`Generator` runs a batch of requests with compiled programs of one shape."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +18,38 @@ from pdx.cache.layer import CACHE_DTYPES
 from pdx.errors import RequestError
 from pdx.generation.completion import Row, TokenLogprobs, not_finite
 from pdx.generation.programs import Clock, Programs
-from pdx.layers.kernels import explain, layout_for, settled
+from pdx.layers.kernels import Kernels, explain, layout_for, settled
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, is_spec, place_rows
 from pdx.weights.load import Model
 
-# Chunk lengths that programs are compiled for: each at most 1.5 times the one before, so that a prompt
-# is padded by a fifth or less on average. None so short that its attention would be the op for decoding.
+# Chunk lengths that programs are compiled for. Each is at most 1.5 times the one before, so that padding adds a fifth
+# or less on average. The shortest is longer than what the decode attention op takes.
 PREFILL_LADDER = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SMALLEST_CAPACITY = 256
-PREFILL_CHUNK = PREFILL_LADDER[-1]  # tokens of a prompt that one call takes
+PREFILL_CHUNK = PREFILL_LADDER[-1]  # the most tokens of a prompt in one prefill call
 DEFAULT_ROWS = 8
-# Tokens a dispatch of `decode_many`: enough to hide the host's work, few enough to stream and stop soon.
+# Tokens per call of `decode_many`: enough to hide the host's work, few enough to stream and stop soon.
 DECODE_TOKENS = 8
 
 
 class Generator:
-    """Programs and a cache for `rows` requests at a time, with room for `capacity` tokens each.
+    """Compiled programs and a cache for `rows` requests at a time, of up to `capacity` tokens each.
 
-    Once it has met its shapes (a rung of the prefill ladder each, and one decode program), a generation
-    of any length compiles nothing. `compile_s` counts the seconds spent on compiling.
+    It compiles one prefill program per rung of `PREFILL_LADDER`, when a prompt first needs it, and one decode program.
+    After that, nothing compiles. `compile_s`: seconds spent on compiling.
 
     Args:
       model: what `pdx.load` returns.
       rows: requests that run together.
       capacity: tokens of prompt and answer that a row can hold.
-      kernels: auto, xla or pallas. Raises NotImplementedError for a path that does not exist.
-      kv_dtype: of the cache, `f32`, `bf16`, `int8` or a jax type; None or `auto`: the parameters'.
-      chunk: the most tokens of a prompt that one prefill call takes.
-      decode_tokens: tokens a dispatch.
+      kernels: see `pdx.generate`. Raises NotImplementedError for a kernel path that does not exist here.
+      kv_dtype: type of the cache: `f32`, `bf16`, `int8` or a jax type; None or `auto`: the type of the parameters.
+      chunk: the most tokens of a prompt in one prefill call.
+      decode_tokens: the most tokens per decode call.
       num_logprobs: alternatives to report for each token.
+      caches: idle caches shared with other generators; None: its own.
     """
 
     def __init__(
@@ -56,20 +58,20 @@ class Generator:
         *,
         rows: int = DEFAULT_ROWS,
         capacity: int,
-        kernels: str = "auto",
+        kernels: Kernels = "auto",
         kv_dtype=None,
         chunk: int = PREFILL_CHUNK,
         decode_tokens: int = DECODE_TOKENS,
         num_logprobs: int = 0,
         caches: IdleCaches | None = None,
     ):
-        kernels = settled(kernels)
-        explain(kernels)  # raises before anything is made
+        self.kernels = settled(kernels)
+        explain(self.kernels)  # raises before anything is made
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
-        self.kernels, self.num_logprobs, self.decode_tokens = kernels, num_logprobs, decode_tokens
+        self.num_logprobs, self.decode_tokens = num_logprobs, decode_tokens
         self.rows = rows if self.mesh is None else round_up(rows, self.mesh.shape["data"])
         self._programs = Programs()
-        kind = {"chunk": chunk, "dtype": cache_dtype(kv_dtype, model), "layout": layout_for(kernels)}
+        kind = {"chunk": chunk, "dtype": cache_dtype(kv_dtype, model), "layout": layout_for(self.kernels)}
         self._make_cache = partial(init_cache, self.config, self.rows, capacity, mesh=self.mesh, **kind)
         declared = cache_specs(self.config, self.rows, capacity, mesh=self.mesh, **kind)
         self.capacity, self.chunk = declared.capacity, declared.chunk
@@ -96,10 +98,10 @@ class Generator:
     def run(self, requests: Sequence[Row]) -> Iterator[Row]:
         """Generate for up to `rows` requests together; yields a request whenever it has new tokens.
 
-        The run has a cache of its own until it ends: until it is exhausted, closed or collected.
+        A run holds its own cache until the iterator is exhausted, closed or garbage-collected.
 
         Raises:
-          NotFiniteError: logits that are NaN or infinite; what came before them has been yielded.
+          NotFiniteError: logits are NaN or infinite. All tokens before them have been yielded.
         """
         if len(requests) > self.rows:
             raise ValueError(f"{len(requests)} requests for {self.rows} rows")
@@ -107,8 +109,8 @@ class Generator:
             yield from self._run(requests, held, Clock())
 
     def _run(self, requests: Sequence[Row], held: Held, clock: Clock) -> Iterator[Row]:
-        # Only between two steps is the cache fit for another run: a step that fails takes it along.
-        cache, held.cache = held.cache, None
+        # `held.cache` is set only between steps: a step donates the cache, so after a failed one it is gone.
+        cache, held.cache = cast(DenseCache, held.cache), None
         prompts = [r.prompt for r in requests]
         sampling = SamplingState.create(
             [r.options for r in requests], self.config.vocab_size, prompts=prompts, batch=self.rows
@@ -118,30 +120,32 @@ class Generator:
         logits, cache = self.prefill(prompts, cache, clock)
         first, sampling = self._programs.call(
             "first",
-            _draw,
+            _sample_first,
             logits=logits,
             sampling=sampling,
             positions=cache.lengths,
-            active=self._mask(requests),
+            active=self._active(requests),
             clock=clock,
             static={"num_logprobs": self.num_logprobs, "mesh": self.mesh},
         )
-        got, counts = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), np.ones(self.rows, int)
+        sampled, counts = jax.tree.map(lambda x: x[:, None], jax.device_get(first)), np.ones(self.rows, int)
         while True:
             held.cache = cache
-            yield from _deliver(requests, got, counts, clock)
+            yield from _deliver(requests, sampled, counts, clock)
             held.cache = None
             if all(r.finish_reason for r in requests):
                 break
-            got, counts, cache, sampling = decoding.dispatch(requests, cache, sampling, clock)
+            sampled, counts, cache, sampling = decoding.dispatch(requests, cache, sampling, clock)
         held.cache = cache
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
     ) -> tuple[jax.Array, DenseCache]:
-        """Feed all prompts, the long ones in chunks; the logits behind each prompt's last token."""
+        """Prefill all prompts, long ones in chunks. Returns the logits [rows, V] of each prompt's last token, and the
+        cache."""
         cache = cache.truncate(np.zeros(self.rows, np.int32))
-        held, logits = 0, None
+        held = 0
+        logits: Any = None  # of the first chunk
         longest = max(len(p) for p in prompts)
         while held < longest:
             width = bucket(min(longest - held, self.chunk), self._ladder)
@@ -159,14 +163,17 @@ class Generator:
                 clock=clock,
                 static={"cfg": self.config, "kernels": self.kernels},
             )
-            # A row whose prompt ended in an earlier chunk keeps the logits it had there.
+            # A row whose prompt ended in an earlier chunk keeps the logits of that chunk.
             if logits is not None:
-                new = self._programs.call("keep", _keep, old=logits, new=new, took_part=lengths > 0, clock=clock)
+                new = self._programs.call(
+                    "merge", _merge_logits, old=logits, new=new, appended=lengths > 0, clock=clock
+                )
             logits = new
             held += width
         return logits, cache
 
-    def _mask(self, requests: Sequence[Row]) -> np.ndarray:
+    def _active(self, requests: Sequence[Row]) -> np.ndarray:
+        """[rows] of bool: the rows whose request is not finished."""
         return self.left(requests) > 0
 
     def left(self, requests: Sequence[Row]) -> np.ndarray:
@@ -209,23 +216,29 @@ class Decoding:
         return got, np.full(run.rows, n), out.cache, out.sampling
 
 
-def _deliver(requests: Sequence[Row], got: SampleOutput, counts: np.ndarray, clock: Clock) -> Iterator[Row]:
-    """Hand the first `counts` columns of `got` to the requests that are running; yields each that has new tokens.
+def _deliver(requests: Sequence[Row], sampled: SampleOutput, counts: np.ndarray, clock: Clock) -> Iterator[Row]:
+    """Append the first `counts` columns of `sampled` to the running requests; yields each one that has new tokens.
 
-    Raises NotFiniteError, when all have theirs, for the first that has no token where it needs one.
+    Raises NotFiniteError for the first request without a token for its next position, after all others were yielded.
     """
     now, broken = clock.now(), None
     for row, request in enumerate(requests):
         if request.finish_reason:
             continue
         best, n = request.options.logprobs or 0, counts[row]  # a neighbour may have asked for more alternatives
-        tokens = got.tokens[row, :n].tolist()
+        tokens = sampled.tokens[row, :n].tolist()
         tokens = tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens
         logprobs = (
             TokenLogprobs(
-                int(got.tokens[row, i]),
-                float(got.logprob[row, i]),
-                tuple(zip(got.top_ids[row, i, :best].tolist(), got.top_logprobs[row, i, :best].tolist(), strict=True)),
+                int(sampled.tokens[row, i]),
+                float(sampled.logprob[row, i]),
+                tuple(
+                    zip(
+                        sampled.top_ids[row, i, :best].tolist(),
+                        sampled.top_logprobs[row, i, :best].tolist(),
+                        strict=True,
+                    )
+                ),
             )
             for i in range(len(tokens))
         )
@@ -240,7 +253,7 @@ def _deliver(requests: Sequence[Row], got: SampleOutput, counts: np.ndarray, clo
 
 
 def cache_dtype(name, model: Model):
-    """The type of the cache for a choice of the user. Raises RequestError for an unknown one."""
+    """The cache's type for a user's `kv_dtype`; None and `auto` mean the model's. Raises RequestError otherwise."""
     if name is None or (isinstance(name, str) and name == "auto"):
         return model.dtype
     try:
@@ -250,11 +263,12 @@ def cache_dtype(name, model: Model):
 
 
 @partial(jax.jit, static_argnames=("num_logprobs", "mesh"), donate_argnames="sampling")
-def _draw(logits, sampling, positions, active, num_logprobs, mesh):
+def _sample_first(logits, sampling, positions, active, num_logprobs, mesh):
+    """The first token of each row, and the sampling state after it."""
     drawn = sample(logits, sampling, positions, num_logprobs=num_logprobs, mark_broken=True)
     return drawn, constrain_rows(sampling.observe(drawn.tokens, active), mesh)
 
 
 @jax.jit
-def _keep(old, new, took_part):
-    return jnp.where(took_part[:, None], new, old)
+def _merge_logits(old, new, appended):
+    return jnp.where(appended[:, None], new, old)

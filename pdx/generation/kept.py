@@ -20,7 +20,7 @@ MOST_GENERATORS = 16
 
 
 @dataclass
-class _Kept:
+class _ModelCaches:
     """What a model keeps between calls: idle caches, and generators (programs) by shape, those used last at the end."""
 
     caches: IdleCaches = field(default_factory=IdleCaches)
@@ -38,8 +38,8 @@ class _Kept:
 
 
 # It goes when the model goes.
-_KEPT: weakref.WeakKeyDictionary[Model, _Kept] = weakref.WeakKeyDictionary()
-_KEPT_LOCK = threading.Lock()
+_MODEL_CACHES: weakref.WeakKeyDictionary[Model, _ModelCaches] = weakref.WeakKeyDictionary()
+_MODEL_CACHES_LOCK = threading.Lock()
 
 
 def generator(
@@ -54,8 +54,8 @@ def generator(
         capacity *= 2
     capacity = min(capacity, round_up(model.config.max_context, 128))
     kv_dtype = cache_dtype(kv_dtype, model)
-    with _KEPT_LOCK:
-        kept, kind = _KEPT.setdefault(model, _Kept()), Generator
+    with _MODEL_CACHES_LOCK:
+        kept, kind = _MODEL_CACHES.setdefault(model, _ModelCaches()), Generator
         if speculation is not None:
             speculation = kept.with_draft(speculation, model)
             kind = partial(SpeculativeGenerator, speculation=speculation)

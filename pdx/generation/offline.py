@@ -1,7 +1,7 @@
-"""The offline loop: prompts to completions, in batches, the two phases timed apart.
+"""Offline generation: prompts to completions, in static batches, with prefill and decode timed separately.
 
-`generate` returns completions, `stream` yields text as it comes. Both drive a `Generator`, which owns
-the compiled programs of one shape (rows, capacity) and keeps them for every later call.
+`generate` returns completions, `stream` yields text as it is generated. Both use a `Generator`, which keeps the
+compiled programs of one shape (rows, capacity) for later calls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.completion import Completion
 from pdx.generation.generator import DEFAULT_ROWS
 from pdx.generation.kept import generator
-from pdx.generation.prompts import Prompt, as_list, options_of_each, requests_of
+from pdx.generation.prompts import Prompt, as_list, options_of_each, prepared_rows
 from pdx.layers.kernels import Kernels, settled
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
@@ -24,7 +24,7 @@ from pdx.weights.load import Model
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of one request as it comes; the last piece of a request carries its completion."""
+    """New text of the prompt `index`. The last piece of a prompt carries its completion."""
 
     index: int
     text: str
@@ -45,11 +45,11 @@ def stream(
     draft_length: int | str = "auto",
     **settings,
 ) -> Iterator[Piece]:
-    """Generate for one prompt or several; yields pieces of text as they come. Arguments and errors as `generate`.
+    """Generate for one prompt or several; yields pieces of text as they are generated.
 
-    Streams may be interleaved, nested, and run in several threads. Each takes a cache of its own when it begins, an
-    idle one or a new one, and gives it back when it is exhausted, closed or collected; none waits for another. A stream
-    that is left half read holds its cache as long as it lives: close it. In a `pdx.Engine` requests share one cache.
+    Arguments and errors are those of `generate`. Streams may be interleaved, nested, and run in several threads; none
+    waits for another. Each holds its own cache from its first piece until it is exhausted, closed or garbage-collected.
+    So close a stream that you stop reading. (In a `pdx.Engine`, requests share one cache.)
 
     Example:
       >>> model = pdx.load()  # doctest: +SKIP
@@ -60,7 +60,7 @@ def stream(
         raise RequestError(f"model is {model!r}: it must be what pdx.load returns")
     prompts, batch_size = as_list(prompts), integer("batch_size", batch_size, 1)
     speculation = asked(speculate, draft_length)
-    rows = requests_of(model, prompts, options_of_each(options, settings, len(prompts)))
+    rows = prepared_rows(model, prompts, options_of_each(options, settings, len(prompts)))
     if not rows:
         return
     longest = max(len(r.prompt) + r.options.max_tokens for r in rows)
@@ -91,24 +91,26 @@ def generate(
     """Complete one prompt or several. Any number of threads may call it.
 
     A model keeps the programs of the last 16 shapes (rows, capacity, log-probabilities), and idle caches of up to
-    512 MiB together, or else the one used last. All of it goes with the model (`del model`).
+    512 MiB in total (at least the one used last). `del model` frees them.
 
     Args:
       model: what `pdx.load` returns.
       prompts: a text, chat messages, token ids (a list or a one-dimensional array), or a list of any of these.
-      options: sampling settings, one for all or one a prompt; None: greedy, 128 tokens.
-      settings: single fields of `SamplingOptions` (max_tokens=, temperature=, ...), and batch_size=,
-        kernels=, kv_dtype=, capacity= (tokens a row can hold; None: what the requests need, rounded up),
-        speculate= and draft_length= (see `pdx.speculative.options.Speculation`; None: a token a step).
+      options: sampling settings, one for all prompts or one per prompt; None: greedy, 128 tokens.
+      settings: single fields of `SamplingOptions` (max_tokens=, temperature=, ...), and those of `stream`:
+        batch_size= (prompts that run together), kernels= (`auto`, `xla`, `pallas`, `tpu`, `gpu`, `dense`, or
+        {op: implementation}), kv_dtype= (`f32`, `bf16`, `int8`, `auto`), capacity= (tokens a row can hold; None:
+        what the requests need, rounded up), speculate= and draft_length= (see `pdx.Speculation`; None: one token per
+        step).
 
     Returns:
-      One completion a prompt, in the order of the prompts.
+      One completion per prompt, in the order of the prompts.
 
     Raises:
-      RequestError: an empty prompt, what is no prompt, or a setting out of range.
-      ContextLengthError: a prompt that, with what it is to generate, the context cannot hold.
-      NotFiniteError: logits that are NaN or infinite; the text names the prompt and the token. `stream` has yielded
-        what came before them.
+      RequestError: a prompt is empty or of another type, or a setting is out of range.
+      ContextLengthError: prompt and max_tokens together exceed the context.
+      NotFiniteError: logits are NaN or infinite; the message names the prompt and the token. `stream` has yielded
+        all tokens before them.
       NotImplementedError: a kernel path that does not exist here.
 
     Example:

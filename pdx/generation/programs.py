@@ -1,4 +1,4 @@
-"""Programs that are compiled once, before they first run, and the time of a run without their compilation."""
+"""Programs that are compiled once, before their first run; and a clock that leaves compilation out."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import jax.numpy as jnp
 
 @dataclass
 class Clock:
-    """Seconds of a run since its begin, and those of them that were spent on compiling."""
+    """Measures a run in seconds. `compile_s`: seconds of the run that were spent on compiling."""
 
     begin: float = field(default_factory=time.perf_counter)
     compile_s: float = 0.0
 
     def now(self) -> float:
-        """Seconds since the begin, compilation left out."""
+        """Seconds since `begin`, without those spent on compiling."""
         return time.perf_counter() - self.begin - self.compile_s
 
 
 class Programs:
-    """Compiled programs by key. Each is compiled once, from the arguments that it is first wanted for, whichever thread
-    wants it. Arguments of another shape raise TypeError: nothing is compiled by the way.
+    """Compiled programs by key. A program is compiled once, for the arguments of the first call. Threads may share one.
+
+    Arguments of another shape raise TypeError instead of compiling again.
 
         programs, double = Programs(), jax.jit(lambda x: 2 * x)
         y = programs.call("double", double, x=np.ones(3))  # compiles, then runs
@@ -38,12 +39,12 @@ class Programs:
 
     def __init__(self):
         self.compile_s = 0.0  # seconds of compilation so far
-        self._known: dict[Hashable, Callable] = {}
-        weakref.finalize(self, _release, self._known).atexit = False
+        self._by_key: dict[Hashable, Callable] = {}
+        weakref.finalize(self, _release, self._by_key).atexit = False
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._by_key)
 
     def call(
         self,
@@ -58,7 +59,7 @@ class Programs:
 
         Args:
           static: the function's static arguments.
-          clock: told of the seconds that passed until the program was there.
+          clock: the seconds spent on compiling, or on waiting for another thread that compiles, are added to it.
         """
         program, seconds = self._get(key, function, arguments, static or {})
         if clock is not None:
@@ -68,49 +69,49 @@ class Programs:
     def _get(
         self, key: Hashable, function: Callable, arguments: Mapping[str, Any], static: Mapping[str, Any]
     ) -> tuple[Callable, float]:
-        """The program of `key`, to be called with `arguments`, and the seconds that were spent until it was there."""
-        if key in self._known:
-            return self._known[key], 0.0
+        """The program of `key`, and the seconds spent on getting it (0 if it was compiled before)."""
+        if key in self._by_key:
+            return self._by_key[key], 0.0
         start = time.perf_counter()
         with self._lock:
-            if key not in self._known:
-                self._known[key] = _compiled(function, static, arguments)
+            if key not in self._by_key:
+                self._by_key[key] = _compiled(function, static, arguments)
                 self.compile_s += time.perf_counter() - start
-        return self._known[key], time.perf_counter() - start
+        return self._by_key[key], time.perf_counter() - start
 
 
-def _compiled(function: Callable, static: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable:
-    """The program of a jitted function for these arguments.
+def _compiled(function: Any, static: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable:
+    """A jitted function, compiled for these arguments.
 
-    JAX keeps what it compiled as long as the function lives, and a step lives as long as the process. So each program
-    is compiled as a function of its own, and goes with it.
+    JAX keeps a compiled program as long as its function lives, and a step lives as long as the process. So each program
+    is compiled from a wrapper of its own; when that is freed, so is the program.
     """
 
-    def own(**arguments):
+    def wrapper(**arguments):
         return function(**arguments, **static)
 
-    own.__name__ = function.__name__  # what profiles and compilers call it
+    wrapper.__name__ = function.__name__  # the name in profiles and compiler output
     infos = function.trace(**arguments, **static).args_info[1]
     donated = [name for name, info in infos.items() if any(x.donated for x in jax.tree.leaves(info))]
-    own = jax.jit(own, donate_argnames=donated)
-    program = own.lower(**arguments).compile()
+    jitted = jax.jit(wrapper, donate_argnames=donated)
+    program = jitted.lower(**arguments).compile()
     _return_free_memory()
-    # Such arrays only the jitted function takes; it finds the program that was just compiled.
-    return own if any(map(_refused, jax.tree.leaves(arguments))) else program
+    # The jitted function finds the program that was just compiled.
+    return jitted if any(map(_needs_jit, jax.tree.leaves(arguments))) else program
 
 
 def _release(programs: dict[Hashable, Callable]) -> None:
-    """What becomes of programs that nobody can call any more."""
+    """Free the programs of a `Programs` that is garbage-collected."""
     programs.clear()
     _return_free_memory()
 
 
 def _return_free_memory() -> None:
-    """Hand free memory back to the system. glibc keeps some 100 MB of a compilation; others have no such call."""
+    """Return free memory to the system. glibc keeps about 100 MB after a compilation; other libcs lack this call."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _refused(x: Any) -> bool:
-    """Whether JAX 0.10 hands no compiled program this array: int4 that is committed to devices, as on a mesh."""
+def _needs_jit(x: Any) -> bool:
+    """Whether a compiled program of JAX 0.10 refuses this array: int4, committed to devices (as on a mesh)."""
     return isinstance(x, jax.Array) and x.dtype == jnp.int4 and x.committed

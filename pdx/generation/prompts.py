@@ -1,4 +1,4 @@
-"""Requests, prepared: prompts (texts, chat messages, ids) as token ids, settings, and what ends a request."""
+"""Preparing requests: prompts (texts, chat messages, token ids) to checked token ids, and the settings of each."""
 
 from __future__ import annotations
 
@@ -8,50 +8,51 @@ import math
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generation.completion import Row
 from pdx.sampling.options import SamplingOptions
+from pdx.tokenizer.messages import Messages
 from pdx.weights.load import Model
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
-_KINDS = "a text, chat messages or token ids (a list or a one-dimensional array of whole numbers)"
+_ACCEPTED = "a text, chat messages or token ids (a list or a one-dimensional array of whole numbers)"
 
 
 def encode(model: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a text, of chat messages (through the model's template), or ids as they are.
+    """Token ids of a text or of chat messages (through the model's template). Token ids are returned as they are.
 
     Raises RequestError for anything else, and for ids outside the vocabulary.
     """
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt) if prompt else []
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        return model.tokenizer.encode_chat(prompt)
-    ids = _whole_numbers(prompt)
+        return model.tokenizer.encode_chat(cast(Messages, prompt))
+    ids = _integers(prompt)
     if bad := [t for t in ids if not 0 <= t < model.config.vocab_size]:
         raise RequestError(f"token id {bad[0]} is outside the vocabulary of {model.config.vocab_size}")
     return ids
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several as a list of them. Raises RequestError for what is neither."""
+    """One prompt or several, as a list of prompts. Raises RequestError for any other type."""
     if isinstance(prompts, str):
         return [prompts]
-    ndim = getattr(prompts, "ndim", None)
-    prompts = prompts.tolist() if ndim == 1 else prompts
-    if isinstance(prompts, bytes) or not (isinstance(prompts, Sequence) or ndim == 2):
-        raise RequestError(f"a prompt is {_KINDS}, not {_said(prompts)}; give one, or a list of them")
-    # An array without dimensions is a number.
-    first = prompts[0] if len(prompts) else None
+    ndim, given = getattr(prompts, "ndim", None), cast(Any, prompts)
+    given = given.tolist() if ndim == 1 else given
+    if isinstance(given, bytes) or not (isinstance(given, Sequence) or ndim == 2):
+        raise RequestError(f"a prompt is {_ACCEPTED}, not {_described(given)}; give one, or a list of them")
+    # A zero-dimensional array is a token id.
+    first = given[0] if len(given) else None
     is_one = isinstance(first, int | float | Mapping) or getattr(first, "ndim", None) == 0
-    return [prompts] if is_one else list(prompts)
+    return [given] if is_one else list(given)
 
 
 def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -> SamplingOptions:
-    """`options` (None: the defaults) with single fields changed. Raises RequestError for what is no field."""
+    """`options` (None: the defaults) with single fields changed. Raises RequestError for an unknown field."""
     if not isinstance(options, SamplingOptions | None):
-        raise RequestError(f"options must be SamplingOptions, not {_said(options)}")
+        raise RequestError(f"options must be SamplingOptions, not {_described(options)}")
     known = [f.name for f in dataclasses.fields(SamplingOptions)]
     if unknown := [name for name in settings if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, 1)
@@ -63,23 +64,25 @@ def options_with(options: SamplingOptions | None, settings: Mapping[str, Any]) -
 def options_of_each(
     options: SamplingOptions | Sequence[SamplingOptions] | None, settings: Mapping[str, Any], count: int
 ) -> list[SamplingOptions]:
-    """The options of each of `count` prompts: one set for all, with single fields changed, or one a prompt.
+    """The options of each of `count` prompts: one set for all, with single fields changed, or one set per prompt.
 
-    Raises RequestError for anything else, and for `settings` beside options of each.
+    Raises RequestError for anything else, and for `settings` together with one set per prompt.
     """
     if options is None or isinstance(options, SamplingOptions):
         return [options_with(options, settings)] * count
     if settings:
         raise RequestError(f"give {', '.join(settings)} in each request's options, or one set for all")
     if not isinstance(options, list | tuple) or not all(isinstance(o, SamplingOptions) for o in options):
-        raise RequestError(f"options must be SamplingOptions or a list of them, one a prompt, not {_said(options)}")
+        raise RequestError(
+            f"options must be SamplingOptions or a list of them, one per prompt, not {_described(options)}"
+        )
     if len(options) != count:
-        raise RequestError(f"{len(options)} options for {count} prompts: give one set for all, or one a prompt")
+        raise RequestError(f"{len(options)} options for {count} prompts: give one set for all, or one per prompt")
     return list(options)
 
 
 def check_bias(model: Model, options: SamplingOptions) -> None:
-    """Raises RequestError for a logit_bias of a token that the model does not have, or one that bans every token."""
+    """Raises RequestError for a logit_bias that names a token outside the vocabulary, or bans every token."""
     if bad := [i for i in options.logit_bias or () if i >= model.config.vocab_size]:
         raise RequestError(
             f"logit_bias names token {bad[0]}, but the model's tokens are 0 to {model.config.vocab_size - 1}"
@@ -88,22 +91,22 @@ def check_bias(model: Model, options: SamplingOptions) -> None:
         raise RequestError("logit_bias bans every token of the model: leave at least one")
 
 
-def requests_of(model: Model, prompts: Sequence[Prompt], options: Sequence[SamplingOptions]) -> list[Row]:
-    """Tokenize and check requests. Raises RequestError or ContextLengthError, naming the request."""
+def prepared_rows(model: Model, prompts: Sequence[Prompt], options: Sequence[SamplingOptions]) -> list[Row]:
+    """Tokenize and check requests. Raises RequestError or ContextLengthError that names the prompt."""
     rows = []
     for i, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
         try:
-            ids = checked_ids(model, prompt, option)
+            ids = servable_ids(model, prompt, option)
         except PdxError as error:
             raise type(error)(f"prompt {i}: {error}") from error
         rows.append(row_of(model, i, ids, option))
     return rows
 
 
-def checked_ids(model: Model, prompt: Prompt, options: SamplingOptions) -> list[int]:
-    """The token ids of a prompt that can be served with these options.
+def servable_ids(model: Model, prompt: Prompt, options: SamplingOptions) -> list[int]:
+    """The token ids of a prompt, checked with its options.
 
-    Raises RequestError or ContextLengthError.
+    Raises RequestError for an empty or invalid prompt, ContextLengthError where the context is too short.
     """
     context, ids = model.config.max_context, encode(model, prompt)
     check_bias(model, options)
@@ -120,23 +123,23 @@ def checked_ids(model: Model, prompt: Prompt, options: SamplingOptions) -> list[
 
 
 def row_of(model: Model, index: int, ids: list[int], options: SamplingOptions) -> Row:
-    """A request that nothing has been generated for yet."""
+    """A new request without generated tokens."""
     ends = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else model.tokenizer.eos_ids)
     return Row(index, ids, options, model.tokenizer.stream(), ends)
 
 
-def _whole_numbers(prompt: Any) -> list[int]:
+def _integers(prompt: Any) -> list[int]:
     array = getattr(prompt, "tolist", None)
     items = array() if array and getattr(prompt, "ndim", None) == 1 else prompt
     if not isinstance(items, Sequence) or isinstance(items, bytes):
-        raise RequestError(f"a prompt is {_KINDS}, not {_said(prompt)}")
+        raise RequestError(f"a prompt is {_ACCEPTED}, not {_described(prompt)}")
     try:
         if any(isinstance(x, bool) for x in items):
             raise TypeError
         return [operator.index(x) for x in items]
     except TypeError:
-        raise RequestError(f"a prompt is {_KINDS}, not {_said(prompt)}") from None
+        raise RequestError(f"a prompt is {_ACCEPTED}, not {_described(prompt)}") from None
 
 
-def _said(value: Any) -> str:
+def _described(value: Any) -> str:
     return f"{type(value).__name__} {reprlib.repr(value)}"

@@ -1,4 +1,4 @@
-"""How a completion is told: the summary for a terminal, the fields of `--json`."""
+"""A completion as a summary for a terminal, and as the fields of `--json`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pdx.metrics import ServedTiming, SpeculationCounts
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from pdx.layers.kernels import KernelName, Kernels
 
-def kernel_paths(kernels: str) -> dict[str, str]:
+
+def kernel_paths(kernels: Kernels) -> dict[str, str]:
     """Which attention path each phase took, and why."""
     from pdx.layers.kernels import explain
 
@@ -20,9 +22,12 @@ def kernel_paths(kernels: str) -> dict[str, str]:
 
 
 def completion_fields(
-    completion: Completion, kernels: str | dict[str, str], mesh: Mesh | None = None
+    completion: Completion, kernels: KernelName | dict[str, str], mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """The object of `--json`, and what an output row gains. `kernels`: the choice, or the paths taken."""
+    """The fields of a completion for `--json` and for output rows; seconds, and token counts.
+
+    `kernels`: the user's choice, or the path of each phase.
+    """
     timing = completion.timing
     fields: dict[str, Any] = {
         "text": completion.text,
@@ -61,8 +66,8 @@ def completion_fields(
     return fields
 
 
-def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> str:
-    """Lines for standard error behind the text."""
+def summary(completion: Completion, kernels: Kernels, mesh: Mesh | None = None) -> str:
+    """The lines on standard error after the text: tokens, seconds and rates of each phase."""
     timing, prompt = completion.timing, completion.prompt_tokens
     decode = "only one token"
     if timing.tpot_s is not None:
@@ -71,7 +76,7 @@ def summary(completion: Completion, kernels: str, mesh: Mesh | None = None) -> s
     lines = [
         f"prefill  {prompt} prompt tokens, TTFT {timing.ttft_s * 1e3:.0f} ms = {prompt / timing.ttft_s:.0f} tok/s",
         f"decode   {completion.completion_tokens} tokens, {decode}, finish: {completion.finish_reason}",
-        f"E2E      {timing.e2e_s:.2f} s; compilation apart: {completion.compile_s:.2f} s",
+        f"E2E      {timing.e2e_s:.2f} s; compilation, not included: {completion.compile_s:.2f} s",
         f"device   {where_run(mesh)}; {paths['prefill']}; {paths['decode']}",
     ]
     if completion.speculation is not None:

@@ -1,1 +1,1 @@
-"""What is installed, and where pdx keeps its files. Nothing here imports jax when it is imported."""
+"""The installed packages and devices, and the folders of pdx. Importing these modules does not import jax."""

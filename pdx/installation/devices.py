@@ -1,4 +1,4 @@
-"""This process's devices, in words."""
+"""Names of this process's devices."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def where_run(mesh: Mesh | None) -> str:
-    """What a model on `mesh` runs on: the default device alone where there is none, however many others are there."""
+    """The name of the devices that a model on `mesh` runs on; without a mesh, of the default device."""
     return device_name(every=mesh is not None, mesh=mesh)
 
 
 def device_name(every: bool = True, mesh: Mesh | None = None) -> str:
-    """This process's devices, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every` the default one alone.
+    """This process's devices, such as `cpu` or `tpu (TPU v5 lite) x4`; without `every`, only the default device.
 
     With a `mesh`, its devices and axes, such as `cpu x8 (data=2, model=4)`.
     """

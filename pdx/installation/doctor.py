@@ -1,7 +1,7 @@
-"""`pdx doctor`: is this installation complete, what does it run on, and does it compute correctly?
+"""`pdx doctor`: checks that the installation is complete and computes correctly, and reports what it runs on.
 
-Nothing here imports jax: it must answer even where jax cannot be imported or would crash. Checks that need the device
-run in a separate process, `pdx.bench.self_test`.
+Nothing here imports jax, so that the report works even if jax cannot be imported or would crash. Checks that need the
+device run in a separate process, `pdx.bench.self_test`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def examine(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
 
 
 def _unmet() -> list[str]:
-    """Missing requirements of pdx and, on a GPU, of JAX's plugin."""
-    jax = ("jax ", "jaxlib ")  # judged by `versions`
+    """Sentences about missing requirements of pdx and, on a GPU, of JAX's plugin."""
+    jax = ("jax ", "jaxlib ")  # checked by `versions`
     said = [x for x in versions.unmet("pdx-inference") if not x.startswith(jax)]
     for name in versions.installed():
         if name.endswith("-plugin"):
@@ -72,7 +72,7 @@ def _unmet() -> list[str]:
 
 
 def _ask_device(timeout_s: float) -> tuple[dict[str, Any], list[str]]:
-    """The sections that `pdx.bench.self_test` reported, and the reasons if some are missing."""
+    """The sections that `pdx.bench.self_test` reported, and the reason if some are missing."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pdx.bench.self_test"],
@@ -101,11 +101,11 @@ def _ask_device(timeout_s: float) -> tuple[dict[str, Any], list[str]]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, plus the folder of this pdx: `python -m` looks in the working folder first."""
+    """The environment of the self-test. It imports this pdx, not one in the working folder."""
     path = [str(Path(pdx.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     flags = os.environ.get("XLA_FLAGS", "")
     if _accelerator() is None and "optimization_level" not in flags:
-        # Most of the time on a CPU is compiling interpreted kernels; without optimizations it is half.
+        # On a CPU, compiling interpreted kernels takes most of the time. Without optimizations it takes half.
         flags = f"{flags} --xla_backend_optimization_level=0".strip()
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "XLA_FLAGS": flags}
 
@@ -118,21 +118,21 @@ def _of_device(found: dict[str, Any]) -> list[str]:
         said.append(f"self-test: {test['reason']}")
     if devices and devices["backend"] == "cpu" and not os.environ.get("JAX_PLATFORMS") and (part := _accelerator()):
         said.append(
-            f"this machine has a {part.upper()}, and jax runs on the CPU: is {LIBRARY[part]} installed, and no "
-            f"other process on the device?"
+            f"this machine has a {part.upper()}, but jax runs on the CPU: check that {LIBRARY[part]} is installed and "
+            f"that no other process uses the device"
         )
     return said
 
 
 def _accelerator() -> str | None:
-    """`tpu` or `gpu` if the machine shows one."""
+    """`tpu` or `gpu` if the machine has a device file for one; else None."""
     if any(Path("/dev").glob("accel[0-9]*")) or os.environ.get("COLAB_TPU_1VM"):
         return "tpu"
     return "gpu" if any(Path("/dev").glob("nvidia[0-9]*")) else None
 
 
 def _others() -> dict[str, str | None]:
-    found = {}
+    found: dict[str, str | None] = {}
     for name in OTHERS:
         try:
             found[name] = metadata.version(name)
@@ -152,7 +152,7 @@ def _host_memory() -> dict[str, int | None]:
 
 
 def _caches() -> list[dict[str, Any]]:
-    """The folders that pdx writes to, with their content; `folder` None: switched off."""
+    """The folders that pdx writes to and their size in bytes; `folder` is None for a cache that is off."""
     folders = {"models": models_home(), "compiled programs": cache_folder(), "chips": home() / "chips"}
     return [
         {"what": what, "folder": folder and str(folder), "bytes": _size(folder)} for what, folder in folders.items()

@@ -1,4 +1,4 @@
-"""Where pdx keeps its files: models, compiled programs and chips of a user; and the shipped `configs/`."""
+"""The folders of pdx: models, compiled programs, the user's chips, and the shipped `configs/`."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def models_home() -> Path:
 
 
 def config_folders() -> list[Path]:
-    """Where `configs/` may lie: beside the package in a checkout, else where an installed one keeps its data."""
+    """Possible places of `configs/`: beside the package in a checkout, or in the installation's data folder."""
     return [Path(__file__).parents[2] / "configs", Path(sysconfig.get_path("data")) / "share" / "pdx" / "configs"]

@@ -1,4 +1,4 @@
-"""Version checks: do the installed releases of jax, jaxlib and the device libraries fit together?
+"""Checks whether the installed releases of jax, jaxlib and the device libraries fit together.
 
 If libtpu does not fit jaxlib, the first compilation crashes the process (signal 11), so this is checked before jax is
 imported. Nothing here imports jax or touches a device. The metadata of the installed jax says what fits: `jax[tpu]`
@@ -39,10 +39,10 @@ _checked = False
 
 @dataclass(frozen=True)
 class Misfit:
-    """One thing that does not fit.
+    """A release that does not fit the others.
 
     Attributes:
-      says: the problem, in a sentence.
+      says: a sentence about the problem.
       remove: distributions to uninstall first.
       install: whether jax must be installed again, with the libraries that fit it.
       restart: the installed release fits, but Python has already loaded another one.
@@ -77,7 +77,7 @@ def message(found: list[Misfit]) -> str:
     says = "; ".join(x.says for x in found)
     if all(x.restart for x in found):
         return f"{says}: restart Python (in a notebook: restart the runtime) and run this again"
-    return f"{says}. Run this and restart Python ({IGNORE}=1 goes on as it is): {remedy(found)}"
+    return f"{says}. Run this and restart Python ({IGNORE}=1 ignores the problem): {remedy(found)}"
 
 
 def installed() -> dict[str, str]:
@@ -86,17 +86,17 @@ def installed() -> dict[str, str]:
 
 
 def misfits() -> list[Misfit]:
-    """Everything that does not fit, most basic first; empty if all does."""
+    """Everything that does not fit, the most basic first; empty if all releases fit."""
     here = installed()
     if "jax" not in here:
-        # A jax without metadata (one's own build on the path) cannot be checked.
+        # A jax without metadata (such as a source tree on the path) cannot be checked.
         return [] if find_spec("jax") else [Misfit("jax is not installed")]
     found = [*_of_jax(here), *_of_devices(here), *_half_installed(here)]
     return found or list(_loaded(here))
 
 
 def remedy(found: list[Misfit]) -> str:
-    """The pip command that makes everything fit."""
+    """The pip command that installs releases that fit."""
     here = installed()
     commands = []
     if gone := sorted({name for x in found for name in x.remove if name in here}):
@@ -156,13 +156,13 @@ def _of_devices(here: dict[str, str]) -> Iterator[Misfit]:
     jax, jaxlib = here["jax"], here.get("jaxlib")
     for name in (name for name in here if name not in ("jax", "jaxlib")):
         version, extra = here[name], _extra(name)
-        needs = {canonicalize_name(need.name): need.specifier for need in requirements("jax", extra or "")}
+        needs = {str(canonicalize_name(need.name)): need.specifier for need in requirements("jax", extra or "")}
         if extra is None:
-            yield Misfit(f"{name} {version} is installed, which jax {jax} has no use for", (name,), install=False)
+            yield Misfit(f"{name} {version} is installed, which jax {jax} does not use", (name,), install=False)
         elif name.endswith("-pjrt"):
             if jaxlib and not _same(version, jaxlib):
-                yield Misfit(f"{name} {version} does not belong to jaxlib {jaxlib}, whose release it must have")
-        elif name not in needs:  # libtpu-nightly, which writes over the files of libtpu
+                yield Misfit(f"{name} {version} does not belong to jaxlib {jaxlib}: their releases must be equal")
+        elif name not in needs:  # libtpu-nightly, which overwrites the files of libtpu
             yield Misfit(f"{name} {version} is installed, and jax {jax} needs libtpu", (name, "libtpu"))
         elif not _fits(version, needs[name]):
             yield Misfit(f"{name} {version} does not belong to jax {jax}, which needs {name}{needs[name]}")
@@ -182,11 +182,11 @@ def _half_installed(here: dict[str, str]) -> Iterator[Misfit]:
 
 
 def _loaded(here: dict[str, str]) -> Iterator[Misfit]:
-    """Libraries that Python had loaded before another release was installed over them."""
+    """Libraries that Python loaded before another release was installed over them."""
     for name in ("jax", "jaxlib"):
         running = getattr(sys.modules.get(name), "__version__", None)
         if running and name in here and not _same(running, here[name]):
-            yield Misfit(f"{name} {running} is running, and {here[name]} was installed since", restart=True)
+            yield Misfit(f"{name} {running} is loaded, but {here[name]} has been installed since", restart=True)
 
 
 def _extra(name: str) -> str | None:
@@ -195,7 +195,7 @@ def _extra(name: str) -> str | None:
         return "tpu"
     toolkit = name.removeprefix("jax-").removesuffix("-plugin").removesuffix("-pjrt")
     wholly = not toolkit.startswith("cuda") or _version(f"nvidia-cuda-runtime-cu{toolkit[4:]}")
-    # `cuda12` brings NVIDIA's libraries, `cuda12-local` takes those of the machine.
+    # `cuda12` installs NVIDIA's libraries, `cuda12-local` uses those of the machine.
     wanted = (toolkit, f"{toolkit}-local") if wholly else (f"{toolkit}-local", toolkit)
     known = _extras_of_jax()
     return next((extra for extra in wanted if extra in known), None)
@@ -228,7 +228,7 @@ def _fits(version: str, specifier: str | SpecifierSet) -> bool:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two version strings name one release; a build suffix (`+cuda12`) does not count."""
+    """Whether two version strings name the same release; a build suffix (`+cuda12`) is ignored."""
     try:
         return Version(one).public == Version(other).public
     except InvalidVersion:

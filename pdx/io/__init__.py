@@ -1,1 +1,1 @@
-"""Files and text, in and out: what a command reads and writes, tables, JSON."""
+"""Reading and writing the files of commands, tables of text, and strict JSON."""

@@ -1,4 +1,4 @@
-"""Texts that a command reads: files are read and decoded, and anything that is no text is refused."""
+"""Reading and decoding the text files of commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pdx.io.outputs import reason
 
 
 def decode(data: bytes, where: str, encoding: str = "utf-8") -> str:
-    """Bytes as text, without a byte-order mark. Raises RequestError that names `where` for bytes that are no text."""
+    """Bytes as text, without a byte-order mark. Raises RequestError, beginning with `where`, if they are not text.
+
+    >>> decode(b"\\xef\\xbb\\xbfHello", "the file")
+    'Hello'
+    """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise RequestError(f"{where}: not readable as text: it is UTF-16, save it as UTF-8")
     try:
@@ -26,7 +30,7 @@ def decode(data: bytes, where: str, encoding: str = "utf-8") -> str:
 def lines(path: Path) -> list[str]:
     """The lines of a JSONL file. Raises RequestError for a file that cannot be read.
 
-    Only a line feed ends a line: JSON texts may hold the other characters at which `str.splitlines` splits.
+    Only a line feed ends a line, since JSON texts may contain the other line breaks of `str.splitlines`.
     """
     return read(path).split("\n")
 

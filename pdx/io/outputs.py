@@ -1,6 +1,6 @@
-"""Files and folders that a command writes: checks, before any work, that they can be written; and writing them.
+"""Writing files and folders: checks before any work that they can be written, atomic replacement, and locks.
 
-Links are followed. A device, a pipe or `/dev/stdout` is written to and never replaced.
+Links are followed. A device, a pipe or `/dev/stdout` is written to, never replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pdx.errors import RequestError
 
 
 def check_file(path: Path) -> None:
-    """Raise RequestError unless `path` can be written. Its content is not touched."""
+    """Raise RequestError unless `path` can be written. Its content is not changed."""
     try:
         _try_file(path)
     except OSError as error:
@@ -59,28 +59,28 @@ def _try_file(path: Path) -> None:
         raise RequestError(f"{path} is a socket: name a file")
     if stat.S_ISREG(mode):
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
-    elif not os.access(path, os.W_OK):  # a pipe is not opened: that would wait for its reader
+    elif not os.access(path, os.W_OK):  # a pipe is not opened, since that would wait for its reader
         raise PermissionError(0, "no permission")
 
 
 def reason(error: OSError) -> str:
-    """The system's text of an error, without its number and path."""
+    """The system's text for an error, without number and path."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def real(path: Path) -> Path:
-    """Where `path` leads, all links followed; it need not exist."""
+    """`path` with all links followed. It need not exist."""
     return Path(os.path.realpath(path))
 
 
 def is_ordinary(path: Path) -> bool:
-    """Whether `path` may be replaced as a whole: it is an ordinary file, or does not exist."""
+    """Whether `path` may be replaced: it is a regular file, or does not exist."""
     return _descriptor(path) is None and (not os.path.exists(path) or os.path.isfile(path))
 
 
 def _descriptor(path: Path) -> int | None:
-    """The descriptor of this process that `path` stands for, as `/dev/stdout` does for 1."""
-    for _ in range(40):  # links, as many as Linux follows
+    """The descriptor of this process that `path` refers to, such as 1 for `/dev/stdout`; None for another path."""
+    for _ in range(40):  # the most links that Linux follows
         folder = os.path.realpath(path.parent)
         if folder in ("/dev/fd", f"/proc/{os.getpid()}/fd") and path.name.isdecimal():
             return int(path.name)
@@ -92,23 +92,24 @@ def _descriptor(path: Path) -> int | None:
 
 
 def opened(path: Path, newline: str | None = None) -> TextIO:
-    """Open `path` in place for UTF-8 text, emptied if it is a file; `newline` as in `open`.
+    """Open `path` for writing UTF-8 text; `newline` as in `open`. A file is truncated.
 
-    A descriptor is not opened anew: that would begin at the start of a file that the shell appends to.
+    A descriptor such as `/dev/stdout` is duplicated, not opened again: opening would start at the beginning of a file
+    that the shell appends to.
     """
     number = _descriptor(path)
     return open(path if number is None else os.dup(number), "w", encoding="utf-8", newline=newline)
 
 
-# What this process has begun to write and not finished.
+# Temporary paths that this process has begun to write.
 _unfinished: set[Path] = set()
 
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, for content that will replace it; removed at the end of the block or on a signal.
+    """Yield a temporary path beside `path` for its new content. It is removed at the end of the block or on a signal.
 
-    Leftovers of a killed process are removed first: hold `path` (`locked`) where they may be another process's work.
+    What a killed process left there is removed first. If another process may be writing it, hold the lock (`locked`).
     """
     target = real(path)
     part = target.with_name(f".{target.name}.unfinished")
@@ -123,7 +124,7 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove unfinished directories of killed processes in `folder`; those that another process holds stay."""
+    """Remove the unfinished directories of killed processes in `folder`, except those that another process locks."""
     for part in folder.glob(".*.unfinished"):
         target = part.with_name(part.name[1 : -len(".unfinished")])
         if part.is_dir():
@@ -132,7 +133,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def discard_unfinished() -> None:
-    """Remove this process's unfinished files, just before it ends."""
+    """Remove this process's unfinished files, before it ends."""
     for part in tuple(_unfinished):
         _remove(part)
 
@@ -146,10 +147,9 @@ def _remove(part: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file that replaces `path` when the block ends without an error.
+    """Yield a UTF-8 text file that replaces `path` atomically when the block ends without an error.
 
-    Until then `path` is unchanged. Its permissions are kept. A device, a pipe, or a file with several names (hard
-    links) is written in place.
+    The permissions of `path` are kept. A device, a pipe, or a file with several hard links is written in place.
     """
     if not is_ordinary(path) or (os.path.exists(path) and os.stat(path).st_nlink > 1):
         with opened(path) as file:
@@ -167,7 +167,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def keep_mode(old: Path, new: Path) -> None:
-    """Give `new` the permissions and, where that is allowed, the owner of `old`."""
+    """Give `new` the permissions of `old` and, if allowed, its owner."""
     shutil.copymode(old, new)
     owner = old.stat()
     with suppress(OSError, AttributeError):
@@ -175,16 +175,16 @@ def keep_mode(old: Path, new: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` as a whole, as `replacing` does."""
+    """Replace the content of `path`, as `replacing` does."""
     with replacing(path) as file:
         file.write(text)
 
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Hold `path` for this process with a lock file beside it, which is removed afterwards. Reentrant.
+    """Lock `path` for this process with a lock file beside it, which is removed afterwards. Reentrant.
 
-    Raises RequestError if another process holds it; `doing` names that process in the message, such as `pdx batch`.
+    Raises RequestError if another process holds the lock; `doing` names that process in the message (`pdx batch`).
     """
     from filelock import FileLock, Timeout
 
@@ -193,7 +193,7 @@ def locked(path: Path, doing: str) -> Iterator[None]:
     lock = FileLock(file, is_singleton=True)
     try:
         lock.acquire(timeout=0)
-        while not file.exists():  # its holder before removed it
+        while not file.exists():  # the previous holder has removed it: lock a new file
             lock.release()
             lock.acquire(timeout=0)
     except Timeout:

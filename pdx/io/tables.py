@@ -1,4 +1,4 @@
-"""Tables of text that fit a screen: a table that is too wide continues below, with the first columns repeated."""
+"""Tables of text that fit a screen. A table that is too wide is split into blocks, which repeat its first columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ GAP = 2
 
 
 def screen() -> int:
-    """Columns of the terminal; `COLUMNS` decides where it is set, 80 where there is no terminal."""
+    """The width of the terminal in characters: the variable `COLUMNS` if it is set; 80 without a terminal."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
 def blocks(widths: Sequence[int], width: int, *, keys: int = 1) -> list[list[int]]:
-    """Split columns into blocks; the first `keys` columns are in every block. A block is wider than `width` only if the
-    keys and a single column are.
+    """Split columns of these widths into blocks of up to `width` characters. Each block has the first `keys` columns.
+
+    A block is too wide only if the keys and a single column are.
 
     Example:
       >>> blocks([10, 30, 30, 30], 80)
@@ -44,9 +45,9 @@ class Table:
     """A table of text.
 
     Attributes:
-      head, rows: cells of text, with rich's markup if need be; a row of one cell is a heading, which takes the line.
-      keys: leading columns that say what a row is.
-      left: heads of columns that begin at the left, as the keys do; the others end at the right.
+      head, rows: cells of text, possibly with rich's markup. A row with a single cell is a heading of its own line.
+      keys: the number of leading columns that identify a row.
+      left: heads of the columns that are aligned left, as the keys are; the others are aligned right.
     """
 
     head: Sequence[str]
@@ -55,15 +56,15 @@ class Table:
     left: Collection[str] = ()
 
     def markdown(self) -> str:
-        """As Markdown, however wide."""
+        """The table in Markdown, at any width."""
         every = (self.head, ["---"] * len(self.head), *self.rows)
         return "\n".join("| " + " | ".join(row) + " |" for row in every)
 
     def lines(self, width: int) -> list[str]:
-        """Aligned columns, no line wider than `width` unless a single word is.
+        """Lines of aligned columns, not wider than `width` unless a single word is.
 
-        A table that is too wide becomes several blocks, each with the keys. Cells are then broken between words, and
-        keys get at most two fifths of the width.
+        A table that is too wide is split into blocks that repeat the keys. Cells are then wrapped between words, and
+        the keys get at most two fifths of the width.
         """
         widths = self._widths(width)
         found: list[str] = []
@@ -74,7 +75,7 @@ class Table:
         return found
 
     def show(self, console: Console | None = None) -> None:
-        """Print it for the screen."""
+        """Print the table at the width of the screen."""
         from rich.console import Console
 
         console = console or Console(width=screen())
@@ -124,7 +125,7 @@ def _longest_word(cell: str) -> int:
 
 
 def _broken(cell: str, size: int) -> list[str]:
-    """A cell in lines of at most `size`, broken between words; one that is broken loses its markup."""
+    """A cell wrapped between words into lines of at most `size` characters. A wrapped cell loses its markup."""
     if _size(cell) <= size:
         return [cell]
     from rich.markup import escape

@@ -1,4 +1,4 @@
-"""`pdx plan`: does a model fit a chip, how fast can it be there, what should be switched on?"""
+"""`pdx plan`: predicts whether a model fits a chip, how fast it can be there, and which optimizations pay."""
 
 from pdx.plan.advice import advice
 from pdx.plan.figures import Plan, make

@@ -1,7 +1,7 @@
-"""A plan's steps through the chip's own compiler: do they fit, and what do they move?
+"""Compiles a plan's steps with the chip's own compiler, to compare its memory and traffic with the plan.
 
-Each step is compiled in its own process, `python -m pdx.plan.compiled` with a request on standard input: a compiler can
-crash its process, and libtpu reads its environment only once.
+Each step is compiled in its own process, `python -m pdx.plan.compiled` with a request on standard input, because a
+compiler can crash its process, and libtpu reads its environment only once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pdx.errors import RequestError, UnsupportedModelError
 from pdx.plan.figures import Plan
 from pdx.shapes import DEFAULT_CHUNK
 
-# Number of chips -> shape of the slice, for TPUs with two and with three axes.
+# Axes of a TPU's slices -> number of chips -> shape of the slice.
 SLICES = {
     2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
@@ -36,11 +36,14 @@ class CompiledStep:
     """One step as planned and as compiled, in bytes per device.
 
     Attributes:
+      planned: weights and cache.
+      planned_accessed: bytes that the step moves.
       fits: None if the compiler failed for another reason, which is in `error`.
-      wanted: if it does not fit, the compiler's words on how much memory it needs and has.
       memory: argument, temp, output, alias and code; None if it did not compile.
-      accessed: the bytes that XLA counts; a Pallas call counts as its `CostEstimate` declares.
+      accessed: the bytes that XLA counts; for a Pallas call, those of its `CostEstimate`.
       seconds: compile time on this machine.
+      wanted: the memory that the compiler asked for, if the step does not fit.
+      error: the compiler's message.
     """
 
     name: str
@@ -66,7 +69,10 @@ class CompiledStep:
 
 
 def target(chip: Chip, chips: int) -> str:
-    """The name of `chips` chips in `pallas_kernels.analysis.targets`. Raises RequestError if there is no such slice."""
+    """The name of a slice of `chips` chips in `pallas_kernels.analysis.targets`.
+
+    Raises RequestError if there is no such slice.
+    """
     if chips == 1:
         return chip.name
     if chip.platform == "gpu":
@@ -82,12 +88,12 @@ def compiled(plan: Plan) -> list[CompiledStep]:
 
     Raises:
       RequestError: there is no compiler for the chip, or it is not installed; the message says what to do.
-      UnsupportedModelError: a model that pdx can only plan.
+      UnsupportedModelError: pdx can plan the model but not run it.
     """
     setup = plan.setup
     if setup.experts or setup.latent:
         raise UnsupportedModelError(
-            f"--compile: {plan.model} is only planned with: pdx cannot run "
+            f"--compile: pdx can plan {plan.model} but not run it, since it has no "
             f"{'experts' if setup.experts else 'latent attention'} yet"
         )
     on = target(plan.chip, plan.chips)
@@ -129,7 +135,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"error": f"the compiler ended its process with {done.returncode}: {done.stderr.strip()[-500:]}"}
+        return {"error": f"the compiler's process ended with {done.returncode}: {done.stderr.strip()[-500:]}"}
 
 
 def _read(step: str, planned: int, planned_accessed: float, said: dict[str, Any]) -> CompiledStep:
@@ -153,7 +159,7 @@ def _child() -> None:
     try:
         made = aot.compile_step(step, cfg, target, **asked)
         said = {"memory": dict(made.memory), "accessed": made.cost.get("bytes accessed"), "seconds": made.seconds}
-    except Exception as error:  # whatever a compiler raises is the result
+    except Exception as error:  # any error of the compiler is a result
         said = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(said))
 

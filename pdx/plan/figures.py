@@ -1,4 +1,4 @@
-"""All predictions for a model on some chips under a load."""
+"""`Plan`: all predictions for a model on one or several chips under a load."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ from pdx.quant import STORED, Policy, quantized_specs
 from pdx.shapes import DEFAULT_CHUNK
 from pdx.sharding import ArraySpec, is_spec
 
-CONTEXT, OUTPUT = 2048, 256  # default tokens of a row and of an answer
+CONTEXT, OUTPUT = 2048, 256  # default tokens that a row holds, and of an answer
 TYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """A prompt in chunks beside decode rows; times in seconds."""
+    """A prompt that is prefilled in chunks while other rows decode; times in seconds."""
 
-    chunk: int
-    ttft: float  # of the prompt alone, chunk after chunk
-    whole: float  # the longest step of the others if the prompt is one chunk
-    longest: float  # the longest step of the others with chunks
+    chunk: int  # tokens
+    ttft: float  # of the prompt by itself, in chunks
+    whole: float  # the longest step of the decoding rows if the prompt is one chunk
+    longest: float  # the longest step of the decoding rows with chunks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on some chips under a load. Times are in seconds: floors, or estimates on one measured chip."""
+    """A model on one or several chips under a load.
+
+    Times are in seconds. They are floors, or estimates for a single measured chip. Token counts: `prompt`, `context`
+    (what a row holds while it decodes), `output_tokens`.
+    """
 
     model: str
     setup: Setup
@@ -67,7 +71,7 @@ class Plan:
 
     @property
     def usable(self) -> int:
-        """Bytes for weights and caches."""
+        """Bytes that weights and caches may take: the capacity without a reserve for programs and temporaries."""
         return int(self.capacity * (1 - cost.RESERVE))
 
     @property
@@ -101,21 +105,21 @@ class Plan:
 
     @property
     def within_slo(self) -> int | None:
-        """The most rows that fit and meet the TPOT objective; None without one."""
+        """The most rows that fit and meet the TPOT objective; None without an objective."""
         if self.slo_tpot is None:
             return None
         return cost.best_batch(self.setup, self.chip, self.context, self.slo_tpot, self.chips)
 
     @cached_property
     def largest_chunk(self) -> int | None:
-        """The most prompt tokens in a step of the whole batch within the TPOT objective; None without one."""
+        """The most prompt tokens in a step with the whole batch that meets the TPOT objective; None without one."""
         if self.slo_tpot is None:
             return None
         return tradeoffs.largest_chunk(self.setup, self.chip, self.batch, self.context, self.slo_tpot, self.chips)
 
     @cached_property
     def chunking(self) -> Chunking:
-        """The prompt in the largest chunks within the TPOT objective; without one, in the cache's default chunks."""
+        """The prompt in `largest_chunk`s, or in the cache's default chunks without a TPOT objective."""
         chunk = min(self.largest_chunk or DEFAULT_CHUNK, self.prompt)
         on = self.setup, self.chip
         whole, longest = (
@@ -202,17 +206,23 @@ def make(
     slo_ttft: float | None = None,
     slo_tpot: float | None = None,
 ) -> Plan:
-    """Make a plan on `on`: a chip (`v5e`) or several (`v5e-8`).
+    """Make a plan.
 
     Args:
-      dtype: f32, bf16, or auto: the dtype that `pdx.load` chooses on such a chip.
+      model: its name in messages.
+      shape: a `Shape`, or the configuration of a model.
+      on: a chip (`v5e`) or several (`v5e-8`).
+      quantize: see `pdx.load`.
       kv_dtype: f32, bf16, int8; None or auto: as dtype.
-      context: tokens that a row holds when it decodes; None: 2048, or what prompt and answer need.
-      output_tokens: of an answer; None: 256, or what the context leaves.
+      dtype: f32, bf16, or auto: the dtype that `pdx.load` chooses on such a chip.
+      batch: rows that decode together.
+      prompt: tokens of a prompt.
+      context: tokens that a row holds while it decodes; None: 2048, or what prompt and answer need.
+      output_tokens: tokens of an answer; None: 256, or what the context leaves.
       slo_ttft, slo_tpot: objectives in seconds.
 
     Raises:
-      RequestError: an unknown chip or dtype, an impossible load, a policy that does not fit the model.
+      RequestError: an unknown chip or dtype, an impossible load, or a policy that does not fit the model.
     """
     found, chips = _chips(on)
     shape = Shape(shape) if isinstance(shape, ModelConfig) else shape
@@ -226,13 +236,13 @@ def make(
 
 
 def _lengths(model: str, most: int, prompt: int, context: int | None, output: int | None) -> tuple[int, int]:
-    """Tokens of a row and of an answer. Raises RequestError for what a row, or the model, cannot hold."""
+    """Tokens of a row and of an answer. Raises RequestError if the row or the model's context is too short."""
     needed = prompt + (output or 0)
     if max(needed, context or 0) > most:
         raise RequestError(f"{model} has a context of {most} tokens, not of {max(needed, context or 0)}")
     if context is not None and needed > context:
         raise RequestError(
-            f"a row of {context} tokens cannot hold {needed}: raise --context to what prompt and answer need"
+            f"a row of {context} tokens cannot hold {needed}: set --context to at least prompt plus answer"
         )
     output = output or max(1, min(OUTPUT, (context or most) - prompt))
     return context or min(max(CONTEXT, prompt + output), most), output
@@ -246,7 +256,7 @@ def _dtype(name: str, on: Chip) -> str:
 
 
 def _kv_dtype(name: str | None) -> str | None:
-    """The type of the cache, None: as the activations. Raises RequestError for an unknown name."""
+    """The type of the cache; None: as the activations. Raises RequestError for an unknown name."""
     return None if name in (None, "auto") else _named(name, "kv_dtype", TYPES | {"int8": "int8"})
 
 
@@ -257,14 +267,17 @@ def _named(name: str, what: str, known: Mapping[str, str]) -> str:
 
 
 def _chips(on: str) -> tuple[Chip, int]:
-    """`v5e` or `v5e-8`; a chip's own name may end in a number too (`a100-40`). Raises RequestError."""
+    """The chip and how many, from `v5e` or `v5e-8`. A chip's own name may end in a number too (`a100-40`).
+
+    Raises RequestError for an unknown chip.
+    """
     name, _, count = on.rpartition("-")
     for text, chips in ((on, 1), *([(name, int(count))] if name and count.isdigit() else [])):
         try:
             return chip(text), chips
         except RequestError as error:
             why = error
-    raise RequestError(f"{why}; several as v5e-8")
+    raise RequestError(f"{why}; several chips are written as v5e-8")
 
 
 def _check(setup: Setup, shape: Shape) -> None:
@@ -273,7 +286,7 @@ def _check(setup: Setup, shape: Shape) -> None:
         quantized_specs(setup.specs, setup.policy)
         return
     policy = setup.policy
-    if shape.experts and shape.experts.stored_bits:  # `stored` is known: as published
+    if shape.experts and shape.experts.stored_bits:  # the shape says how experts are stored, so `stored` always fits
         policy = Policy(tuple((pattern, None if kind == STORED else kind) for pattern, kind in policy.rules))
 
     def of_one_expert(spec: ArraySpec) -> ArraySpec:

@@ -1,4 +1,4 @@
-"""The shapes of well-known models, from `configs/`: enough to plan with, without weights."""
+"""Shapes of published models, from `configs/`. A plan needs only the shape, not the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdx.quant import Policy
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to plan: a configuration, and descriptions of layers that pdx cannot run yet."""
+    """The shape of a model: its configuration, and descriptions of layers that pdx cannot run yet."""
 
     config: ModelConfig
     experts: Experts | None = None
@@ -46,23 +46,25 @@ def names() -> list[str]:
 
 
 def config(model: str | Path) -> ModelConfig:
-    """The configuration of a model that pdx can run. Raises as `shape`, and UnsupportedModelError for a model that it
-    can only plan."""
+    """The configuration of a model that pdx can run.
+
+    Raises as `shape`, and UnsupportedModelError for a model that pdx can plan but not run.
+    """
     found = shape(model)
     if not found.runs:
         raise UnsupportedModelError(
-            f"{model} has layers that pdx plans with and cannot run yet "
+            f"{model} has layers that pdx can plan but not run yet "
             f"({'experts' if found.experts else 'latent attention'})"
         )
     return found.config
 
 
 def shape(model: str | Path) -> Shape:
-    """The shape of a known name, a TOML file, or anything that `pdx.load` takes; weights are not read.
+    """The shape for a name in `configs/`, a TOML file, or any model argument of `pdx.load`. Weights are not read.
 
     Raises:
       ModelNotFoundError: an unknown name; the message lists the known ones.
-      ModelFileError: a file that is no configuration.
+      ModelFileError: a file that does not describe a shape.
     """
     for folder in config_folders():
         if (file := folder / f"{model}.toml").is_file():
@@ -83,8 +85,8 @@ def shape(model: str | Path) -> Shape:
 def read(file: Path) -> Shape:
     """Read a shape from TOML. Raises ModelFileError.
 
-    It has the fields of `ModelConfig`, but `window` and `full_every` (every n-th layer has no window) in place of
-    `windows`, and tables [experts] and [latent] with the fields of `Experts` and `Latent`.
+    The file has the fields of `ModelConfig`. Instead of `windows` it has `window` and `full_every` (every n-th layer
+    has no window). The tables [experts] and [latent] have the fields of `Experts` and `Latent`.
     """
     try:
         fields = tomllib.loads(file.read_text(encoding="utf-8"))

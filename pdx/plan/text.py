@@ -1,4 +1,4 @@
-"""A plan as tables on one screen."""
+"""Prints a plan as tables on one screen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def show(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> None:
         f"{cost.largest_context(plan.setup, plan.chip, plan.batch, plan.chips)}"
     )
     if plan.within_slo is not None:
-        line += f", largest batch within the TPOT asked for {plan.within_slo}"
+        line += f", largest batch within the TPOT objective {plan.within_slo}"
     console.print(line, highlight=False)
     if compiled:
         _compiled(compiled).show(console)
@@ -81,7 +81,7 @@ def _phases(plan: Plan) -> Table:
 
 
 def _compiled(compiled: Sequence[CompiledStep]) -> Table:
-    """Plan and compiler side by side, per device."""
+    """The plan's figures and the compiler's, per device."""
     rows: list[tuple[str, ...]] = []
 
     def row(name: str, say: Callable[[CompiledStep], str]) -> None:
@@ -90,13 +90,13 @@ def _compiled(compiled: Sequence[CompiledStep]) -> Table:
     def size(n: int | None) -> str:
         return "-" if n is None else f"{n / GIB:.2f} GiB"
 
-    row("fits, by the compiler", lambda x: {True: "yes", False: "no", None: "failed"}[x.fits])
+    row("fits, according to the compiler", lambda x: {True: "yes", False: "no", None: "failed"}[x.fits])
     row("weights and cache, planned", lambda x: size(x.planned))
     for part, name in (
         ("argument", "arguments"),
         ("temp", "temporaries"),
         ("output", "results"),
-        ("alias", "of them in an argument's place"),
+        ("alias", "results that alias an argument"),
     ):
         row(f"{name}, compiled", lambda x, part=part: size(x.memory and x.memory[part]))
     if any(x.wanted for x in compiled):

@@ -120,11 +120,8 @@ def _bias(bias) -> dict[int, float]:
     for token, value in bias.items():
         token = int(token) if isinstance(token, str) and token.isdecimal() else token
         token, value = integer("a token id of logit_bias", token, 0), plain(value)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Real)
-            or not (value == -math.inf or abs(value) <= sys.float_info.max)
-        ):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not (value == -math.inf or abs(value) <= sys.float_info.max):
             raise RequestError(f"logit_bias of token {token} is {value!r}: it must be finite, or -inf for a ban")
         clean[token] = float(value)
     return clean

@@ -19,6 +19,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ class SamplingState:
             in_prompt[row, ids] = True
         for row, ids in _histories("outputs", outputs, options, vocab_size):
             np.add.at(output_counts[row], ids, 1)
-        made = cls(
+        made = cast(Any, cls)(  # with numpy arrays, which become jax's below
             temperature=setting("temperature"),
             top_k=column((o.top_k if o.top_k < vocab_size else 0 for o in rows), np.int32),
             top_p=setting("top_p"),
@@ -131,7 +132,7 @@ class SamplingState:
         counts = self.output_counts
         # A negative token means none; its index past the end is dropped.
         column = jnp.where(active & (tokens >= 0), tokens, counts.shape[1])
-        return self.replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
+        return cast(Any, self).replace(output_counts=counts.at[jnp.arange(tokens.shape[0]), column].add(1, mode="drop"))
 
     def put(self, row: int | Int[Array, ""], one: SamplingState) -> SamplingState:
         """The state with row `row` replaced by the only row of `one`."""
@@ -203,7 +204,7 @@ def sample(
     finite = jnp.isfinite(top)
     if allowed is not None:  # a mask may hide a NaN
         finite &= jnp.isfinite(logits.max(-1))
-    return out.replace(tokens=jnp.where(finite, tokens, NO_TOKEN))
+    return cast(Any, out).replace(tokens=jnp.where(finite, tokens, NO_TOKEN))
 
 
 @jax.jit

@@ -147,8 +147,8 @@ def decode_many(
     num_logprobs = integer("num_logprobs", num_logprobs, 0)
     if not isinstance(steps, jax.Array):
         steps = n if steps is None else integer("steps", steps, 0)
-    active = np.ones(cache.batch, bool) if active is None and isinstance(cache, DenseCache) else active
-    tokens, active = newest(cfg, cache, tokens, active, check, steps)
+    everyone = active is None and isinstance(cache, DenseCache)
+    tokens, active = newest(cfg, cache, tokens, np.ones(cache.batch, bool) if everyone else active, check, steps)
     check_mesh(params["final_norm"], cache.mesh)
     if not isinstance(sampling, SamplingState):
         raise RequestError(f"sampling is {type(sampling).__name__}: it must be what SamplingState.create returns")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):
     """`mixed_step`, to be traced inside a larger program."""
     out = forward(params, cfg, tokens[None], cache, rows=rows, logits="last", kernels=kernels)
     full = rows.held_lengths > rows.block_tables.shape[-1] * cache.page_size
-    logits = jnp.where(full[:, None], jnp.nan, out.logits)
+    logits = jnp.where(full[:, None], jnp.nan, cast(Array, out.logits))
     return constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh), out.cache
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizers from Hugging Face directories and from GGUF metadata, streaming, chats."""
+"""Text to token ids and back: tokenizers from Hugging Face directories and GGUF metadata, streaming, chat templates."""
 
 from pdx.tokenizer.core import Tokenizer
 from pdx.tokenizer.stream import StreamDecoder

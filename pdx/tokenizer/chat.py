@@ -1,4 +1,4 @@
-"""Chats to prompts through the model's own template, which sees nothing but plain JSON values."""
+"""Chats to prompts through the model's own chat template, which is given JSON values only."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def template_and_inputs(
     extra: Mapping[str, Any],
 ) -> tuple[str, dict[str, Any]]:
     """The template for a chat, and its variables as JSON values.
+
+    Args:
+      templates: name -> jinja2 source.
+      named: named tokens, such as `bos_token` -> `<s>`.
+      source: the model's name in errors.
+      extra: further variables.
 
     Raises RequestError for malformed messages and for a model without a template, ModelFileError for several templates
     without a default.
@@ -60,11 +66,11 @@ def _choose(templates: Mapping[str, str], *, with_tools: bool, source: str) -> s
 
 @lru_cache(maxsize=16)
 def _traits(template: str) -> Traits:
-    # The named tokens are of no matter here, but a template may add texts to them.
+    # A template may concatenate the named tokens with texts, so they must be texts, but their content is irrelevant.
     tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 
-    def tried(messages: list[dict[str, Any]]) -> str:
+    def render_messages(messages: list[dict[str, Any]]) -> str:
         chat = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
         return render(template, chat | tokens, "a model")
 
-    return Traits(template, tried)
+    return Traits(template, render_messages)

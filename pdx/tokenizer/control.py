@@ -1,8 +1,8 @@
-"""Control tokens by their spelling: which of them end a generation, and which a file typed wrongly.
+"""Control tokens by their spelling: which of them end a generation, and which a file types as text by mistake.
 
-A file often names only one end of generation as its eos: Gemma's `<eos>` but not `<end_of_turn>`, Llama 3's
-`<|end_of_text|>` but not `<|eot_id|>`, and not `<|eom_id|>` at all. The spellings are those of published models, most
-of which llama.cpp knows too.
+Files often name only one of a model's end tokens as eos: `<eos>` but not `<end_of_turn>` for Gemma, `<|end_of_text|>`
+but neither `<|eot_id|>` nor `<|eom_id|>` for Llama 3. The spellings are from published models; llama.cpp has most of
+them too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# Nobody writes these by accident: whatever a file says of them, they close a turn, a message or a document.
+# These end a generation however the file types them, since they do not occur in ordinary text.
 _ENDS = frozenset(
     {
         "<|im_end|>",
@@ -37,11 +37,11 @@ _ENDS = frozenset(
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     }
 )
-# These can be text (`</s>` closes HTML's strike): they end a generation where the file types them as control tokens.
+# These can be ordinary text (`</s>` is HTML). They end a generation only if the file types them as control tokens.
 _ENDS_IF_CONTROL = frozenset({"</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~["})
-# Models that have all of these close only messages with `<|end|>`, and go on.
+# In models that have all tokens of one of these sets, `<|end|>` ends a message but not the generation.
 _MESSAGES_END = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
-# What opens turns, and fills in the middle, beside names between bars.
+# Control tokens that begin turns or mark fill-in-the-middle, and that `_BARS` does not match.
 _OTHERS = frozenset(
     {
         "<start_of_turn>",
@@ -67,7 +67,10 @@ _BARS = re.compile(r"<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>")
 
 
 def end_tokens(is_known: Callable[[str], bool], is_control: Callable[[str], bool]) -> frozenset[str]:
-    """The tokens of a vocabulary that end a generation. is_known: it has the token; is_control: and types it so."""
+    """The tokens that end a generation.
+
+    is_known: whether the vocabulary has a token; is_control: whether it types it as a control token.
+    """
     ends = {token for token in _ENDS if is_known(token)} | {token for token in _ENDS_IF_CONTROL if is_control(token)}
     if any(all(map(is_known, others)) for others in _MESSAGES_END):
         ends.discard("<|end|>")
@@ -77,5 +80,9 @@ def end_tokens(is_known: Callable[[str], bool], is_control: Callable[[str], bool
 
 
 def looks_like_control(token: str) -> bool:
-    """Whether a token is a control token by its spelling, so that a file that types it as text is mistaken."""
+    """Whether a token is a control token by its spelling, whatever type the file gives it.
+
+    >>> looks_like_control("<|im_start|>"), looks_like_control("start")
+    (True, False)
+    """
     return token in _ENDS or token in _OTHERS or _BARS.fullmatch(token) is not None

@@ -1,4 +1,4 @@
-"""`Tokenizer`: text to ids, ids to text, chats to prompts, for one model."""
+"""`Tokenizer`, the tokenizer of one model: text to ids, ids to text, chats to prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdx.tokenizer.gguf import build_from_gguf
 from pdx.tokenizer.hf import build_from_hf, read_backend
 from pdx.tokenizer.messages import Messages
 from pdx.tokenizer.render import render
-from pdx.tokenizer.sanitize import ControlTokens, keeping_apart
+from pdx.tokenizer.sanitize import ControlTokens, removing_marks
 from pdx.tokenizer.settings import Settings
 from pdx.tokenizer.stream import DecodeRule, StreamDecoder, decoder_state
 from pdx.tokenizer.traits import names_in
@@ -32,9 +32,9 @@ _BAD_ID = "token ids must be 0 or more and fit 32 bits"
 class Tokenizer:
     """The tokenizer of one model, on the `tokenizers` library. Threads may share one.
 
-    Make it with `from_hf_dir`, `from_gguf` or `load`.
+    Create it with `from_hf_dir`, `from_gguf` or `load`.
 
-    Example, a vocabulary of three tokens and one merge, as a GGUF file would have it:
+    Example, with GGUF metadata of three tokens and one merge:
       >>> tokenizer = pdx.Tokenizer.from_gguf({
       ...     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
       ...     "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]})
@@ -45,24 +45,28 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, settings: Settings):
         self._backend = backend
         self._settings = settings
-        # Whether special tokens are parsed is state of the backend, so a call may not see another's.
+        # The backend stores whether special tokens are parsed, so calls from several threads take turns.
         self._lock = threading.Lock()
-        self._controls: dict[str, ControlTokens] = {}
-        self._apart: dict[tuple[str, frozenset[str]], tokenizers.Tokenizer] = {}
+        self._controls: dict[str, ControlTokens] = {}  # by template
+        self._without_marks: dict[tuple[str, frozenset[str]], tokenizers.Tokenizer] = {}
 
     @classmethod
     def from_hf_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """From a directory with `tokenizer.json` and what else is there of `tokenizer_config.json`,
-        `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`.
+        """From a Hugging Face directory with a `tokenizer.json`.
 
-        Raises ModelFileError that names the broken or missing file.
+        If they exist, `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json` and
+        `chat_template.jinja` are read too. Raises ModelFileError that names the broken or missing file.
         """
         return cls(*build_from_hf(Path(path)))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "the GGUF file") -> Tokenizer:
-        """From the metadata of a GGUF file: key -> string, number, bool, list of strings, or list or numpy
-        array of numbers (`tokenizer.ggml.scores`, `tokenizer.ggml.token_type`). `source` names it in errors.
+        """From the metadata of a GGUF file.
+
+        Args:
+          metadata: key -> string, number, bool, list of strings, or list or numpy array of numbers
+            (`tokenizer.ggml.scores`, `tokenizer.ggml.token_type`).
+          source: the file's name in errors.
 
         Raises ModelFileError for missing or inconsistent fields, UnsupportedModelError for a
         `tokenizer.ggml.model` or a `tokenizer.ggml.pre` that pdx does not know.
@@ -81,20 +85,21 @@ class Tokenizer:
         return cls(read_backend(Path(directory) / _BACKEND_FILE), settings)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json` and `pdx_tokenizer.json` into the directory, each whole or not at all."""
+        """Write `tokenizer.json` and `pdx_tokenizer.json` into the directory, each of them atomically."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write_atomically(directory / _BACKEND_FILE, self._backend.to_str())
         _write_atomically(directory / _SETTINGS_FILE, self._settings.to_json())
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool | None = None) -> list[int]:
-        """The token ids of a text. Warns of a text that spells the BOS token which is added before it.
+        """The token ids of a text. Warns if the text begins with BOS and another BOS is added.
 
-        add_special: add what the model expects around a text, such as BOS.
-        parse_special: text that spells a special token becomes that token; False takes it as plain text. None does
-        what the model's files say, which is True unless they set `split_special_tokens`.
+        Args:
+          add_special: add the tokens that the model expects around a text, such as BOS.
+          parse_special: whether text that spells a special token becomes that token, or stays plain text. None: as the
+            model's files say, which is True unless they set `split_special_tokens`.
 
-        Raises RequestError for what is not Unicode text.
+        Raises RequestError for a value that is not Unicode text.
         """
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, got {type(text).__name__}")
@@ -102,17 +107,17 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not parse
             ids = _ids(self._backend, text, add_special=add_special)
-        if add_special and ids[:2] == [self.bos_id] * 2 and self.opening:
+        if add_special and ids[:2] == [self.bos_id] * 2 and self.bos_prefix:
             bos = self.token_text(ids[0])
             warnings.warn(
                 f"the prompt begins with {bos}, and the tokenizer adds another: the model sees it twice. "
-                f"Leave {bos} out of the text",
+                f"Remove {bos} from the text",
                 stacklevel=2,
             )
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of token ids. Ids beyond the vocabulary have no text; what is not UTF-8 becomes U+FFFD.
+        """The text of token ids. Ids beyond the vocabulary have no text; bytes that are not UTF-8 become U+FFFD.
 
         Raises RequestError for a negative id.
         """
@@ -122,20 +127,25 @@ class Tokenizer:
             raise RequestError(_BAD_ID) from error
 
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
-        """A decoder that takes one token at a time and gives, in sum, what `decode` gives.
+        """A decoder that takes one token at a time. Its texts add up to what `decode` returns.
 
-        Raises UnsupportedModelError for a decoder that needs the whole sequence.
+        Raises UnsupportedModelError for a vocabulary whose decoder needs the whole sequence.
         """
         return StreamDecoder(self._rule, self._piece, self._special_pieces if skip_special else frozenset())
 
     def apply_chat_template(
         self, messages: Messages, *, add_generation_prompt: bool = True, tools: Tools | None = None, **extra: Any
     ) -> str:
-        """The prompt for a chat: messages with `role` and `content`, through the model's own template.
+        """The prompt for a chat, made by the model's own template.
 
-        `tools` are JSON schemas; `extra` reaches the template under its own names (`enable_thinking=False`).
-        Raises RequestError for malformed messages or a model without a template, ModelFileError for a
-        template that does not work, or that takes more time or memory than a template may.
+        Args:
+          messages: a list of objects with `role` and `content`.
+          add_generation_prompt: end with the beginning of an assistant's turn.
+          tools: JSON schemas of functions.
+          extra: further variables of the template, such as `enable_thinking=False`.
+
+        Raises RequestError for malformed messages or a model without a template, ModelFileError for a template that
+        fails, or exceeds the limits on time and memory.
         """
         template, inputs = template_and_inputs(**self._chat(messages, add_generation_prompt, tools, extra))
         return render(template, inputs, self._settings.source)
@@ -151,32 +161,32 @@ class Tokenizer:
     ) -> list[int]:
         """The token ids of `apply_chat_template`. Templates write BOS themselves, so none is added.
 
-        sanitize_control_tokens: control tokens that users, tools, documents or tool calls spell out are plain text,
-        so that only the template (and what system and assistant messages say) opens and closes turns. False: text
-        that spells a control token becomes that token, whoever wrote it.
+        sanitize_control_tokens: control tokens that users, tools, documents or tool calls spell stay plain text. So
+        only the template, and system and assistant messages, begin and end turns. False: text that spells a control
+        token becomes that token, whoever wrote it.
 
-        Raises what `apply_chat_template` raises, and RequestError for a control token that this vocabulary also
-        makes out of plain text.
+        Raises as `apply_chat_template`, and RequestError if a message spells a control token that the vocabulary also
+        forms by merging plain text.
         """
         template, inputs = template_and_inputs(**self._chat(messages, add_generation_prompt, tools, extra))
         source = self._settings.source
         prompt = render(template, inputs, source)
         if sanitize_control_tokens:
             control = self._control_tokens(template)
-            found = control.from_users(prompt, inputs, lambda marked: render(template, marked, source))
-            if found.tokens:
-                return self._encode_apart(found.text, found.tokens, found.mark)
-            prompt = found.text
+            separated = control.separate_users(prompt, inputs, lambda marked: render(template, marked, source))
+            if separated.tokens:
+                return self._encode_marked(separated.text, separated.tokens, separated.mark)
+            prompt = separated.text
         return self.encode(prompt, add_special=False, parse_special=True)
 
     def _chat(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
-        said = self._settings
+        settings = self._settings
         return {
-            "templates": said.templates,
-            "named": said.named,
-            "source": said.source,
+            "templates": settings.templates,
+            "named": settings.named,
+            "source": settings.source,
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "tools": tools,
@@ -184,28 +194,28 @@ class Tokenizer:
         }
 
     def _control_tokens(self, template: str) -> ControlTokens:
-        """The special tokens, and of the other added ones those that the template writes."""
+        """The control tokens of chats with this template: the special tokens, and the added ones that it contains."""
         if template not in self._controls:
             added = self._backend.get_added_tokens_decoder().values()
             chosen = self._settings.control
             if chosen is None:
-                # Runs of spaces and line feeds are tokens of some models, and in every template.
-                chosen = {t.content for t in added if t.content in template and not t.content.isspace()}
+                # In some models, runs of spaces and line feeds are added tokens. Every template contains them.
+                chosen = frozenset(t.content for t in added if t.content in template and not t.content.isspace())
             self._controls[template] = ControlTokens(t.content for t in added if t.special or t.content in chosen)
         return self._controls[template]
 
-    def _encode_apart(self, text: str, tokens: frozenset[str], mark: str) -> list[int]:
-        """The ids of a text where `mark` stands inside of spellings of `tokens` that are not to become those."""
+    def _encode_marked(self, text: str, tokens: frozenset[str], mark: str) -> list[int]:
+        """The ids of a text in which `mark` breaks up the spellings of `tokens` that must stay plain text."""
         key = mark, tokens
         with self._lock:
-            if key not in self._apart:
-                self._apart.clear()  # each is as large as the tokenizer itself
-                self._apart[key] = keeping_apart(self._backend, mark, tokens)
-            backend = self._apart[key]
+            if key not in self._without_marks:
+                self._without_marks.clear()  # each is as large as the tokenizer itself
+                self._without_marks[key] = removing_marks(self._backend, mark, tokens)
+            backend = self._without_marks[key]
         for token in tokens:
             if self.token_id(token) in backend.encode(mark.join(token), add_special_tokens=False).ids:
                 raise RequestError(
-                    f"the messages hold {token!r}, which this model's vocabulary also makes out of "
+                    f"the messages hold {token!r}, which this model's vocabulary also forms from "
                     "plain text: leave it out, or pass sanitize_control_tokens=False"
                 )
         return _ids(backend, text, add_special=False)
@@ -216,7 +226,7 @@ class Tokenizer:
 
     @cached_property
     def template_names(self) -> frozenset[str]:
-        """The names in the chat templates, those of variables among them: `messages`, `enable_thinking`, ..."""
+        """All names in the chat templates, including those of variables: `messages`, `enable_thinking`, ..."""
         return frozenset().union(*map(names_in, self._settings.templates.values()))
 
     @property
@@ -229,8 +239,8 @@ class Tokenizer:
         return self._named_id("bos_token")
 
     @property
-    def opening(self) -> list[int]:
-        """What every text begins with for this model: the BOS token, or nothing."""
+    def bos_prefix(self) -> list[int]:
+        """The ids that `encode` adds before every text: [BOS], or [] if it adds none."""
         return [x for x in self.encode("")[:1] if x == self.bos_id]
 
     @cached_property
@@ -244,21 +254,21 @@ class Tokenizer:
 
     @cached_property
     def _special_pieces(self) -> frozenset[str]:
-        # The backend leaves out by spelling, and a vocabulary may spell a special token twice.
+        # `decode` skips tokens by spelling, and a vocabulary may have two tokens with the spelling of a special one.
         return frozenset(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
 
     @cached_property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary, added ones included; a model may have more rows than that."""
+        """Tokens in the vocabulary, including added ones. The model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling in the vocabulary ("<|im_end|>"); None if there is none."""
+        """The id of a token by its spelling in the vocabulary, such as `<|im_end|>`; None if there is none."""
         return self._backend.token_to_id(token)
 
     def token_text(self, token_id: int) -> str:
-        """What one token says by itself: leading space kept, special tokens spelled out, incomplete characters
-        as U+FFFD; "" for an id beyond the vocabulary. Raises RequestError for a negative id."""
+        """The text of one token by itself. A leading space is kept, special tokens have their spelling, incomplete
+        characters become U+FFFD, and an id beyond the vocabulary gives "". Raises RequestError for a negative id."""
         piece = self._piece(token_id)
         if piece is None:
             return ""
@@ -268,7 +278,7 @@ class Tokenizer:
             return self.decode([token_id], skip_special=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one token stands for, part of a character included; b"" beyond the vocabulary."""
+        """The UTF-8 bytes of one token, which may be part of a character; b"" for an id beyond the vocabulary."""
         piece = self._piece(token_id)
         if piece is None:
             return b""
@@ -298,7 +308,7 @@ def _ids(backend: tokenizers.Tokenizer, text: str, *, add_special: bool) -> list
     try:
         return backend.encode(text, add_special_tokens=add_special).ids
     except TypeError as error:
-        raise RequestError("the text holds half a surrogate pair, which is no character") from error
+        raise RequestError("the text holds half a surrogate pair, which is not a character") from error
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-A GGUF file has the vocabulary, for byte-level BPE the merges, and the name of a pre-tokenizer. The rest of the
-pipeline is not in the file; it is rebuilt here as the original tokenizers were published. SentencePiece files have a
-score per piece instead of merges. Every split of a piece into two pieces is a merge, the best score first; among splits
+A GGUF file has the vocabulary, the merges (byte-level BPE), and the name of a pre-tokenizer. The rest of the pipeline
+is not in the file; it is rebuilt here as in the published tokenizers. SentencePiece files have a score per piece
+instead of merges. There, every split of a piece into two pieces is a merge, in order of the piece's score; among splits
 with equal scores, the one with the longest left part comes first.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # SentencePiece's character for a space
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -43,7 +43,7 @@ def build_from_gguf(metadata: Mapping[str, Any], source: str) -> tuple[tokenizer
     kind = fields.text("model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind is None:
-        raise fields.error("model", "is missing: the file carries no tokenizer")
+        raise fields.error("model", "is missing: the file has no tokenizer")
     if kind not in builders:
         raise UnsupportedModelError(
             f"{source}: tokenizer.ggml.model is {kind!r}; pdx reads {', '.join(map(repr, builders))}. "
@@ -66,13 +66,13 @@ def build_from_gguf(metadata: Mapping[str, Any], source: str) -> tuple[tokenizer
 
 
 def _end_ids(fields: Fields, tokens: list[str], types: list[int], settings: Settings) -> frozenset[int]:
-    """The ids that the file names as ends of generation, and those of tokens that are ends by their spelling."""
+    """The ids that end a generation: those that the file names, and those of tokens that are end tokens by spelling."""
     ids = {token: index for index, token in enumerate(tokens)}
     control = {token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL}
     control |= set(settings.named.values())
     spelled = end_tokens(ids.__contains__, control.__contains__)
     named = {fields.token_id(key, len(tokens)) for key in _END_IDS} | fields.token_ids("eos_token_ids", len(tokens))
-    return frozenset(named - {None}) | {ids[token] for token in spelled}
+    return frozenset(i for i in named if i is not None) | {ids[token] for token in spelled}
 
 
 def _byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
@@ -85,7 +85,7 @@ def _byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenize
         name = "gpt-2"
     if name not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
-            f"{fields.source}: tokenizer.ggml.pre is {name!r}, a way of splitting text that pdx does not know; "
+            f"{fields.source}: tokenizer.ggml.pre is {name!r}, a pre-tokenizer that pdx does not know; "
             f"it knows {', '.join(sorted(PRE_TOKENIZERS))}. Load the model from a Hugging Face directory instead."
         )
     pre = PRE_TOKENIZERS[name]
@@ -113,10 +113,11 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
             f"{fields.source}: tokenizer.ggml.pre is {fields.text('pre')!r}; a SentencePiece vocabulary has none"
         )
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        # Runs of spaces are stored as spaces, but the text that merges see has them replaced.
+        # Files store runs of spaces as spaces, but merges are applied after spaces have been replaced.
         if kind == _USER_DEFINED and token.isspace() and " " in token:
             tokens[index] = token.replace(" ", _SPACE)
     lines, scores = fields.strings("merges"), fields.numbers("scores", len(tokens))
+    merges: Sequence[tuple[str, ...]]
     if lines is not None:
         merges = [tuple(line.split(" ")) for line in lines]
     elif scores is not None:
@@ -139,7 +140,7 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
     )
     prefix = fields.flag("add_space_prefix")
     if prefix is None:
-        # Files older than the flag: Gemma's SentencePiece model adds no space, Llama's does.
+        # In files older than the flag: Llama's SentencePiece model adds a space, Gemma's does not.
         prefix = not str(fields.metadata.get("general.architecture", "")).startswith("gemma")
     spaces = normalizers.Replace(" ", _SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
@@ -152,8 +153,8 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
 def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every split of a piece into two pieces, in the order in which SentencePiece would join them.
 
-    User-defined pieces come first whatever the file says of their score: SentencePiece matches them before
-    anything else. Control and byte pieces never come out of text, so they take no part.
+    User-defined pieces come first, whatever their score, since SentencePiece matches them before all others. Control
+    and byte pieces never result from merges, so they are left out.
     """
     kinds = np.asarray(types)
     ranks = np.where(kinds == _USER_DEFINED, 0.0, scores)
@@ -225,10 +226,11 @@ def _add_tokens(backend: Any, tokens: list[str], types: list[int], settings: Set
     from tokenizers import AddedToken
 
     named = set(settings.named.values())
-    special, plain = [], []
+    special: list[str] = []
+    plain: list[str] = []
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _UNKNOWN) or token in named:
-            # Gemma's spare tokens are marked as control tokens, but published as ordinary added ones.
+            # Gemma's unused tokens are control tokens in GGUF files, but ordinary added tokens in `tokenizer.json`.
             spare = token == "<mask>" or (token.startswith("<unused") and token[7:-1].isdigit())
             (plain if spare and token not in named else special).append(token)
         elif kind == _USER_DEFINED:
@@ -239,7 +241,7 @@ def _add_tokens(backend: Any, tokens: list[str], types: list[int], settings: Set
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    # Half a million merge tuples would trigger full collections, each of which walks all of them.
+    # Creating half a million merge tuples would trigger several full collections, each of which visits all of them.
     enabled = gc.isenabled()
     gc.disable()
     try:

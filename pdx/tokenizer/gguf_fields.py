@@ -9,11 +9,11 @@ import numpy as np
 
 from pdx.errors import ModelFileError
 
-_NO_TOKEN = (-1, 2**32 - 1)  # how files say that there is no such token
+_NO_TOKEN = (-1, 2**32 - 1)  # values that mean "no such token"
 
 
 class Fields:
-    """The fields of one file. Each is None where the file does not have it; ModelFileError for another type."""
+    """The fields of one file. A missing field is None; one of a wrong type raises ModelFileError."""
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
         self.metadata = metadata
@@ -41,12 +41,13 @@ class Fields:
         return None if value is None else self._token_id(key, value, size)
 
     def token_ids(self, key: str, size: int) -> set[int]:
-        """The ids in a list, which may be missing."""
+        """The ids in a list; an empty set if the field is missing."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         value = [] if value is None else value
         if not isinstance(value, (list, tuple, np.ndarray)):
             raise self.error(key, f"should be a list of token ids, is {type(value).__name__}")
-        return {self._token_id(key, item, size) for item in value} - {None}
+        ids = (self._token_id(key, item, size) for item in value)
+        return {token_id for token_id in ids if token_id is not None}
 
     def _token_id(self, key: str, value: Any, size: int) -> int | None:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -70,7 +71,7 @@ class Fields:
             return None
         array = np.asarray(value)
         if array.shape != (size,) or array.dtype.kind not in "iuf":
-            raise self.error(key, f"should be {size} numbers, one a token, is an array of shape {array.shape}")
+            raise self.error(key, f"should be {size} numbers, one per token, is an array of shape {array.shape}")
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise self.error(key, "holds NaN")
         return array.tolist()

@@ -1,9 +1,9 @@
 """A tokenizer from a Hugging Face directory.
 
-`tokenizer.json` decides how text becomes ids, its special tokens included, as in transformers 5: flags such
-as `add_bos_token` in `tokenizer_config.json` describe the same thing and are not read. Added tokens also come from
-`added_tokens_decoder` of `tokenizer_config.json` or, where it has none, from the files of older versions:
-`added_tokens.json` and `special_tokens_map.json`.
+As in transformers 5, `tokenizer.json` alone decides how text becomes ids and which special tokens are added; flags such
+as `add_bos_token` in `tokenizer_config.json` are not read. Added tokens are also read from `added_tokens_decoder` of
+`tokenizer_config.json` or, if it has none, from the files of older versions: `added_tokens.json` and
+`special_tokens_map.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """Reads a `tokenizer.json`, without the truncation and padding it may ask for.
+    """Read a `tokenizer.json`. Truncation and padding that it configures are switched off.
 
     Raises ModelFileError that names the file.
     """
@@ -34,8 +34,8 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         others = [name for name in _OTHER_FILES if (path.parent / name).is_file()]
         beside = f", only {' and '.join(others)}" if others else ""
         raise ModelFileError(
-            f"{path} does not exist{beside}. pdx needs a tokenizer.json: load the directory once with transformers' "
-            "AutoTokenizer, call save_pretrained on it, and it has one."
+            f"{path} does not exist{beside}. pdx needs a tokenizer.json: load the directory with transformers' "
+            "AutoTokenizer and call its save_pretrained, which writes one."
         )
     try:
         backend = Tokenizer.from_file(str(path))
@@ -74,11 +74,12 @@ def build_from_hf(directory: Path) -> tuple[tokenizers.Tokenizer, Settings]:
     ends = {backend.token_to_id(token) for token in (*spelled, named.get("eos_token", ""))}
     ends.update(_ids(directory, model.get("eos_token_id")))
     templates = _templates(directory, config)
-    return backend, Settings(named, frozenset(ends - {None}), templates, split, control, str(directory))
+    eos_ids = frozenset(token_id for token_id in ends if token_id is not None)
+    return backend, Settings(named, eos_ids, templates, split, control, str(directory))
 
 
 def _ids(directory: Path, value: Any) -> list[int]:
-    """The ids of a field, which is one, a list or null; -1 is none (LLaMA's own files have it as `pad_token_id`)."""
+    """The ids of a field, which is one id, a list or null. -1 means no id (`pad_token_id` in LLaMA's own files)."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i < 2**32 for i in ids):
         raise ModelFileError(f"{directory}: a token id in config.json or generation_config.json is {value!r}")
@@ -104,19 +105,19 @@ def _decoder_of(added: Mapping[str, Any], config: Mapping[str, Any], backend: An
 
 
 def _chat_settings(config: Mapping[str, Any]) -> tuple[bool, frozenset[str] | None]:
-    """Whether special tokens in a text are text, and which added tokens are control tokens in chats."""
+    """`split_special_tokens`, and the added tokens that are control tokens in chats (None: not configured)."""
     split, control = config.get("split_special_tokens"), config.get("chat_control_tokens")
     if not isinstance(split, (bool, type(None))):
         raise TypeError(f"split_special_tokens is {split!r}, not true or false")
     if control is not None and not (isinstance(control, list) and all(isinstance(x, str) for x in control)):
-        raise TypeError(f"chat_control_tokens is {control!r}, not a list of texts")
+        raise TypeError(f"chat_control_tokens is {control!r}, not a list of strings")
     return bool(split), None if control is None else frozenset(control)
 
 
 def _add_named_tokens(backend: Any, config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, str]:
-    """Adds the tokens that only the configuration has and makes those it names special; their texts by name.
+    """Add the tokens that only the configuration has, and make the named ones special. Returns name -> token.
 
-    A token's flags are those of `added` (id -> token), else of `tokenizer.json`, else of where it is named.
+    The flags of a token are taken from `added` (id -> token), else from `tokenizer.json`, else from its named entry.
     """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for index, entry in sorted(added.items(), key=lambda item: int(item[0])):
@@ -124,7 +125,7 @@ def _add_named_tokens(backend: Any, config: Mapping[str, Any], added: Mapping[st
         if repr(token) != repr(known.get(token.content)):
             backend.add_tokens([token])
         if backend.token_to_id(token.content) != int(index):
-            raise ValueError(f"{token.content!r} is listed as token {index}, which it is not in tokenizer.json")
+            raise ValueError(f"{token.content!r} is listed as token {index}, but tokenizer.json gives it another id")
         known[token.content] = token
     named: dict[str, str] = {}
     special = []
@@ -147,7 +148,7 @@ def _named_entries(config: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
         extra = config.get(key)
         if extra is not None and not isinstance(extra, (list, Mapping)):
-            raise TypeError(f"{key} is {extra!r}, neither a list of tokens nor names with a token each")
+            raise TypeError(f"{key} is {extra!r}, neither a list of tokens nor an object of names and tokens")
         yield from extra.items() if isinstance(extra, Mapping) else ((None, token) for token in extra or ())
 
 
@@ -156,14 +157,14 @@ def _added(token: str | Mapping[str, Any], *, special: bool) -> Any:
 
     content = token if isinstance(token, str) else token["content"]
     if not isinstance(content, str) or not content:
-        raise TypeError(f"{token!r} is no token")
+        raise TypeError(f"{token!r} is not a token")
     flags = {} if isinstance(token, str) else {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
     return AddedToken(content, special=special, **flags)
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """name -> template. `chat_template.jinja` and `additional_chat_templates/` come before what the configuration
-    holds under the same name; a template of the configuration that no file replaces stays."""
+    """Name -> chat template. Those of the configuration are replaced by `chat_template.jinja` (the default one) and by
+    files of their name in `additional_chat_templates/`."""
     inline = config.get("chat_template")
     if inline is None:
         inline = read_json(directory / "chat_template.json").get("chat_template")
@@ -181,7 +182,7 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _inline(directory: Path, templates: Any) -> dict[str, str]:
-    """What `chat_template` may be: one template, a list of names and templates, or a template under each name."""
+    """Name -> template, from a `chat_template` field: one template, a list of {name, template}, or an object."""
     if isinstance(templates, str):
         return {"default": templates}
     try:
@@ -195,5 +196,7 @@ def _inline(directory: Path, templates: Any) -> dict[str, str]:
         raise ModelFileError(f"{directory / 'tokenizer_config.json'}: malformed chat_template ({error})") from error
     wrong = next((name for name, text in named.items() if not (isinstance(name, str) and isinstance(text, str))), None)
     if wrong is not None:
-        raise ModelFileError(f"{directory / 'tokenizer_config.json'}: malformed chat_template ({wrong!r} is no text)")
+        raise ModelFileError(
+            f"{directory / 'tokenizer_config.json'}: malformed chat_template ({wrong!r} is not a string)"
+        )
     return named

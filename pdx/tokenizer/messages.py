@@ -1,14 +1,14 @@
-"""Chat messages as OpenAI's API writes them, in the form that chat templates read.
+"""Converting chat messages of OpenAI's API into the form that a chat template reads.
 
-Every prompt made of messages passes here: `check_messages` refuses what is no chat, `template_messages` translates:
+`check_messages` refuses malformed messages. `template_messages` converts them:
 
-- content as a list of parts becomes what the template reads: the parts, or their texts joined by newlines;
+- content that is a list of parts is passed as parts or as their texts joined by newlines, whichever the template reads;
 - `arguments` of a tool call, a JSON text in the API, become an object;
-- `function_call` and the role `function`, older names, become `tool_calls` and the role `tool`;
-- the role `developer` becomes `system` where the template does not know it;
-- reasoning reaches the template as `reasoning_content` and as `thinking`, whichever name it came under.
+- the older names `function_call` and role `function` become `tool_calls` and role `tool`;
+- the role `developer` becomes `system` if the template does not know it;
+- reasoning is passed both as `reasoning_content` and as `thinking`, whichever name it has in the message.
 
-Everything else of a message is handed on (`name`, `tool_call_id`, a template's own keys).
+All other keys are passed on unchanged (`name`, `tool_call_id`, a template's own keys).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pdx.tokenizer.traits import ABSENT, Traits
 
 Messages = Sequence[Mapping[str, Any]]
 
-# The names a message's reasoning comes under; the first one that is given counts, as in transformers.
+# Keys for the reasoning of a message; the first one that it has counts, as in transformers.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # Kinds of content parts, and the key that holds their text.
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -30,7 +30,7 @@ _MEDIA = ("image", "audio", "video", "file", "document")
 
 
 def check_messages(messages: Messages) -> None:
-    """Raises RequestError for what is no chat of texts, naming the message."""
+    """Raises RequestError, naming the message, for anything that is not a list of text messages."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(
             f'messages must be a list such as [{{"role": "user", "content": "Hello"}}], not {type(messages).__name__}'
@@ -47,7 +47,7 @@ def _check(message: Any, where: str) -> None:
     if not isinstance(message.get("role"), str):
         raise RequestError(f"{where} needs a role: 'system', 'user' or 'assistant'")
     if message.get("audio") is not None:
-        raise RequestError(f"{where}.audio names a spoken answer, and pdx reads text: give its transcript as content")
+        raise RequestError(f"{where}.audio is a spoken answer, and pdx reads text only: give its transcript as content")
     calls = [*_calls(message, where)]
     content = message.get("content")
     if not isinstance(content, (str, list, tuple, type(None))):
@@ -58,7 +58,7 @@ def _check(message: Any, where: str) -> None:
 
 
 def template_messages(messages: Messages, traits: Traits) -> list[dict[str, Any]]:
-    """The messages as a template with these traits reads them: plain JSON values, null keys left out.
+    """The messages in the form that a template with these traits reads: JSON values, without keys that are null.
 
     Raises RequestError as `check_messages`, and for values that are not JSON.
     """
@@ -67,7 +67,7 @@ def template_messages(messages: Messages, traits: Traits) -> list[dict[str, Any]
 
 
 def plain(value: Any, where: str) -> Any:
-    """A copy of a JSON value made of dicts and lists. Raises RequestError for any other value."""
+    """A copy of a JSON value, with mappings as dicts and sequences as lists. Raises RequestError for other values."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -97,7 +97,7 @@ def _translated(message: Mapping[str, Any], where: str, traits: Traits) -> dict[
 
 
 def _content(message, texts: list[str], role: str, traits: Traits, has_calls: bool) -> list[Any]:
-    """The content in a list, or an empty list where the template wants the key left out."""
+    """[content], or [] if the key must be left out for this template."""
     if not texts:
         empty = traits.content_beside_calls if has_calls else ""
         return [] if empty is ABSENT else [empty]
@@ -108,7 +108,7 @@ def _content(message, texts: list[str], role: str, traits: Traits, has_calls: bo
 
 
 def _texts(message: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
-    """The texts of a message's content, and those of its parts of reasoning."""
+    """The texts of a message's content, and the texts of its reasoning parts."""
     content, refusal = plain(message.get("content"), f"{where}.content"), message.get("refusal")
     if content is None and isinstance(refusal, str):
         content = refusal
@@ -141,14 +141,14 @@ def _part_text(part: Any, at: str) -> str:
 
 def _text_of(part: Mapping[str, Any], key: str, at: str) -> str:
     if not isinstance(part.get(key), str):
-        raise RequestError(f"{at}.{key} must be a text, got {part.get(key)!r}")
+        raise RequestError(f"{at}.{key} must be text, got {part.get(key)!r}")
     return part[key]
 
 
 def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The tool calls of a message, each with its place, a deprecated `function_call` among them.
+    """(call, its place in the message) of each tool call, or of the deprecated `function_call`.
 
-    Raises RequestError for one that is no call of a function, or whose arguments are no JSON object.
+    Raises RequestError for a malformed call, and for arguments that are not a JSON object.
     """
     calls, old = message.get("tool_calls"), message.get("function_call")
     if not isinstance(calls, list | tuple | None):
@@ -159,7 +159,7 @@ def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[dict[str, A
     for call, at in found:
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(call, Mapping) and function is None and call.get("name") is not None:
-            function = call  # as templates of Hugging Face models write calls, too
+            function = call  # Hugging Face's flat form of a call
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RequestError(
                 f"{at} must be a call of a function, such as "
@@ -170,21 +170,21 @@ def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[dict[str, A
 
 
 def _arguments(value: Any, at: str) -> Mapping[str, Any]:
-    """The arguments of a call as an object; none at all, or an empty text, are an empty one."""
+    """The arguments of a call as an object. Missing arguments and an empty text are an empty object."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):
         try:
             value = json.loads(value, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{at}: arguments must be a JSON object, but the text is no JSON: {error}") from None
+            raise RequestError(f"{at}: arguments must be a JSON object, but the text is not JSON: {error}") from None
     if not isinstance(value, Mapping):
         raise RequestError(f"{at}: arguments must be a JSON object, got {value!r}")
     return value
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _with_arguments(call: dict[str, Any], at: str, traits: Traits) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""How byte-level vocabularies split text before merging, by the name that GGUF files give it.
+"""How byte-level vocabularies split text before merging, by the pre-tokenizer names of GGUF files.
 
-A name stands for published tokenizers. The patterns are the ones their `tokenizer.json` holds, as llama.cpp's
-`llama-vocab.cpp` lists them by name. Merges were learned on exactly these pieces, so a near miss gives tokens the
-model has rarely seen.
+The patterns are those of the published `tokenizer.json` files; llama.cpp's `llama-vocab.cpp` lists them by name. Merges
+were learned on exactly these pieces, so a slightly different pattern gives tokens that the model has rarely seen.
 """
 
 from __future__ import annotations
@@ -64,11 +63,14 @@ _DIGIT, _THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """patterns: what splits the text, each the pieces of the one before; a piece is what one matches or leaves.
+    """A pre-tokenizer.
 
-    nfc: the text is normalized to NFC first.
-    ignore_merges: a piece that is itself in the vocabulary is taken whole.
-    add_bos: what holds where the file does not say.
+    Attributes:
+      patterns: regular expressions, applied one after another; each splits the previous pieces into its matches and the
+        text between them.
+      nfc: normalize the text to NFC first.
+      ignore_merges: a piece that is in the vocabulary becomes that token without merging.
+      add_bos: whether BOS is added, if the file does not say.
     """
 
     patterns: tuple[str, ...] = (_GPT2,)
@@ -99,7 +101,7 @@ PRE_TOKENIZERS = {
         ("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum", "exaone4"),
         PreTokenizer(),
     ),
-    **dict.fromkeys(("mpt", "olmo", "modern-bert"), PreTokenizer(nfc=True)),  # as GPT-NeoX, whose vocabulary they have
+    **dict.fromkeys(("mpt", "olmo", "modern-bert"), PreTokenizer(nfc=True)),  # they use GPT-NeoX's vocabulary
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS_STYLE),
     "command-r": PreTokenizer((_DIGIT, _GPT2), nfc=True),
     **dict.fromkeys(

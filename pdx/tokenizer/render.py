@@ -1,7 +1,7 @@
-"""Rendering chat templates within limits, in a separate process that is started on first use and kept.
+"""Rendering chat templates in a separate process with limits. It is started on first use and kept.
 
-A template is a program that comes with a model. Its sandbox keeps it from files and from Python, but does not stop
-`'a' * 10**10` or endless loops; only the operating system can (`template_worker.py`).
+A template is an untrusted program that comes with a model. jinja2's sandbox blocks access to files and Python, but not
+`'a' * 10**10` or endless loops. Only the operating system can stop those (`template_worker.py`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pdx.errors import ModelFileError, RequestError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_SMALL = 1_000_000  # characters of messages and tools
-_WALL_SECONDS = 60.0  # where the system does not bound processor time, and for a process that hangs
+_SMALL = 1_000_000  # characters of messages and tools that every template must be able to render
+_WALL_SECONDS = 60.0  # for systems without a limit on processor time, and for a process that hangs
 
 
 class Renderer:
     """Renders templates, one at a time. Threads may share one.
 
     Args:
-      seconds: processor time for one rendering, compilation included.
-      memory_bytes: what all renderings may hold beyond an empty interpreter.
+      seconds: processor time for one rendering, including the template's compilation.
+      memory_bytes: the most memory of the process beyond that of an empty interpreter.
     """
 
     def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29):
@@ -44,10 +45,10 @@ class Renderer:
             os.register_at_fork(after_in_child=lambda: (forget := after_fork()) and forget())
 
     def render(self, template: str, variables: Mapping[str, Any], source: str) -> str:
-        """The text that a template makes of JSON values. `source` names the model in errors.
+        """The template's text for these JSON values. `source` names the model in errors.
 
-        Raises RequestError for what the template refuses, ModelFileError for a template that is not jinja2, leaves
-        its sandbox, or takes more time, memory or text than a chat template may.
+        Raises RequestError for messages that the template refuses, ModelFileError for a template that is not jinja2,
+        tries to leave the sandbox, or exceeds the limits on time, memory or text.
         """
         try:
             values = json.dumps(variables)
@@ -57,7 +58,7 @@ class Renderer:
             {
                 "template": template,
                 "seconds": self._seconds,
-                # A template repeats what it is given at most a few times.
+                # A normal template repeats its variables at most a few times.
                 "max_characters": 1_000_000 + 16 * (len(values) + len(template)),
             }
         )
@@ -72,69 +73,69 @@ class Renderer:
         if kind == "refused":
             raise RequestError(
                 f"the chat template of {source} refuses these messages: {message}. "
-                "Check the roles, their order, and that each content is of a kind this model takes."
+                "Check the roles, their order, and that this model accepts each kind of content."
             )
         if kind == "syntax":
             raise ModelFileError(f"{source}: {message}")
         raise ModelFileError(f"{source}: the chat template was stopped: {message}")
 
     def close(self) -> None:
-        """End the process; the next rendering starts another."""
+        """End the process. The next rendering starts a new one."""
         process, self._process = self._process, None
         if process is None:
             return
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was not sent yet
+        for pipe in _pipes(process):
+            with contextlib.suppress(OSError):  # flushing to the ended process fails
                 pipe.close()
 
     def _after_fork(self) -> None:
-        """Leave the process to the parent, whose other threads may have been in the middle of a rendering."""
+        """In a forked child: leave the process to the parent, which may be in the middle of a rendering."""
         process, self._process = self._process, None
         self._lock = threading.Lock()
         if process is not None:
-            for pipe in (process.stdin, process.stdout):
-                pipe.raw.close()  # without sending what the parent is about to send
+            for pipe in _pipes(process):
+                pipe.raw.close()  # without flushing, since the parent will flush the same bytes
 
     def _exchange(self, request: bytes) -> dict[str, str]:
         with self._lock:
             process = self._started()
+            stdin, stdout = _pipes(process)
             timer = threading.Timer(_WALL_SECONDS, process.kill)
             timer.daemon = True
             timer.start()
             try:
-                process.stdin.write(request)
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except OSError:  # it ended while it was written to
+                stdin.write(request)
+                stdin.flush()
+                line = stdout.readline()
+            except OSError:  # the process ended during the write
                 line = b""
-            except BaseException:  # Ctrl-C: its reply would answer the next request
+            except BaseException:  # such as Ctrl-C: the pending reply would be taken for the next request's
                 self.close()
                 raise
             finally:
                 timer.cancel()
             reply = json.loads(line) if line else self._ended(process)
-            if reply.get("kind") == "limit":  # what the process holds would count against the next
+            if reply.get("kind") == "limit":  # the memory that it holds would count against the next rendering
                 self.close()
             return reply
 
     def _ended(self, process: subprocess.Popen[bytes]) -> dict[str, str]:
-        """The reply in place of a process that a template has ended."""
+        """The reply for a rendering during which the process ended."""
         self.close()
         if process.returncode == -getattr(signal, "SIGXCPU", 0):
             return {"kind": "limit", "message": f"it takes more than {self._seconds:g} seconds of processor time"}
         return {
             "kind": "ended",
-            "message": f"its process ended (code {process.returncode}): it takes more time or "
-            "memory than there is, or was ended from outside",
+            "message": f"its process ended (code {process.returncode}): it used too much time or memory, or was killed",
         }
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
-        # The same packages as here, however they were found; -P keeps the worker's own folder out.
+        # The worker sees the same packages as this process. -P keeps the script's folder off its path.
         found = [os.path.abspath(entry) for entry in sys.path if os.path.exists(entry)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
         try:
@@ -148,18 +149,23 @@ class Renderer:
             )
         except OSError as error:
             raise RequestError(
-                f"chat templates are rendered in a process of their own, which cannot be started "
+                f"chat templates are rendered in a separate process, which cannot be started "
                 f"({error}): give the prompt as text"
             ) from error
         self._process = process
-        # What a machine's own Python prints as it starts comes before.
-        if not any(line.strip() == b"ready" for line in iter(process.stdout.readline, b"")):
+        # Some installations of Python print lines at their start; these are skipped.
+        if not any(line.strip() == b"ready" for line in iter(_pipes(process)[1].readline, b"")):
             self.close()
             raise RequestError(
-                f"chat templates are rendered in a process of their own ({sys.executable} {_WORKER}), "
+                f"chat templates are rendered in a separate process ({sys.executable} {_WORKER}), "
                 "which does not start: give the prompt as text"
             )
         return process
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[BufferedWriter, BufferedReader]:
+    """Standard input and output of a process that was started with pipes."""
+    return cast(BufferedWriter, process.stdin), cast(BufferedReader, process.stdout)
 
 
 _default = Renderer()
@@ -167,5 +173,5 @@ atexit.register(_default.close)
 
 
 def render(template: str, variables: Mapping[str, Any], source: str) -> str:
-    """`Renderer.render` in the process that all models share."""
+    """`Renderer.render` with one process for all models."""
     return _default.render(template, variables, source)

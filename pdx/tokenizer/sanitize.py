@@ -1,14 +1,17 @@
-"""Control tokens that users spell out stay text: this module finds who wrote each control token of a rendered chat.
+"""Keeps control tokens that users spell as plain text, by finding who wrote each control token of a rendered chat.
 
-The prompt is rendered normally. To learn which of its control tokens come from a user's words, the template is rendered
-again with marks in those words: noncharacters of Unicode, which mean nothing in text. Ends of words are marked too if
-they could form a control token together with the template's text, such as `end|>` after `<|im_`.
+The prompt is rendered normally. Then the template is rendered again with marks in the text of users ("their words"
+below), to see which control tokens of the prompt come from there. Marks are noncharacters of Unicode, which do not
+occur in text. The ends of a text are marked too if they could form a control token together with the template's text,
+such as `end|>` after `<|im_`.
 
-1. A mark replaces each character. If the two renderings are otherwise equal, they give the answer. If not, this is
-   tried without the ends of words: a template may compare with `function`, which is a part of `<|function|>`.
-2. A template may act on a control token in the user's words (`content.split('</think>')`). So marks are put beside
-   the tokens; the two renderings must then have the same control tokens in the same order.
-3. Otherwise the prompt is the rendering of words whose control tokens are broken up by marks.
+1. In the second rendering, a mark replaces each character of a control token. If the two renderings are otherwise
+   equal, the marked tokens are the users'. If not, this is tried again without marking the ends of texts, since a
+   template may compare with `function`, which is a part of `<|function|>`.
+2. Otherwise the template acts on a control token in the users' words, such as `content.split('</think>')`. So marks are
+   put before and after the tokens. If the two renderings have the same control tokens in the same order, those beside a
+   mark are the users'.
+3. Otherwise the prompt is rendered from words in which marks break up the control tokens.
 """
 
 from __future__ import annotations
@@ -27,15 +30,16 @@ if TYPE_CHECKING:
     import tokenizers
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-# What a model said itself, and what its operator wrote, may hold control tokens: `<think>` is one for many.
+# Roles whose messages may contain control tokens: all keys of operators' messages, and the model's own answers, since
+# `<think>` is a control token of many models.
 _OPERATORS = ("system", "developer")
 _MODELS = ("assistant", "model")
-_SAID = ("role", "content", "reasoning_content", "reasoning", "thinking")
+_ANSWER_KEYS = ("role", "content", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat. `tokens`: the control tokens in it that a user wrote; `mark` separates their characters."""
+    """A rendered chat. `tokens`: control tokens that users spelled. In `text`, `mark` separates their characters."""
 
     text: str
     tokens: frozenset[str] = frozenset()
@@ -43,7 +47,7 @@ class Prompt:
 
 
 class ControlTokens:
-    """The spellings that are control tokens in a chat with one template."""
+    """The control tokens of chats with one template, as texts."""
 
     def __init__(self, tokens: Iterable[str]):
         self.tokens = frozenset(filter(None, tokens))
@@ -62,53 +66,53 @@ class ControlTokens:
     def _longest(self) -> int:
         return max(map(len, self.tokens), default=0)
 
-    def from_users(self, prompt: str, inputs: Mapping[str, Any], render: Callable[[dict[str, Any]], str]) -> Prompt:
-        """The prompt, with the control tokens in it that a user wrote.
+    def separate_users(self, prompt: str, inputs: Mapping[str, Any], render: Callable[[dict[str, Any]], str]) -> Prompt:
+        """The prompt, in which marks break up the control tokens that users spelled.
 
         Args:
-          prompt: what the template makes of `inputs`.
+          prompt: the template's text for `inputs`.
           inputs: the template's variables, JSON values.
           render: renders the same template with other variables.
 
-        Raises RequestError for text that holds too many of Unicode's noncharacters to mark it with others.
+        Raises RequestError if the messages contain so many different noncharacters that too few are left for marks.
         """
-        if not self.tokens or self._marked(inputs, _Within(mark="\0", borders=True)) == inputs:
+        if not self.tokens or self._marked(inputs, _MarkInside(mark="\0", borders=True)) == inputs:
             return Prompt(prompt)
         given = json.dumps({k: v for k, v in inputs.items() if not k.endswith("_token")}, ensure_ascii=False)
         free = (c for c in _NONCHARACTERS if c not in prompt + given and f"u{ord(c):x}" not in (prompt + given).lower())
         mark, after, before = (next(free, "") for _ in range(3))
         if not before:
-            raise RequestError("the messages hold Unicode's noncharacters U+FDD0 to U+FDEF, which stand for no text")
-        marks, spans = mark + after + before, self._found(prompt)
+            raise RequestError("the messages hold Unicode's noncharacters U+FDD0 to U+FDEF: remove them")
+        marks, spans = mark + after + before, self._spans(prompt)
 
-        def marked(style: _Within) -> str:
+        def marked(style: _MarkInside) -> str:
             try:
                 return render(self._marked(inputs, style))
-            except RequestError:  # the template refuses marked words: no answer, but no fault of the words
+            except RequestError:  # the template refuses marked words, which says nothing about the words themselves
                 return ""
 
         for borders in (True, False):
-            hidden = _readable(marked(_Hidden(mark=mark, borders=borders)), marks)
+            hidden = _unescaped(marked(_MarkInPlace(mark=mark, borders=borders)), marks)
             if len(hidden) == len(prompt) and all(h in (p, mark) for h, p in zip(hidden, prompt, strict=True)):
-                return _apart(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
-        if self._marked(inputs, _Within(mark=mark)) == inputs:  # nobody spells a control token out
+                return _break_up(prompt, spans, [mark in hidden[a:b] for a, b in spans], mark)
+        if self._marked(inputs, _MarkInside(mark=mark)) == inputs:  # no user spells a control token
             return Prompt(prompt)
-        plain, users = self._users(marked(_Beside(mark=mark, after=after, before=before)), mark, after, before)
-        tokens = [plain[a:b] for a, b in self._found(plain)]
+        plain, users = self._users(marked(_MarkBeside(mark=mark, after=after, before=before)), mark, after, before)
+        tokens = [plain[a:b] for a, b in self._spans(plain)]
         others = Counter(token for token, is_users in zip(tokens, users, strict=True) if not is_users)
-        # Without the user's words, the template writes as many.
+        # The template must write the tokens that are not users' also when the users' are hidden.
         own = Counter(self._pattern.findall(hidden))
         if tokens == [prompt[a:b] for a, b in spans] and all(n <= own[t] or t not in given for t, n in others.items()):
-            return _apart(prompt, spans, users, mark)
-        plain, users = self._users(render(self._marked(inputs, _Within(mark=mark))), mark, after, before)
-        return _apart(plain, self._found(plain), users, mark)
+            return _break_up(prompt, spans, users, mark)
+        plain, users = self._users(render(self._marked(inputs, _MarkInside(mark=mark))), mark, after, before)
+        return _break_up(plain, self._spans(plain), users, mark)
 
-    def _found(self, text: str) -> list[tuple[int, int]]:
+    def _spans(self, text: str) -> list[tuple[int, int]]:
         return [match.span() for match in self._pattern.finditer(text)]
 
     def _users(self, text: str, mark: str, after: str, before: str) -> tuple[str, list[bool]]:
-        """A marked rendering without its marks, and of each control token in it whether it is a user's."""
-        pieces = re.split(f"([{mark}{after}{before}])", _readable(text, mark + after + before))
+        """A marked rendering without its marks, and for each control token in it whether a mark touches it."""
+        pieces = re.split(f"([{mark}{after}{before}])", _unescaped(text, mark + after + before))
         plain = "".join(pieces[::2])
         places: dict[str, set[int]] = {mark: set(), after: set(), before: set()}
         at = 0
@@ -118,25 +122,25 @@ class ControlTokens:
         anywhere = set().union(*places.values())
         users = [
             not anywhere.isdisjoint(range(a + 1, b)) or b in places[after] or a in places[before]
-            for a, b in self._found(plain)
+            for a, b in self._spans(plain)
         ]
         return plain, users
 
-    def _marked(self, inputs: Mapping[str, Any], style: _Within) -> dict[str, Any]:
+    def _marked(self, inputs: Mapping[str, Any], style: _MarkInside) -> dict[str, Any]:
         return {
             key: [self._message(message, style) for message in value]
             if key == "messages"
-            # BOS and the like are the model's own.
+            # Named tokens such as BOS are the model's own.
             else value
             if key.endswith("_token")
             else self._value(value, style)
             for key, value in inputs.items()
         }
 
-    def _message(self, message: Mapping[str, Any], style: _Within) -> dict[str, Any]:
+    def _message(self, message: Mapping[str, Any], style: _MarkInside) -> dict[str, Any]:
         role = message["role"]
-        trusted = message.keys() if role in _OPERATORS else _SAID if role in _MODELS else ()
-        # Templates make control tokens of roles: `<|` + role + `|>`.
+        trusted = message.keys() if role in _OPERATORS else _ANSWER_KEYS if role in _MODELS else ()
+        # The ends of a role are not marked: templates form control tokens from roles, `<|` + role + `|>`.
         return {
             key: value
             if key in trusted
@@ -146,18 +150,18 @@ class ControlTokens:
             for key, value in message.items()
         }
 
-    def _value(self, value: Any, style: _Within) -> Any:
+    def _value(self, value: Any, style: _MarkInside) -> Any:
         if isinstance(value, str):
             return self._text(value, style)
         if isinstance(value, dict):
             return {self._text(key, style, ends=False): self._value(item, style) for key, item in value.items()}
         return [self._value(item, style) for item in value] if isinstance(value, list) else value
 
-    def _text(self, text: str, style: _Within, *, ends: bool = True) -> str:
+    def _text(self, text: str, style: _MarkInside, *, ends: bool = True) -> str:
         marked = self._pattern.sub(style.token, text)
         return self._mark_ends(marked, style) if ends and style.borders else marked
 
-    def _mark_ends(self, text: str, style: _Within) -> str:
+    def _mark_ends(self, text: str, style: _MarkInside) -> str:
         words = text.strip()
         before = len(text) - len(text.lstrip())
         after = before + len(words)
@@ -171,9 +175,9 @@ class ControlTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Within:
-    """Marks between the characters of a control token and, with `borders`, at ends of words that could become part of
-    one."""
+class _MarkInside:
+    """Marks between the characters of a control token and, with `borders`, at the ends of a text that could become part
+    of one."""
 
     mark: str
     borders: bool = False
@@ -186,8 +190,8 @@ class _Within:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Hidden(_Within):
-    """Marks in the place of characters, so that lengths stay the same."""
+class _MarkInPlace(_MarkInside):
+    """Marks instead of characters, so that the length stays the same."""
 
     def token(self, match: re.Match[str]) -> str:
         return self.mark * len(match[0])
@@ -198,8 +202,8 @@ class _Hidden(_Within):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Beside(_Within):
-    """Marks before and after a control token, but none at the ends of the text, where templates look for tokens."""
+class _MarkBeside(_MarkInside):
+    """Marks before and after a control token, but not at the ends of the text, where templates look for tokens."""
 
     after: str
     before: str
@@ -211,14 +215,14 @@ class _Beside(_Within):
         return ("" if starts_text else self.before) + match[0] + after
 
 
-def _readable(text: str, marks: str) -> str:
-    """A rendering whose marks are themselves: Python and JSON write them as escapes in quoted text."""
+def _unescaped(text: str, marks: str) -> str:
+    """A rendering in which escaped marks (`\\ufdd0`), as Python and JSON write them in quoted text, are marks again."""
     for mark in marks:
         text = re.sub(rf"\\+u{ord(mark):x}", mark, text, flags=re.IGNORECASE)
     return text
 
 
-def _apart(text: str, spans: list[tuple[int, int]], users: list[bool], mark: str) -> Prompt:
+def _break_up(text: str, spans: list[tuple[int, int]], users: list[bool], mark: str) -> Prompt:
     chosen = [span for span, is_users in zip(spans, users, strict=True) if is_users]
     parts, done = [], 0
     for start, end in chosen:
@@ -227,12 +231,12 @@ def _apart(text: str, spans: list[tuple[int, int]], users: list[bool], mark: str
     return Prompt("".join([*parts, text[done:]]), frozenset(text[a:b] for a, b in chosen), mark)
 
 
-def keeping_apart(backend: tokenizers.Tokenizer, mark: str, tokens: frozenset[str]) -> tokenizers.Tokenizer:
-    """The same tokenizer, for texts with `mark` inside spellings that must not become `tokens`. Its normalizer removes
-    the marks after tokens have been matched, so that everything else is as without marks."""
+def removing_marks(backend: tokenizers.Tokenizer, mark: str, tokens: frozenset[str]) -> tokenizers.Tokenizer:
+    """The same tokenizer for texts in which `mark` breaks up the spellings of `tokens`. Its normalizer removes the
+    marks after added tokens have been matched, so that the text is otherwise encoded as without marks."""
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
-        # A `normalized` token is looked for behind the normalizer, where the marks are gone.
+        # A `normalized` token is matched after the normalizer, which removes the marks.
         token["normalized"] = token["normalized"] and token["content"] not in tokens
     drop = {"type": "Replace", "pattern": {"String": mark}, "content": ""}
     own = state["normalizer"]

@@ -1,4 +1,4 @@
-"""What a model's files say about its text beyond the vocabulary: named tokens, ends of generation, chat templates."""
+"""The settings of a tokenizer that are not in `tokenizer.json`: named tokens, end tokens, chat templates."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of a tokenizer that `tokenizer.json` does not hold.
+    """The settings of a tokenizer that are not in `tokenizer.json`.
 
-    named: `bos_token`, `eos_token`, ... -> its text, as chat templates see them.
-    eos_ids: every token id that ends a generation.
-    templates: name -> jinja2 source; "default" unless the model has several.
-    split_special_tokens: text that spells a special token is plain text, unless a caller asks otherwise.
-    control: added tokens that are control tokens in chats beside the special ones; None: those the template writes.
-    source: where this came from, for error messages.
+    Attributes:
+      named: `bos_token`, `eos_token`, ... -> the token's text. Chat templates get them as variables.
+      eos_ids: every token id that ends a generation.
+      templates: name -> jinja2 source; the name is "default" unless the model has several.
+      split_special_tokens: text that spells a special token stays plain text, unless a caller asks otherwise.
+      control: added tokens that are control tokens in chats, besides the special ones; None: those that the chat
+        template contains.
+      source: the files' name in errors.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class Settings:
                 named=_strings(data["named"]),
                 eos_ids=frozenset(int(i) for i in data["eos_ids"]),
                 templates=_strings(data["templates"]),
-                # Files of earlier versions do not have these two.
+                # Files of earlier versions lack these two.
                 split_special_tokens=bool(data.get("split_special_tokens", False)),
                 control=None if data.get("control") is None else frozenset(data["control"]),
                 source=source,
@@ -75,9 +77,9 @@ def _strings(mapping: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """The JSON object in `path`; {} where there is no such file and it is not required.
+    """The JSON object in `path`; {} if the file does not exist and is not required.
 
-    Raises ModelFileError for a file that cannot be read or holds something else.
+    Raises ModelFileError for a file that cannot be read, or whose content is not an object.
     """
     if not required and not path.exists():
         return {}

@@ -1,8 +1,8 @@
-"""Token ids to text, one at a time; the pieces add up to the text of the whole sequence.
+"""Token ids to text, one at a time, so that the texts add up to the text of the whole sequence.
 
-A decoder of the `tokenizers` library works on a whole sequence. The kinds that language models use can also run token
-by token: the text that a token adds depends only on the bytes of an unfinished character and on whether the token is
-the first. `DecodeRule` describes such a decoder; `StreamDecoder` runs it.
+The decoders of the `tokenizers` library take a whole sequence. Those of language models can also run token by token:
+the text that a token adds depends only on the bytes of an unfinished character, and on whether the token is the first.
+`DecodeRule` describes such a decoder; `StreamDecoder` runs it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ _Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class DecodeRule:
-    """How the pieces of a vocabulary become text.
+    """How the pieces (tokens as the vocabulary spells them) become text.
 
-    byte_level: pieces spell bytes in GPT-2's alphabet; the text is their UTF-8 decoding.
-    replace: substitutions in every piece, `first` those in the first one instead.
-    byte_fallback: a piece `<0xNN>` is that byte; a run of them is decoded together.
-    strip: a character and how many of it are dropped from the start of the text.
+    Attributes:
+      byte_level: pieces spell bytes in GPT-2's alphabet; the text is their UTF-8 decoding.
+      replace: (old, new) substitutions in every piece.
+      first: the substitutions in the first piece; None: the same.
+      byte_fallback: a piece `<0xNN>` is that byte, and consecutive ones are decoded together.
+      strip: a character, and up to how many of it are removed from the start of the text.
     """
 
     byte_level: bool = False
@@ -37,10 +39,10 @@ class DecodeRule:
 
     @classmethod
     def from_decoder(cls, state: dict[str, Any] | None) -> DecodeRule:
-        """Reads a decoder as `tokenizer.json` spells it. Raises UnsupportedModelError for any other kind."""
+        """From a decoder's description in `tokenizer.json`. Raises UnsupportedModelError for an unknown kind."""
         kind = state["type"] if state else None
-        steps = state["decoders"] if kind == "Sequence" else [state]
-        kinds = [step["type"] if step else None for step in steps]
+        steps: list[dict[str, Any]] = [] if state is None else state["decoders"] if kind == "Sequence" else [state]
+        kinds: list[str | None] = [step["type"] if step else None for step in steps] or [None]
         if kinds == ["ByteLevel"]:
             return cls(byte_level=True)
         if kinds == ["Metaspace"]:
@@ -68,18 +70,18 @@ class DecodeRule:
         return cls(replace=replace, byte_fallback=True, strip=strip)
 
     def piece_text(self, piece: str, *, first: bool = False) -> str:
-        """The piece with its substitutions made; a byte piece stays `<0xNN>`."""
+        """The piece after substitutions. A byte piece stays `<0xNN>`."""
         pairs = self.first if first and self.first is not None else self.replace
         for old, new in pairs:
             piece = piece.replace(old, new)
         return piece
 
     def piece_alone(self, piece: str) -> str:
-        """The text of one piece by itself, leading space kept; incomplete characters become U+FFFD."""
+        """The text of one piece by itself, with its leading space. Incomplete characters become U+FFFD."""
         return self.bytes_alone(piece).decode("utf-8", "replace")
 
     def bytes_alone(self, piece: str) -> bytes:
-        """The UTF-8 bytes of one piece by itself, leading space kept; they may be part of a character."""
+        """The UTF-8 bytes of one piece by itself, with its leading space. They may be part of a character."""
         if self.byte_level:
             return _byte_level_bytes(piece)
         text = self.piece_text(piece)
@@ -88,11 +90,11 @@ class DecodeRule:
 
 
 class StreamDecoder:
-    """Turns token ids into text as they come; `push` all and `flush` gives what `decode` of all gives.
+    """Turns token ids into text, one at a time. The texts of `push` and `flush` add up to what `decode` returns.
 
-    Never emits half a character: bytes wait until their character is whole. In a vocabulary with byte
-    fallback a run of byte pieces waits until the run ends, because `decode` turns the whole run into
-    U+FFFD if any part of it is not UTF-8. The work for a token does not grow with the text.
+    Bytes are held back until their character is complete. With byte fallback, a run of byte pieces is held back until
+    the run ends, because `decode` turns the whole run into U+FFFD if any part of it is not UTF-8. The work per token is
+    constant.
     """
 
     def __init__(self, rule: DecodeRule, piece_of: Callable[[int], str | None], skip: frozenset[str]):
@@ -108,7 +110,7 @@ class StreamDecoder:
         self._to_strip = self._rule.strip[1]
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, often the empty string."""
+        """The text that this token completes; "" if it completes none."""
         piece = self._piece_of(token_id)
         if piece is None or piece in self._skip:
             return ""
@@ -123,7 +125,7 @@ class StreamDecoder:
         return self._strip(self._end_run() + text)
 
     def flush(self) -> str:
-        """The rest of the text after the last token; the decoder is then reset."""
+        """The rest of the text after the last token. Resets the decoder."""
         rest = self._utf8.decode(b"", True) + self._strip(self._end_run())
         self._start()
         return rest
@@ -146,7 +148,7 @@ class StreamDecoder:
 
 
 def decoder_state(backend: Any) -> dict[str, Any] | None:
-    """The decoder of a `tokenizers.Tokenizer` as `tokenizer.json` spells it."""
+    """The decoder of a `tokenizers.Tokenizer` as in `tokenizer.json`; None if it has none."""
     return json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None
 
 
@@ -161,7 +163,7 @@ def _fallback_byte(piece: str) -> int | None:
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: character -> byte. Printable bytes stand for themselves, the others from U+0100 on."""
+    """GPT-2's alphabet: character -> byte. Printable bytes are themselves, the others are U+0100, U+0101, ..."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in plain}
     others = [byte for byte in range(256) if byte not in set(plain)]

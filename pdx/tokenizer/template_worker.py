@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own, whose memory and processor time the system bounds.
+"""Renders chat templates in a separate process, whose memory and processor time the operating system limits.
 
 `render.py` runs this file as a script; it imports nothing of pdx. Requests and replies are one JSON object a line:
 
@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; for a prompt its body is simply kept."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  (its base class declares a set)
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -55,7 +55,7 @@ def raise_exception(message: str) -> None:
 @lru_cache(maxsize=16)
 def compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        # No template can be included; unlike no loader at all, an empty one says which was asked for.
+        # No template can be included. An empty loader, unlike none, makes an error that names the missing template.
         loader=jinja2.DictLoader({}),
         trim_blocks=True,
         lstrip_blocks=True,
@@ -68,7 +68,7 @@ def compiled(source: str) -> jinja2.Template:
 
 
 def render(template: str, variables: dict[str, Any], max_characters: int) -> dict[str, str]:
-    """The reply to one request. Errors of the template are replies too."""
+    """The reply to one request. An error of the template is a reply too."""
     try:
         text = compiled(template).render(variables)
     except (MemoryError, RecursionError) as error:
@@ -78,22 +78,22 @@ def render(template: str, variables: dict[str, Any], max_characters: int) -> dic
         return {"kind": "sandbox", "message": f"it asks for another template, {error}; it has to stand by itself"}
     except jinja2.TemplateSyntaxError as error:
         return {"kind": "syntax", "message": f"line {error.lineno} of the chat template is not jinja2: {error.message}"}
-    except SyntaxError as error:  # what jinja2 made of it is too deeply nested for Python
+    except SyntaxError as error:  # the Python code that jinja2 generates is too deeply nested
         return {"kind": "limit", "message": f"it cannot be compiled ({error.msg})"}
     except jinja2.exceptions.SecurityError as error:
         return {"kind": "sandbox", "message": f"it does what its sandbox forbids: {error}"}
-    except Exception as error:  # whatever a template can raise is a reply, not the end of this process
+    except Exception as error:  # an error of the template must not end this process
         return {"kind": "refused", "message": str(error) or type(error).__name__}
     if len(text) > max_characters:
         return {
             "kind": "limit",
-            "message": f"it makes {len(text):,} characters out of messages that allow for {max_characters:,}",
+            "message": f"it makes {len(text):,} characters from messages for which {max_characters:,} are allowed",
         }
     return {"text": text}
 
 
-def limit(memory_bytes: int) -> None:
-    """Bound what this process may take beyond what it has. Without effect where the system has no such limits."""
+def limit_memory(memory_bytes: int) -> None:
+    """Limit the memory that this process may allocate from now on. No effect where the system has no such limit."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -103,8 +103,8 @@ def limit(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
 
 
-def allow(seconds: float) -> None:
-    """The system ends this process when it has used this much more processor time."""
+def limit_cpu_time(seconds: float) -> None:
+    """Let the system end this process after this much more processor time. No effect where it has no such limit."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -113,13 +113,13 @@ def allow(seconds: float) -> None:
 
 
 def main(memory_bytes: int) -> None:
-    limit(memory_bytes)
+    limit_memory(memory_bytes)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        allow(request["seconds"])
+        limit_cpu_time(request["seconds"])
         reply = render(request["template"], request["variables"], request["max_characters"])
-        if "message" in reply:  # one line, and no page
+        if "message" in reply:  # one short line
             message = " ".join(reply["message"].split())
             reply["message"] = message if len(message) <= 500 else message[:500] + " ..."
         print(json.dumps(reply), flush=True)

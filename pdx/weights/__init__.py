@@ -1,4 +1,4 @@
 """Finding, fetching, reading and saving models.
 
-jax is imported by `load`, `loaded`, `checkpoint` and `opening` only: finding and listing answer without it.
+Only `load`, `loaded`, `checkpoint` and `opening` import jax, so that finding and listing models stay fast.
 """

@@ -10,7 +10,7 @@ import numpy as np
 from pdx.errors import ModelFileError
 
 _POINTER = b"version https://git-lfs"
-# XLA's CPU client uses a buffer of this alignment without a copy.
+# Bytes. XLA's CPU client uses a buffer with this alignment without copying it.
 ALIGNMENT = 64
 
 
@@ -33,9 +33,9 @@ def converted(source: np.ndarray, dtype: Any, rows: np.ndarray | None = None) ->
 
 
 def nonfinite(x: np.ndarray) -> tuple[int, int] | None:
-    """How many values of a floating array are NaN or infinite and the flat index of the first; None if none is.
+    """(count, flat index of the first) of the values that are NaN or infinite; None if all are finite.
 
-    A finite sum proves that all are finite; values are checked one by one only otherwise.
+    A finite sum proves that all values are finite. Only otherwise are they checked one by one.
     """
     with np.errstate(all="ignore"):
         total = np.sum(x, dtype=np.float32)
@@ -47,14 +47,14 @@ def nonfinite(x: np.ndarray) -> tuple[int, int] | None:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file as a read-only array that is read from disk as it is used."""
+    """The bytes of a file as a read-only, memory-mapped array."""
     return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
-def check_pointer(path: Path, content: np.ndarray) -> None:
-    """Raises ModelFileError for a Git LFS pointer in place of the file."""
+def refuse_lfs_pointer(path: Path, content: np.ndarray) -> None:
+    """Raises ModelFileError if the content is a Git LFS pointer instead of the file itself."""
     if content[: len(_POINTER)].tobytes() == _POINTER:
         raise ModelFileError(
-            f"{path}: is a pointer of Git LFS in the place of the file: run `git lfs pull` in the "
+            f"{path}: is a Git LFS pointer instead of the file: run `git lfs pull` in the "
             "repository, or download the file itself"
         )

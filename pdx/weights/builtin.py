@@ -1,4 +1,4 @@
-"""The models that pdx knows by name: complete GGUF files that are published as wheels."""
+"""The built-in models: GGUF files that are published as Python wheels, with their sizes and checksums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model file: which member of which wheel, and what it must be."""
+    """A piece of a model file: the wheel and the member that hold it, its size and its checksum."""
 
     distribution: str
     version: str
@@ -27,7 +27,7 @@ class Builtin:
     sha256: str
     license: str
     parts: tuple[Part, ...]
-    terms: str | None = None  # where the terms of use are, if they ask to be passed on
+    terms: str | None = None  # URL of terms of use that must be shown to users
 
     @property
     def download_size(self) -> int:
@@ -35,7 +35,7 @@ class Builtin:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user of the model must be told."""
+        """Sentences that the licence requires to be shown to users."""
         if self.terms is None:
             return ()
         return (f"{self.name} is provided under and subject to the {self.license}: {self.terms}",)

@@ -1,12 +1,12 @@
-"""Checkpoints of pdx: configuration, tokenizer and parameters in one directory, written through orbax.
+"""Checkpoints of pdx: configuration, tokenizer and parameters in one directory, written with orbax.
 
-    DIR/pdx.json      format, configuration, the shape and type of every array, and which parameters are quantized how
-    DIR/params/       an orbax checkpoint of one uncompressed Zarr array a parameter, each in a single chunk
+    DIR/pdx.json      format, configuration, shape and type of every array, the quantization of every parameter
+    DIR/params/       an orbax checkpoint: one uncompressed Zarr array per parameter, each in a single chunk
     DIR/tokenizer/    what `Tokenizer.save` writes
 
-A chunk of such an array is its plain bytes, so pdx reads it directly into place; orbax itself takes several times as
-long. Any orbax can still restore `params/`. A quantized parameter is several arrays, NAME.values, NAME.scales and
-NAME.offsets; int4 is packed two to a byte, with the even column in the low four bits.
+A chunk holds the array's bytes, so pdx reads it directly into place, several times faster than orbax. Any orbax can
+restore `params/`. A quantized parameter is two or three arrays: NAME.values, NAME.scales and, if it is affine,
+NAME.offsets. int4 values are packed two to a byte, with the even column in the low four bits.
 """
 
 from __future__ import annotations
@@ -44,24 +44,25 @@ _DTYPES = {
 
 
 def check_target(directory: str | Path) -> Path:
-    """The directory a checkpoint may be written to, links followed.
+    """The resolved path of a directory that a checkpoint can be written to.
 
-    Raises ModelFileError unless it is new or empty, RequestError where it cannot be made.
+    Raises ModelFileError unless it is new or empty, RequestError if it cannot be created.
     """
     directory = outputs.real(Path(directory).expanduser())
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise ModelFileError(f"{directory} is there and not empty: name a new directory")
+        raise ModelFileError(f"{directory} exists and is not empty: name a new directory")
     if directory.exists() and not directory.is_dir():
-        raise ModelFileError(f"{directory} is there and no directory: name a new directory")
+        raise ModelFileError(f"{directory} exists and is not a directory: name a new directory")
     outputs.check_folder(directory.parent)
     return directory
 
 
 @contextmanager
 def reserved(directory: str | Path) -> Iterator[Path]:
-    """Hold a directory that a checkpoint is to be written to, so that a second process is refused at once.
+    """Lock a directory before a checkpoint is written to it, so that a second process is refused at once.
 
-    Removes what killed processes left beside it. Raises as `check_target`, and RequestError where it is held.
+    Removes unfinished directories of killed processes beside it. Raises as `check_target`, and RequestError if another
+    process holds the lock.
     """
     directory = check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def save(model: Model, directory: str | Path) -> Path:
     """Write a checkpoint; the directory appears whole or not at all. Raises as `check_target`."""
     import orbax.checkpoint as ocp
 
-    # Host arrays: orbax makes a chunk of each shard of a device array, and a checkpoint is of no mesh.
+    # Arrays on the host, because orbax would write a chunk per shard, and a checkpoint does not depend on a mesh.
     quantized = {n: dataclasses.asdict(kind_of(x)) for n, x in named_leaves(model.params) if isinstance(x, QuantArray)}
     params = jax.tree.map(_on_host, model.params, is_leaf=lambda x: isinstance(x, QuantArray))
     with reserved(directory) as directory, outputs.unfinished(directory) as part:
@@ -95,7 +96,7 @@ def save(model: Model, directory: str | Path) -> Path:
             "quantized": quantized,
         }
         (part / CHECKPOINT_FILE).write_text(json.dumps(head, indent=1), encoding="utf-8")
-        CheckpointFile(part)  # so that an orbax with another array layout is noticed now, not at the next load
+        CheckpointFile(part)  # notices an orbax that writes another array layout now, not at the next load
         if directory.is_dir():
             outputs.keep_mode(directory, part)
             directory.rmdir()
@@ -116,7 +117,7 @@ def _on_host(x: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence orbax's warnings about this layout, which is intended."""
+    """Silence orbax's warnings about this array layout."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -127,7 +128,11 @@ def _quiet() -> Iterator[None]:
 
 
 def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts and lists with their names, such as `layers.3.q_proj`, sorted by key."""
+    """(name, leaf) of nested dicts and lists, sorted by key.
+
+    >>> list(named_leaves({"layers": [{"q_proj": 1}], "embed": 2}))
+    [('embed', 2), ('layers.0.q_proj', 1)]
+    """
     if isinstance(tree, (dict, list)):
         items = sorted(tree.items()) if isinstance(tree, dict) else enumerate(tree)
         for key, value in items:
@@ -141,7 +146,7 @@ def _chunk(directory: Path, name: str, rank: int) -> Path:
 
 
 class CheckpointFile:
-    """The parameters of a checkpoint under their own names, and its configuration.
+    """The parameters and the configuration of a checkpoint. Its tensor names are pdx's own parameter names.
 
     Raises ModelFileError that names the file, the parameter and what was expected.
     """
@@ -188,8 +193,8 @@ class CheckpointFile:
         dtype = {8: "int8", 4: "uint8"}.get(kind.bits)
         if groups < 1 or columns % groups or self._leaves[f"{name}.values"][1] != dtype:
             raise ModelFileError(
-                f"{self.path / CHECKPOINT_FILE}: parameter {name} is said to be {kind}, which its "
-                f"values {self._leaves[f'{name}.values']} are not: quantize the model again"
+                f"{self.path / CHECKPOINT_FILE}: parameter {name} should be {kind}, but its values are "
+                f"{self._leaves[f'{name}.values']}: quantize the model again"
             )
         for part in wanted[1:]:
             if self._leaves[f"{name}.{part}"] != ((groups, rows), "float32"):
@@ -233,7 +238,7 @@ class CheckpointFile:
             )
 
     def names(self) -> list[str]:
-        """The names of the parameters; a quantized one counts once, however many arrays it has."""
+        """The names of the parameters. A quantized parameter has one name for all its arrays."""
         parts = {f"{name}.{part}" for name in self._quantized for part in ("values", "scales", "offsets")}
         return [*self._quantized, *(name for name in self._leaves if name not in parts)]
 
@@ -250,7 +255,7 @@ class CheckpointFile:
         return str(_chunk(self.path, self._array(name), len(self.shape(name))))
 
     def _array(self, name: str) -> str:
-        """Where a parameter's values are."""
+        """The name of the array with a parameter's values."""
         return f"{name}.values" if name in self._quantized else name
 
     def stored_kind(self, name: str) -> Kind | None:
@@ -258,13 +263,14 @@ class CheckpointFile:
 
     def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
         kind = self._quantized[name]
-        values = self._raw(f"{name}.values")
+        values: Any = self._raw(f"{name}.values")
         if kind.bits == 4:
-            # Four bits with a sign: shifted up and down again.
+            # Shifting up and down again extends the sign of the four bits.
             pairs = np.stack([values << 4, values], axis=-1).view(np.int8) >> 4
             values = pairs.reshape(self.shape(name)).astype(ml_dtypes.int4)
-        offsets = None if kind.symmetric else self._raw(f"{name}.offsets")
-        return QuantArray(values, self._raw(f"{name}.scales"), offsets, kind.activations, np.dtype(dtype).name)
+        scales: Any = self._raw(f"{name}.scales")
+        offsets: Any = None if kind.symmetric else self._raw(f"{name}.offsets")
+        return QuantArray(values, scales, offsets, kind.activations, np.dtype(dtype).name)
 
     def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
         """The values in `dtype`."""
@@ -274,10 +280,10 @@ class CheckpointFile:
         return converted(values, dtype, rows)
 
     def _raw(self, array: str) -> np.ndarray:
-        """One array as it was saved."""
+        """One array in its saved type."""
         shape, stored = self._leaves[array]
         values = aligned_empty(shape, _DTYPES[stored])
         with open(_chunk(self.path, array, len(shape)), "rb", buffering=0) as file:
-            if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
+            if file.readinto(values.reshape(-1).view(np.uint8).data) != values.nbytes:
                 raise ModelFileError(f"{file.name}: the data of parameter {array} is cut off")
         return values

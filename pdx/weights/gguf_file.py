@@ -1,6 +1,6 @@
 """Reading GGUF: pdx's own parser for metadata and tensor list, the `gguf` library for dequantization.
 
-The library's reader takes 13 s for a vocabulary of 262144 tokens, this parser a tenth of a second. Format:
+The library's reader takes 13 s for a vocabulary of 262144 tokens; this parser takes a tenth of a second. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
-from pdx.weights.arrays import aligned_empty, check_pointer, converted
+from pdx.weights.arrays import aligned_empty, converted, refuse_lfs_pointer
 
 if TYPE_CHECKING:  # listing models imports no jax
     from pallas_kernels import QuantArray
@@ -29,16 +29,16 @@ VERSIONS = (2, 3)
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
-_DEEPEST = 8  # arrays of arrays; published files have none
+_DEEPEST = 8  # the most levels of nested arrays; published files have none
 _PLAIN = {0: np.float32, 1: np.float16, 28: np.float64, 30: ml_dtypes.bfloat16}  # ggml types that are not quantized
-_BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # block types that a QuantArray holds value for value, in groups of 32
-# Values dequantized at a time: small enough to stay in the second-level cache, large enough for numpy.
+_BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # block types that a QuantArray represents exactly, in groups of 32
+# Values dequantized at a time: few enough for the second-level cache, many enough to hide numpy's call overhead.
 _CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as the file lists it; `shape` in row-major order, `start` and `size` in bytes."""
+    """An entry of the tensor list; `shape` in row-major order, `start` and `size` in bytes from the file's start."""
 
     shape: tuple[int, ...]
     ggml_type: int
@@ -47,7 +47,7 @@ class TensorInfo:
 
 
 class GgufFile:
-    """A GGUF file, checked when it is opened: magic, version, lists, alignment, and that no tensor is cut off.
+    """A GGUF file. Opening it checks magic, version, lists, alignment, and that every tensor lies within the file.
 
     Raises ModelFileError that names the file and what is wrong, UnsupportedModelError for a split file.
     """
@@ -61,7 +61,7 @@ class GgufFile:
             if self._size < 24:
                 raise self._error(f"{self._size} bytes are too few for a GGUF file")
             self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        check_pointer(self.path, self._bytes)
+        refuse_lfs_pointer(self.path, self._bytes)
         _Parser(self).run()
         parts = self.metadata.get("split.count", 1)
         if not isinstance(parts, int):
@@ -92,7 +92,7 @@ class GgufFile:
         return np.frombuffer(self._buffer, np.uint8)
 
     def blocks(self, name: str) -> np.ndarray:
-        """A tensor as stored, uint8 [rows.., bytes of a row], without a copy."""
+        """The stored bytes of a tensor, uint8 [rows.., bytes per row], without a copy."""
         info = self._tensors[name]
         return self._bytes[info.start : info.start + info.size].reshape(*info.shape[:-1], -1)
 
@@ -117,20 +117,23 @@ class GgufFile:
         out = aligned_empty((*stored.shape[:-1], info.shape[-1]), dtype)
         values, packed = out.reshape(-1, block), stored.reshape(-1, size)
         step = max(1, _CHUNK // block)
-        with np.errstate(all="ignore"):  # what is not finite is reported by the loader
+        with np.errstate(all="ignore"):  # the loader reports values that are not finite
             for i in range(0, len(packed), step):
                 values[i : i + step] = quant.dequantize_blocks(packed[i : i + step])
         return out
 
     def stored_kind(self, name: str) -> Kind | None:
-        """The kind of a block type that is integers with scales, or also offsets, in groups of 32; else None."""
+        """The kind of a block type that a `QuantArray` represents exactly (`_BITS`), in groups of 32; else None."""
         from pdx.quant import Kind
 
         name = self.dtype(name)
         return Kind(_BITS[name], 32, symmetric=name != "Q4_1", as_stored=True) if name in _BITS else None
 
     def read_stored(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> QuantArray:
-        """The blocks of Q8_0, Q4_0 and Q4_1 as they are; Q4_1's d q + m, q from 0, becomes d (q - 8) + (m + 8 d)."""
+        """A matrix of Q8_0, Q4_0 or Q4_1 blocks, not dequantized.
+
+        Q4_1 stores d q + m with q in 0..15; as a `QuantArray` it is d (q - 8) + (m + 8 d).
+        """
         import gguf
 
         from pallas_kernels.quant_array import from_blocks
@@ -144,7 +147,7 @@ class GgufFile:
         values, scales = blocks[..., 2 * halves :], numbers[..., 0]
         if kind == "Q8_0":
             values = values.view(np.int8)
-        else:  # the first half of a block lies in the low four bits
+        else:  # the low four bits hold the first half of a block
             values = np.concatenate([values & 15, values >> 4], axis=-1).astype(np.int8) - np.int8(8)
         offsets = numbers[..., 1] + 8 * scales if halves == 2 else None
         return from_blocks(values.reshape(len(stored), -1), scales, offsets, _BITS[kind], np.dtype(dtype).name)
@@ -157,7 +160,7 @@ def _types():
 
 
 class _Parser:
-    """One pass over the head of the file."""
+    """Reads header, metadata and tensor list into a `GgufFile`, in one pass."""
 
     def __init__(self, file: GgufFile):
         self.file, self.buffer, self.size, self.at = file, file._buffer, file._size, 0
@@ -197,7 +200,7 @@ class _Parser:
             swapped = " (big-endian)" if version & 0xFFFF == 0 else ""
             raise fail(f"GGUF version {version}{swapped}, expected {known}, little-endian: convert it again")
         tensors, pairs = self._number(_U64), self._number(_U64)
-        # Each tensor and each pair takes at least 13 bytes; a corrupted count would keep the loops going.
+        # Each tensor and each pair takes at least 13 bytes. Without this check, a corrupted count would loop for long.
         if (tensors + pairs) * 13 > self.size:
             raise fail(f"announces {tensors} tensors and {pairs} metadata fields in {self.size} bytes: corrupted")
         for i in range(pairs):
@@ -223,7 +226,7 @@ class _Parser:
                 return [self._value(_ARRAY, depth + 1) for _ in range(count)]
             return self._numbers(inner, count)
         value = self._numbers(kind, 1)[0]
-        # The shortest decimal of an f32 is what was published: 1e-05, not 9.999999747378752e-06.
+        # The shortest decimal that gives this f32 is the published value: 1e-05, not 9.999999747378752e-06.
         return float(str(value)) if value.dtype == np.float32 else value.item()
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
@@ -238,7 +241,8 @@ class _Parser:
         return values
 
     def _strings(self, count: int) -> list[str]:
-        """The hot loop of a large vocabulary: all values in locals, bounds checked before and at the end only."""
+        """An array of strings. For speed with large vocabularies, it uses local variables and checks bounds only before
+        and after the loop."""
         if count * 8 > self.size:
             raise struct.error
         buffer, at, unpack, out = self.buffer, self.at, _U64.unpack_from, []
@@ -269,7 +273,7 @@ class _Parser:
         return name, shape, self._number(_U32), self._number(_U64)
 
     def _place(self, listed: list[tuple[str, tuple[int, ...], int, int]]) -> None:
-        """Turn offsets into positions in the file, and check them against its size."""
+        """Turn the offsets of the tensor list into positions in the file, and check them against its size."""
         from gguf.constants import GGML_QUANT_SIZES
 
         fail, types = self.file._error, _types()

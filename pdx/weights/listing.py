@@ -1,4 +1,4 @@
-"""The models that can be loaded: built-in, in the models folder, in the hub's cache. Reads no weights or jax."""
+"""The models that can be loaded: built-in, in the models folder, in the hub's cache. Reads no weights, needs no jax."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pdx.families import family_of_hf
 from pdx.installation.paths import models_home
 from pdx.weights.builtin import BUILTIN, DEFAULT_MODEL
 from pdx.weights.download import cached_path, is_cached
-from pdx.weights.resolve import CHECKPOINT_FILE, kind_of, known_names
+from pdx.weights.resolve import CHECKPOINT_FILE, file_kind, known_names
 from pdx.weights.safetensors_file import has_weights
 
 
 def list_models() -> list[dict[str, Any]]:
-    """One dict per model: `name kind size_mb cached license where`, the default model first.
+    """One dict per model, the default model first.
 
-    `size_mb` is the size of the files, or of the download for a built-in model that is not cached.
+    Keys: `name`, `kind`, `size_mb` (10^6 bytes of the files, or of the download of a model that is not cached),
+    `cached` (bool), `license` and `where` (the path).
     """
     rows = [_builtin(name) for name in sorted(BUILTIN, key=lambda n: n != DEFAULT_MODEL)]
     rows += [_saved(name) for name in known_names() if name not in BUILTIN]
@@ -40,7 +41,7 @@ def _builtin(name: str) -> dict[str, Any]:
 
 def _saved(name: str) -> dict[str, Any]:
     path = models_home() / name
-    kind = {"pdx": "checkpoint", "hf": "hf directory", "gguf": "gguf"}[kind_of(path)]
+    kind = {"pdx": "checkpoint", "hf": "hf directory", "gguf": "gguf", None: ""}[file_kind(path)]
     terms = None
     if kind == "checkpoint":
         terms = _json(path / CHECKPOINT_FILE).get("license")
@@ -62,7 +63,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _hub_cache() -> list[dict[str, Any]]:
-    """Repositories in the hub's cache that are of a family pdx has and complete."""
+    """The complete repositories in the hub's cache whose architecture pdx has."""
     import huggingface_hub
 
     try:
@@ -91,7 +92,7 @@ def _supported(path: Path) -> bool:
 
 
 def _license_tag(path: Path) -> str | None:
-    """The `license:` line in the head of a model card, if the card is in the cache."""
+    """The value of the `license:` line at the top of a model card; None without a card or such a line."""
     card = path / "README.md"
     if not card.is_file():
         return None

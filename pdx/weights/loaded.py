@@ -1,4 +1,4 @@
-"""`Model`: what `load` returns and `save` takes."""
+"""`Model`, a loaded model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from pdx.tokenizer import Tokenizer
 
 @dataclass(eq=False)
 class Model:
-    """A loaded model: parameters on the device and everything needed to use them.
+    """A loaded model: parameters on the device, configuration and tokenizer. `load` returns it, `save` takes it.
 
     Attributes:
       params: the tree that `pdx.model.param_specs` declares.
-      dtype: of the matrices; norms are always f32.
-      mesh: None on one device.
+      config: the shape of the model.
+      name, path: what it was loaded as, and from where.
+      dtype: type of the matrices; norms are always f32.
+      mesh: the devices that it is sharded over; None on one device.
       notes: sentences for the user.
-      terms: the notes that licences require to go along with every copy.
-      sampling: the settings that the model's files recommend, by the names of `SamplingOptions` (see
-        `sampling_defaults`).
+      license: as the model's files name it.
+      terms: sentences that the licence requires with every copy.
+      make_tokenizer: builds the tokenizer on first use; None: the model has none.
+      sampling: the settings that the model's files recommend, by field of `SamplingOptions` (see `sampling_defaults`).
 
     Example:
       >>> from pathlib import Path
@@ -54,7 +57,7 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Built when first asked for: a large vocabulary takes about a second."""
+        """Built on first use, since a large vocabulary takes about a second. Raises ModelFileError without one."""
         if self.make_tokenizer is None:
-            raise ModelFileError(f"model {self.name} came without a tokenizer")
+            raise ModelFileError(f"model {self.name} has no tokenizer")
         return self.make_tokenizer()

@@ -1,4 +1,5 @@
-"""One interface to a model's files of any kind: its configuration, its tensors, its tokenizer."""
+"""`OpenModel`: one interface to configuration, tensors and tokenizer of a GGUF file, a Hugging Face directory or a
+checkpoint of pdx."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from pdx.config import ModelConfig
 from pdx.errors import ModelFileError
 from pdx.families import config_from_gguf, config_from_hf, family_of_hf
 from pdx.families.common import Names, QuantizedFile, Source, TensorFile
-from pdx.families.passed_over import is_buffer, part_of, parts_said, told_to_be
+from pdx.families.ignored_tensors import explain_unknown, is_buffer, part_of, skipped_parts
 from pdx.sampling import defaults
 from pdx.sampling.defaults import Recommended
 from pdx.tokenizer import Tokenizer
@@ -29,16 +30,21 @@ from pdx.weights.gguf_file import GgufFile
 from pdx.weights.resolve import ModelFiles
 from pdx.weights.safetensors_file import open_safetensors
 
-ROWS_COMPARED = 4096  # of an embedding and an output head at a time
-# The tensor of a parameter leaf in a layer (None: outside the layers).
+ROWS_COMPARED = 4096  # rows of an embedding and an output head that are compared at a time
+# (leaf, layer; None: outside the layers) -> the tensor of that parameter.
 SourceOf = Callable[[str, int | None], Source]
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """An opened model. `source` finds a parameter's tensor in `file`; `ignores` says which tensors inference skips.
+    """The opened files of a model.
 
-    `notes` are sentences about what is ignored in the files.
+    Attributes:
+      source: finds a parameter's tensor in `file`.
+      ignores: whether the text model does not need a tensor of this name.
+      terms: sentences that the licence requires with every copy.
+      notes: sentences about what is ignored in the files.
+      sampling: the sampling settings that the files recommend.
     """
 
     file: TensorFile
@@ -47,17 +53,16 @@ class OpenModel:
     ignores: Callable[[str], bool]
     make_tokenizer: Callable[[], Tokenizer]
     license: str | None = None
-    terms: tuple[str, ...] = ()  # what goes along with every copy
+    terms: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     sampling: Recommended = field(default_factory=Recommended)
 
 
 def open_model(files: ModelFiles) -> OpenModel:
-    """Open the files of a model and map its configuration.
+    """Open the files of a model and read its configuration.
 
-    No weights are read, with one exception: an output head beside a tied embedding is compared with it.
-
-    Raises ModelFileError and UnsupportedModelError as `pdx.weights.load.load` says.
+    No weights are read, with one exception: if the configuration ties the output head to the embedding and the files
+    hold both, they are compared. Raises ModelFileError and UnsupportedModelError as `pdx.load`.
     """
     return {"gguf": _open_gguf, "hf": _open_hf, "pdx": _open_checkpoint}[files.kind](files)
 
@@ -65,15 +70,15 @@ def open_model(files: ModelFiles) -> OpenModel:
 def _open_gguf(files: ModelFiles) -> OpenModel:
     file, notes = GgufFile(files.path), list(files.notes)
     family, cfg = config_from_gguf(file.metadata, file, str(files.path), notes)
-    notes += parts_said(file.names())
+    notes += skipped_parts(file.names())
     license = BUILTIN[files.name].license if files.name in BUILTIN else file.metadata.get("general.license")
     license = license if isinstance(license, str) else None  # a list, or a number, in damaged files
     tokenizer = partial(Tokenizer.from_gguf, file.metadata, source=str(files.path))
     return OpenModel(
         file,
         cfg,
-        _by_names(family.gguf_names, cfg, file),
-        _idle(file),
+        _source_finder(family.gguf_names, cfg, file),
+        _ignore_rule(file),
         tokenizer,
         license,
         notes=tuple(notes),
@@ -82,28 +87,29 @@ def _open_gguf(files: ModelFiles) -> OpenModel:
 
 
 def _open_hf(files: ModelFiles) -> OpenModel:
-    path, notes = files.path / "config.json", []
+    path = files.path / "config.json"
+    notes: list[str] = []
     config = _read_config(path)
     family_of_hf(config, str(path))  # refuse an unknown family before looking at its weights
     file = open_safetensors(files.path, notes)
     family, cfg = config_from_hf(config, str(path), notes, len(file.names()))
     drafts = config.get("num_nextn_predict_layers")
     draft_layers = range(cfg.num_layers, cfg.num_layers + (drafts if isinstance(drafts, int) else 0))
-    notes += parts_said(file.names(), draft_layers)
-    source = _by_names(family.hf_names, cfg, file)
+    notes += skipped_parts(file.names(), draft_layers)
+    source = _source_finder(family.hf_names, cfg, file)
     if cfg.tie_embeddings and _head_differs(file, *(source(leaf, None).name for leaf in ("embed", "lm_head"))):
         notes.append(
-            f"config.json ties {source('lm_head', None).name} to {source('embed', None).name}, but the files "
-            "hold two that differ: the output head of the files is used, as transformers does"
+            f"config.json ties {source('lm_head', None).name} to {source('embed', None).name}, but in the files the "
+            "two differ: the files' output head is used, as transformers does"
         )
         cfg = dataclasses.replace(cfg, tie_embeddings=False)
-        source = _by_names(family.hf_names, cfg, file)
+        source = _source_finder(family.hf_names, cfg, file)
     recommended = defaults.from_generation_config(read_json(files.path / "generation_config.json"))
     return OpenModel(
         file,
         cfg,
         source,
-        _idle(file, draft_layers),
+        _ignore_rule(file, draft_layers),
         partial(Tokenizer.from_hf_dir, files.path),
         notes=tuple(notes),
         sampling=recommended,
@@ -124,14 +130,14 @@ def _open_checkpoint(files: ModelFiles) -> OpenModel:
     )
 
 
-def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
+def _source_finder(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
     present = set(file.names())
     prefix = names.find_prefix(file.names())
 
     def source(leaf: str, layer: int | None) -> Source:
         found = names.source(leaf, layer, cfg, prefix)
         if leaf == "embed" and cfg.tie_embeddings and found.name not in present:
-            # The one matrix of a tied model may be stored under its other name.
+            # A tied model may store its embedding under the output head's name.
             head = names.source("lm_head", None, cfg, prefix)
             return head if head.name in present else found
         return found
@@ -139,17 +145,17 @@ def _by_names(names: Names, cfg: ModelConfig, file: TensorFile) -> SourceOf:
     return source
 
 
-def _idle(file: TensorFile, draft_layers: range = range(0)) -> Callable[[str], bool]:
-    """A predicate: whether the text model does not need a tensor of the file."""
+def _ignore_rule(file: TensorFile, draft_layers: range = range(0)) -> Callable[[str], bool]:
+    """A function of a tensor's name: whether the text model does not need that tensor."""
     return lambda name: part_of(name, draft_layers) is not None or is_buffer(name, file.shape(name))
 
 
 def _head_differs(file: TensorFile, embed: str, head: str) -> bool:
-    """Whether the files hold an output head with other values than the embedding."""
+    """Whether the files hold an output head that differs from the embedding."""
     if embed == head or not {embed, head} <= set(file.names()):
         return False
     if file.shape(embed) != file.shape(head) or len(file.shape(head)) != 2:
-        return True  # reading it reports what is wrong with it
+        return True  # reading it reports the wrong shape
     count = file.shape(head)[0]
     pieces = (np.arange(at, min(at + ROWS_COMPARED, count)) for at in range(0, count, ROWS_COMPARED))
     return any(
@@ -168,9 +174,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def check_names(model: OpenModel, wanted: set[str]) -> None:
-    """Compare the tensors of a model with those that are needed.
+    """Compare the tensor names of a model with those that its configuration asks for.
 
-    Raises ModelFileError for a missing tensor, and for one that is neither needed nor known to be unused.
+    Raises ModelFileError for a missing tensor, and for one that is neither needed nor ignored.
     """
     file, names = model.file, model.file.names()
     missing = sorted(wanted - set(names))
@@ -184,16 +190,16 @@ def check_names(model: OpenModel, wanted: set[str]) -> None:
     for name in names:
         if name not in wanted and name != head and not model.ignores(name):
             raise ModelFileError(
-                f"{file.path_of(name)}: tensor {name} is not one that the configuration asks for: {told_to_be(name)}"
+                f"{file.path_of(name)}: the configuration does not ask for tensor {name}: {explain_unknown(name)}"
             )
 
 
 def read_tensor(
     file: TensorFile, source: Source, shape: tuple[int, ...], dtype: Any, part: range | None = None
 ) -> np.ndarray:
-    """One parameter on the host, `shape` in `dtype`, or a `part` of its rows, checked.
+    """One parameter on the host, [*shape] in `dtype`, or only the rows in `part`.
 
-    Raises ModelFileError for another shape and for values that are not finite, naming file and tensor.
+    Raises ModelFileError, naming file and tensor, for another shape and for values that are not finite.
     """
     check_shape(file, source, shape)
     rows = source.rows
@@ -207,17 +213,17 @@ def read_tensor(
 
 
 def read_stored(file: QuantizedFile, source: Source, shape: tuple[int, ...], dtype: Any) -> QuantArray:
-    """One matrix on the host, quantized as in the file, and checked. Raises as `read_tensor`."""
+    """One matrix on the host, quantized as in the file. Raises as `read_tensor`."""
     check_shape(file, source, shape)
     found = file.read_stored(source.name, dtype, source.rows)
-    _check_finite(file, source.name, found.scales, "scales ")
+    _check_finite(file, source.name, np.asarray(found.scales), "scales ")
     if found.offsets is not None:
-        _check_finite(file, source.name, found.offsets, "offsets ")
+        _check_finite(file, source.name, np.asarray(found.offsets), "offsets ")
     return found
 
 
 def check_shape(file: TensorFile, source: Source, shape: tuple[int, ...]) -> None:
-    """Raises ModelFileError where the tensor of a parameter of this shape has another one than it should."""
+    """Raises ModelFileError if the tensor does not fit a parameter of this shape."""
     name = source.name
     expected = shape if source.stored_rows is None else (source.stored_rows, *shape[1:])
     if file.shape(name) != expected:

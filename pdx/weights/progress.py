@@ -1,4 +1,4 @@
-"""Progress of something long, on standard error."""
+"""Progress of slow operations, on standard error."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
-PATIENCE_S = 3.0  # seconds after which a user wants to know what is going on
+NOTICE_AFTER_S = 3.0  # seconds without output after which the user is told what is running
 
 
 class Report(Protocol):
-    """Called with a label, the amount done and the total, in bytes or another unit."""
+    """A function that is called with a label, the amount done and the total, in bytes or another unit."""
 
     def __call__(self, label: str, done: int, total: int) -> None: ...
 
 
 @contextmanager
-def still(label: str, stream: TextIO | None = None, after_s: float = PATIENCE_S) -> Iterator[None]:
+def slow_notice(label: str, stream: TextIO | None = None, after_s: float = NOTICE_AFTER_S) -> Iterator[None]:
     """Print `label` on standard error if the block takes longer than `after_s` seconds."""
     timer = threading.Timer(after_s, lambda: print(f"{label} ...", file=stream or sys.stderr, flush=True))
     timer.daemon = True
@@ -30,11 +30,13 @@ def still(label: str, stream: TextIO | None = None, after_s: float = PATIENCE_S)
         timer.cancel()
 
 
-def patiently(items: Iterable[T], label: str, stream: TextIO | None = None, after_s: float = PATIENCE_S) -> Iterator[T]:
-    """The items as they come, with a line for each that keeps the caller waiting for `after_s` seconds."""
+def notify_if_slow(
+    items: Iterable[T], label: str, stream: TextIO | None = None, after_s: float = NOTICE_AFTER_S
+) -> Iterator[T]:
+    """Yield the items; print `label` on standard error whenever the next one takes longer than `after_s` seconds."""
     items = iter(items)
     while True:
-        with still(label, stream, after_s):
+        with slow_notice(label, stream, after_s):
             try:
                 item = next(items)
             except StopIteration:
@@ -48,7 +50,7 @@ def silent(label: str, done: int, total: int) -> None:
 
 @contextmanager
 def progress_bar(stream: TextIO | None = None, unit: str | None = None) -> Iterator[Report]:
-    """A bar on a terminal; elsewhere one line when each label is first seen. `unit`: what is counted, None: bytes."""
+    """A progress bar on a terminal; elsewhere, one line per label. `unit`: what is counted; None: bytes."""
     stream = stream or sys.stderr
     if not stream.isatty():
         seen: set[str] = set()
@@ -65,8 +67,8 @@ def progress_bar(stream: TextIO | None = None, unit: str | None = None) -> Itera
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    counted = MofNCompleteColumn() if unit else DownloadColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), counted, TimeRemainingColumn()
+    counts = MofNCompleteColumn() if unit else DownloadColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn()
     with Progress(*columns, console=Console(file=stream), transient=True) as progress:
         tasks: dict = {}
 

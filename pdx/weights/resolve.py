@@ -1,4 +1,4 @@
-"""From a model argument to files: what it names, where the files are, and suggestions for an unknown name."""
+"""From a model argument (a name, a path or a hub id) to the model's files; suggestions for an unknown name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pdx.errors import DownloadError, ModelNotFoundError
-from pdx.families.passed_over import MERGE
+from pdx.families.ignored_tensors import MERGE
 from pdx.installation.paths import models_home
 from pdx.weights.builtin import BUILTIN
 from pdx.weights.download import ensure
@@ -17,16 +17,16 @@ from pdx.weights.progress import Report
 from pdx.weights.safetensors_file import PICKLED, has_weights
 
 Kind = Literal["gguf", "hf", "pdx"]
-CHECKPOINT_FILE = "pdx.json"  # what makes a directory a checkpoint of pdx
+CHECKPOINT_FILE = "pdx.json"  # a directory with this file is a checkpoint of pdx
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-# Fetched from a hub: only files that are read, so no pickles, no second copy of the weights, nothing in folders.
+# Only these files are fetched from a hub: no pickles, no second copy of the weights, nothing in subfolders.
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 _HUB_IGNORED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model argument resolved: its name, what kind of files, and where."""
+    """The files of a model: its name, their kind and their path."""
 
     name: str
     kind: Kind
@@ -35,28 +35,28 @@ class ModelFiles:
 
 
 def resolve(model: str | Path, report: Report | None = None) -> ModelFiles:
-    """Find the files of a model argument, fetching those of a built-in model or a hub id if need be.
+    """Find the files of a model argument, fetching those of a built-in model or a hub id if necessary.
 
-    In this order: a built-in name, a name under the models folder of `PDX_HOME`, a path, a hub id `owner/name`
-    or `owner/name@revision`. `report` is told of a built-in model's download; None draws a bar.
+    Tried in this order: a built-in name, a name in the models folder (see `PDX_HOME`), a path, a hub id `owner/name` or
+    `owner/name@revision`. `report` is called during the download of a built-in model; None draws a bar.
 
-    Raises ModelNotFoundError, with known and similar names, for an argument that names nothing or more than one
-    model; DownloadError if a download fails.
+    Raises ModelNotFoundError, with known and similar names, if the argument names no model or more than one;
+    DownloadError if a download fails.
     """
     text = str(model)
     if not text.strip():
         raise _not_found(text, "the name is empty")
     path = Path(model).expanduser()
     if isinstance(model, str) and text in BUILTIN:
-        if kind_of(path) is not None:
+        if file_kind(path) is not None:
             raise ModelNotFoundError(
                 f"{text!r} is a built-in model and also a path here: write ./{text} for the path, or rename it"
             )
         builtin = BUILTIN[text]
         return ModelFiles(text, "gguf", ensure(builtin, report), builtin.notes)
     saved = models_home() / text
-    if _is_name(text) and kind_of(saved) is not None and saved.resolve() != path.resolve():
-        if kind_of(path) is not None:
+    if _is_name(text) and file_kind(saved) is not None and saved.resolve() != path.resolve():
+        if file_kind(path) is not None:
             raise ModelNotFoundError(
                 f"{text!r} is in {models_home()} and also a path here: write ./{text} for the path"
             )
@@ -72,8 +72,8 @@ def _is_name(text: str) -> bool:
     return re.fullmatch(r"[\w.-]*\w[\w.-]*", text) is not None
 
 
-def kind_of(path: Path) -> Kind | None:
-    """What `path` holds, or None."""
+def file_kind(path: Path) -> Kind | None:
+    """The kind of model files at `path`; None if there are none."""
     if path.is_file():
         return "gguf" if path.suffix == ".gguf" else None
     if not path.is_dir():
@@ -86,7 +86,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def _from_path(path: Path) -> ModelFiles:
-    kind = kind_of(path)
+    kind = file_kind(path)
     name = path.resolve().stem if path.is_file() else path.resolve().name
     if kind == "gguf" and path.is_dir():
         return ModelFiles(name, kind, next(path.glob("*.gguf")))
@@ -147,7 +147,7 @@ def _from_hub(text: str) -> ModelFiles:
 
 
 def _refuse_adapter(model: str, path: Path) -> None:
-    """Raises ModelNotFoundError for a directory that holds a LoRA adapter in the place of a model."""
+    """Raises ModelNotFoundError for a directory that holds a LoRA adapter instead of a model."""
     if (path / "adapter_config.json").is_file():
         raise ModelNotFoundError(f"{model} is a LoRA adapter, which pdx does not apply: {MERGE} and name the result")
 
@@ -166,13 +166,13 @@ def _not_found(text: str, why: str = "", error: type = ModelNotFoundError) -> Ex
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return error(
         f"no model {text!r}: {why or 'no file, directory or known name'}.{hint} Known by name: "
-        f"{', '.join(known)}. A .gguf file, a Hugging Face directory, a hub id (owner/name) or a "
-        "checkpoint of `pdx convert` will do too."
+        f"{', '.join(known)}. Also accepted: a .gguf file, a Hugging Face directory, a hub id (owner/name), or a "
+        "checkpoint of `pdx convert`."
     )
 
 
 def known_names() -> list[str]:
-    """Built-in names, then those of what lies in the models folder."""
+    """The names of the built-in models, then those of the models in the models folder."""
     folder = models_home()
-    saved = sorted(p.name for p in folder.iterdir() if kind_of(p)) if folder.is_dir() else []
+    saved = sorted(p.name for p in folder.iterdir() if file_kind(p)) if folder.is_dir() else []
     return [*BUILTIN, *(name for name in saved if name not in BUILTIN)]

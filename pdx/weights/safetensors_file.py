@@ -1,7 +1,7 @@
 """Reading safetensors: one file, or shards with an index. Nothing is ever unpickled.
 
-The format is eight bytes of length, a JSON header and the raw values. It is read directly, because the
-library's numpy interface copies each tensor and lacks types. Format: https://github.com/huggingface/safetensors
+A file is eight bytes of header length, a JSON header, and the values. It is read directly, because the library's
+numpy interface copies each tensor and lacks some types. Format: https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import struct
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from pdx.errors import ModelFileError, UnsupportedModelError
-from pdx.families.fields import counted
-from pdx.families.passed_over import MERGE
-from pdx.weights.arrays import check_pointer, converted, map_file
+from pdx.families.fields import count_of
+from pdx.families.ignored_tensors import MERGE
+from pdx.weights.arrays import converted, map_file, refuse_lfs_pointer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_model"  # how peft names a LoRA adapter
+ADAPTER = "adapter_model"  # peft's file name for a LoRA adapter
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 class SafetensorsFile:
-    """One `.safetensors` file, its header checked when it is opened: every tensor lies within the file.
+    """One `.safetensors` file. Opening it checks the header: every tensor lies within the file, and none overlap.
 
     Raises ModelFileError that names the file, the tensor and what was expected.
     """
@@ -46,11 +46,11 @@ class SafetensorsFile:
         size = len(self._bytes)
         if size < 8:
             raise fail(f"{size} bytes are too few for a safetensors file: truncated")
-        check_pointer(self.path, self._bytes)
+        refuse_lfs_pointer(self.path, self._bytes)
         (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
         if 8 + length > size:
             raise fail(
-                f"announces a header of {length} bytes, but has only {size} in all: "
+                f"announces a header of {length} bytes, but is only {size} bytes long: "
                 "truncated, corrupted, or not a safetensors file"
             )
         try:
@@ -105,7 +105,7 @@ class SafetensorsFile:
         return str(self.path)
 
     def read(self, name: str, dtype: Any, rows: np.ndarray | None = None) -> np.ndarray:
-        """The values in `dtype`. Raises UnsupportedModelError for a tensor that is not of a floating type."""
+        """The values in `dtype`. Raises UnsupportedModelError for a tensor that is not of a floating-point type."""
         kind = self.dtype(name)
         if kind not in _FLOATS:
             raise UnsupportedModelError(
@@ -113,7 +113,7 @@ class SafetensorsFile:
                 f"{', '.join(_FLOATS)}; checkpoints quantized by other tools are not read"
             )
         begin, end = (self._start + n for n in self._header[name]["data_offsets"])
-        # Not `view`: the format promises no alignment.
+        # Not `view`, since the format does not guarantee alignment.
         values = np.frombuffer(self._bytes[begin:end], _FLOATS[kind]).reshape(self.shape(name))
         return converted(values, dtype, rows)
 
@@ -121,9 +121,8 @@ class SafetensorsFile:
 class ShardedSafetensors:
     """The files of one `model.safetensors.index.json`: each tensor is read from the shard that the index names.
 
-    Tensors that the shards hold beside that are `unlisted`: copies of a tensor that the index gives to another shard,
-    and tensors that it does not name. Raises ModelFileError for a shard that is missing, and for a tensor that is not
-    in the shard the index names.
+    `unlisted` maps the other tensors in the shards (those that the index does not name, or assigns to another shard) to
+    their file. Raises ModelFileError for a missing shard, and for a tensor that is not in the shard the index names.
     """
 
     def __init__(self, index: str | Path):
@@ -162,7 +161,7 @@ class ShardedSafetensors:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which shard holds which tensor. Raises ModelFileError for an index that does not say so."""
+    """Tensor name -> shard's file name. Raises ModelFileError for a malformed index."""
     try:
         where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = set(where.values())
@@ -181,27 +180,26 @@ def _fail(path: Path, text: str) -> ModelFileError:
     return ModelFileError(f"{path}: {text}")
 
 
-def _are_whole(numbers: Any) -> bool:
-    """Whether this is a list of whole numbers, as JSON has them."""
+def _are_whole(numbers: Any) -> TypeGuard[list[int]]:
+    """Whether this is a list of integers."""
     return isinstance(numbers, list) and all(type(n) is int for n in numbers)
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory holds safetensors in one of the layouts that are read."""
+    """Whether a directory holds safetensors: single files, or an index with shards."""
     return (directory / INDEX).is_file() or bool(_files(directory))
 
 
 def _files(directory: Path) -> list[Path]:
-    """Single files that can be meant; Mistral's `consolidated` ones repeat the weights under other names."""
+    """The safetensors files of a directory, without adapters and Mistral's `consolidated` copies of the weights."""
     return sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith(("consolidated", ADAPTER)))
 
 
 def open_safetensors(directory: str | Path, notes: list[str] | None = None) -> SafetensorsFile | ShardedSafetensors:
-    """The weights of a Hugging Face directory; `notes` is told what is passed over.
+    """The weights of a Hugging Face directory. A sentence about each ignored file is appended to `notes`.
 
-    A complete `model.safetensors` wins over an index that does not name it, as in transformers: the index was left
-    behind when the model was saved again in one piece. Raises ModelFileError where there are no weights that may be
-    read.
+    If the index does not name an existing `model.safetensors`, that file is read and the index is ignored, as in
+    transformers: the model was saved again in one file. Raises ModelFileError if there are no weights to read.
     """
     directory, notes = Path(directory), [] if notes is None else notes
     files, index = _files(directory), directory / INDEX
@@ -215,7 +213,7 @@ def open_safetensors(directory: str | Path, notes: list[str] | None = None) -> S
     if index.is_file() and not (single and SINGLE not in _shards_or_none(index)):
         return _sharded(index, notes)
     if single and index.is_file():
-        notes.append(f"{INDEX} is passed over: it does not name {SINGLE}, which holds the model in one piece")
+        notes.append(f"{INDEX} is ignored: it does not name {SINGLE}, which holds the model in one file")
     if single:
         return SafetensorsFile(directory / SINGLE)
     if len(files) == 1:
@@ -227,7 +225,7 @@ def open_safetensors(directory: str | Path, notes: list[str] | None = None) -> S
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED)
     if pickled:
         raise ModelFileError(
-            f"{directory}: only {pickled[0]} and the like, which are not read because unpickling runs "
+            f"{directory}: has only pickled files such as {pickled[0]}, which are not read because unpickling runs "
             "code; save the model as safetensors (transformers: save_pretrained(..., "
             "safe_serialization=True))"
         )
@@ -235,7 +233,7 @@ def open_safetensors(directory: str | Path, notes: list[str] | None = None) -> S
 
 
 def _shards_or_none(index: Path) -> set[str]:
-    """The shards that an index names; none where it cannot be read."""
+    """The shards that an index names; an empty set if it cannot be read."""
     try:
         return set(_weight_map(index).values())
     except ModelFileError:
@@ -247,7 +245,7 @@ def _sharded(index: Path, notes: list[str]) -> ShardedSafetensors:
     if file.unlisted:
         name, path = next(iter(file.unlisted.items()))
         notes.append(
-            f"{counted(len(file.unlisted), 'tensor')} in the shards passed over, which {INDEX} does not "
-            f"assign there, such as {name} in {Path(path).name}"
+            f"ignored {count_of(len(file.unlisted), 'tensor')} in the shards that {INDEX} does not assign to them, "
+            f"such as {name} in {Path(path).name}"
         )
     return file

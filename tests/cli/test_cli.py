@@ -90,7 +90,7 @@ def test_a_file_of_requests(directory, tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("not json", "line 2 is no JSON"),
+        ("not json", "line 2 is not JSON"),
         ('{"text": "x"}', "line 2"),
         ('{"prompt": "x", "messages": []}', "line 2"),
         ('{"prompt": ""}', "line 2"),
@@ -100,8 +100,8 @@ def test_a_file_of_requests(directory, tmp_path):
         ('{"prompt": "x", "stop": 7}', "line 2"),
         ('{"prompt": "x", "temperature": 1' + 400 * "0" + "}", "line 2: temperature"),
         ('{"prompt": "x", "logit_bias": {"5": 1' + 400 * "0" + "}}", "line 2: logit_bias of token 5"),
-        ('{"prompt": "x", "id": 1' + 5000 * "0" + "}", "line 2 is no JSON"),
-        ("[" * 100_000, "line 2 is no JSON"),
+        ('{"prompt": "x", "id": 1' + 5000 * "0" + "}", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ('{"prompt": "x", "id": "\\ud800"}', "line 2 holds half a surrogate pair"),
         ('{"messages": ["hi"]}', "line 2: messages[0] must be an object"),
         ('{"messages": [{"role": "user", "content": "x"}, 5]}', "line 2: messages[1] must be an object"),

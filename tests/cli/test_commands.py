@@ -48,7 +48,7 @@ def failing(error):
         (OSError(28, "No space left on device"), "error: No space left on device"),
         (MemoryError(), "error: there is not enough memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: out of it"), "error: there is not enough memory"),
-        (KeyError("k"), "error: pdx failed where it should not, which is a fault of pdx: KeyError: 'k'. --debug"),
+        (KeyError("k"), "error: unexpected error, which is a fault of pdx: KeyError: 'k'. --debug"),
         (ValueError("one\ntwo\n" * 500), "which is a fault of pdx: ValueError: one. --debug"),
         (RecursionError("deep"), "RecursionError: deep"),
         (UnicodeEncodeError("ascii", "é\ud800", 0, 1, "no"), "UnicodeEncodeError"),
@@ -114,7 +114,7 @@ def shell(line, **environment):
         ("$PDX generate '' 2>/dev/full", 1, "", ""),
         ("$PDX --help | head -c 1; exit ${PIPESTATUS[0]}", 0, None, ""),
         ("$PDX models | true; exit ${PIPESTATUS[0]}", 0, "", ""),
-        ("$PDX generate $'\\xff' -m x", 1, "", "error: the prompt holds bytes that are no utf-8 text\n"),
+        ("$PDX generate $'\\xff' -m x", 1, "", "error: the prompt holds bytes that are not utf-8 text\n"),
     ],
 )
 def test_streams_that_are_closed_full_or_broken(line, code, out, err):
@@ -128,7 +128,7 @@ def test_a_platform_that_is_not_here_is_named(tmp_path):
     tiny = tiny_model.make(tmp_path / "tiny")
     code, _, err = shell(f"$PDX generate hi -m {tiny}", JAX_PLATFORMS="nosuch")
     assert code == 1
-    assert err.splitlines()[-1].startswith("error: JAX_PLATFORMS=nosuch asks for what is not here")
+    assert err.splitlines()[-1].startswith("error: JAX_PLATFORMS=nosuch is not available")
     assert "Traceback" not in err
 
 

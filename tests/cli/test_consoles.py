@@ -12,7 +12,7 @@ import pytest
 import pdx
 from pdx.cli import app, streams
 from pdx.cli.app import main
-from pdx.clients.chat import Chat, check_template, converse, typed
+from pdx.clients.chat import Chat, check_template, converse, input_lines
 from pdx.errors import EngineError, RequestError
 from pdx.io import inputs
 from pdx.sampling.options import SamplingOptions
@@ -25,7 +25,7 @@ def console(monkeypatch, encoding, errors="strict"):
     """Standard output of that encoding; its bytes."""
     text = io.TextIOWrapper(io.BytesIO(), encoding, errors, write_through=True)
     monkeypatch.setattr(sys, "stdout", text)
-    streams.mend()
+    streams.prepare()
     return text.buffer
 
 
@@ -167,7 +167,7 @@ def test_a_text_file_may_begin_with_a_mark(tmp_path):
 
 def test_a_line_that_is_no_text_is_passed_over_in_a_chat(monkeypatch, capsys):
     piped(monkeypatch, b"\xef\xbb\xbfone\r\nt\xffwo\nthree\0\n" + "vier é".encode())
-    assert [x.strip() for x in typed()] == ["one", "vier é"]
+    assert [x.strip() for x in input_lines()] == ["one", "vier é"]
     said = capsys.readouterr().err
     assert "error: line 2 of standard input" in said
     assert "error: line 3 of standard input" in said

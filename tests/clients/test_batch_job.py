@@ -187,7 +187,7 @@ def test_killed_at_any_time_and_run_again_nothing_is_lost_or_doubled(directory, 
         assert not target.exists()
     kept = journal.read_bytes().count(b"\n") - 1
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"going on: {kept} of 60" in done.stderr
+    assert f"resuming: {kept} of 60" in done.stderr
     answers = read(target)
     assert [a["id"] for a in answers] == list(range(60))
     assert all(a["completion_tokens"] == 1 + i % 6 for i, a in enumerate(answers))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pdx.clients.batch_file import Request
-from pdx.clients.openai_answers import answered, failed
+from pdx.clients.openai_answers import answer_row, error_row
 from pdx.generation.completion import Completion, TokenLogprobs
 from pdx.metrics import RequestTiming
 from pdx.sampling.options import SamplingOptions
@@ -22,7 +22,7 @@ def choice(tokenizer, logprobs, text, *, is_chat):
     prompt = [{"role": "user", "content": "x"}] if is_chat else "x"
     request = Request(2, {"custom_id": "a", "body": {}}, prompt, SamplingOptions())
     done = Completion(0, text, [t.token_id for t in logprobs], 1, "stop", RequestTiming(1, 0.1, 0.1), 0.0, logprobs)
-    return answered(request, done, {}, tokenizer, "m")["response"]["body"]["choices"][0]
+    return answer_row(request, done, {}, tokenizer, "m")["response"]["body"]["choices"][0]
 
 
 def tokens(tokenizer, text):
@@ -63,7 +63,7 @@ def test_no_infinity_reaches_the_file(tokenizer):
 
 
 def test_an_error_says_which_row_it_is_of():
-    row = failed(Request(4, {"custom_id": "a"}, None, SamplingOptions()), ValueError("broken"))
+    row = error_row(Request(4, {"custom_id": "a"}, None, SamplingOptions()), ValueError("broken"))
     assert row["custom_id"] == "a"
     assert row["error"] == {"code": "ValueError", "message": "broken", "line": 4}
-    assert failed(Request(4, {"body": {}}, None, SamplingOptions()), ValueError("x"))["custom_id"] is None
+    assert error_row(Request(4, {"body": {}}, None, SamplingOptions()), ValueError("x"))["custom_id"] is None

@@ -145,7 +145,7 @@ def test_what_would_change_the_answer_is_refused_by_name(url, field, value):
 
 
 def test_hints_say_what_was_meant():
-    with pytest.raises(RequestError, match="temperature is meant"):
+    with pytest.raises(RequestError, match="did you mean temperature"):
         parse(temprature=1)
     with pytest.raises(RequestError, match="belongs to /v1/chat/completions"):
         parse(TEXT, top_logprobs=2)
@@ -161,7 +161,7 @@ def test_what_a_template_is_given():
     request = parse(chat_template_kwargs=thinks, reasoning_effort="low", add_generation_prompt=False)
     assert request.template == {"enable_thinking": False, "reasoning_effort": "low", "add_generation_prompt": False}
     assert parse(add_generation_prompt=True).template == {}
-    with pytest.raises(RequestError, match="reasoning_effort stands in chat_template_kwargs"):
+    with pytest.raises(RequestError, match="reasoning_effort is also in chat_template_kwargs"):
         parse(chat_template_kwargs={"reasoning_effort": "low"}, reasoning_effort="low")
 
 
@@ -209,10 +209,10 @@ def test_the_envelope_of_a_row(tmp_path):
 
 
 def test_rows_that_no_answer_can_name_are_refused_with_their_lines(tmp_path):
-    with pytest.raises(RequestError, match="line 2 is no JSON"):
+    with pytest.raises(RequestError, match="line 2 is not JSON"):
         read(tmp_path, {"prompt": "x"}, '{"prompt": "x"')
     row = {"custom_id": "a", "body": {"messages": HELLO}}
-    with pytest.raises(RequestError, match=r"line 3: custom_id 'a' stands in line 1"):  # elsewhere the job never ends
+    with pytest.raises(RequestError, match=r"line 3: custom_id 'a' is also in line 1"):  # elsewhere the job never ends
         read(tmp_path, row, row | {"custom_id": "b"}, row)
 
 
@@ -229,7 +229,7 @@ def test_half_a_surrogate_pair_fails_its_row_and_the_answer_can_be_written(tmp_p
 
 
 def test_the_note_names_only_what_is_passed_over(tmp_path):
-    from pdx.clients.batch_file import unread_names
+    from pdx.clients.batch_file import ignored_names
 
     class Model:
         class tokenizer:
@@ -240,7 +240,7 @@ def test_the_note_names_only_what_is_passed_over(tmp_path):
         "reasoning_effort": "low",
         "chat_template_kwargs": {"other": 1, "enable_thinkng": 1},
     }
-    assert unread_names(Model, read(tmp_path, {"custom_id": "a", "body": body})) == ["other"]
+    assert ignored_names(Model, read(tmp_path, {"custom_id": "a", "body": body})) == ["other"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_file_of_all_kinds_is_answered_row_by_row(directory, tmp_path):
     errors = {name: a["error"] for name, a in answers.items() if a["error"]}
     assert {name: e["line"] for name, e in errors.items()} == {"two": 3, "kwarg": 4, "effort": 5}
     assert errors["two"]["message"].startswith("n is not supported")
-    assert "enable_thinking is meant" in errors["kwarg"]["message"]
+    assert "did you mean enable_thinking" in errors["kwarg"]["message"]
     bodies = {name: a["response"]["body"] for name, a in answers.items() if not a["error"]}
     used = {name: body["usage"]["prompt_tokens"] for name, body in bodies.items()}
     assert used["thinks"] == used["plain"] + len("<think></think>")

@@ -12,7 +12,7 @@ import pytest
 import pdx
 from pdx.clients import batch_job
 from pdx.clients.batch_file import check_output, read
-from pdx.clients.journal import InOrder, Journal, path_of
+from pdx.clients.journal import Journal, StreamedOutput, path_of
 from pdx.errors import EngineError, RequestError
 from pdx.io import outputs
 from pdx.sampling.options import SamplingOptions
@@ -89,7 +89,7 @@ def test_a_journal_that_never_got_its_first_line_is_begun_anew(output):
 def test_what_is_no_journal_is_not_overwritten(output):
     for content in (b"my notes\n", b"\xff\n", b"[]\n", b"my notes", b"[" * 100_000 + b"\n"):
         path_of(output).write_bytes(content)
-        with pytest.raises(RequestError, match="no journal that can be read: remove it"):
+        with pytest.raises(RequestError, match="not a readable journal: remove it"):
             resumed(output)
         assert path_of(output).read_bytes() == content
 
@@ -205,7 +205,7 @@ def test_a_pipe_is_written_to_in_order_and_stays(tmp_path):
     reader.start()
     check_output(pipe, tmp_path / "in.jsonl")
     assert not outputs.is_ordinary(pipe)
-    written(pipe, InOrder(pipe, [1, 2, 3]))
+    written(pipe, StreamedOutput(pipe, [1, 2, 3]))
     reader.join()
     assert read == [ROWS]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
@@ -214,7 +214,7 @@ def test_a_pipe_is_written_to_in_order_and_stays(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
 def test_an_output_without_room_is_named(tmp_path):
-    journal = InOrder(type(tmp_path)("/dev/full"), [1])
+    journal = StreamedOutput(type(tmp_path)("/dev/full"), [1])
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         journal.add(1, {"n": 1})
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
@@ -312,7 +312,7 @@ def test_the_key_of_a_job_is_of_what_was_settled(tmp_path, requests):
     def job(asked=requests, **config):
         model = types.SimpleNamespace(path=tmp_path / "model", dtype=np.dtype("float32"), params={"layers": []})
         engine = types.SimpleNamespace(model=model, config=EngineConfig(max_context=64, **config))
-        return batch_job.job_of(engine, asked)
+        return batch_job.describe_engine_job(engine, asked)
 
     plain = job()
     assert job(kv_dtype="f32") == plain, "auto, and what auto is, are one"
@@ -357,7 +357,7 @@ def test_generate_goes_on_where_it_was_ended(model, tmp_path, capsys, monkeypatc
     assert len(path_of(target).read_bytes().splitlines()) == 1 + 3
     tally = batch_job.run_offline(model, source, requests, target, **settings)
     assert (tally.resumed, tally.rows) == (3, 2)
-    assert "going on: 3 of 5 rows" in capsys.readouterr().err
+    assert "resuming: 3 of 5 rows" in capsys.readouterr().err
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     assert [a["id"] for a in answers] == list(range(5))
     expected = pdx.generate(model, [r["prompt"] for r in rows], max_tokens=3, ignore_eos=True)

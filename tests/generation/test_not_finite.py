@@ -52,14 +52,14 @@ def biased(token):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_prompt_that_overflows_is_an_error(sound, value, temperature):
     model = break_token(sound, value=value)
-    with pytest.raises(NotFiniteError, match=r"prompt 0: .*behind token 2 .*NaN or infinite"):
+    with pytest.raises(NotFiniteError, match=r"prompt 0: .*after token 2 .*NaN or infinite"):
         pdx.generate(model, [5, BAD, 6], max_tokens=4, temperature=temperature)
 
 
 def test_an_answer_that_overflows_later_is_an_error_at_that_token(broken):
     pieces = []
     stream = pdx.stream(broken, [[5, 6, 7], [8, 9, 10], [11]], [biased(50), biased(BAD), biased(51)])
-    with pytest.raises(NotFiniteError, match="prompt 1: the logits behind token 3 "):
+    with pytest.raises(NotFiniteError, match="prompt 1: the logits after token 3 "):
         pieces.extend(stream)
     shown = ["".join(p.text for p in pieces if p.index == i) for i in range(3)]
     assert [len(text) for text in shown] == [9, 1, 9]  # what came before it, the neighbours' whole step too
@@ -90,7 +90,7 @@ def test_the_engine_gives_the_same_error_and_shares_no_page_of_it(sound, broken)
     expected = pdx.generate(sound, [*prompt, 7], max_tokens=3, ignore_eos=True)[0].token_ids
     with pdx.Engine(broken, pdx.EngineConfig(slots=2, page_size=16, token_budget=80)) as engine:
         neighbour = engine.submit([8, 9], max_tokens=20, ignore_eos=True)
-        with pytest.raises(NotFiniteError, match=r"behind token 70 .*NaN or infinite"):
+        with pytest.raises(NotFiniteError, match=r"after token 70 .*NaN or infinite"):
             engine.submit([*prompt, BAD], max_tokens=3).result(60)
         assert len(neighbour.result(60).token_ids) == 20
         done = engine.submit([*prompt, 7], max_tokens=3, ignore_eos=True).result(60)
@@ -99,7 +99,7 @@ def test_the_engine_gives_the_same_error_and_shares_no_page_of_it(sound, broken)
         async def streamed():
             return [o async for o in engine.stream([5, BAD], max_tokens=3)]
 
-        with pytest.raises(EngineError, match="behind token 1 "):
+        with pytest.raises(EngineError, match="after token 1 "):
             asyncio.run(streamed())
 
 
@@ -174,10 +174,10 @@ def test_every_command_says_so_and_fails(overflowing, tmp_path):
 
     model = ("--model", overflowing, "--max-tokens", 3)
     for extra in ((), ("--json", "--logprobs", 2), ("--temperature", 1)):
-        assert "prompt 0: the logits behind token 4 " in run("generate", "hello", *model, *extra)
+        assert "prompt 0: the logits after token 4 " in run("generate", "hello", *model, *extra)
     requests = tmp_path / "requests.jsonl"
     requests.write_text('\n{"prompt": "hello"}\n')
-    assert "requests.jsonl, line 2: the logits behind token 4 " in run(
+    assert "requests.jsonl, line 2: the logits after token 4 " in run(
         "generate", "--prompts", requests, "--output", tmp_path / "answers.jsonl", *model
     )
     assert "window 0" in run("eval", "ppl", overflowing, "--max-tokens", 300, "--window", 128, "--stride", 64, "--json")
@@ -193,5 +193,5 @@ def test_chat_says_so_and_goes_on(overflowing, capsys):
 def test_rows_of_requests_must_be_json(tmp_path):
     requests = tmp_path / "requests.jsonl"
     requests.write_text('{"prompt": "a", "mine": NaN}\n')
-    with pytest.raises(RequestError, match="line 1 is no JSON: NaN"):
+    with pytest.raises(RequestError, match="line 1 is not JSON: NaN"):
         batch_file.read(requests, SamplingOptions())

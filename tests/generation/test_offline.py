@@ -11,7 +11,7 @@ import pytest
 import pdx
 from pdx.errors import ContextLengthError, RequestError
 from pdx.generation.generator import Generator
-from pdx.generation.prompts import requests_of
+from pdx.generation.prompts import prepared_rows
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model
 
@@ -56,7 +56,7 @@ def test_more_prompts_than_rows_and_long_prompts_in_chunks(model):
     prompts = ["ab" * 30, "c", "hello " * 12, "z" * 77, "q"]
     run = Generator(model, rows=2, capacity=256, chunk=32)
     run._ladder = (16, 32)  # fewer programs to compile
-    rows = requests_of(model, prompts, [SamplingOptions(max_tokens=9, ignore_eos=True)] * 5)
+    rows = prepared_rows(model, prompts, [SamplingOptions(max_tokens=9, ignore_eos=True)] * 5)
     for at in range(0, 5, 2):
         for _ in run.run(rows[at : at + 2]):
             pass
@@ -71,7 +71,7 @@ def test_after_warm_up_a_generation_of_any_length_compiles_nothing(model, count_
     def go(lengths, max_tokens, **options):
         prompts = [list(range(5, 5 + n)) for n in lengths]
         options = SamplingOptions(max_tokens=max_tokens, ignore_eos=True, **options)
-        for _ in run.run(requests_of(model, prompts, [options] * len(prompts))):
+        for _ in run.run(prepared_rows(model, prompts, [options] * len(prompts))):
             pass
 
     for rung in run._ladder:
@@ -210,7 +210,7 @@ def test_what_is_no_prompt_is_said(model, prompts):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"options": [SamplingOptions()]}, "1 options for 2 prompts: give one set for all, or one a prompt"),
+        ({"options": [SamplingOptions()]}, "1 options for 2 prompts: give one set for all, or one per prompt"),
         ({"options": {"temperature": 1}}, "options must be SamplingOptions or a list of them"),
         ({"options": [None, None]}, "options must be SamplingOptions or a list of them"),
         ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1"),

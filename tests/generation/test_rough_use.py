@@ -14,8 +14,8 @@ from pdx.cache.idle import IdleCaches
 from pdx.engine.request import EngineRequest
 from pdx.errors import EngineError, RequestError
 from pdx.generation.generator import Generator
-from pdx.generation.kept import _KEPT, MOST_GENERATORS, generator
-from pdx.generation.prompts import requests_of
+from pdx.generation.kept import _MODEL_CACHES, MOST_GENERATORS, generator
+from pdx.generation.prompts import prepared_rows
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model
 
@@ -78,7 +78,7 @@ def test_threads_share_programs_and_nothing_else(model, expected, count_compiles
 def test_a_run_that_ends_early_gives_its_cache_back(model, expected, ended):
     run = Generator(model, rows=2, capacity=256)
     for _ in range(2):
-        stream = run.run(requests_of(model, PROMPTS, [SamplingOptions(**ASKED)] * 2))
+        stream = run.run(prepared_rows(model, PROMPTS, [SamplingOptions(**ASKED)] * 2))
         next(stream)
         held = weakref.ref(stream.gi_frame.f_locals["held"].cache.layers[0].k)
         assert run._caches.idle_bytes == 0
@@ -97,12 +97,12 @@ def test_a_step_that_fails_takes_its_cache_along(model, expected, monkeypatch):
     run = Generator(model, rows=2, capacity=256)
 
     def rows():
-        return requests_of(model, PROMPTS, [SamplingOptions(**ASKED)] * 2)
+        return prepared_rows(model, PROMPTS, [SamplingOptions(**ASKED)] * 2)
 
     list(run.run(rows()))
     assert run._caches.idle_bytes > 0
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_mask", lambda requests: 1 / 0)
+        patch.setattr(run, "_active", lambda requests: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(run.run(rows()))
     assert run._caches.idle_bytes == 0
@@ -153,7 +153,7 @@ def test_many_shapes_leave_no_more_than_the_bound(model):
     one = pdx.load(model.path)
     pdx.generate(one, "x", max_tokens=1)
     before = cache_bytes()
-    kept = _KEPT[one]
+    kept = _MODEL_CACHES[one]
     kept.caches.limit = 1 << 20
     for rows in range(1, 7):
         pdx.generate(one, ["x"] * rows, max_tokens=1, logprobs=rows % 2)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_type_checkers_see_every_name_where_it_is():
     assert seen == pdx._WHERE
     assert (ROOT / "pdx" / "py.typed").exists()
     assert (ROOT / "pallas_kernels" / "py.typed").exists()
+
+
+def test_mypy_checks_the_bodies_of_every_module_that_users_import():
+    """`.ci/run` calls mypy, which takes its files from pyproject.toml."""
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["files"]
+    source = (ROOT / "pallas_kernels" / "__init__.py").read_text(encoding="utf-8")
+    kernels = re.findall(r"^from (\S+) import", source, re.MULTILINE)
+    assert len(kernels) > 5
+    for module in {*pdx._WHERE.values(), *kernels}:
+        path = ROOT / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert path.exists()
+        assert any(path.is_relative_to(ROOT / name) for name in files), path
+    assert all((ROOT / name).exists() for name in files)
 
 
 def checked(tmp_path, text: str) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ import pytest
 
 from pdx.clients import openai_rows
 from pdx.clients.batch_file import Request
-from pdx.clients.openai_answers import answered
+from pdx.clients.openai_answers import answer_row
 from pdx.generation.completion import Completion, TokenLogprobs
 from pdx.metrics import RequestTiming
 from pdx.sampling.options import SamplingOptions
@@ -65,7 +65,7 @@ def test_answers_are_what_the_package_reads(tokenizer, is_chat, asked):
     request = Request(2, {"custom_id": "a", "body": {"model": None}}, prompt, SamplingOptions())
     text = tokenizer.decode([t.token_id for t in LOGPROBS])
     done = Completion(0, text, [t.token_id for t in LOGPROBS], 3, "stop", RequestTiming(4, 0.1, 0.2), 0.0, asked)
-    row = json.loads(json.dumps(answered(request, done, {"ttft_s": 0.1}, tokenizer, "tiny"), allow_nan=False))
+    row = json.loads(json.dumps(answer_row(request, done, {"ttft_s": 0.1}, tokenizer, "tiny"), allow_nan=False))
     answer = (ChatAnswer if is_chat else TextAnswer).model_validate(row["response"]["body"], strict=True)
     assert (answer.model, answer.usage.total_tokens) == ("tiny", 7)
     logprobs = answer.choices[0].logprobs

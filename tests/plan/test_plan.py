@@ -201,9 +201,9 @@ def test_advice_follows_the_numbers():
     assert "A larger batch" in said(batch=1)
     assert "A larger batch" not in said(batch=200, quantize="int8", kv_dtype="int8")
     assert "--quantize" not in said(quantize="int8")
-    assert "makes the other rows wait" in said(batch=8, prompt=8192, context=8192)
-    assert "loses at every acceptance" in said(batch=4096, context=16, prompt=16)
-    assert "The TPOT asked for, 1.0 ms, is below the floor" in said(slo_tpot=1e-3)
+    assert "the other rows wait" in said(batch=8, prompt=8192, context=8192)
+    assert "it never pays" in said(batch=4096, context=16, prompt=16)
+    assert "The TPOT objective of 1.0 ms is below the floor" in said(slo_tpot=1e-3)
 
 
 def test_the_table_is_on_one_screen():

@@ -24,7 +24,7 @@ def case_of(op, name=None):
 def contestant(op, arrays=None):
     case = case_of(op)
     problem = problems.OPS[op](case, "xla", "heads_last")
-    return next(contestants.ours(op, case, arrays or expected.draw(problem), "cpu"))
+    return next(contestants.library_and_own(op, case, arrays or expected.draw(problem), "cpu"))
 
 
 really_run = Loop.run
@@ -38,4 +38,4 @@ def tell_the_time(monkeypatch) -> None:
         return 1e-3 + 1e-5 * turns
 
     monkeypatch.setattr(Loop, "run", timed)
-    monkeypatch.setattr("pdx.bench.compare.device_time.SECONDS", 1.1e-3)
+    monkeypatch.setattr("pdx.bench.compare.device_time.LONG_LOOP_S", 1.1e-3)

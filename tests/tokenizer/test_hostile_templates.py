@@ -184,7 +184,7 @@ def test_a_python_that_greets_and_a_folder_that_is_gone_do_not_matter(tmp_path, 
 
 def test_no_python_to_start_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(RequestError, match=r"process of their own.*give the prompt as text"):
+    with pytest.raises(RequestError, match=r"in a separate process.*give the prompt as text"):
         Renderer().render("x", {}, "model")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RequestError, match="does not start"):

@@ -100,7 +100,7 @@ def test_a_directory_that_is_taken_is_left_alone(original, tmp_path):
     taken.mkdir()
     (taken / "file").write_text("mine")
     for target in (taken, taken / "file"):
-        with pytest.raises(ModelFileError, match="is there and not empty: name a new directory"):
+        with pytest.raises(ModelFileError, match="exists and is not empty: name a new directory"):
             save(original, target)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
     (tmp_path / "empty").mkdir()

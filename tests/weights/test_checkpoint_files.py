@@ -84,7 +84,7 @@ def test_a_complete_file_wins_over_an_index_that_does_not_name_it(directory):
     write_map(directory, dict.fromkeys(names, "model-00001-of-00002.safetensors"))
     model = load(directory)
     assert same(model.params, good.params)
-    assert any(f"{INDEX} is passed over" in note for note in model.notes)
+    assert any(f"{INDEX} is ignored" in note for note in model.notes)
     for broken in ("{", "[]", '{"metadata": {"total_size": 1}}', '{"weight_map": {}}'):
         (directory / INDEX).write_text(broken)
         assert same(load(directory).params, good.params)
@@ -159,8 +159,8 @@ def test_pointers_of_git_lfs_are_named(directory, tmp_path):
     """A clone without `git lfs pull`: elsewhere "header too large"."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
     (directory / "model.safetensors").write_bytes(pointer)
-    with pytest.raises(ModelFileError, match=r"model\.safetensors: is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ModelFileError, match=r"model\.safetensors: is a Git LFS pointer.*git lfs pull"):
         open_safetensors(directory)
     (tmp_path / "x.gguf").write_bytes(pointer)
-    with pytest.raises(ModelFileError, match=r"x\.gguf: is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ModelFileError, match=r"x\.gguf: is a Git LFS pointer.*git lfs pull"):
         GgufFile(tmp_path / "x.gguf")

@@ -1,4 +1,4 @@
-"""Tensors beside those of the text model: what is passed over, what is said, what is refused by name; tied heads."""
+"""Tensors beside those of the text model: what is ignored, what is said, what is refused by name; tied heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from pdx.errors import ModelFileError
 from pdx.families import families
-from pdx.families.passed_over import is_buffer, part_of
+from pdx.families.ignored_tensors import is_buffer, part_of
 from pdx.weights.load import load
 from tests.support import tiny_model, weight_files
 
@@ -81,7 +81,7 @@ def extended(directory, extra: dict):
     return load(directory)
 
 
-def test_buffers_of_any_family_are_passed_over(directory):
+def test_buffers_of_any_family_are_ignored(directory):
     plain = load(directory)
     model = extended(directory, BUFFERS)
     assert same(model.params, plain.params)
@@ -99,37 +99,37 @@ def test_no_parameter_of_a_family_is_a_buffer(family):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_that_the_configuration_does_not_ask_for_are_refused_by_name(directory, name):
-    with pytest.raises(ModelFileError, match=f"tensor {name} is not one that the configuration asks for") as caught:
+    with pytest.raises(ModelFileError, match=f"the configuration does not ask for tensor {name}") as caught:
         extended(directory, {name: WEIGHTS[name]})
     assert ("merge it into the model" in str(caught.value)) == ("lora" in name)
     assert ("quantized by another tool" in str(caught.value)) == ("scale" in name)
 
 
-def test_parts_beside_the_text_model_are_passed_over_and_said(directory):
+def test_parts_beside_the_text_model_are_ignored_and_said(directory):
     plain = load(directory)
     model = extended(directory, dict.fromkeys(PARTS, (2, 2)))
     assert same(model.params, plain.params)
     for part in set(PARTS.values()):
         held = [name for name, of in PARTS.items() if of == part]
-        said = f"{len(held)} tensor{'s' * (len(held) > 1)} of {part} "
+        said = f"{len(held)} tensor{'s' * (len(held) > 1)} of {part}, "
         assert any(said in note and any(f"such as {name}:" in note for name in held) for note in model.notes), part
 
 
-def test_draft_layers_behind_the_last_are_passed_over_where_the_configuration_names_them(directory):
+def test_draft_layers_behind_the_last_are_ignored_where_the_configuration_names_them(directory):
     plain = load(directory)
     draft = {"model.layers.2.eh_proj.weight": (32, 64), "model.layers.2.mlp.up_proj.weight": (48, 32)}
-    with pytest.raises(ModelFileError, match=r"model\.layers\.2\.eh_proj\.weight is not one"):
+    with pytest.raises(ModelFileError, match=r"does not ask for tensor model\.layers\.2\.eh_proj\.weight"):
         extended(directory, draft)
     weight_files.reconfigure(directory, num_nextn_predict_layers=1)
     model = load(directory)
     assert same(model.params, plain.params)
     assert any("2 tensors of draft heads" in note for note in model.notes)
-    with pytest.raises(ModelFileError, match=r"model\.layers\.3\.eh_proj\.weight is not one"):
+    with pytest.raises(ModelFileError, match=r"does not ask for tensor model\.layers\.3\.eh_proj\.weight"):
         extended(directory, {"model.layers.3.eh_proj.weight": (32, 64)})
 
 
 def test_the_text_of_a_multimodal_checkpoint(tmp_path):
-    """Gemma 3 with an image encoder: the nested names and configuration, and what is passed over is said."""
+    """Gemma 3 with an image encoder: the nested names and configuration, and what is ignored is said."""
     directory = tiny_model.make(tmp_path / "tiny")
     text = json.loads((directory / "config.json").read_text())
     del text["hidden_act"], text["architectures"], text["rope_theta"]

@@ -45,7 +45,7 @@ def expect_fused(monkeypatch) -> None:
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_fused_tensors_load_as_the_parameters_that_they_hold(directory, monkeypatch, quantize):
-    monkeypatch.setattr(loading, "PIECE", 16 * tiny_model.WIDTH)  # quantized 16 rows at a time
+    monkeypatch.setattr(loading, "VALUES_PER_PIECE", 16 * tiny_model.WIDTH)  # quantized 16 rows at a time
     expected, content = load(directory, quantize=quantize), weight_files.tensors(directory)
     expect_fused(monkeypatch)
     weight_files.rewrite(directory, fuse)

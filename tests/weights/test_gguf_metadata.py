@@ -210,7 +210,7 @@ VISION = {
 }
 
 
-def test_fields_of_an_image_encoder_are_passed_over_and_said():
+def test_fields_of_an_image_encoder_are_ignored_and_said():
     """Google's QAT files of Gemma 3 have them beside the tensors of the text alone."""
     notes = []
     assert read("gemma3", notes=notes, **VISION) == read("gemma3")
@@ -233,7 +233,7 @@ def test_gemma3_as_ollama_writes_it():
     gone, notes = ("rope.freq_base", "attention.layer_norm_rms_epsilon"), []
     large = read("gemma3", without=gone, notes=notes, context_length=131072, **VISION)
     assert (large.norm_eps, large.rope, large.rope_window) == (1e-6, RopeConfig(1e6, (8.0,) * 8), RopeConfig(1e4))
-    assert any("does not tell the RoPE scaling" in note for note in notes)
+    assert any("has no RoPE scaling" in note for note in notes)
     small = read("gemma3", without=gone, context_length=32768, rope__local__freq_base=2e4, rope__global__freq_base=2e6)
     assert (small.rope, small.rope_window) == (RopeConfig(2e6), RopeConfig(2e4))
     told = read("gemma3", context_length=131072, rope__freq_base=1e6)
@@ -242,7 +242,7 @@ def test_gemma3_as_ollama_writes_it():
         read("llama", without=gone)
 
 
-def test_tensors_of_encoders_are_passed_over_and_unknown_ones_refused(tmp_path):
+def test_tensors_of_encoders_are_ignored_and_unknown_ones_refused(tmp_path):
     content = weight_files.tensors(tiny_model.make(tmp_path / "tiny"))
     plain = load(weight_files.write_gguf(tmp_path / "plain.gguf", content))
 
@@ -267,7 +267,7 @@ def test_tensors_of_encoders_are_passed_over_and_unknown_ones_refused(tmp_path):
     model = load(with_tensors("v.blk.0.attn_q.weight", "mm.mm_input_projection.weight", "blk.0.attn_rot_embd"))
     assert model.config == plain.config
     assert [note for note in model.notes if "2 tensors of an image encoder" in note] == model.notes != []
-    with pytest.raises(ModelFileError, match=r"tensor blk\.0\.attn_sinks\.weight is not one"):
+    with pytest.raises(ModelFileError, match=r"does not ask for tensor blk\.0\.attn_sinks\.weight"):
         load(with_tensors("blk.0.attn_sinks.weight"))
 
 

@@ -1,6 +1,6 @@
-"""`pdx compare`: XLA's paths against the Pallas kernels and against other people's, op by op and for whole steps.
+"""`pdx compare`: XLA against pdx's Pallas kernels and against other kernels, op by op and for whole steps.
 
-What is here is measured; chips that are not are compiled for. Which is which stands in every row.
+This process's device is measured. Other chips get figures from their compilers. Each row says which it is (`rung`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pdx.bench.compare import absent_chips, ceiling, contestants, measure, paths, selection, steps
 from pdx.bench.compare.rows import Comparison, Row
 from pdx.bench.compare.steps import Subject
+from pdx.installation.compilation_cache import folder_in_use
 from pdx.installation.devices import device_name
 from pdx.weights.load import default_dtype
 from pdx.weights.progress import Report, silent
@@ -35,26 +36,26 @@ def compare(
     extra: Mapping[str, Any] | None = None,
     progress: Report = silent,
 ) -> Comparison:
-    """Measure on this process' device, and compile for those asked for.
+    """Measure implementations on this process's device, and compile them for other chips.
 
     Args:
-      ops: of `pallas_kernels.analysis.problems`, and `steps` for prefill and decode of a whole model; none: all.
-      shapes: `all`, or part of a case's name; None: `selection`'s default.
-      targets: chips to give static figures for, as `pallas_kernels.analysis.targets` names them; None:
-        `selection.TARGETS` where there is no accelerator, else none.
-      model: whose steps: anything that `pdx.load` takes, or a shape of `configs/`, which gets random weights.
-      rounds: how often each contestant of a case is timed; they take turns.
-      cycles: the compilers' static cycles too: a process and a compilation a kernel.
-      extra: implementations of one's own by the name that they get in the table: a module or function as
-        `pallas_kernels.implementation` describes it, or `package.module:name` of one. It is for the one op named, or
-        for its OP; with `steps` it also runs in the step that its op is part of.
-      progress: told of what is done.
+      ops: names of `pallas_kernels.analysis.problems`, and `steps` for prefill and decode of a whole model; none: all.
+      shapes: `all`, or a part of a case's name; None: the default of `selection.cases`.
+      targets: chips to report static figures for, as named in `pallas_kernels.analysis.targets`; None:
+        `selection.TARGETS` if there is no accelerator, else none.
+      model: the model of the steps: a model argument of `pdx.load`, or a shape of `configs/` (random weights).
+      rounds: how often each implementation of a case is timed, in turn with the others.
+      cycles: also report the compilers' static cycles, which takes a process and a compilation per kernel.
+      extra: your own implementations, by their name in the table: a module or function as in
+        `pallas_kernels.implementation`, or `package.module:name` of one. It is compared for the single op in `ops`, or
+        for its own `OP`; with `steps`, also in the step that the op is part of.
+      progress: called after each measurement and compilation.
 
     Raises:
       RequestError: an op, a shape or a target that does not exist; the message lists those that do.
       ModelNotFoundError: no such model.
 
-    Example, XLA beside one's own function `mine(q, k, v, ...)`:
+    Example, comparing XLA with your own function `mine(q, k, v, ...)`:
       >>> found = pdx.compare(["decode_attention"], extra={"mine": mine}, targets=[])  # doctest: +SKIP
       >>> [(row.path, row.seconds) for row in found.rows]  # doctest: +SKIP
     """
@@ -68,20 +69,9 @@ def compare(
     subject = Subject(model, jnp.dtype(default_dtype(jax.devices()[0])).name) if selection.STEPS in named else None
     phases = steps.shapes_for(platform, subject.config()) if subject else []
     progress("measuring the device", 0, 1)
-    chip, source = ceiling.of_this_device()
-    notes = [*contestants.absent(), *(paths.for_steps(own) if subject else ())]
-    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__}, notes=notes)
-    if platform not in ACCELERATORS:
-        found.notes.insert(
-            0,
-            f"No accelerator here: on {found.device} the Pallas kernels have no times, only errors, "
-            "interpreted, where a case is small enough.",
-        )
-    if jax.config.jax_compilation_cache_dir:
-        found.notes.append(
-            f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}: one that is found "
-            "there takes less than compile says."
-        )
+    chip, source = ceiling.device_roofline()
+    found = Comparison(device_name(every=False), chip, source, {"jax": jax.__version__})
+    found.notes += _notes(found.device, platform, own if subject else {})
     total = len(cases) + len(phases)
     for i, (op, case) in enumerate(cases):
         progress("measuring", i, total)
@@ -98,17 +88,33 @@ def compare(
     return found
 
 
+def _notes(device: str, platform: str, in_steps: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sentences about what this run cannot compare. `in_steps`: the user's kernels, if steps are compared."""
+    notes = [*contestants.missing_peers(), *paths.notes_on_steps(in_steps)]
+    if platform not in ACCELERATORS:
+        notes.insert(
+            0,
+            f"No accelerator here: on {device} the Pallas kernels have no times. Small cases are interpreted, "
+            "which gives their errors.",
+        )
+    if folder := folder_in_use():
+        notes.append(
+            f"Compiled programs are cached in {folder}: the compile time of a cached one is only that of loading it."
+        )
+    return notes
+
+
 def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, own, progress: Report) -> list[Row]:
     if subject is not None:
         subject = Subject(subject.model, "bfloat16")
     done, total = 0, 2 * (len(cases) + len(phases))
 
-    def told(what: str) -> None:
+    def report(what: str) -> None:
         nonlocal done
         done += 1
         progress(f"compiling for {target}", min(done, total), total)
 
     progress(f"compiling for {target}", 0, total)
-    rows = absent_chips.rows(target, cases, subject, phases, cycles, told, own)
+    rows = absent_chips.rows(target, cases, subject, phases, cycles, report, own)
     progress(f"compiling for {target}", total, total)
     return rows

@@ -1,7 +1,7 @@
-"""The same cases and steps for chips that are not here: what kernels move and compute, and what compilers say.
+"""Static figures of cases and steps for chips that are not here: bytes and FLOPs of kernels, memory from compilers.
 
-A target's compiler runs in a process of its own (`compile_process`), which it can end. Without a compiler, what can be
-counted from grids and index maps is left. Nothing here is a measured time.
+A target's compiler runs in a separate process (`compile_process`), since it may crash. Without the compiler, bytes and
+FLOPs are counted from grids and index maps. Nothing here is a measured time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from pallas_kernels.analysis import problems, static, targets
 from pallas_kernels.analysis.targets import Target
 from pdx.bench.compare.measure import reason, start_row
-from pdx.bench.compare.paths import PHASES, Path, here
+from pdx.bench.compare.paths import PHASES, Path, runnable_paths
 from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
 from pdx.errors import RequestError
 
-MARK = "COMPARE "  # begins a line of the process that holds a row
+MARK = "COMPARE "  # prefix of the process's output lines that hold a row
 
 Case = tuple[str, Any]
 
@@ -33,34 +33,31 @@ def rows(
     subject: Subject | None,
     shapes: Sequence[Shape],
     cycles: bool,
-    told: Callable[[str], None] = lambda what: None,
+    report: Callable[[str], None] = lambda what: None,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """Rows for one target. Without its compiler what is counted: of kernels, and by the cost model of steps.
+    """The rows of one target. Without its compiler, kernels are counted and steps have the cost model's figures.
 
     Args:
+      name: the target.
+      cases: (op, case) pairs.
       subject, shapes: a model and the steps of it to compile; None: no steps.
-      cycles: ask for the compiler's static cycles too, which takes a process and a compilation a kernel.
-      told: called with the name of each thing that is done.
-      extra: implementations of one's own by op and label, which another process must be able to import.
+      cycles: also get the compiler's static cycles, which takes a process and a compilation per kernel.
+      report: called with the name of each row that is finished.
+      extra: the user's implementations by op and label. Another process must be able to import them.
 
     Raises:
-      RequestError: the compiler ended before it gave anything.
+      RequestError: the compiler ended before it returned anything.
     """
     target = Target.get(name)
-    if (why := targets.missing(name)) is not None:
-        return [
-            *(
-                counted(op, case, path, target, why, told)
-                for op, case in cases
-                for path in _kernels(op, target, extra or {})
-            ),
-            *(
-                replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
-                for shape in (shapes if subject else ())
-            ),
-        ]
     extra = extra or {}
+    if (why := targets.missing(name)) is not None:
+        kernels = [(op, case, path) for op, case in cases for path in _kernels(op, target, extra)]
+        found = [counted(*kernel, target, why, report) for kernel in kernels]
+        for shape in shapes if subject else ():
+            row = step_row(subject, shape, target.chip, name)
+            found.append(replace(row, path=PALLAS, rung=COUNTED, note=why))
+        return found
     own = [(op, p.name, p.reference) for op in extra for p in _kernels(op, target, extra) if p.name in extra[op]]
     wanted = [
         (op, case.name, path.name, path.reference)
@@ -68,34 +65,34 @@ def rows(
         for path in (*_kernels(op, target, extra), Path(XLA, "xla"))
         if path.reference
     ]
-    order = {
+    request = {
         "own": [x for x in own if x[2]],
         "target": name,
         "ops": wanted,
         "steps": [asdict(s) for s in shapes] if subject else [],
         "subject": asdict(subject) if subject else None,
     }
-    found = list(_in_a_process(order, told))
-    steps = sum(2 + sum(PHASES.get(op) == s.phase for op, _, _ in order["own"]) for s in shapes if subject)
+    found = list(_compile_in_process(request, report))
+    steps = sum(2 + sum(PHASES.get(op) == s.phase for op, _, _ in request["own"]) for s in shapes if subject)
     missing = len(wanted) + steps - len(found)
     if missing and not found:
-        raise RequestError(f"the compiler for {name} ended before it gave anything: leave {name} out of --targets")
+        raise RequestError(f"the compiler for {name} ended without a result: leave {name} out of --targets")
     if missing:
         found[-1] = replace(
             found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are missing.".strip()
         )
     found += _not_importable(cases, target, extra)
-    return [with_cycles(row, target, told) if cycles else row for row in found]
+    return [with_cycles(row, target, report) if cycles else row for row in found]
 
 
 def _kernels(op: str, target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    """The kernels of an op that run on a target, the library's and one's own."""
-    return [path for path in here(op, target.chip.platform, extra.get(op, {})) if path.name != XLA]
+    """The kernels of an op that run on a target: the library's and the user's."""
+    return [path for path in runnable_paths(op, target.chip.platform, extra.get(op, {})) if path.name != XLA]
 
 
 def _not_importable(cases: Sequence[Case], target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Rows that say why one's own kernel is not compiled."""
-    note = "made in this process: a compiler's own process cannot import it; give it as package.module:function"
+    """Rows that say why a user's kernel is not compiled."""
+    note = "the compiler's process cannot import this kernel: give it as package.module:function"
     return [
         replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=path.name, note=note)
         for op, case in cases
@@ -104,9 +101,9 @@ def _not_importable(cases: Sequence[Case], target: Target, extra: Mapping[str, M
     ]
 
 
-def counted(op: str, case: Any, path: Path, target: Target, why: str, told: Callable[[str], None]) -> Row:
-    """A kernel's row from its grid and index maps alone."""
-    told(f"{target.name}: {op}, {case.name}")
+def counted(op: str, case: Any, path: Path, target: Target, why: str, report: Callable[[str], None]) -> Row:
+    """A kernel's row, counted from its grid and index maps without a compiler; `why` there is none."""
+    report(f"{target.name}: {op}, {case.name}")
     problem = path.problem(op, case, target.chip.platform)
     row = replace(start_row(problem, target.chip, target.name), path=path.name)
     try:
@@ -119,11 +116,11 @@ def counted(op: str, case: Any, path: Path, target: Target, why: str, told: Call
     return replace(row, rung=COUNTED, moved_bytes=facts["bytes"], done_flops=facts["flops"], note=why)
 
 
-def with_cycles(row: Row, target: Target, told: Callable[[str], None]) -> Row:
-    """The row with the compiler's static cycles, where a kernel has no loops of dynamic length."""
+def with_cycles(row: Row, target: Target, report: Callable[[str], None]) -> Row:
+    """The row with the compiler's static cycles, if it is a kernel without loops of dynamic length."""
     if row.path != PALLAS or row.rung != COMPILED or row.op not in problems.OPS or row.note:
         return row
-    told(f"{target.name}: cycles of {row.op}, {row.case}")
+    report(f"{target.name}: cycles of {row.op}, {row.case}")
     problem = next(p for p in problems.problems(row.op, target.chip.platform) if p.name == row.case)
     cycles = static.cycles(problem, target)
     if not cycles:
@@ -131,16 +128,16 @@ def with_cycles(row: Row, target: Target, told: Callable[[str], None]) -> Row:
     return replace(row, cycles=cycles, cycle_seconds=cycles / target.chip.devices / (target.chip.clock_ghz * 1e9))
 
 
-def _in_a_process(order: dict[str, Any], told: Callable[[str], None]) -> Iterator[Row]:
+def _compile_in_process(request: dict[str, Any], report: Callable[[str], None]) -> Iterator[Row]:
     command = [sys.executable, "-m", "pdx.bench.compare.compile_process"]
     environment = os.environ | targets.environment() | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as child:
-        child.stdin.write(json.dumps(order))
+        child.stdin.write(json.dumps(request))
         child.stdin.close()
         for line in child.stdout:
             if line.startswith(MARK):
                 row = Row(**json.loads(line.removeprefix(MARK)))
-                told(f"{row.device}: {row.op}, {row.case}, {row.path}")
+                report(f"{row.device}: {row.op}, {row.case}, {row.path}")
                 yield row

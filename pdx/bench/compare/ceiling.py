@@ -1,4 +1,4 @@
-"""The roofline of this process' device: published if the chip table has it, else measured here."""
+"""The roofline of this process's device: published figures if the chip table has it, else measured ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RUNS = 5
 SIDE = 2048  # of the square matrices whose product is timed
 
 
-def of_this_device() -> tuple[Chip, str]:
-    """(the device as a chip, where its figures are from)."""
+def device_roofline() -> tuple[Chip, str]:
+    """(the device as a chip, the source of its figures)."""
     found = hardware.detect()
     return (found, "published figures") if found is not None else (measured(), "measured in this run")
 
 
 def measured(megabytes: int = 512, side: int = SIDE) -> Chip:
-    """Memory bandwidth of reading a large array, and rates of square products: the best of a few runs each."""
+    """A chip with the bandwidth of reading a large array and the rates of square products, the best of `RUNS` each."""
     read = read_bandwidth(megabytes)
     f32, int8 = (_product(side, dtype) for dtype in (jnp.float32, jnp.int8))
     times = interleaved({"read": read, "float32": lambda: once(f32), "int8": lambda: once(int8)}, RUNS)

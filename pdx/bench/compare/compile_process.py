@@ -1,8 +1,8 @@
-"""Cases and steps compiled for one target, a JSON object a line: `absent_chips` starts this in a process of its own.
+"""Compiles cases and steps for one target and prints one JSON object per line. `absent_chips` starts this process.
 
-`python -m pdx.bench.compare.compile_process` reads what it is to compile from standard input, and needs the environment
-that `pallas_kernels.analysis.targets.environment` describes. The figures are those of
-`pallas_kernels.analysis.static` and `pdx.aot`.
+`python -m pdx.bench.compare.compile_process` reads from standard input what to compile, and needs the environment that
+`pallas_kernels.analysis.targets.environment` returns. The figures are those of `pallas_kernels.analysis.static` and
+`pdx.aot`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pallas_kernels.analysis import hlo, problems, static
 from pallas_kernels.analysis.targets import Target
 from pdx import aot
 from pdx.bench.compare.absent_chips import MARK
-from pdx.bench.compare.measure import kernels_said, reason, start_row, what_ran
+from pdx.bench.compare.measure import describe_kernels, reason, start_row, what_ran
 from pdx.bench.compare.paths import Path, step_kernels
 from pdx.bench.compare.rows import COMPILED, NOT_RUN, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
@@ -28,14 +28,14 @@ DYNAMIC = "loops of dynamic length: no static cycles"
 
 
 def compiled(op: str, case: Any, path: Path, target: Target) -> Row:
-    """One path of a case, compiled in this process."""
+    """The row of one path of a case, compiled in this process."""
     chip = target.chip
     problem = path.problem(op, case, chip.platform)
     row = replace(start_row(problem, chip, target.name), path=path.name)
     if path.implementation == XLA:
         problem = problem.as_projected()  # as `static.facts` compiles the kernel
         c = target.compile(problem.fn(), *problem.arguments(), donate_argnums=problem.donate_argnums)
-        flops = None if " while(" in c.text else c.cost.get("flops")  # of a loop XLA counts one turn
+        flops = None if " while(" in c.text else c.cost.get("flops")  # XLA counts a loop's body only once
         return replace(
             row,
             rung=COMPILED,
@@ -53,7 +53,7 @@ def compiled(op: str, case: Any, path: Path, target: Target) -> Row:
     return replace(
         row,
         rung=COMPILED,
-        ran=kernels_said(facts["pallas_calls"]),
+        ran=describe_kernels(facts["pallas_calls"]),
         compile_seconds=facts["seconds"],
         temp_bytes=facts["temp"],
         moved_bytes=facts["bytes"],
@@ -66,13 +66,13 @@ def compiled(op: str, case: Any, path: Path, target: Target) -> Row:
     )
 
 
-# Instructions that read and write nothing themselves.
+# Instructions that move no bytes themselves.
 _NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done")
 
 
 def xla_bytes(text: str) -> int | None:
-    """What a program's instructions read and write in HBM, fusions as a whole; None where it has loops, whose turns
-    are data. XLA's own "bytes accessed" also counts what passes inside a fusion."""
+    """Bytes that a program's instructions read and write in HBM, with a fusion as one instruction; None for a program
+    with loops, whose length is not known. XLA's own "bytes accessed" also counts values inside a fusion."""
     module = hlo.Module(text)
     body = module.computations[module.entry]
     if any(i.opcode in ("while", "conditional", "call") for i in module.instructions()):
@@ -90,7 +90,7 @@ def xla_bytes(text: str) -> int | None:
 
 
 def compiled_step(subject: Subject, shape: Shape, kernels: Kernels, target: str, row: Row) -> Row:
-    """A whole step, compiled in this process; `row` is what is known of it before."""
+    """The row of a whole step, compiled in this process; `row` has the figures that are known before."""
     c = aot.compile_step(
         "prefill" if shape.phase == "prefill" else "decode_step",
         subject.config(),
@@ -111,28 +111,28 @@ def compiled_step(subject: Subject, shape: Shape, kernels: Kernels, target: str,
     )
 
 
-def _child(order: dict[str, Any]) -> None:
-    target = Target.get(order["target"])
-    for op, name, label, reference in order["ops"]:
+def _child(request: dict[str, Any]) -> None:
+    target = Target.get(request["target"])
+    for op, name, label, reference in request["ops"]:
         case = next(c for c in problems.cases(op) if c.name == name)
         path = Path(label, problems.named(op, target.chip.platform, reference))
         empty = replace(start_row(problems.OPS[op](case, "xla"), target.chip, target.name), path=label)
-        _say(lambda op=op, case=case, path=path: compiled(op, case, path, target), empty)
+        _print_row(lambda op=op, case=case, path=path: compiled(op, case, path, target), empty)
     extra: dict[str, dict[str, Any]] = {}
-    for op, label, reference in order["own"]:
+    for op, label, reference in request["own"]:
         extra.setdefault(op, {})[label] = implementation.load(reference)
-    for values in order["steps"]:
-        subject, shape = Subject(**order["subject"]), Shape(**values)
+    for values in request["steps"]:
+        subject, shape = Subject(**request["subject"]), Shape(**values)
         own = step_kernels(shape.phase, extra, target.chip.platform)
         for label, kernels in (*((path, path) for path in (PALLAS, XLA)), *own.items()):
             row = replace(step_row(subject, shape, target.chip, target.name), path=label)
-            _say(lambda a=subject, b=shape, k=kernels, row=row: compiled_step(a, b, k, target.name, row), row)
+            _print_row(lambda a=subject, b=shape, k=kernels, row=row: compiled_step(a, b, k, target.name, row), row)
 
 
-def _say(make: Callable[[], Row], empty: Row) -> None:
+def _print_row(make: Callable[[], Row], empty: Row) -> None:
     try:
         row = make()
-    except Exception as error:  # what the compiler refuses: the others go on
+    except Exception as error:  # refused by the compiler: continue with the next row
         row = replace(empty, rung=NOT_RUN, note=reason(error))
     print(MARK + json.dumps(asdict(row)), flush=True)
 

@@ -1,7 +1,7 @@
-"""What stands beside one another on a case: XLA's path, the Pallas path, and other people's kernels where installed.
+"""The implementations that are compared on a case: XLA's, pdx's Pallas kernels, the user's, and other installed ones.
 
-Caches are drawn lying heads_last; each contestant is given them as it reads them, and is not charged for that. pdx's
-two paths both read the layout of the device's caches.
+Random caches are made in the layout `heads_last`. Each implementation gets them in the layout that it reads; converting
+them is not timed. pdx's paths read the layout of the device's caches.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import numpy as np
 
 from pallas_kernels.analysis.problem import Problem
 from pdx.bench.compare import paths
-from pdx.bench.compare.expected import Arrays, laid
+from pdx.bench.compare.expected import Arrays, in_layout
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`fn(x, *held)` on arrays that lie as it reads them; `result` brings what it returns into the op's own shape."""
+    """An implementation that is compared: `fn(x, *held)`, on arrays in the layout that it reads.
+
+    `result` converts its result to the op's shape.
+    """
 
     path: str
     fn: Callable[..., jax.Array]
@@ -31,34 +34,34 @@ class Contestant:
     result: Callable[[jax.Array], jax.Array] = lambda out: out
 
 
-def ours(
+def library_and_own(
     op: str, case: Any, arrays: Arrays, platform: str, extra: Mapping[str, Any] | None = None
 ) -> Iterator[Contestant]:
-    """XLA's path, and the kernels that a device of the platform runs, one's own included.
+    """XLA's path and the kernels, the library's and the user's, that run on the platform.
 
-    A case that one refuses raises when it is traced.
+    A case that one of them refuses raises when it is traced.
     """
-    for path in paths.here(op, platform, extra or {}):
-        yield of_problem(path.name, path.problem(op, case, platform), arrays)
+    for path in paths.runnable_paths(op, platform, extra or {}):
+        yield from_problem(path.name, path.problem(op, case, platform), arrays)
 
 
-def of_problem(path: str, problem: Problem, arrays: Arrays, interpret: bool = False) -> Contestant:
-    """A problem's own call on arrays whose caches lie heads_last."""
+def from_problem(path: str, problem: Problem, arrays: Arrays, interpret: bool = False) -> Contestant:
+    """A problem's own call, for arrays whose caches have the layout `heads_last`."""
     layout = getattr(problem.call, "layout", None)
-    x, *held = (laid(arrays, layout) if layout else arrays).values()
+    x, *held = (in_layout(arrays, layout) if layout else arrays).values()
     return Contestant(path, problem.fn(interpret=interpret), x, tuple(held))
 
 
 def peers(op: str, case: Any, arrays: Arrays, platform: str) -> Iterator[Contestant]:
-    """Other people's implementations that are installed and can express the case."""
+    """Implementations of other libraries that are installed and can compute the case."""
     if op in ("flash_attention", "decode_attention"):
         yield from _dense_peers(case, arrays, platform)
     elif op == "paged_attention" and platform in ("tpu", "gpu"):
         yield from _paged_peers(case, arrays, platform)
 
 
-def absent() -> list[str]:
-    """Sentences on peers that are not here."""
+def missing_peers() -> list[str]:
+    """Sentences about libraries that are not installed."""
     return [] if find_spec("tokamax") else ["tokamax is not installed, so it is not compared (pip install tokamax)"]
 
 
@@ -105,7 +108,7 @@ def _dense_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestan
 
 
 def _square_kernel(case: Any, q, k, v, platform: str, scale: float) -> Contestant:
-    """JAX's own prefill kernels. They have no GQA: K and V are given as many heads as Q."""
+    """JAX's own prefill kernels. They have no GQA, so K and V get as many heads as Q."""
     k, v = (jnp.repeat(x, case.group, axis=2) for x in (k, v))
     if platform == "gpu":
         from jax.experimental.pallas.ops.gpu.attention import mha
@@ -132,7 +135,7 @@ def _paged_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestan
     if platform == "tpu":
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-        # Its pages hold K and V heads in turn.
+        # Its pages hold K and V heads alternately.
         pages = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, case.head_dim)
         rows = jnp.array([len(case.lengths)], jnp.int32)
 
@@ -153,7 +156,7 @@ def _paged_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestan
     elif case.max_queries == 1 and not case.window:
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-        def run(q, k, v, tables, lengths):  # it has no scale of its own
+        def run(q, k, v, tables, lengths):  # it has no scale
             return paged_attention(
                 (q * scale).astype(q.dtype), k, v, tables, lengths, attn_logits_soft_cap=case.softcap
             )
@@ -164,18 +167,18 @@ def _paged_peers(case: Any, arrays: Arrays, platform: str) -> Iterator[Contestan
 
 
 def _plain(case: Any) -> bool:
-    """Nothing that only pdx's ops have."""
+    """Whether the case uses no feature that only pdx's ops have."""
     same = case.value_dim in (None, case.head_dim) and case.kv_dtype in (None, case.dtype)
     return same and not (case.softcap or case.sinks or case.tree or case.quantized)
 
 
 def expressible(case: Any) -> bool:
-    """Whether plain attention with a mask can do it: the cache did not wrap, and every row's position is its slot."""
+    """Whether attention with a mask can compute it: the cache has not wrapped, so that a position is its slot."""
     return _plain(case) and max(case.lengths, default=0) <= case.slots
 
 
 def mask(case: Any) -> np.ndarray:
-    """[B, 1, T, S]: which keys a query sees. Padding sees key 0, so that no softmax is of nothing."""
+    """[B, 1, T, S] of bool: the keys of each query. Padding gets key 0, so that no softmax is empty."""
     positions, keys = case.positions[:, :, None], np.arange(case.slots)
     seen = keys < np.asarray(case.lengths)[:, None, None]
     if case.causal:
@@ -186,11 +189,11 @@ def mask(case: Any) -> np.ndarray:
 
 
 def is_square(case: Any) -> bool:
-    """Whole prompts that fill their cache: query i stands at position i of as many keys."""
+    """Whether all rows are whole prompts that fill the cache: query i is at position i, with T = S."""
     return _plain(case) and not any(case.held) and set(case.new) == {case.queries} == {case.slots}
 
 
 def is_decode(case: Any) -> bool:
-    """One query a row behind everything that the row holds, in a cache that did not wrap."""
+    """Whether each row has one query after all its keys, in a cache that has not wrapped."""
     simple = _plain(case) and case.queries == 1 and case.causal and not case.window and not case.full
     return simple and max(case.lengths) <= case.slots

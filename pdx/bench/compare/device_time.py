@@ -1,13 +1,15 @@
-"""Seconds that a call takes on the device, without those that the host takes to ask for it.
+"""Device time of a call, without the host's launch.
 
-Calls run one behind the other in a loop inside one program, each fed with the result before, so that none can be
-hoisted, left out or overlapped. The number of turns is an argument: a long loop less a short one, over the
-difference, is the time of a turn, and what a launch costs cancels. A loop of no turns is that cost by itself.
-A GPU's host asks the device before each turn of such a loop whether there is another, some tens of microseconds, which
-no difference cancels; a loop of a known length it only asks to run. Short calls are therefore repeated there in blocks
-of a known length.
-What is fed back is one value (`pallas_kernels.analysis.timing_loop`); the whole result is the loop's own, so none of it
-is left out.
+Calls run one after another in a loop inside one program. Each uses a value of the previous result
+(`pallas_kernels.analysis.timing_loop`), so that none can be hoisted, skipped or overlapped; the whole result is part of
+the loop's state, so that all of it is computed.
+
+The number of turns is an argument of the program. The time of a turn is the difference of a long and a short loop,
+divided by the difference of their turns, which removes the launch. A loop without turns measures the launch.
+
+On a GPU, the host checks before each turn of such a loop whether it ends, which takes tens of microseconds that the
+difference does not remove. A loop of constant length has no such check. So short calls are repeated there in blocks of
+constant length.
 """
 
 from __future__ import annotations
@@ -25,21 +27,24 @@ from pallas_kernels.analysis.timing_loop import Turn
 from pallas_kernels.hardware import platform_of
 from pdx.bench.timing import Timing
 
-SECONDS = 0.1  # a long loop should take at least
+LONG_LOOP_S = 0.1  # a long loop takes at least this many seconds
 MOST_TURNS = 1 << 14
-FEW = 1  # turns of the short loop
-BLOCK, SHORT = 64, 1e-3  # turns in one of a GPU's loop, of calls shorter than so many seconds
+SHORT_TURNS = 1  # turns of the short loop
+BLOCK, BLOCK_BELOW_S = 64, 1e-3  # on a GPU, calls shorter than this are repeated in blocks of 64
 
 
 @dataclass
 class Loop:
-    """A compiled loop of turns.
+    """A compiled loop that times a call.
 
     Attributes:
-      turn: what is repeated; what it returns must depend on its state.
-      state: a tuple, what the first turn is given. It is donated: a cache in it is written in place.
-      fresh: what stands first in the state of a run, in turn, so that no run repeats another.
-      held: what every run reads: weights, keys and values.
+      turn: (state, held) -> state, the body of the loop. Its result must depend on its state.
+      state: a tuple, the first turn's state. It is donated, so that a cache in it is updated in place.
+      fresh: values for the first element of the state, used in turn, so that no run repeats the previous one.
+      held: arrays that every turn reads: weights, keys and values.
+      compile_seconds: of the loop.
+      turns: of the long loop; 0 before `calibrate`.
+      dispatch: seconds of launches without work.
     """
 
     turn: Turn
@@ -70,12 +75,12 @@ class Loop:
 
     @property
     def text(self) -> str:
-        """The optimized program, to read what really runs."""
+        """The text of the optimized program, which shows what really runs."""
         return self._program.as_text()
 
     def run(self, turns: int) -> float:
-        """Seconds of a loop of so many turns, as the host sees them; its result is the next state."""
-        fresh = jnp.copy(self.fresh[self._runs % len(self.fresh)])  # the program takes it over
+        """Seconds of a loop of `turns` turns, as the host measures them. Its result becomes the next state."""
+        fresh = jnp.copy(self.fresh[self._runs % len(self.fresh)])  # a copy, since the program donates it
         self._runs += 1
         count, state = jax.block_until_ready((jnp.int32(turns), (fresh, *self.state[1:])))
         started = time.perf_counter()
@@ -84,20 +89,20 @@ class Loop:
         return time.perf_counter() - started
 
     def calibrate(self) -> None:
-        """Choose how many turns make a loop long enough to be read."""
-        self.run(FEW)
+        """Choose the number of turns of the long loop."""
+        self.run(SHORT_TURNS)
         turns = 1
-        while (taken := self.run(turns)) < SECONDS and turns < MOST_TURNS:
+        while (taken := self.run(turns)) < LONG_LOOP_S and turns < MOST_TURNS:
             turns *= 2
-        if self.block == 1 and taken / turns < SHORT and platform_of() == "gpu":
+        if self.block == 1 and taken / turns < BLOCK_BELOW_S and platform_of() == "gpu":
             self.block, self._program = BLOCK, self._compile(BLOCK)
             return self.calibrate()
-        self.turns = FEW + turns
+        self.turns = SHORT_TURNS + turns
 
     def __call__(self) -> Timing:
-        """Seconds of one call on the device, from one pair of loops; a contestant of `timing.interleaved`."""
+        """Seconds of one call on the device, from a short and a long loop; see `timing.interleaved`."""
         if not self.turns:
             self.calibrate()
         self.dispatch += Timing((self.run(0),))
-        few, many = self.run(FEW), self.run(self.turns)
-        return Timing(((many - few) / (self.turns - FEW) / self.block,))
+        short, long = self.run(SHORT_TURNS), self.run(self.turns)
+        return Timing(((long - short) / (self.turns - SHORT_TURNS) / self.block,))

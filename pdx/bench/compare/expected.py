@@ -1,4 +1,4 @@
-"""Numbers for a case of an op, and what the op should make of them: in f32, by what defines it, some rows at a time."""
+"""Random arrays for a case of an op, and the op's right result for them: in f32, by the reference, in pieces."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from pallas_kernels.layouts import Layout, to_layout
 from pallas_kernels.quant_array import LEVELS, QuantArray, dequantize
 
 CACHES = ("k", "v", "k_pages", "v_pages")
-# Values drawn for one array; a larger one repeats them, with an odd period, so that no two rows are alike.
+# Random values per array. A larger array repeats them; the period is odd, so that no two rows are equal.
 DRAWN = (1 << 22) + 1
-# Of a score matrix, or of a piece of a matrix in f32.
-PIECE_BYTES = 1 << 28
+PIECE_BYTES = 1 << 28  # the most bytes of attention scores, or of matrix rows in f32, at a time
 
 Arrays = dict[str, jax.Array]
 
 
 def draw(problem: Problem, seed: int = 0) -> Arrays:
-    """Arrays of a problem: lengths and tables as the case has them, the rest random."""
+    """The arrays of a problem: lengths and tables are the case's, all others random."""
     rng, found = np.random.default_rng(seed), {}
     for name, x in problem.arrays.items():
         if name in problem.scalars:
@@ -43,37 +42,37 @@ def _values(rng: np.random.Generator, name: str, x: jax.ShapeDtypeStruct, proble
     if bits:
         return jnp.asarray(rng.integers(-LEVELS[bits], LEVELS[bits] + 1, count), jnp.int8).astype(x.dtype)
     if name in ("k_scale", "v_scale"):
-        return jnp.asarray(rng.uniform(0.2, 1.8, count) / 73, x.dtype)  # dequantized, about 1 in size
+        return jnp.asarray(rng.uniform(0.2, 1.8, count) / 73, x.dtype)  # dequantized values are about 1
     normal = rng.standard_normal(count, np.float32)
-    if name == "scales":  # results of about 1 in size
+    if name == "scales":  # results are about 1
         levels = LEVELS[problem.case.bits]
         return jnp.asarray((1 + 0.2 * normal) * problem.case.columns**-0.5 / levels, x.dtype)
     if name == "offsets":
         return jnp.asarray(0.1 * normal * problem.case.columns**-0.5, x.dtype)
-    # Queries are larger, so that a softmax has something to choose.
+    # Larger queries, so that the softmax is not nearly uniform.
     return jnp.asarray(normal * (3.0 if name == "q" else 1.0), x.dtype)
 
 
-def laid(arrays: Arrays, layout: Layout) -> Arrays:
-    """The same with caches, which lie heads_last, in another layout."""
+def in_layout(arrays: Arrays, layout: Layout) -> Arrays:
+    """The same arrays with their caches, which are `heads_last`, converted to `layout`."""
     return {name: to_layout(x, layout) if name in CACHES else x for name, x in arrays.items()}
 
 
 def answer(problem: Problem, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """What the op means for arrays whose caches lie heads_last: (result in f32, which of its rows count)."""
+    """(the right result in f32, [rows] of bool: which rows are compared). Caches are `heads_last`."""
     make = {"paged_attention": _paged, "quantized_matmul": _matmul}.get(problem.op, _dense)
     return make(problem.case, arrays)
 
 
 def errors(result: jax.Array, right: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """The largest difference in rows that count, and the same over the largest right value; inf for NaN."""
+    """The largest difference in the compared rows, and its ratio to the largest right value; inf for NaN."""
     off = np.abs(np.asarray(result.astype(jnp.float32)) - right)[real]
     worst = float(off.max(initial=0.0)) if np.isfinite(off).all() else float("inf")
     return worst, worst / max(float(np.abs(right[real]).max(initial=0.0)), 1e-30)
 
 
 def _piece(size: int, each: int) -> int:
-    """How many of `size` things fit whose f32 scores or values are `each`."""
+    """How many of `size` items, of `each` f32 values, fit into `PIECE_BYTES`."""
     return max(1, min(size, PIECE_BYTES // (4 * each)))
 
 
@@ -98,7 +97,7 @@ def _dense(case, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _paged(case, arrays: Mapping[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-    """Each row by itself, its pages laid side by side as a dense cache."""
+    """Each row by itself, with its pages concatenated to a dense cache."""
     out = np.zeros((case.packed, case.kv_heads * case.group, case.value_size), np.float32)
     settings = {
         "scale": case.logit_scale,

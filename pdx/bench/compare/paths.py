@@ -1,4 +1,4 @@
-"""The paths of an op that stand beside one another: XLA's, the Pallas kernels of a platform, and a user's own."""
+"""The implementations ("paths") of an op that are compared: XLA's, the platform's Pallas kernels, the user's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pdx.cache.layer import default_layout
 from pdx.errors import RequestError
 
 PLATFORMS = ("tpu", "gpu")
-PHASES = {"flash_attention": "prefill", "decode_attention": "decode"}  # the step that an op of a dense cache is part of
+PHASES = {"flash_attention": "prefill", "decode_attention": "decode"}  # op -> the step over a dense cache that uses it
 
 
 @dataclass(frozen=True)
 class Path:
-    """One path of an op: its name in tables, and a name of the library's or a user's own implementation."""
+    """One path of an op: its name in tables, and an implementation by name or object."""
 
     name: str
     implementation: Any
@@ -30,30 +30,30 @@ class Path:
 
     @property
     def reference(self) -> str | None:
-        """How another process names the implementation; None if it cannot."""
+        """The name by which another process can import the implementation; None if it cannot."""
         return implementation.reference_of(self.implementation)
 
     def problem(self, op: str, case: Any, platform: str) -> Problem:
-        """A case for this path, its cache lying as the path reads it; as the platform's caches lie if it reads all."""
+        """A case for this path, in a cache layout that the path reads: the platform's own, if it can."""
         declared = getattr(self.of(op), "LAYOUTS", None)
         here = default_layout(platform)
         return problems.OPS[op](case, self.implementation, here if not declared or here in declared else declared[0])
 
 
 def library(op: str, platform: str) -> list[Path]:
-    """The library's kernels of an op for a platform: the one that `auto` takes first is called `pallas`."""
+    """The library's kernels of an op for a platform. The one that `auto` tries first is named `pallas`."""
     names = problems.for_platform(op, platform)
     return [Path(PALLAS if i == 0 else name, name) for i, name in enumerate(names)]
 
 
-def here(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
-    """What runs on a device of this platform."""
+def runnable_paths(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
+    """The paths that run on a device of this platform."""
     own = [Path(label, x) for label, x in extra.items()]
     return [Path(XLA, "xla"), *library(op, platform), *(p for p in own if implementation.runs_on(p.of(op), platform))]
 
 
-def elsewhere(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
-    """What only runs on devices of other platforms, and can be interpreted."""
+def other_platforms(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
+    """The paths that run on other platforms only. Here they can be interpreted."""
     kernels = [
         Path(f"{PALLAS} {name}", name) for p in PLATFORMS if p != platform for name in problems.for_platform(op, p)
     ]
@@ -62,7 +62,7 @@ def elsewhere(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
 
 
 def step_kernels(phase: str, extra: Mapping[str, Mapping[str, Any]], platform: str) -> dict[str, Mapping[str, Any]]:
-    """What `kernels=` of a step is, by label, for those of one's own that are part of the phase and run here."""
+    """Label -> `kernels=` of a step, for the user's implementations of the phase's op that run on the platform."""
     return {
         label: {op: x}
         for op, by_label in extra.items()
@@ -73,27 +73,27 @@ def step_kernels(phase: str, extra: Mapping[str, Mapping[str, Any]], platform: s
 
 
 def own(extra: Mapping[str, Any] | None, named: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Implementations of one's own by op and label.
+    """The user's implementations by op and label.
 
     Args:
-      extra: by label: a module, object or function, or `package.module:name` of one.
-      named: the ops asked for.
+      extra: label -> a module, object or function, or `package.module:name` of one.
+      named: the ops to compare.
 
     Raises:
-      RequestError: a label that is taken, what is no implementation, or one whose op is not told.
+      RequestError: a label that pdx uses itself, an invalid implementation, or one whose op is not known.
     """
     found: dict[str, dict[str, Any]] = {}
     ops = [op for op in named if op in problems.OPS]
     for label, given in (extra or {}).items():
         if label in (XLA, PALLAS):
-            raise RequestError(f"{label!r} is the name of one of pdx's own paths: give yours another")
+            raise RequestError(f"{label!r} is the name of one of pdx's own paths: choose another")
         try:
             mine = implementation.load(given) if isinstance(given, str) else given
             op = getattr(mine, "OP", None) or (ops[0] if len(ops) == 1 else None)
             if op not in problems.OPS:
                 known = ", ".join(problems.OPS)
                 raise RequestError(
-                    f"{label}: for which op is it? Compare one op alone, or set its OP to one of {known}"
+                    f"{label}: its op is not known: compare a single op, or set its OP to one of {known}"
                 )
             op_of(op).implementation(mine)
         except ValueError as error:
@@ -102,7 +102,7 @@ def own(extra: Mapping[str, Any] | None, named: Sequence[str]) -> dict[str, dict
     return found
 
 
-def for_steps(extra: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences on those that no compared step has a place for."""
+def notes_on_steps(extra: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence about the user's implementations whose op is not part of a compared step."""
     absent = [label for op, by_label in extra.items() if op not in PHASES for label in by_label]
-    return [f"{', '.join(absent)}: prefill and decode steps are compared over dense caches only"] if absent else []
+    return [f"{', '.join(absent)}: not in the steps, which are compared over dense caches only"] if absent else []

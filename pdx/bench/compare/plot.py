@@ -1,4 +1,4 @@
-"""The roofline of the device with the measured points of a comparison."""
+"""Plots the measured points of a comparison against the device's roofline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKERS = "os^Dv<>P*X"
 
 
 def save(found: Comparison, file: Path) -> None:
-    """Write the picture; its format is that of the file's ending.
+    """Write the plot; the file's ending sets its format.
 
     Raises:
       RequestError: matplotlib is not installed, or does not know the ending.
@@ -27,8 +27,10 @@ def save(found: Comparison, file: Path) -> None:
 
 
 def picture(found: Comparison):
-    """TFLOP/s against FLOPs a byte, both logarithmic: a roof for each type that was multiplied, a point for each row
-    that has a time, a colour an op and a marker a path. Returns a matplotlib figure."""
+    """A matplotlib figure of TFLOP/s against FLOPs per byte, both logarithmic.
+
+    It has a roof for each operand type, and a point for each row with a time: one colour per op, one marker per path.
+    """
     from matplotlib.figure import Figure
 
     points = [r for r in found.rows if r.seconds]
@@ -52,7 +54,7 @@ def picture(found: Comparison):
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="FLOPs a byte that the case needs",
+        xlabel="FLOPs per byte that the case needs",
         ylabel="TFLOP/s",
         title=f"{found.device}: measured, under its roofline ({found.ceiling})",
     )
@@ -62,7 +64,7 @@ def picture(found: Comparison):
 
 
 def _roofs(axes, found: Comparison, points: list[Row]) -> None:
-    rate = found.chip.hbm_gbps / 1e3  # TFLOP/s for each FLOP a byte
+    rate = found.chip.hbm_gbps / 1e3  # TFLOP/s at one FLOP per byte
     peaks: dict[float, list[str]] = {}
     for dtype in dict.fromkeys(r.dtype for r in points):
         peaks.setdefault(found.chip.tflops(dtype), []).append(dtype)

@@ -1,4 +1,4 @@
-"""One line of the comparison, the same for what was measured and for what was only compiled, and all of them."""
+"""`Row`, one line of a comparison, whether measured or only compiled; and `Comparison`, all rows of a run."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from pallas_kernels.hardware import Chip
 from pdx.io import outputs
 
 XLA, PALLAS = "xla", "pallas"
-# Largest error over the largest right value, by the types that are multiplied and stored.
+# The largest tolerated relative error, by operand type.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2, "int8": 3e-2}
-# What a row's figures rest on.
+# The source of a row's figures.
 MEASURED, INTERPRETED, COMPILED, COUNTED, NOT_RUN = "measured", "interpreted", "compiled", "counted", "not run"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One path of one case on one device; None where there is no figure.
+    """One path of one case on one device. A figure that does not exist is None.
 
     Attributes:
-      op, case: an op and a case of its list, or `prefill` and `decode` with their shape.
-      path: xla, pallas, or a peer by its name.
-      device: this process' device, or a target that was compiled for.
-      rung: `measured` is the only one with times; `interpreted` has an error only; `compiled` and `counted` are
-        static figures, with a compiler and without; `not run` says why in `note`.
-      ran: what is in the program, read from its text.
-      auto: whether this is the path that `auto` takes on the device.
-      bytes, flops: what the case needs, whatever a path does.
-      seconds, low, high: of a call on the device: median and quartiles. dispatch_seconds: of the host, apart.
-      roofline_seconds, bound: what the device needs at least, and which of its limits that is.
-      max_error, relative_error: the largest difference to f32, and that over the largest right value.
+      op, case: an op and one of its cases, or `prefill` or `decode` and their shape.
+      path: xla, pallas, or the name of another implementation.
+      device: this process's device, or a target that was compiled for.
+      rung: `measured`: with times; `interpreted`: with an error only; `compiled`, `counted`: static figures with and
+        without the compiler; `not run`: the reason is in `note`.
+      ran: what the compiled program contains.
+      auto: whether `auto` takes this path on the device.
+      dtype: the operand type.
+      bytes, flops: what the case needs at least, for any path.
+      seconds, low, high: device time of a call: median and quartiles.
+      dispatch_seconds: the host's launch of a call, not part of `seconds`.
+      compile_seconds: of the program.
+      roofline_seconds, bound: the device's floor for the case, and whether compute or memory sets it.
+      max_error, relative_error: the largest difference from the f32 reference; the same over the largest right value.
       moved_bytes, done_flops: of a kernel, counted from grid, index maps and DMAs.
-      temp_bytes, vmem_bytes, shared_bytes, registers, spill_bytes, cycles: what the compiler says.
-      cycle_seconds: the static cycles at the chip's clock: not a time that was measured.
+      temp_bytes, vmem_bytes, shared_bytes, registers, spill_bytes, cycles: the compiler's figures.
+      cycle_seconds: the static cycles at the chip's clock. It is not a measured time.
     """
 
     op: str
@@ -80,16 +83,16 @@ class Row:
 
     @property
     def of_roofline(self) -> float | None:
-        """Share of the device's limit; above 1 where operands stayed in a cache from one call to the next."""
+        """The share of the roofline that was reached; above 1 if operands stay in a cache between calls."""
         return self.roofline_seconds / self.seconds if self.seconds else None
 
     @property
     def wrong(self) -> bool:
-        """Whether the error is larger than rounding explains."""
+        """Whether the error is too large to be rounding."""
         return self.relative_error is not None and not self.relative_error <= TOLERANCE.get(self.dtype, 3e-2)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` and `--csv` give of it; an error that is no number (NaN in a result) is None, and `wrong`."""
+        """The fields of `--json` and `--csv`. A NaN error is None there, and `wrong` is true."""
         values = asdict(self) | {name: getattr(self, name) for name in DERIVED}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
@@ -99,7 +102,7 @@ COLUMNS = (*(f.name for f in fields(Row)), *DERIVED)
 
 
 def limits(chip: Chip, flops: float, nbytes: float, dtype: str) -> dict[str, Any]:
-    """`roofline_seconds` and `bound` of what needs so much."""
+    """`roofline_seconds` and `bound` of a case with these FLOPs and bytes."""
     compute = flops / (chip.tflops(dtype) * 1e12)
     bound = "compute" if compute > nbytes / (chip.hbm_gbps * 1e9) else "memory"
     return {"roofline_seconds": chip.seconds(flops, nbytes, dtype), "bound": bound}
@@ -107,17 +110,17 @@ def limits(chip: Chip, flops: float, nbytes: float, dtype: str) -> dict[str, Any
 
 @dataclass
 class Comparison:
-    """Everything that one run found."""
+    """The results of one run."""
 
     device: str
-    chip: Chip  # the device's, with the figures that rooflines are made of
-    ceiling: str  # where these are from
+    chip: Chip  # the device; its figures give the roofline
+    ceiling: str  # the source of these figures
     versions: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def cases(self) -> Iterator[tuple[str, str, list[Row]]]:
-        """(op, case, its rows), in the order of their first row."""
+        """(op, case, its rows), in the order of the first rows."""
         found: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             found.setdefault((row.op, row.case), []).append(row)
@@ -125,7 +128,7 @@ class Comparison:
             yield op, case, rows
 
     def verdicts(self) -> list[dict[str, Any]]:
-        """What each path takes against XLA's, by device time; one that computes something else gets none."""
+        """The speed of each path relative to XLA, by device time. Paths with wrong results are left out if XLA's is."""
         found = []
         for op, case, rows in self.cases():
             base = next((r for r in rows if r.path == XLA and r.seconds and not r.wrong), None)
@@ -153,7 +156,7 @@ class Comparison:
         }
 
     def write_csv(self, file: Path) -> None:
-        """One line a row, every field of `Row` a column."""
+        """Write one line per row, with a column for each field of `Row`."""
         with outputs.opened(file, newline="") as out:
             writer = csv.DictWriter(out, COLUMNS)
             writer.writeheader()
@@ -161,7 +164,7 @@ class Comparison:
 
 
 def verdict(row: Row, base: Row) -> str:
-    """`faster`, `slower`, `same` within what runs differ by, or `wrong`."""
+    """`faster`, `slower`, `same` (the quartiles overlap), or `wrong`."""
     if row.wrong:
         return "wrong"
     if row.low <= base.high and base.low <= row.high:

@@ -1,4 +1,4 @@
-"""Which cases a comparison takes when it is not told, and what it can be told."""
+"""The cases, steps and targets of a comparison: defaults, and checks of the user's choice."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pallas_kernels.analysis import problems, targets
 from pdx.errors import RequestError
 
 STEPS = "steps"
-# Of each op one that is small enough to be interpreted, so that the Pallas path has an error there, and real sizes
-# that two cores run in less than a second.
+# Default cases on a CPU: for each op one that is small enough to interpret its Pallas kernel, and realistic ones that
+# two cores run in less than a second.
 ON_CPU = {
     "flash_attention": ("SmolLM2 135M, float32", "SmolLM2 135M, bf16"),
     "decode_attention": ("SmolLM2 135M, float32", "SmolLM2 135M, f32"),
     "paged_attention": ("one KV head of 256", "smollm2 mixed"),
     "quantized_matmul": ("W8A16, groups of 32", "llama gate, W8A16, f32", "llama gate, W8A8, decode"),
 }
-# Of the static figures where there is no accelerator and none is named: the TPU that Colab lends.
+# Default targets if there is no accelerator: Colab's TPU.
 TARGETS = ("v5e",)
 
 
 def ops(named: Sequence[str]) -> list[str]:
-    """The ops asked for, `steps` among them; all if none is. Raises RequestError for an unknown one."""
+    """The named ops, which may include `steps`; all if none is named. Raises RequestError for an unknown one."""
     known = [*problems.ops(), STEPS]
     for name in named:
         if name not in known:
@@ -31,7 +31,7 @@ def ops(named: Sequence[str]) -> list[str]:
 
 
 def cases(op: str, shapes: str | None, platform: str) -> list[Any]:
-    """Cases of an op. `shapes`: `all`, or part of a name; None: a few on a CPU, elsewhere all of real size."""
+    """Cases of an op. `shapes`: `all`, or a part of a name; None: a few on a CPU, elsewhere all realistic ones."""
     if shapes is None and platform == "cpu":
         return [c for c in problems.cases(op) if c.name in ON_CPU[op]]
     if shapes is None:
@@ -40,10 +40,10 @@ def cases(op: str, shapes: str | None, platform: str) -> list[Any]:
 
 
 def chosen(named: Sequence[str], shapes: str | None, platform: str) -> list[tuple[str, Any]]:
-    """(op, case) of all that is compared.
+    """All (op, case) pairs to compare.
 
     Raises:
-      RequestError: a pattern that no case of these ops has in its name; the message lists them.
+      RequestError: no case's name contains `shapes`; the message lists the names.
     """
     found = [(op, case) for op in named if op != STEPS for case in cases(op, shapes, platform)]
     if not found and shapes is not None and any(op != STEPS for op in named):
@@ -53,7 +53,7 @@ def chosen(named: Sequence[str], shapes: str | None, platform: str) -> list[tupl
 
 
 def check_targets(named: Sequence[str]) -> list[str]:
-    """The targets asked for. Raises RequestError for one that nothing compiles for."""
+    """The named targets without repetitions. Raises RequestError for an unknown one."""
     for name in named:
         try:
             targets.Target.get(name)

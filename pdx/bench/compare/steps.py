@@ -1,4 +1,4 @@
-"""Whole steps of a model: prefill and decode with XLA's attention and with the Pallas kernels."""
+"""Compares whole steps of a model: prefill and decode with XLA's attention, the Pallas kernels, and the user's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.hardware import Chip
 from pdx import steps
 from pdx.bench.compare.device_time import Loop
 from pdx.bench.compare.expected import errors
-from pdx.bench.compare.measure import FRESH, not_here, reason, timed, what_ran
+from pdx.bench.compare.measure import FRESH, reason, timed, what_ran, why_not_measured
 from pdx.bench.compare.paths import step_kernels
 from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.cache.dense import init_cache
@@ -29,7 +29,7 @@ from pdx.plan import published
 
 @dataclass(frozen=True)
 class Subject:
-    """A model by its name, and the type that it runs in."""
+    """The model whose steps are compared, by name, and its dtype."""
 
     model: str
     dtype: str
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Shape:
-    """A prefill of `tokens` a row into an empty cache, or a decode step behind `tokens` - 1 others."""
+    """A prefill of `tokens` tokens per row into an empty cache, or a decode step after `tokens` - 1 tokens."""
 
     phase: str  # prefill | decode
     batch: int
@@ -59,7 +59,7 @@ class Shape:
         return max(256, self.tokens)
 
 
-# Small enough for two cores; and what keeps an accelerator busy.
+# By platform: small steps for two CPU cores, larger ones for an accelerator.
 SHAPES = {
     "cpu": (Shape("prefill", 1, 128), Shape("decode", 1, 128), Shape("decode", 8, 128)),
     "": (Shape("prefill", 1, 1024), Shape("decode", 1, 1024), Shape("decode", 32, 1024)),
@@ -67,13 +67,13 @@ SHAPES = {
 
 
 def shapes_for(platform: str, cfg: ModelConfig) -> list[Shape]:
-    """What is compared on a platform, within the model's context."""
+    """The steps that are compared on a platform, cut to the model's context."""
     found = SHAPES.get(platform, SHAPES[""])
     return [replace(s, tokens=min(s.tokens, cfg.max_context)) for s in found]
 
 
 def step_row(subject: Subject, shape: Shape, chip: Chip, device: str) -> Row:
-    """What the cost model says of a step."""
+    """The row of a step with the cost model's figures."""
     cost = getattr(subject.setup(), shape.phase)(shape.batch, shape.tokens)
     row = Row(
         shape.phase,
@@ -90,7 +90,7 @@ def step_row(subject: Subject, shape: Shape, chip: Chip, device: str) -> Row:
 
 
 def parameters(subject: Subject) -> Params:
-    """Of a model that can be loaded; random ones for a mere shape of `configs/`."""
+    """The model's parameters; random ones for a shape of `configs/`."""
     if subject.model in published.names():
         return init_params(subject.config(), jax.random.key(0), jnp.dtype(subject.dtype))
     from pdx.weights.load import load
@@ -108,23 +108,23 @@ def rows(
     targets: tuple[str, ...] = (),
     extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """A step with each kind of kernels, in turn; on a device without Pallas kernels only with XLA's.
+    """The rows of a step with each kind of kernels, timed in turn. A CPU has times for XLA only.
 
     Args:
-      extra: kernels of one's own by op and label; each runs in the step that its op is part of.
+      extra: the user's kernels by op and label; each runs in the step that uses its op.
     """
     cfg, base = subject.config(), step_row(subject, shape, chip, device)
     right = expected(cfg, params, shape)
     found: dict[str, Row] = {}
     loops: dict[str, Loop] = {}
     if chip.platform not in ("tpu", "gpu"):
-        found[PALLAS] = replace(base, path=PALLAS, note=not_here(targets))
+        found[PALLAS] = replace(base, path=PALLAS, note=why_not_measured(targets))
     for path, kernels in _kernels(shape.phase, chip.platform, extra or {}).items():
         row = replace(base, path=path)
         try:
             loop = make_loop(cfg, params, shape, kernels)
             loop.run(1)
-        except Exception as error:  # a model that the kernels do not take
+        except Exception as error:  # the kernels do not support the model
             found[path] = replace(row, note=reason(error))
             continue
         worst, relative = errors(loop.state[1], right, np.ones(shape.batch, bool))
@@ -145,7 +145,7 @@ def rows(
 
 
 def _kernels(phase: str, platform: str, extra: Mapping[str, Mapping[str, Any]]) -> dict[str, Kernels]:
-    """What a step's paths give as `kernels`, by the path's name."""
+    """Path -> `kernels=` of the step."""
     ours = {XLA: XLA, PALLAS: PALLAS} if platform in ("tpu", "gpu") else {XLA: XLA}
     return ours | step_kernels(phase, extra, platform)
 
@@ -155,12 +155,12 @@ def _auto(platform: str) -> str:
 
 
 def prompts(cfg: ModelConfig, shape: Shape) -> np.ndarray:
-    """Tokens [B, T] of the histories and prompts that are run."""
+    """Token ids [B, T] of the prompts, or of the contexts of a decode step."""
     return (np.arange(shape.batch * shape.tokens, dtype=np.int32).reshape(shape.batch, -1) * 7) % cfg.vocab_size
 
 
 def expected(cfg: ModelConfig, params: Params, shape: Shape) -> np.ndarray:
-    """Logits behind the last token of each prompt, in f32, by `forward` without a cache or a kernel."""
+    """Logits [B, V] of each prompt's last token, in f32, by `forward` without cache and kernels."""
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
     return np.concatenate([np.asarray(_plain_logits(wide, cfg, row[None])) for row in prompts(cfg, shape)])
 
@@ -171,10 +171,9 @@ def _plain_logits(params: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Ar
 
 
 def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: Kernels) -> Loop:
-    """Steps one behind the other: each feeds a token chosen by the logits before, and then forgets what it added.
+    """A loop of steps. Each truncates the cache and changes its first token by the argmax of the previous logits.
 
-    The state is (tokens [B, T], logits [B, V], cache). Before the first turn there are no logits, and the token that
-    they choose is the first of the vocabulary, which changes nothing.
+    The state is (tokens [B, T], logits [B, V], cache). The first logits are zero; their argmax, 0, changes nothing.
     """
     tokens, batch, kernels = jnp.asarray(prompts(cfg, shape)), shape.batch, settled(kernels)
     dtype = params["embed"].dtype
@@ -192,7 +191,7 @@ def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: Kernels) 
 def _turn(cfg: ModelConfig, shape: Shape, held: int, kernels: Kernels) -> Callable[[Any, Any], Any]:
     def turn(state, params):
         given, logits, cache = state
-        # Weights hang on the logits before too: nothing is made of them once for all turns.
+        # The weights depend on the previous logits too, so that no work on them is hoisted out of the loop.
         logits, params = lax.optimization_barrier((logits, params))
         chosen = jnp.argmax(logits, -1).astype(jnp.int32)
         tokens = given.at[:, 0].set((given[:, 0] + chosen) % cfg.vocab_size)

@@ -1,4 +1,4 @@
-"""A comparison on a terminal: a table an op of what was measured, a table a target of what was not."""
+"""Prints a comparison: a table per op of the measurements, and tables per target of the static figures."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def show(found: Comparison, console: Console | None = None) -> None:
 
 
 EXPLAINED = """\
-[dim]time: of one call on the device, median and half the spread of its middle half, from a loop in which each call \
-needs the result before. host: a launch without work, apart. roof: share of what the device's roofline allows, and \
-which side bounds; above 100% where operands stay in a cache. error: largest difference to f32 over the largest value. \
-* what implementation="auto" takes here.[/dim]"""
+[dim]time: device time of one call, the median and half its interquartile range, from a loop in which each call needs \
+the previous result. host: a launch without work, not included. roof: the share of the device's roofline, and what \
+bounds it; above 100% if operands stay in a cache. error: the largest difference from f32 over the largest value. \
+* the path that implementation="auto" takes here.[/dim]"""
 
 
 def _measured(found: Comparison, op: str, rows: list[Row], console: Console) -> None:
@@ -80,7 +80,7 @@ def _against(r: Row, said: dict | None) -> str:
 
 
 def _static(target: str, rows: list[Row], console: Console) -> None:
-    _say(console, f"\n[bold]{target}[/bold], from its compiler and by counting: nothing here was measured")
+    _say(console, f"\n[bold]{target}[/bold], static figures from its compiler and by counting, not measured")
     for op in dict.fromkeys(r.op for r in rows):
         lines: list[list[str]] = []
         for case in dict.fromkeys(r.case for r in rows if r.op == op):
@@ -116,7 +116,7 @@ def _figures(r: Row) -> list[str]:
 
 
 def _notes(rows: list[Row], console: Console) -> None:
-    """Each note once, with the cases it speaks of."""
+    """Print each note once, with its cases."""
     cases: dict[tuple[str, str], list[str]] = {}
     for r in rows:
         if r.note:

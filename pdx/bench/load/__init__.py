@@ -1,4 +1,4 @@
-"""An engine under load: `pdx bench load`."""
+"""`pdx bench load`: measures an engine under load."""
 
 from pdx.bench.load.measure import LoadResult, Served, counted, run
 from pdx.bench.load.side_by_side import Variant, compare, variants

@@ -1,4 +1,4 @@
-"""An engine under load: requests come by the clock, or clients wait for their answers; what each got is kept."""
+"""Sends a load to an engine, at recorded times or from clients that wait for answers, and measures every request."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from pdx.weights.progress import Report, silent
 
 @dataclass(frozen=True)
 class Served:
-    """What became of a request: its timing, or the error it ended with. `late_s`: how much later than it was due it was
-    handed in, which is the load generator's fault and no part of the timing."""
+    """The outcome of a request: its timing, or the error that ended it.
+
+    `late_s`: seconds by which the load generator sent it too late. They are not part of the timing.
+    """
 
     prompt_tokens: int
     late_s: float
@@ -33,7 +35,7 @@ class Served:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """One load on one engine. All seconds are from the first request's submission to the last one's end."""
+    """The results of one load on one engine. `duration_s`: from the first submission to the end of the last request."""
 
     settings: str
     load: str
@@ -53,7 +55,7 @@ class LoadResult:
 
     @property
     def input_tokens_per_s(self) -> float:
-        """Prompt tokens of finished requests a second, found in the prefix cache or computed."""
+        """Prompt tokens of finished requests per second, including those found in the prefix cache."""
         return sum(s.prompt_tokens for s in self.served if s.timing is not None) / self.duration_s
 
     @property
@@ -66,16 +68,16 @@ class LoadResult:
 
     @property
     def goodput(self) -> float:
-        """Requests a second that met all objectives."""
+        """Requests per second that met all objectives."""
         return goodput(self.timings, self.objectives, self.duration_s)
 
     @property
     def good_share(self) -> float:
-        """Of all requests, those that failed among them."""
+        """The share of all requests, including failed ones, that met all objectives."""
         return sum(self.objectives.met(t) for t in self.timings) / len(self.served)
 
     def spreads(self) -> dict[str, Spread]:
-        """Of seconds, over requests; `itl` over all gaps between two tokens."""
+        """The distributions of the requests' times in seconds; `itl`: of all gaps between two tokens."""
         timings = self.timings
         return {
             "queue": Spread.of(t.queue_s for t in timings),
@@ -116,14 +118,16 @@ def run(
     sampling: SamplingOptions | None = None,
     report: Report = silent,
 ) -> LoadResult:
-    """Give an engine a load and wait for all of it. A request that is refused or fails is counted, not raised.
+    """Send a load to an engine and wait until all requests have ended. Refused and failed requests are counted.
 
     Args:
-      sampling: settings of all requests; `max_tokens` is replaced, and end tokens are ignored, so that every request
-        has the length that the load says.
+      settings: the name of the engine's settings in the results.
+      sampling: settings of all requests. `max_tokens` is replaced and end tokens are ignored, so that every answer has
+        the length of the load.
+      report: called after each request.
 
     Raises:
-      ContextLengthError: a request that is longer than the engine can serve at all.
+      ContextLengthError: a request is longer than the engine's context.
     """
     check_fits(load.longest, engine.config.max_context)
     sampling = sampling or SamplingOptions()
@@ -152,7 +156,7 @@ def run(
 
 
 def check_fits(longest: int, most: int) -> None:
-    """Raise ContextLengthError for a request that is longer than an engine's context."""
+    """Raise ContextLengthError if the longest request exceeds an engine's context."""
     if longest > most:
         raise ContextLengthError(
             f"a request of the load has {longest} tokens with its answer, but the context is "
@@ -163,7 +167,7 @@ def check_fits(longest: int, most: int) -> None:
 def _by_clock(
     engine: Engine, arriving: Sequence[Arriving], requests: Sequence[EngineRequest], start: float, tick: Callable
 ) -> list[Served]:
-    """Hand each request in when it is due, whatever has become of the others."""
+    """Send each request when it is due, without waiting for others."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     served: list[Served] = []
 
@@ -185,7 +189,7 @@ def _by_clock(
 
 
 def _clients(engine: Engine, requests: Sequence[EngineRequest], clients: int, tick: Callable) -> list[Served]:
-    """As many threads as clients, each with one request at a time."""
+    """Send requests from one thread per client. Each waits for its answer before it sends the next request."""
     left, lock = iter(enumerate(requests)), threading.Lock()
     served: dict[int, Served] = {}
 
@@ -208,7 +212,7 @@ def _clients(engine: Engine, requests: Sequence[EngineRequest], clients: int, ti
 
 
 def _submit(engine: Engine, request: EngineRequest) -> Any:
-    """Its stream, or the error with which the engine refused it."""
+    """The request's stream, or the error with which the engine refused it."""
     try:
         return engine.submit(request)
     except PdxError as error:
@@ -225,7 +229,7 @@ def _result(request: EngineRequest, late: float, stream: Any) -> Served:
 
 
 def counted(before: EngineMetrics, after: EngineMetrics) -> dict[str, float]:
-    """What an engine counted between two looks at it."""
+    """The differences of an engine's counters between two snapshots."""
     names = ("steps", "decode_tokens", "prefill_tokens", "hit_tokens", "preemptions", "compiles")
     found: dict[str, float] = {name: getattr(after, name) - getattr(before, name) for name in names}
     steps = max(found["steps"], 1)

@@ -1,4 +1,4 @@
-"""What a load benchmark says: a table, the fields of `--json`, and latency against throughput as a picture."""
+"""The results of a load benchmark as a table, as notes, and as a plot of latency against throughput."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAD = (
 
 
 def table(results: Sequence[LoadResult]) -> Table:
-    """A row for each load and settings; without settings to tell apart, their column is left out."""
+    """One row per load and settings. The column of settings is left out if there is only one."""
     has_settings = any(r.settings for r in results)
     head, *rows = [line if has_settings else line[1:] for line in (HEAD, *map(_cells, results))]
     return Table(head, rows, keys=1 + has_settings)
@@ -58,7 +58,7 @@ def _pair(spread: Spread, scale: float) -> str:
 
 
 def notes(results: Sequence[LoadResult]) -> list[str]:
-    """What a reader of the table must know: failures, a late load generator, compilations, prefix hits."""
+    """Sentences about failures, a late load generator, compilations, prefix hits and preemptions."""
     said = []
     for r in results:
         name = f"{r.settings + ', ' if r.settings else ''}{r.load}"
@@ -67,20 +67,22 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
             said.append(f"{name}: {count} of {len(r.served)} requests failed: {error}")
         if (late := max((s.late_s for s in r.served), default=0.0)) > 0.05:
             said.append(
-                f"{name}: requests were handed in up to {late * 1e3:.0f} ms late: this machine is too busy for the rate"
+                f"{name}: requests were sent up to {late * 1e3:.0f} ms late: this machine is too busy for the rate"
             )
         if compiles := r.counted.get("compiles"):
-            said.append(f"{name}: {compiles:.0f} programs were compiled under way: the figures are not to be trusted")
+            said.append(f"{name}: {compiles:.0f} programs were compiled during the load: do not trust the figures")
         if hits := r.counted.get("hit_tokens"):
             said.append(f"{name}: {hits:.0f} prompt tokens were found in the prefix cache")
         if preempted := r.counted.get("preemptions"):
-            said.append(f"{name}: requests gave their pages up {preempted:.0f} times")
+            said.append(f"{name}: requests were preempted {preempted:.0f} times")
     return said
 
 
 def plot(results: Sequence[LoadResult], file: Path, title: str = "") -> None:
-    """Median and 99th percentile of TTFT and TPOT against output tokens a second, and goodput against the load; a
-    colour for each settings. Raises RequestError where it cannot be written."""
+    """Plot median and 99th percentile of TTFT and TPOT against output tokens per second, and goodput against the load.
+
+    Each settings has a colour. Raises RequestError if the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -104,7 +106,7 @@ def plot(results: Sequence[LoadResult], file: Path, title: str = "") -> None:
         axes.set(xlabel="output tokens/s", ylabel=f"{name}, ms", title=f"{name} against throughput", yscale="log")
         if limit is not None:
             axes.axhline(limit * 1e3, color="black", linewidth=0.8, linestyle="--", label="objective")
-    unit = "clients" if results[0].load.endswith("clients") else "requests a second asked for"
+    unit = "clients" if results[0].load.endswith("clients") else "requests per second offered"
     good.set(xlabel=unit, ylabel="requests/s within the objectives", title="goodput", ylim=(0, None))
     for axes in (ttft, tpot, good):
         axes.legend(fontsize=8)

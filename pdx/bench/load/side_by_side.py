@@ -1,7 +1,7 @@
-"""Engines with different settings under the same loads.
+"""Compares engines with different settings under the same loads.
 
-Every load is given to each of them in turn, with the same prompts at the same times, so that a machine that slows down
-slows all of them down.
+Each load is run on every engine in turn, with the same prompts and arrival times, so that a disturbance of the machine
+affects all engines alike.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pdx.shapes import round_up
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, progress_bar
 
-# What `--vary` may set beside the engine's own settings.
+# Settings of the model, not of the engine, that `--vary` accepts too.
 MODEL_SETTINGS = ("quantize",)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An engine's settings under a name; `quantize` is the model's."""
+    """Settings to compare: the engine's `config` and the model's `quantize`, with a name."""
 
     name: str
     config: EngineConfig
@@ -38,8 +38,11 @@ class Variant:
 
 
 def variants(base: EngineConfig, quantize: str | None, vary: Iterable[str]) -> list[Variant]:
-    """All combinations of what varies: `chunked_prefill=on,off`, `slots=1,4,8`, `kv_dtype=auto,int8`,
-    `quantize=none,int8`, or any other setting of an engine. Raises RequestError."""
+    """All combinations of the values in `vary`: `chunked_prefill=on,off`, `slots=1,4,8`, `kv_dtype=auto,int8`,
+    `quantize=none,int8`, or of any other setting of an engine. Other settings are those of `base`.
+
+    Raises RequestError for an unknown setting or an invalid value.
+    """
     axes: dict[str, list[tuple[str, Any]]] = {}
     types = {f.name: f.type for f in dataclasses.fields(EngineConfig)}
     for text in vary:
@@ -59,7 +62,7 @@ def variants(base: EngineConfig, quantize: str | None, vary: Iterable[str]) -> l
 
 
 def _value(name: str, kind: str, text: str) -> Any:
-    """A setting's value as its type has it."""
+    """The value of a setting of type `kind`, from its text."""
     if "str" in kind or kind == "Policy":
         return None if name == "quantize" and text in ("none", "off") else text
     try:
@@ -81,10 +84,10 @@ def compare(
     *,
     sampling: SamplingOptions | None = None,
 ) -> list[LoadResult]:
-    """Every load on every variant, one load after the other, the variants in turn. Progress goes to standard error.
+    """Run every load on every variant: one load after the other, on the variants in turn.
 
     Args:
-      models: by the way their weights are stored, as the variants ask for.
+      models: `quantize` of the variants -> the model quantized like that.
     """
     longest = max(load.longest for load in loads)
     for variant in each:
@@ -105,7 +108,7 @@ def compare(
 
 
 def _engine(variant: Variant, model: Model, longest: int, beside: int, report: Report) -> Engine:
-    """A variant's engine, compiled, with its share of the memory of `beside` engines."""
+    """A variant's engine, compiled. It gets an equal share of the memory of all `beside` engines."""
     context = variant.config.max_context or min(round_up(longest, 128), model.config.max_context)
     share = variant.config.memory_share / beside
     engine = Engine(model, dataclasses.replace(variant.config, max_context=context, memory_share=share))

@@ -1,7 +1,7 @@
-"""Made-up or recorded load for an engine: when requests come, how long their prompts are and how much they ask for.
+"""Synthetic or recorded loads: arrival times, prompts and answer lengths.
 
-Everything is drawn from one seed, before the clock starts. Arrivals are those of vLLM's benchmark: gaps of a gamma
-distribution, stretched so that n requests take n / rate seconds.
+A synthetic load is drawn from one seed before the measurement starts. Its arrivals are those of vLLM's benchmark: gaps
+of a gamma distribution, scaled so that the average rate is exact.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pdx.weights.load import Model
 
 Arrival = Literal["poisson", "burst", "closed"]
 ARRIVALS = ("poisson", "burst", "closed")
-# Of the gamma distribution's gaps: 1 is a Poisson process, below it requests come in clusters.
+# Shape of the gamma distribution of the gaps: 1 is a Poisson process; below 1, requests arrive in clusters.
 BURSTINESS = 0.25
 
 
 @dataclass(frozen=True)
 class Arriving:
-    """One request of a load: `arrival_s` seconds behind its beginning; None: as soon as a client is free."""
+    """A request of a load. `arrival_s`: seconds after the load's start; None: as soon as a client is free."""
 
     arrival_s: float | None
     prompt: tuple[int, ...]
@@ -38,15 +38,18 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Lengths:
-    """A distribution of lengths in tokens, `text` as it was given."""
+    """A distribution of lengths in tokens. `text`: its notation."""
 
     text: str
     draw: Callable[[np.random.Generator, int], np.ndarray]
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """`128`, `uniform:LOW:HIGH` (both included), `normal:MEAN:SD`, `lognormal:MEDIAN:SIGMA`, or `zipf:LOW:HIGH:A`:
-        k from LOW to HIGH as often as (k - LOW + 1)^-A. Raises RequestError."""
+        """Parse `128`, `uniform:LOW:HIGH` (both included), `normal:MEAN:SD`, `lognormal:MEDIAN:SIGMA`, or
+        `zipf:LOW:HIGH:A`: k from LOW to HIGH with a probability proportional to (k - LOW + 1)^-A.
+
+        Raises RequestError for any other text.
+        """
         name, *rest = text.split(":") if ":" in text else ("fixed", text)
         try:
             numbers = [float(x) for x in rest]
@@ -55,12 +58,12 @@ class Lengths:
             return cls(text, _KINDS[name](*numbers))
         except (KeyError, TypeError, ValueError):
             raise RequestError(
-                f"{text!r} is no distribution of lengths: give tokens, such as 128, or uniform:LOW:HIGH, "
+                f"{text!r} is not a distribution of lengths: give tokens, such as 128, or uniform:LOW:HIGH, "
                 "normal:MEAN:SD, lognormal:MEDIAN:SIGMA or zipf:LOW:HIGH:EXPONENT with 1 <= LOW <= HIGH"
             ) from None
 
     def sample(self, rng: np.random.Generator, count: int) -> list[int]:
-        """Whole numbers of at least 1."""
+        """`count` lengths, whole numbers of at least 1."""
         return np.maximum(1, np.rint(self.draw(rng, count))).astype(int).tolist()
 
 
@@ -100,7 +103,7 @@ _KINDS = {"fixed": _fixed, "uniform": _uniform, "normal": _normal, "lognormal": 
 
 
 class Prompts:
-    """Prompts cut out of a text at random places: real words, and hardly two begin alike but for `shared` tokens."""
+    """Prompts cut out of a text at random places. The first `shared` tokens of all prompts are equal."""
 
     def __init__(self, tokens: Sequence[int], rng: np.random.Generator, shared: int = 0):
         self.tokens, self.rng = list(tokens), rng
@@ -108,7 +111,7 @@ class Prompts:
 
     @classmethod
     def of(cls, model: Model, seed: int = 0, shared: int = 0, file: Path | None = None) -> Prompts:
-        """Out of a file, or Python's language reference, in the model's tokens."""
+        """Prompts from a file, or from Python's language reference, in the model's tokens."""
         return cls(encode(model, inputs.read(file, stdlib_texts.evaluation)), np.random.default_rng(seed), shared)
 
     def cut(self, length: int) -> tuple[int, ...]:
@@ -126,10 +129,10 @@ class Prompts:
 
 
 def arrivals(process: Arrival, rate: float, count: int, rng: np.random.Generator, burstiness: float) -> np.ndarray:
-    """Seconds at which `count` requests come, the first at once, `rate` of them a second on average.
+    """Arrival times [count] in seconds: the first is 0, and `rate` requests arrive per second on average.
 
-    The gaps are of a gamma distribution of shape `burstiness` (poisson: 1, which is exponential), scaled so that
-    there are count - 1 of them in (count - 1) / rate seconds. An infinite rate: all come at once.
+    The gaps have a gamma distribution of shape `burstiness` (poisson: 1, the exponential distribution), scaled so that
+    the count - 1 gaps take (count - 1) / rate seconds. With an infinite rate, all requests arrive at once.
     """
     if math.isinf(rate) or count == 1:
         return np.zeros(count)
@@ -139,12 +142,12 @@ def arrivals(process: Arrival, rate: float, count: int, rng: np.random.Generator
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of an engine.
+    """A load for an engine.
 
     Attributes:
-      process: `poisson`, `burst`, or `closed`: as many clients as `pressure` says, each of which sends its next request
-        when it has the answer to the one before. `trace`: as recorded.
-      pressure: requests a second, or clients.
+      process: `poisson`, `burst`, `trace` (recorded), or `closed`: each client sends its next request when it has the
+        answer to the previous one.
+      pressure: requests per second, or clients of a closed load.
     """
 
     process: Literal["poisson", "burst", "closed", "trace"]
@@ -163,7 +166,7 @@ class Load:
 
     @property
     def longest(self) -> int:
-        """Tokens of prompt and answer that a request has at most."""
+        """The most tokens of prompt and answer that a request has."""
         return max(len(r.prompt) + r.output_tokens for r in self.requests)
 
 
@@ -178,7 +181,7 @@ def make(
     seed: int = 0,
     burstiness: float = BURSTINESS,
 ) -> Load:
-    """A load of `count` requests. The same seed gives the same lengths, whatever the pressure.
+    """A synthetic load of `count` requests. The lengths depend on the seed, not on the pressure.
 
     Raises RequestError for settings out of range.
     """
@@ -188,7 +191,8 @@ def make(
         raise RequestError(f"requests is {count}: there must be at least one")
     if not pressure > 0:
         raise RequestError(
-            f"the load is {pressure:g} {'clients' if process == 'closed' else 'requests a second'}: it must be above 0"
+            f"the load is {pressure:g} {'clients' if process == 'closed' else 'requests per second'}: it must be above "
+            "0"
         )
     if process == "closed" and pressure != int(pressure):
         raise RequestError(f"{pressure:g} clients: it must be a whole number")
@@ -202,8 +206,11 @@ def make(
 
 
 def read_trace(file: Path, prompts: Prompts, limit: int | None = None) -> Load:
-    """A recorded load: JSON lines of `arrival_s`, `prompt_tokens` and `output_tokens`, in any order; the first request
-    comes at once. Raises RequestError, which names the line."""
+    """A recorded load: JSON lines with `arrival_s`, `prompt_tokens` and `output_tokens`, in any order.
+
+    Times are shifted so that the first request arrives at 0. `limit`: the first so many requests. Raises RequestError
+    that names the line.
+    """
     rows = sorted(_row(file, n, line) for n, line in enumerate(inputs.lines(file), 1) if line.strip())[:limit]
     if not rows:
         raise RequestError(f"{file} has no requests")

@@ -1,4 +1,4 @@
-"""`pdx report`: the table of optimizations on this device, and how well the cost model foretells it."""
+"""`pdx report`: measures what each optimization gains on this device, and compares it with the cost model."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def run(
     only: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Measure the grid, the rows and the pitfalls.
+    """Measure the grid of loads, the rows (optimizations) and the pitfalls.
 
     Args:
       chip: this device, as `pdx.bench.calibrate` measured it.
       others: published chips that gains are predicted for, by name.
-      only: names of the rows to measure, and no pitfalls; None: all.
+      sizes: of the loads; None: the defaults.
+      only: names of the rows to measure, without pitfalls; None: everything.
+      progress: called after each measurement.
     """
     begin = time.monotonic()
     sizes = (sizes or Sizes()).within(model.config.max_context)
@@ -82,7 +84,7 @@ def run(
 
 
 def chosen(only: Sequence[str] | None) -> list[optimizations.Row]:
-    """The rows of those names; None: all. Raises RequestError for a name that there is not."""
+    """The rows of these names; None: all. Raises RequestError for an unknown name."""
     found = [r for r in optimizations.ROWS if only is None or r.name in only]
     if only is not None and (unknown := set(only) - {r.name for r in found}):
         raise RequestError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(r.name for r in optimizations.ROWS)}")
@@ -90,7 +92,8 @@ def chosen(only: Sequence[str] | None) -> list[optimizations.Row]:
 
 
 def loads(sizes: Sizes) -> list[tuple[Phase, int, int]]:
-    """The grid that predictions are judged on: prompts alone, batches of a prompt, batches at contexts."""
+    """(phase, batch, tokens) of the grid on which predictions are tested: single prompts, batches of prompts, and
+    decode batches at several contexts."""
     found: list[tuple[Phase, int, int]] = [("prefill", 1, p) for p in sizes.prompts]
     found += [("prefill", b, sizes.prompt) for b in sizes.batches if b > 1]
     return found + [("decode", b, c) for c in sizes.contexts for b in sizes.batches]
@@ -112,9 +115,9 @@ def _point(timed: TimedWork, batch: int, tokens: int, chip: MeasuredChip, rounds
 
 
 def write(report: Report, out: Path) -> list[Path]:
-    """`report.json`, `report.md` and its pictures into a folder. Returns the files."""
+    """Write `report.json`, `report.md` and its plots into a folder. Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
-    # First what cannot be had again: the figures.
+    # The figures first, since they cannot be computed again.
     outputs.write_text(out / "report.json", strict_json.dumps(_rounded(report.to_dict()), indent=1) + "\n")
     pictures = plots.draw(report, out)
     text = page.to_markdown(report, [p.name for p in pictures])
@@ -123,7 +126,7 @@ def write(report: Report, out: Path) -> list[Path]:
 
 
 def _rounded(x: Any) -> Any:
-    """Floats to five digits, so that files say what was seen and no more."""
+    """A JSON value with floats rounded to five digits."""
     if isinstance(x, float):
         return float(f"{x:.5g}")
     if isinstance(x, dict):

@@ -1,4 +1,4 @@
-"""Requests of mixed length, in static batches and on the engine: the two sides of continuous batching."""
+"""Requests of mixed length in static batches and on the engine, to measure continuous batching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx import steps
-from pdx.bench.timed_work import ModelUnderTest, TimedWork, some_ids
+from pdx.bench.timed_work import ModelUnderTest, TimedWork, token_ids
 from pdx.bench.timing import Timing, once
 from pdx.cost import Cost, Phase, Setup
 from pdx.engine.config import EngineConfig
@@ -22,19 +22,21 @@ from pdx.weights.loaded import Model
 
 
 def mixed_lengths(count: int, mean: int, seed: int = 0) -> list[int]:
-    """Lengths of answers as they come, many short and a few long: an exponential distribution's, one of each of its
-    `count` equal parts, in random order. At least 1."""
+    """`count` lengths of answers with this mean, many short and a few long, in random order.
+
+    They are quantiles of an exponential distribution, at least 1.
+    """
     parts = (np.arange(count) + 0.5) / count
     lengths = np.maximum(1, np.rint(-mean * np.log(1 - parts))).astype(int)
     return np.random.default_rng(seed).permutation(lengths).tolist()
 
 
 def static_batches(model: ModelUnderTest, prompt: int, outputs: list[int], rows: int) -> TimedWork:
-    """Batches of `rows` requests in order, each decoded until its longest answer is done; seconds of all of them."""
+    """Batches of `rows` requests in order, each decoded until its longest answer is finished; seconds of all."""
     groups = [outputs[at : at + rows] for at in range(0, len(outputs), rows)]
     longest = max(outputs)
     capacity = round_up(prompt + longest, 128)
-    ids, lengths = some_ids(model.cfg, rows, prompt), np.full(rows, prompt)
+    ids, lengths = token_ids(model.cfg, rows, prompt), np.full(rows, prompt)
     state = {
         "cache": model.cache(rows, capacity, chunk=prompt),
         "sampling": SamplingState.create([SamplingOptions()] * rows, model.cfg.vocab_size),
@@ -72,7 +74,7 @@ def static_batches(model: ModelUnderTest, prompt: int, outputs: list[int], rows:
 
 
 def engine(model: Model, prompt: int, longest: int, rows: int) -> Engine:
-    """An engine whose steps hold the prompts of a whole batch."""
+    """An engine whose steps have room for the prompts of all rows."""
     config = EngineConfig(
         slots=rows,
         prefill_rows=rows,
@@ -84,9 +86,9 @@ def engine(model: Model, prompt: int, longest: int, rows: int) -> Engine:
 
 
 def continuous(running: Engine, model: ModelUnderTest, prompt: int, outputs: list[int]) -> TimedWork:
-    """The same requests on an engine, each admitted as soon as a slot is free."""
+    """The same requests on an engine, which admits each as soon as a slot is free."""
     rows = running.config.slots
-    ids = tuple(some_ids(model.cfg, 1, prompt)[0].tolist())
+    ids = tuple(token_ids(model.cfg, 1, prompt)[0].tolist())
     requests = [EngineRequest(ids, SamplingOptions(max_tokens=n, ignore_eos=True)) for n in outputs]
 
     def load(setup: Setup) -> list[Cost]:
@@ -103,7 +105,7 @@ def continuous(running: Engine, model: ModelUnderTest, prompt: int, outputs: lis
 
 
 def _schedule(prompt: int, outputs: list[int], rows: int) -> Iterator[list[tuple[int, int]]]:
-    """The rows (new, held) of each step, where a slot that is free takes the next request at once."""
+    """The rows (new tokens, held tokens) of each step, if a free slot takes the next request at once."""
     waiting, slots = list(outputs), []
     while waiting or slots:
         joined = [[prompt, 0, n] for n in waiting[: rows - len(slots)]]
@@ -114,5 +116,5 @@ def _schedule(prompt: int, outputs: list[int], rows: int) -> Iterator[list[tuple
 
 
 def _phase(outputs: list[int]) -> Phase:
-    """Answers of one token are all prefill."""
+    """The phase that dominates: answers of one token need no decode steps."""
     return "prefill" if max(outputs) == 1 else "decode"

@@ -1,4 +1,4 @@
-"""What a report has seen: the grid of loads, the rows, the pitfalls."""
+"""The results of a report: the grid of loads, the rows, the pitfalls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pdx.bench.timing import Timing
 from pdx.cost import Phase
 from pdx.cost.chips import MeasuredChip
 
-WITHIN = 0.25  # of what is measured, in the median: what the cost model is held to
+WITHIN = 0.25  # target of the cost model's median error, relative to the measurement
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Point:
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted over measured, minus one."""
         return self.predicted_s / self.measured.median - 1
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was seen in one run."""
+    """The results of one run."""
 
     model: str
     device: str
@@ -53,7 +53,7 @@ class Report:
     seconds: float
 
     def error(self, phase: Phase) -> float:
-        """Median over the grid of what the prediction is off by, of what was measured."""
+        """The median of the predictions' relative errors over the grid."""
         return statistics.median(abs(p.error) for p in self.points if p.phase == phase)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""The rows of the report: what each optimization is, off and on, in either phase, and what is claimed of it.
+"""The rows of the report: for each optimization, each phase without and with it, and the claimed gain.
 
-A feature adds its row with `@row(name, prefill=..., decode=...)` over a function of an `Experiment` that yields
-`Comparison`s; it raises `NotBuilt` or `NotApplicable` where there is nothing to measure. `verdicts` says what a claim
-means.
+A row is a function under `@row(name, prefill=..., decode=...)`. It takes an `Experiment` and yields `Comparison`s, or
+raises `NotBuilt` or `NotApplicable` if there is nothing to measure. `verdicts.CLAIMS` defines the claims.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pallas_kernels.hardware import Chip
 from pdx import steps
 from pdx.bench.report import batching
 from pdx.bench.report.verdicts import CLAIMS, Comparison, Finding, judge
-from pdx.bench.timed_work import ModelUnderTest, TimedWork, some_ids
+from pdx.bench.timed_work import ModelUnderTest, TimedWork, token_ids
 from pdx.bench.timing import Timing, interleaved
 from pdx.config import ModelConfig
 from pdx.cost import Phase
@@ -32,11 +31,11 @@ ACCEPTANCE = 0.8
 
 
 class NotBuilt(Exception):
-    """What a row would measure does not exist in pdx yet."""
+    """The optimization of a row does not exist in pdx yet."""
 
 
 class NotApplicable(Exception):
-    """What a row would measure changes nothing here: the text says why."""
+    """The optimization of a row changes nothing for this model; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Sizes:
     rounds: int = 3
 
     def within(self, max_context: int) -> Sizes:
-        """The same, with what a model cannot hold left out."""
+        """The sizes without loads that exceed a model's context."""
         return dataclasses.replace(
             self,
             long_prompt=min(self.long_prompt, max_context),
@@ -75,7 +74,7 @@ QUICK = Sizes(2, 2, 16, 32, 128, 128, 16, 4, 4, 8, 4, (16, 32), (1, 2), (128,), 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row of the report. Without findings, `verdict` says why: not built, or not applicable here."""
+    """The result of a row. If it could not be measured, `verdict` is `not built` or `not applicable here`."""
 
     name: str
     claims: dict[Phase, str]
@@ -95,7 +94,7 @@ ROWS: list[Row] = []
 
 
 def row(name: str, *, prefill: str, decode: str):
-    """Register a function as a row, with the claims of the table."""
+    """Register a function as a row with the claimed gain of each phase. Raises ValueError for an unknown claim."""
     claims: dict[Phase, str] = {"prefill": prefill, "decode": decode}
     if unknown := set(claims.values()) - set(CLAIMS):
         raise ValueError(f"{name}: no claim {unknown.pop()!r}; there are {', '.join(CLAIMS)}")
@@ -109,7 +108,7 @@ def row(name: str, *, prefill: str, decode: str):
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model, this device and the loads that rows are to use."""
+    """The model, this device and the sizes of the loads, for the functions of the rows."""
 
     model: Model
     chip: Chip
@@ -128,7 +127,7 @@ class Experiment:
 
     @cached_property
     def multihead(self) -> ModelUnderTest:
-        """The model with a KV head for each query head: those that were shared, repeated."""
+        """The model without GQA: each query head gets its own copy of its KV head."""
         cfg, group, h = self.cfg, self.cfg.group_size, self.cfg.head_dim
 
         def repeated(p: dict) -> dict:
@@ -144,7 +143,7 @@ class Experiment:
 
 
 def measure(row: Row, experiment: Experiment, chips: dict[str, Chip]) -> Outcome:
-    """Run a row: off and on in turn, round by round."""
+    """Run a row: its phases without and with the optimization in turn, in rounds."""
     findings = []
     try:
         for comparison in row.compare(experiment):
@@ -168,7 +167,7 @@ def larger_batch(experiment: Experiment):
 
 @row("FlashAttention", prefill="yes", decode="yes")
 def flash_attention(experiment: Experiment):
-    """Without it: the reference, which holds all scores in memory, over a cache that is exactly full."""
+    """Without it: the dense reference, which keeps all scores in memory, over an exactly full cache."""
     s, dense = experiment.sizes, dataclasses.replace(experiment.plain, kernels="dense")
     yield Comparison(dense.prefill(1, s.long_prompt), experiment.plain.prefill(1, s.long_prompt))
     yield Comparison(dense.decode(s.few_rows, s.long_context), experiment.plain.decode(s.few_rows, s.long_context))
@@ -215,31 +214,31 @@ def speculation(experiment: Experiment):
 
 @row("GQA / MQA", prefill="small", decode="yes")
 def grouped_queries(experiment: Experiment):
-    """Without it: the same model with its KV heads repeated, which must say the same."""
+    """Without it: the same model with repeated KV heads, which must compute the same."""
     if experiment.cfg.group_size == 1:
         raise NotApplicable("this model has a KV head for each query head")
     s, whole = experiment.sizes, experiment.multihead
-    _same(whole, experiment.plain)
+    _check_same_logits(whole, experiment.plain)
     yield Comparison(whole.prefill(1, s.long_prompt), experiment.plain.prefill(1, s.long_prompt))
     yield Comparison(whole.decode(s.few_rows, s.long_context), experiment.plain.decode(s.few_rows, s.long_context))
 
 
-def _same(one: ModelUnderTest, other: ModelUnderTest, tokens: int = 32) -> None:
-    """Raise unless both give the same next token at every place of a prompt, or nearly the same logits."""
+def _check_same_logits(one: ModelUnderTest, other: ModelUnderTest, tokens: int = 32) -> None:
+    """Raise PdxError unless both give the same next token at every position of a prompt, or nearly equal logits."""
     found = []
     for model in (one, other):
-        ids = some_ids(model.cfg, 1, tokens)
+        ids = token_ids(model.cfg, 1, tokens)
         logits, _ = steps.verify(model.params, model.cfg, ids, np.array([tokens]), model.cache(1, tokens), check=False)
         found.append(np.asarray(logits, np.float32))
     far = float(np.abs(found[0] - found[1]).max())
     if (found[0].argmax(-1) != found[1].argmax(-1)).any() and far > 1e-3 * float(np.abs(found[0]).max()):
-        raise PdxError(f"repeated KV heads must say the same, but logits differ by up to {far}")
+        raise PdxError(f"repeated KV heads must not change the logits, which differ by up to {far}")
 
 
 @row("continuous batching", prefill="small", decode="huge")
 def continuous_batching(experiment: Experiment):
-    """Many requests of mixed length at once, whose prompts and answers are timed as a whole. Without it: batches that
-    end with their longest answer."""
+    """Many requests of mixed length, sent at once and timed as a whole. Without it: static batches, which run until
+    their longest answer is finished."""
     s = experiment.sizes
     outputs = batching.mixed_lengths(s.requests, s.answer)
     measures = f"{s.requests} requests of {s.answer_prompt} tokens, "
@@ -254,8 +253,8 @@ def continuous_batching(experiment: Experiment):
 
 @row("chunked prefill", prefill="costs a little", decode="protects the others")
 def chunked_prefill(experiment: Experiment):
-    """The chunks are calls of `prefill`. What other rows wait for a token is timed as an engine without mixed steps
-    would do it: a prefill call, then a step of theirs."""
+    """Chunks are calls of `prefill`. The wait of other rows for a token is that of an engine without mixed steps: one
+    prefill call, then a decode step."""
     s = experiment.sizes
     whole = experiment.plain.prefill(1, s.long_prompt)
     yield Comparison(whole, experiment.plain.prefill(1, s.long_prompt, chunk=s.chunk))
@@ -264,7 +263,7 @@ def chunked_prefill(experiment: Experiment):
 
 
 def _in_turn(first: TimedWork, step: TimedWork) -> TimedWork:
-    """A call of prefill and one decode step, as one wait."""
+    """A call of prefill followed by one decode step."""
 
     def work() -> Timing:
         return Timing((first.work().median + step.work().median,))

@@ -1,4 +1,4 @@
-"""The report as Markdown and on a terminal."""
+"""The report in Markdown and on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRID = ("phase", "batch", "tokens", "measured", "best", "predicted", "error", "f
 
 
 def table(report: Report) -> Table:
-    """The table of optimizations: a line for each phase of each row."""
+    """The table of optimizations: one line per phase of each row."""
     others = list(report.others)
     head = ["optimization", "phase", "claim", "load", "off", "on", "gain here", "predicted here", *others, "verdict"]
     lines = []
@@ -58,7 +58,7 @@ def _ms(seconds: float) -> str:
 
 
 def reasons(report: Report) -> list[str]:
-    """Why, for each phase of each row."""
+    """For each phase of each row, a sentence that explains its gain."""
     found = []
     for row in report.outcomes:
         found += [f"{row.name}, {f.phase}: {f.verdict}. {f.why}" for f in row.findings]
@@ -68,7 +68,7 @@ def reasons(report: Report) -> list[str]:
 
 
 def errors(report: Report) -> str:
-    """How far predictions are off, in a sentence."""
+    """A sentence about the errors of the predictions."""
     parts = []
     for name, phase in (("TTFT", "prefill"), ("TPOT", "decode")):
         points = [p for p in report.points if p.phase == phase]
@@ -81,7 +81,7 @@ def errors(report: Report) -> str:
 
 
 def pitfalls(report: Report) -> list[str]:
-    """The pitfalls, a paragraph each."""
+    """The pitfalls, one paragraph each."""
     seen = report.pitfalls
     if seen is None:
         return []
@@ -128,7 +128,7 @@ def pitfalls(report: Report) -> list[str]:
 
 
 def to_markdown(report: Report, pictures: Sequence[str]) -> str:
-    """`report.md`; pictures are files beside it."""
+    """The content of `report.md`. `pictures`: names of the plots beside it."""
     chip = report.chip
     peaks = f"reads {chip.hbm_gbps:.1f} GB/s, {chip.f32_tflops * 1e3:.0f} GFLOP/s in float32"
     claims = "; ".join(f"*{name}* {_range(*bounds)}" for name, bounds in CLAIMS.items())
@@ -169,7 +169,7 @@ def _range(low: float, high: float) -> str:
 
 
 def show(report: Report) -> None:
-    """The table on a terminal, with the reasons and the errors under it."""
+    """Print the table, the reasons, the errors and the pitfalls."""
     from rich.console import Console
 
     console = Console(width=screen())

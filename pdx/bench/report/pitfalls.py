@@ -1,4 +1,4 @@
-"""What goes wrong when the two phases are taken for one, shown with this device's own times."""
+"""Pitfalls of treating the two phases as one, shown with times of this device."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 
 from pdx import cost, steps
 from pdx.bench.report.optimizations import ACCEPTANCE, Experiment
-from pdx.bench.timed_work import ModelUnderTest, rewound, some_ids
+from pdx.bench.timed_work import ModelUnderTest, set_held, token_ids
 from pdx.bench.timing import Timing, interleaved, once
 from pdx.cost import tradeoffs
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 
-SMALL_DRAFT = 0.1  # assumed: a draft model of a tenth of the target's TTFT and TPOT
+SMALL_DRAFT = 0.1  # assumed: TTFT and TPOT of a draft model relative to the target's
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: measured, and foretold by one number and by two."""
+    """A request's time: measured, predicted from a single rate, and predicted from TTFT and TPOT."""
 
     prompt: int
     output: int
     measured_s: float
-    one_number_s: float  # tokens in and out times the seconds a token of the first request
+    one_number_s: float  # all tokens times the seconds per token of the first request
     two_phases_s: float  # TTFT + (n - 1) TPOT
 
     def error(self, seconds: float) -> float:
@@ -36,13 +36,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Speculation:
-    """Speculative decoding from measured parts: E2E over that of plain decoding, by the length of the answer."""
+    """Speculative decoding, computed from measured times of its parts."""
 
     draft: str
-    verify_steps: float  # a verification, in decode steps
-    break_even: float | None  # acceptance from which on decoding gains; None: never
-    speed: float  # of decoding, at ACCEPTANCE
-    shortest: float | None  # tokens of an answer from which on the request gains, the draft's own prefill counted
+    verify_steps: float  # time of a verification in decode steps
+    break_even: float | None  # acceptance rate from which on decoding is faster; None: never
+    speed: float  # of decoding at ACCEPTANCE, relative to plain decoding
+    shortest: float | None  # answer length in tokens from which on the request is faster, with the draft's prefill
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Pitfalls:
 
 
 def shortest_answer(ttft_draft: float, tpot: float, speed: float) -> float | None:
-    """Tokens from which on speculation gains: what a token saves must make up for the draft's prefill."""
+    """The answer length in tokens from which on the time saved by speculation exceeds the draft's prefill."""
     return 1 + ttft_draft / (tpot * (1 - 1 / speed)) if speed > 1 else None
 
 
 def run(experiment: Experiment) -> Pitfalls:
-    """Measure the parts and put them together."""
+    """Measure the parts and compute the pitfalls."""
     s = experiment.sizes
     draft = experiment.quantized("w8a8")
     works = {
@@ -108,7 +108,8 @@ def run(experiment: Experiment) -> Pitfalls:
 
 
 def _requests(experiment: Experiment) -> tuple[Request, ...]:
-    """A balanced request, whose seconds a token are the one number; one that is mostly prompt; one mostly answer."""
+    """Three requests: a balanced one, whose seconds per token predict the others; one with a long prompt; one with a
+    long answer."""
     s = experiment.sizes
     shapes = ((s.prompt, s.prompt), (s.long_prompt - s.prompt // 8, s.prompt // 8), (s.prompt // 4, 2 * s.prompt))
     runs = _request_works(experiment.plain, shapes, 2 * s.prompt)
@@ -116,7 +117,7 @@ def _requests(experiment: Experiment) -> tuple[Request, ...]:
     first = times[shapes[0]].median / sum(shapes[0])
     found = []
     ttft = {p: times[p].median for p, _ in shapes}
-    # A token's time, from the request with the longest answer: not from the one that is judged first.
+    # TPOT is taken from the request with the longest answer.
     longest = max(shapes, key=lambda x: x[1])
     tpot = (times[longest].median - ttft[longest[0]]) / (longest[1] - 1)
     for shape in shapes:
@@ -129,7 +130,7 @@ def _requests(experiment: Experiment) -> tuple[Request, ...]:
 def _request_works(
     model: ModelUnderTest, shapes: tuple[tuple[int, int], ...], most: int
 ) -> dict[object, Callable[[], Timing]]:
-    """Contestants: each prompt's prefill alone, and each whole request. One cache and one decode program serve all."""
+    """Timed functions: each prompt's prefill, and each whole request. They share a cache and a decode program."""
     capacity = max(p + n for p, n in shapes)
     state = {
         "cache": model.cache(1, capacity),
@@ -137,9 +138,9 @@ def _request_works(
     }
 
     def prefill(prompt: int):
-        state["cache"] = rewound(state["cache"], 0)
+        state["cache"] = set_held(state["cache"], 0)
         logits, state["cache"] = steps.prefill(
-            model.params, model.cfg, some_ids(model.cfg, 1, prompt), np.full(1, prompt), state["cache"], check=False
+            model.params, model.cfg, token_ids(model.cfg, 1, prompt), np.full(1, prompt), state["cache"], check=False
         )
         return jnp.argmax(logits, -1).astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""The report's pictures: both phases measured beside predicted, and where they lie under the roofline."""
+"""The report's plots: measured and predicted times of both phases, and the roofline."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pdx.bench.report.data import Point, Report
 
-# One colour a phase, everywhere.
+# The colours of the phases in all plots.
 COLOURS = {"prefill": "tab:red", "decode": "tab:blue"}
 
 
 def draw(report: Report, out: Path) -> list[Path]:
-    """Write the pictures into a folder; returns their files in the order of the text."""
+    """Write the plots into a folder; returns their files in the order of `page.CAPTIONS`."""
     from matplotlib.figure import Figure
 
     files = []
@@ -29,7 +29,7 @@ def draw(report: Report, out: Path) -> list[Path]:
 
 
 def _pair(axes, points: list[Point], x: list[int], label: str, colour) -> None:
-    """Measured with its range, and predicted."""
+    """Plot measured times with their range, and predicted times."""
     middle = [p.measured.median * 1e3 for p in points]
     low = [m - p.measured.best * 1e3 for m, p in zip(middle, points, strict=True)]
     high = [max(p.measured.seconds) * 1e3 - m for m, p in zip(middle, points, strict=True)]
@@ -89,5 +89,5 @@ def _roofline(report: Report, axes) -> None:
             alpha=0.6,
             label=phase,
         )
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s")
     axes.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""What a claim means in numbers; whether a phase, measured without and with an optimization, bears it out, and why."""
+"""Claims as ranges of gains; verdicts on whether a measured gain is within its claim, with an explanation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pdx.bench.timed_work import TimedWork
 from pdx.bench.timing import Timing
 from pdx.cost import Phase
 
-# Speed of a phase with the optimization over that without it, for which a claim holds.
+# Claim -> the range of gains for which it holds. A gain is the speed of a phase with the optimization over that
+# without.
 CLAIMS = {
     "no": (0.95, 1.05),
     "small": (0.95, 1.5),
@@ -25,7 +26,7 @@ HOLDS, FAILS = "holds", "does not hold"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One phase without and with an optimization. `measures` is what the seconds are, where they are not a step's."""
+    """One phase without and with an optimization. `measures`: what is timed, if it is not a step."""
 
     off: TimedWork
     on: TimedWork
@@ -36,13 +37,13 @@ class Comparison:
         return self.off.phase
 
     def gain(self, off_s: float, on_s: float) -> float:
-        """Tokens a second with over without."""
+        """Tokens per second with the optimization over those without."""
         return off_s / on_s * self.on.tokens / self.off.tokens
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A phase of a row: claimed, measured, predicted, judged."""
+    """The result of a phase of a row: claimed, measured and predicted gains, and the verdict."""
 
     phase: Phase
     claim: str
@@ -60,7 +61,7 @@ class Finding:
 
 
 def judge(claim: str, of: Comparison, off: Timing, on: Timing, chip: Chip, chips: dict[str, Chip]) -> Finding:
-    """A claim holds if the middle half of the rounds' gains reaches into its range."""
+    """The finding of a comparison. A claim holds if the interquartile range of the rounds' gains overlaps its range."""
     gains = tuple(of.gain(a, b) for a, b in zip(off.seconds, on.seconds, strict=True))
     quarter, _, third = statistics.quantiles(gains, n=4, method="inclusive") if len(gains) > 1 else gains * 3
     low, high = CLAIMS[claim]
@@ -68,12 +69,12 @@ def judge(claim: str, of: Comparison, off: Timing, on: Timing, chip: Chip, chips
     verdict = HOLDS if quarter < high and third >= low else FAILS
     load = of.off.label if of.off.label == of.on.label else f"{of.off.label} → {of.on.label}"
     load += f" ({of.measures})" if of.measures else ""
-    return Finding(of.phase, claim, load, off, on, gains, predicted, verdict, because(of, off, on, chip))
+    return Finding(of.phase, claim, load, off, on, gains, predicted, verdict, explain(of, off, on, chip))
 
 
-def because(of: Comparison, off: Timing, on: Timing, chip: Chip) -> str:
-    """The bound that explains a gain: what the time without goes to, what the optimization changes of it, and how near
-    both come to what the device could do."""
+def explain(of: Comparison, off: Timing, on: Timing, chip: Chip) -> str:
+    """A sentence that explains a gain: what dominates the time without the optimization, how it changes bytes and
+    FLOPs, and how close both come to the device's floor."""
     share, what = _dominant(of.off, chip)
     per_token = [
         [sum(getattr(c, x) for c in w.costs()) / w.tokens for w in (of.off, of.on)] for x in ("bytes", "flops")
@@ -89,7 +90,7 @@ def because(of: Comparison, off: Timing, on: Timing, chip: Chip) -> str:
 
 
 def _dominant(timed: TimedWork, chip: Chip) -> tuple[float, str]:
-    """The largest part of a floor: its share, and in words."""
+    """The largest part of the floor: its share, and its name."""
     words = {
         ("products", 0): "computing products",
         ("products", 1): "reading weights",

@@ -138,10 +138,10 @@ def test_short_calls_on_a_gpu_run_in_blocks_of_a_known_length(monkeypatch):
 def test_a_loop_is_made_long_enough(monkeypatch):
     x = jnp.ones((2, 2))
     loop = Loop(chained(lambda x: x), (x, x + 0), [x], ())
-    monkeypatch.setattr(device_time, "SECONDS", 0.1)
+    monkeypatch.setattr(device_time, "LONG_LOOP_S", 0.1)
     monkeypatch.setattr(loop, "run", lambda turns: 1e-3 * turns)
     loop.calibrate()
-    assert loop.turns == 128 + device_time.FEW
+    assert loop.turns == 128 + device_time.SHORT_TURNS
 
 
 # Right and wrong, faster and slower
@@ -196,7 +196,7 @@ def test_what_is_right_is_known_for_rarer_features(op, name):
     case = case_of(op, name)
     problem = problems.OPS[op](case, "xla", "heads_last")
     arrays = expected.draw(problem)
-    c = contestants.of_problem("xla", problems.OPS[op](case, "xla"), arrays)
+    c = contestants.from_problem("xla", problems.OPS[op](case, "xla"), arrays)
     _, relative = expected.errors(jax.jit(c.fn)(c.x, *c.held), *expected.answer(problem, arrays))
     assert relative < (3e-2 if "bf16" in name or name.startswith("W8A8") else 1e-4)
 

@@ -21,7 +21,7 @@ CASE = NAMES["decode_attention"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     tell_the_time(monkeypatch)
-    monkeypatch.setattr(ceiling, "of_this_device", lambda: (CPU, "told by a test"))
+    monkeypatch.setattr(ceiling, "device_roofline", lambda: (CPU, "told by a test"))
 
 
 def plain(q, k, v, *, starts, lengths, scale, layout):
@@ -82,7 +82,7 @@ def test_the_documents_kernel_is_interpreted_and_counted(monkeypatch, tmp_path):
     ("extra", "ops", "says"),
     [
         ({"xla": plain}, ["decode_attention"], "'xla' is the name of one of pdx's own paths"),
-        ({"mine": plain}, ["decode_attention", "flash_attention"], "for which op is it"),
+        ({"mine": plain}, ["decode_attention", "flash_attention"], "its op is not known"),
         ({"mine": 3}, ["decode_attention"], "implementation 3 is neither"),
         ({"mine": "no.such.module:f"}, ["decode_attention"], "give package.module:function, importable from here"),
     ],

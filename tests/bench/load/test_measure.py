@@ -84,7 +84,7 @@ def test_the_report_says_what_must_be_known(tmp_path):
         "200 ms late",
         "1 programs were compiled",
         "8 prompt tokens were found",
-        "gave their pages up 2 times",
+        "were preempted 2 times",
     ):
         assert text in said, text
     assert page.notes([result(served=(load.Served(1, 0.0, ServedTiming(1, 0.1, 0.1)),), counted={})]) == []

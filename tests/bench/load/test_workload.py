@@ -63,7 +63,7 @@ def test_both_ends_of_uniform_are_drawn_and_no_length_is_below_one():
     ],
 )
 def test_what_is_no_distribution_is_refused(text):
-    with pytest.raises(RequestError, match="is no distribution of lengths"):
+    with pytest.raises(RequestError, match="is not a distribution of lengths"):
         Lengths.parse(text)
 
 

@@ -15,7 +15,7 @@ from pdx.bench import calibrate, report
 from pdx.bench.report import batching, optimizations, page, pitfalls
 from pdx.bench.report.optimizations import Experiment
 from pdx.bench.report.verdicts import CLAIMS, Comparison, judge
-from pdx.bench.timed_work import ModelUnderTest, TimedWork, some_ids
+from pdx.bench.timed_work import ModelUnderTest, TimedWork, token_ids
 from pdx.bench.timing import Timing
 from pdx.cli import app
 from pdx.cost import Setup, chips
@@ -131,10 +131,10 @@ def experiment_of(model: ModelUnderTest) -> Experiment:
 def test_repeated_heads_say_the_same(model):
     whole = experiment_of(model).multihead
     assert whole.cfg.num_kv_heads == whole.cfg.num_heads
-    optimizations._same(whole, model)
+    optimizations._check_same_logits(whole, model)
     wrong = jax.tree.map(lambda x: -x, whole.params)
-    with pytest.raises(PdxError, match="must say the same"):
-        optimizations._same(dataclasses.replace(whole, params=wrong), model)
+    with pytest.raises(PdxError, match="must not change the logits"):
+        optimizations._check_same_logits(dataclasses.replace(whole, params=wrong), model)
     outcome = optimizations.measure(
         next(r for r in optimizations.ROWS if r.name.startswith("GQA")), experiment_of(whole), {}
     )
@@ -142,7 +142,7 @@ def test_repeated_heads_say_the_same(model):
 
 
 def test_dense_attention_is_the_same_function(model):
-    ids = some_ids(model.cfg, 2, 24)
+    ids = token_ids(model.cfg, 2, 24)
     found = []
     for kernels in ("auto", "dense"):
         cache = dataclasses.replace(model, kernels=kernels).cache(2, 128)

@@ -1,7 +1,7 @@
-"""Tensors of published files that the text model does not need, by name: buffers, and parts beside the text model.
+"""Tensors of published files that are ignored, by name: buffers, encoders, draft heads.
 
-Only names that no weight of a decoder has are listed. Everything else is refused by `pdx.weights.opening.check_names`:
-a bias, a norm or a scale that the configuration does not ask for changes what the model computes.
+Only names that no weight of a text model has are listed. `pdx.weights.opening.check_names` refuses all others, since a
+bias, norm or scale that the configuration does not ask for would change the result.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from pdx.families.fields import counted
+from pdx.families.fields import count_of
 
-MERGE = "merge it into the model first (peft: merge_and_unload)"  # what to do with a LoRA adapter
-# Values that a model computes from its configuration, kept by older versions of the published classes.
+MERGE = "merge it into the model first (peft: merge_and_unload)"  # advice for a LoRA adapter
+# Values that a model computes from its configuration, saved by older versions of transformers.
 BUFFERS = (
     r"(.*\.)?rotary(_pos)?_emb(_local|_global)?\.(\w*inv_freq|_?(cos|sin)(_cache|_cached)?|cos_sin_cache)",
     r"(.*\.)?(rope\.freqs|freqs_cis)",
@@ -22,9 +22,9 @@ BUFFERS = (
     r"blk\.\d+\.attn_rot_embd(\.weight)?",
     r"rope_freqs\.weight",  # read with the configuration
 )
-# The causal mask of an attention module; a vector of this name would be a bias.
+# The causal mask of an attention module if it has several dimensions; a vector of this name is a bias.
 MASK = r"(.*\.)?(self_attn|attn|attention|self_attention)\.bias"
-# What stands beside a text model, and its tensors in Hugging Face and GGUF names.
+# Other parts of published models, with their tensor names in Hugging Face and GGUF files.
 PARTS = {
     "an image encoder": (
         r"(model\.|language_model\.)?(vision\w*|visual|image_\w+|multi_modal_projector|mm_projector|embed_vision"
@@ -34,7 +34,7 @@ PARTS = {
     "an audio encoder": (r"(model\.|language_model\.)?(audio\w*|embed_audio)\..*", r"a\..*"),
     "draft heads": (r"(model\.)?(mtp\w*|medusa_heads?|eagle\w*|draft_\w+)\..*",),
 }
-# What an unknown tensor is, by its name; the first match counts.
+# Explanations of unknown tensors by name pattern; the first match counts.
 _KNOWN = (
     (r".*lora_\w+.*", f"it is of a LoRA adapter; {MERGE}"),
     (
@@ -45,7 +45,7 @@ _KNOWN = (
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor holds what a model computes from its configuration.
+    """Whether a tensor holds values that a model computes from its configuration.
 
     >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq", (64,))
     True
@@ -56,9 +56,9 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def part_of(name: str, draft_layers: range = range(0)) -> str | None:
-    """The part beside the text model that a tensor belongs to; None: it is of the text model.
+    """The part other than the text model that a tensor belongs to; None: it belongs to the text model.
 
-    `draft_layers` are layers behind the model's own that only predict further tokens (DeepSeek's MTP).
+    `draft_layers` are the layers after the model's own that predict further tokens (DeepSeek's MTP).
 
     >>> part_of("vision_tower.blocks.0.weight"), part_of("v.blk.0.attn_q.weight"), part_of("mtp.fc.weight")
     ('an image encoder', 'an image encoder', 'draft heads')
@@ -70,23 +70,23 @@ def part_of(name: str, draft_layers: range = range(0)) -> str | None:
     return next((part for part, patterns in PARTS.items() if _fits(name, patterns)), None)
 
 
-def parts_said(names: Iterable[str], draft_layers: range = range(0)) -> list[str]:
-    """A sentence for each part that tensors of a file belong to."""
+def skipped_parts(names: Iterable[str], draft_layers: range = range(0)) -> list[str]:
+    """A sentence for each part other than the text model that a file has tensors of."""
     found: dict[str, list[str]] = {}
     for name in names:
         if (part := part_of(name, draft_layers)) is not None:
             found.setdefault(part, []).append(name)
     return [
-        f"{counted(len(group), 'tensor')} of {part} passed over, such as {group[0]}: pdx runs the text model"
+        f"ignored {count_of(len(group), 'tensor')} of {part}, such as {group[0]}: pdx runs the text model"
         for part, group in found.items()
     ]
 
 
-def told_to_be(name: str) -> str:
-    """What an unexpected tensor is, as far as its name tells."""
+def explain_unknown(name: str) -> str:
+    """What an unexpected tensor probably is, judged by its name."""
     return next(
         (said for pattern, said in _KNOWN if re.fullmatch(pattern, name)),
-        "the two do not belong together, or it is of a variant that pdx does not have",
+        "the files belong to different models, or to a variant that pdx does not have",
     )
 
 
