@@ -73,6 +73,13 @@ def compare(
         ),
     ] = None,
     cycles: Annotated[bool, typer.Option("--cycles", help="The compilers' static cycles too; slow.")] = False,
+    all_layers: Annotated[
+        bool,
+        typer.Option(
+            "--all-layers",
+            help="Compile steps for --targets with all layers, not only the first of each kind; minutes a step.",
+        ),
+    ] = False,
     model: ModelOption = DEFAULT_MODEL,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
     csv: Annotated[Path | None, typer.Option(help="Write every row to this file.")] = None,
@@ -86,15 +93,17 @@ def compare(
     from pdx.weights.progress import progress_bar
 
     if op and "steps" not in op:
-        refuse_without_effect(context, "only `steps` run a model", "model")
+        refuse_without_effect(context, "only `steps` run a model", "model", "all_layers")
     if targets == "none":
         refuse_without_effect(context, "static cycles are of --targets", "cycles")
+        refuse_without_effect(context, "it is for the steps of --targets", "all_layers")
     if csv is not None:
         outputs.check_file(csv)
     if plot is not None:
         plotting.check(plot)
     chips = None if targets is None else [t for t in targets.split(",") if t not in ("", "none")]
     settings = {"shapes": shapes, "targets": chips, "model": model, "rounds": rounds, "cycles": cycles}
+    settings["all_layers"] = all_layers
     with progress_bar(unit="cases") as bar:
         found = comparing.compare(op or (), **settings, extra=_importable(own or ()), progress=bar)
     if as_json:

@@ -32,6 +32,7 @@ def compare(
     model: str = "smollm2-135m-instruct",
     rounds: int = ROUNDS,
     cycles: bool = False,
+    all_layers: bool = False,
     extra: Mapping[str, Any] | None = None,
     progress: Report = silent,
 ) -> Comparison:
@@ -45,6 +46,7 @@ def compare(
       model: whose steps: anything that `pdx.load` takes, or a shape of `configs/`, which gets random weights.
       rounds: how often each contestant of a case is timed; they take turns.
       cycles: the compilers' static cycles too: a process and a compilation a kernel.
+      all_layers: compile steps for `targets` with all layers of the model; else with the first of each kind.
       extra: implementations of one's own by the name that they get in the table: a module or function as
         `pallas_kernels.implementation` describes it, or `package.module:name` of one. It is for the one op named, or
         for its OP; with `steps` it also runs in the step that its op is part of.
@@ -93,22 +95,7 @@ def compare(
             found.rows += steps.rows(subject, params, shape, chip, found.device, rounds, tuple(wanted), own)
         del params
     progress("measuring", total, total)
+    absent = subject and Subject(model, "bfloat16", all_layers)
     for target in wanted:
-        found.rows += _static(target, cases, subject, phases, cycles, own, progress)
+        found.rows += absent_chips.rows(target, cases, absent, phases, cycles, progress, own)
     return found
-
-
-def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, own, progress: Report) -> list[Row]:
-    if subject is not None:
-        subject = Subject(subject.model, "bfloat16")
-    done, total = 0, 2 * (len(cases) + len(phases))
-
-    def told(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(f"compiling for {target}", min(done, total), total)
-
-    progress(f"compiling for {target}", 0, total)
-    rows = absent_chips.rows(target, cases, subject, phases, cycles, told, own)
-    progress(f"compiling for {target}", total, total)
-    return rows

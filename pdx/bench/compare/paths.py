@@ -93,7 +93,7 @@ def own(extra: Mapping[str, Any] | None, named: Sequence[str]) -> dict[str, dict
             if op not in problems.OPS:
                 known = ", ".join(problems.OPS)
                 raise RequestError(
-                    f"{label}: for which op is it? Compare one op alone, or set its OP to one of {known}"
+                    f"{label}: for which op is it? Name one op, alone or with steps, or set its OP to one of {known}"
                 )
             op_of(op).implementation(mine)
         except ValueError as error:
