@@ -19,6 +19,17 @@ import jax
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """What XLA's CUDA backend asks about a GPU for which it compiles, beyond the fields of `Chip`."""
+
+    lanes: int  # f32 lanes of an SM
+    l2_bytes: int
+    shared_bytes: int  # shared memory of an SM
+    threads: int  # of an SM, at most
+    memory_bytes: int  # of the device, as its driver reports them
+
+
+@dataclass(frozen=True)
 class Chip:
     """The published figures of one whole chip (not of one core, nor of one JAX device)."""
 
@@ -39,7 +50,9 @@ class Chip:
     vmem_mib: int = 0  # TPU: scoped VMEM of a core that a kernel has by default
     vmem_capacity_mib: int = 0  # TPU: VMEM of a core, the most that a kernel may ask for
     smem_kib: int = 0  # TPU: scalar memory of a core; GPU: shared memory a block may opt into
+    axes: int = 2  # TPU: axes of a slice
     capability: tuple[int, int] | None = None  # GPU: compute capability
+    cuda: Cuda | None = None  # GPU: None if Pallas does not compile for it
 
     @property
     def hbm_bytes(self) -> int:
@@ -96,6 +109,7 @@ CHIPS: dict[str, Chip] = {
             hbm_gib=32,
             cores=2,
             devices=2,
+            axes=3,
             clock_ghz=1.05,
             mxu=128,
             vmem_mib=16,
@@ -122,6 +136,7 @@ CHIPS: dict[str, Chip] = {
             hbm_gbps=2765,
             hbm_gib=95,
             cores=2,
+            axes=3,
             clock_ghz=1.75,
             mxu=128,
             vmem_mib=16,
@@ -150,6 +165,7 @@ CHIPS: dict[str, Chip] = {
             hbm_gib=192,
             cores=2,
             devices=2,
+            axes=3,
             clock_ghz=2.2,
             mxu=256,
             vmem_mib=32,
@@ -182,6 +198,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=2.04,
             smem_kib=99,
             capability=(8, 9),
+            cuda=Cuda(128, 50331648, 102400, 1536, 23580639232),
         ),
         _gpu(
             "a100",
@@ -195,6 +212,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.41,
             smem_kib=163,
             capability=(8, 0),
+            cuda=Cuda(64, 41943040, 167936, 2048, 85100068864),
         ),
         _gpu(
             "a100-40",
@@ -208,6 +226,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.41,
             smem_kib=163,
             capability=(8, 0),
+            cuda=Cuda(64, 41943040, 167936, 2048, 42331013120),
         ),
         _gpu(
             "h100",
@@ -222,6 +241,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.98,
             smem_kib=227,
             capability=(9, 0),
+            cuda=Cuda(128, 52428800, 233472, 2048, 84942979072),
         ),
         _gpu(
             "h200",
@@ -236,6 +256,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.98,
             smem_kib=227,
             capability=(9, 0),
+            cuda=Cuda(128, 62914560, 233472, 2048, 150109880320),
         ),
         _gpu(
             "b200",
@@ -250,6 +271,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.965,
             smem_kib=227,
             capability=(10, 0),
+            cuda=Cuda(128, 132644864, 233472, 2048, 191514411008),
         ),
     )
 }

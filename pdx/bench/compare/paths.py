@@ -54,11 +54,13 @@ def here(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
 
 def elsewhere(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
     """What only runs on devices of other platforms, and can be interpreted."""
-    kernels = [
-        Path(f"{PALLAS} {name}", name) for p in PLATFORMS if p != platform for name in problems.for_platform(op, p)
-    ]
+    native, kernels = problems.for_platform(op, platform), {}
+    for other in PLATFORMS:
+        for i, name in enumerate(problems.for_platform(op, other)):
+            kernels.setdefault(name, name if i else f"{PALLAS} {name}")
     own = [Path(label, x) for label, x in extra.items()]
-    return [*kernels, *(p for p in own if not implementation.runs_on(p.of(op), platform))]
+    library = [Path(label, name) for name, label in kernels.items() if name not in native]
+    return [*library, *(p for p in own if not implementation.runs_on(p.of(op), platform))]
 
 
 def step_kernels(phase: str, extra: Mapping[str, Mapping[str, Any]], platform: str) -> dict[str, Mapping[str, Any]]:
