@@ -50,9 +50,17 @@ class Chip:
     vmem_mib: int = 0  # TPU: scoped VMEM of a core that a kernel has by default
     vmem_capacity_mib: int = 0  # TPU: VMEM of a core, the most that a kernel may ask for
     smem_kib: int = 0  # TPU: scalar memory of a core; GPU: shared memory a block may opt into
-    axes: int = 2  # TPU: axes of a slice
     capability: tuple[int, int] | None = None  # GPU: compute capability
-    cuda: Cuda | None = None  # GPU: None if Pallas does not compile for it
+
+    @property
+    def axes(self) -> int:
+        """TPU: axes of a slice."""
+        return _AXES.get(self.name, 2)
+
+    @property
+    def cuda(self) -> Cuda | None:
+        """What XLA's CUDA backend asks; None: Pallas does not compile for this chip."""
+        return _CUDA.get(self.name)
 
     @property
     def hbm_bytes(self) -> int:
@@ -88,11 +96,19 @@ class Chip:
         return max(flops / (self.tflops(dtype) * 1e12), nbytes / (self.hbm_gbps * 1e9))
 
 
-def _tpu(name: str, kinds: tuple[str, ...], bf16: float, int8: float | None, **facts) -> Chip:
+# What only compilers ask of a chip in the table: it is no part of a user's own chip.
+_AXES: dict[str, int] = {}
+_CUDA: dict[str, Cuda] = {}
+
+
+def _tpu(name: str, kinds: tuple[str, ...], bf16: float, int8: float | None, axes: int = 2, **facts) -> Chip:
+    _AXES[name] = axes
     return Chip(name, "tpu", kinds, bf16, int8, f32_tflops=bf16 / 6, smem_kib=1024, **facts)
 
 
 def _gpu(name: str, kinds: tuple[str, ...], bf16: float | None, int8: float, lanes: int, **facts) -> Chip:
+    if cuda := facts.pop("cuda", None):
+        _CUDA[name] = cuda
     f32 = facts["cores"] * lanes * 2 * facts["clock_ghz"] / 1e3
     return Chip(name, "gpu", kinds, bf16, int8, f32_tflops=f32, fp16_tflops=facts.pop("fp16", bf16), **facts)
 
