@@ -19,6 +19,17 @@ import jax
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """What XLA's CUDA backend asks about a GPU for which it compiles, beyond the fields of `Chip`."""
+
+    lanes: int  # f32 lanes of an SM
+    l2_bytes: int
+    shared_bytes: int  # shared memory of an SM
+    threads: int  # of an SM, at most
+    memory_bytes: int  # of the device, as its driver reports them
+
+
+@dataclass(frozen=True)
 class Chip:
     """The published figures of one whole chip (not of one core, nor of one JAX device)."""
 
@@ -40,6 +51,16 @@ class Chip:
     vmem_capacity_mib: int = 0  # TPU: VMEM of a core, the most that a kernel may ask for
     smem_kib: int = 0  # TPU: scalar memory of a core; GPU: shared memory a block may opt into
     capability: tuple[int, int] | None = None  # GPU: compute capability
+
+    @property
+    def axes(self) -> int:
+        """TPU: axes of a slice."""
+        return _AXES.get(self.name, 2)
+
+    @property
+    def cuda(self) -> Cuda | None:
+        """What XLA's CUDA backend asks; None: Pallas does not compile for this chip."""
+        return _CUDA.get(self.name)
 
     @property
     def hbm_bytes(self) -> int:
@@ -75,11 +96,19 @@ class Chip:
         return max(flops / (self.tflops(dtype) * 1e12), nbytes / (self.hbm_gbps * 1e9))
 
 
-def _tpu(name: str, kinds: tuple[str, ...], bf16: float, int8: float | None, **facts) -> Chip:
+# What only compilers ask of a chip in the table: it is no part of a user's own chip.
+_AXES: dict[str, int] = {}
+_CUDA: dict[str, Cuda] = {}
+
+
+def _tpu(name: str, kinds: tuple[str, ...], bf16: float, int8: float | None, axes: int = 2, **facts) -> Chip:
+    _AXES[name] = axes
     return Chip(name, "tpu", kinds, bf16, int8, f32_tflops=bf16 / 6, smem_kib=1024, **facts)
 
 
 def _gpu(name: str, kinds: tuple[str, ...], bf16: float | None, int8: float, lanes: int, **facts) -> Chip:
+    if cuda := facts.pop("cuda", None):
+        _CUDA[name] = cuda
     f32 = facts["cores"] * lanes * 2 * facts["clock_ghz"] / 1e3
     return Chip(name, "gpu", kinds, bf16, int8, f32_tflops=f32, fp16_tflops=facts.pop("fp16", bf16), **facts)
 
@@ -96,6 +125,7 @@ CHIPS: dict[str, Chip] = {
             hbm_gib=32,
             cores=2,
             devices=2,
+            axes=3,
             clock_ghz=1.05,
             mxu=128,
             vmem_mib=16,
@@ -122,6 +152,7 @@ CHIPS: dict[str, Chip] = {
             hbm_gbps=2765,
             hbm_gib=95,
             cores=2,
+            axes=3,
             clock_ghz=1.75,
             mxu=128,
             vmem_mib=16,
@@ -150,6 +181,7 @@ CHIPS: dict[str, Chip] = {
             hbm_gib=192,
             cores=2,
             devices=2,
+            axes=3,
             clock_ghz=2.2,
             mxu=256,
             vmem_mib=32,
@@ -182,6 +214,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=2.04,
             smem_kib=99,
             capability=(8, 9),
+            cuda=Cuda(128, 50331648, 102400, 1536, 23580639232),
         ),
         _gpu(
             "a100",
@@ -195,6 +228,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.41,
             smem_kib=163,
             capability=(8, 0),
+            cuda=Cuda(64, 41943040, 167936, 2048, 85100068864),
         ),
         _gpu(
             "a100-40",
@@ -208,6 +242,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.41,
             smem_kib=163,
             capability=(8, 0),
+            cuda=Cuda(64, 41943040, 167936, 2048, 42331013120),
         ),
         _gpu(
             "h100",
@@ -222,6 +257,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.98,
             smem_kib=227,
             capability=(9, 0),
+            cuda=Cuda(128, 52428800, 233472, 2048, 84942979072),
         ),
         _gpu(
             "h200",
@@ -236,6 +272,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.98,
             smem_kib=227,
             capability=(9, 0),
+            cuda=Cuda(128, 62914560, 233472, 2048, 150109880320),
         ),
         _gpu(
             "b200",
@@ -250,6 +287,7 @@ CHIPS: dict[str, Chip] = {
             clock_ghz=1.965,
             smem_kib=227,
             capability=(10, 0),
+            cuda=Cuda(128, 132644864, 233472, 2048, 191514411008),
         ),
     )
 }

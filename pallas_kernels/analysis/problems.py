@@ -256,17 +256,21 @@ def ops(platform: str | None = None) -> list[str]:
     return [op for op in OPS if platform is None or for_platform(op, platform)]
 
 
-def problems(op: str, implementation: Any, name: str | None = None, large_only: bool = False) -> list[Problem]:
+def problems(
+    op: str, implementation: Any, name: str | None = None, large_only: bool = False, layout: Layout | None = None
+) -> list[Problem]:
     """The problems of an op for an implementation, real sizes first.
 
     Args:
       name: only cases whose name contains it.
       large_only: leave the small cases out.
+      layout: of K and V; None: `layout_of` the implementation.
 
     Raises:
       ValueError: no such op.
     """
-    return [OPS[op](c, implementation) for c in cases(op, large_only) if name is None or name in c.name]
+    found = [c for c in cases(op, large_only) if name is None or name in c.name]
+    return [OPS[op](c, implementation, layout) for c in found]
 
 
 def cases(op: str, large_only: bool = False) -> list[Any]:

@@ -65,6 +65,11 @@ def _version(path: str) -> tuple[int, ...]:
     return tuple(int(n) for n in number.group(1).split(".")) if number else ()
 
 
+def files(folder: Path) -> list[Path]:
+    """The files of a dump that `read` needs."""
+    return [*folder.glob("*.ptx"), *folder.glob("*thunk_sequence.txt")]
+
+
 def read(folder: Path) -> tuple[Kernel, ...]:
     """The kernels of every PTX file in `folder`.
 

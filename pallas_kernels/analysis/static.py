@@ -120,6 +120,7 @@ def cycles(
             given,
         ]
         command += ["--config", config] if config else []
+        command += ["--layout", layout] if (layout := getattr(problem.call, "layout", None)) else []
         try:
             done = subprocess.run(
                 command, env=_environment(profile), capture_output=True, text=True, timeout=timeout, check=False
@@ -221,8 +222,7 @@ def taken(
 
 
 def _environment(profile: str | None = None) -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), *sys.path)))
     return os.environ | targets.environment(profile=profile) | {"XLA_FLAGS": "", "PYTHONPATH": paths}
 
 
@@ -273,7 +273,7 @@ def _child(args: argparse.Namespace) -> None:
 
 def _chosen(args: argparse.Namespace, target: Target) -> list[Problem]:
     given = problems.named(args.op, target.chip.platform, args.own)
-    found = problems.problems(args.op, given, args.exact or args.case, not (args.small or args.exact))
+    found = problems.problems(args.op, given, args.exact or args.case, not (args.small or args.exact), args.layout)
     return [p for p in found if args.exact is None or p.name == args.exact][: 1 if args.exact else None]
 
 
@@ -352,6 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--with", dest="own", help="another implementation of the op: its name, or package.module:name")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--exact", help=argparse.SUPPRESS)
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)  # facts, cycles, or the peer's tiles
     parser.add_argument("--peer", action="store_true", help="JAX's own prefill kernel beside cases without a mask")
     parser.add_argument(

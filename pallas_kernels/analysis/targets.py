@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding, use_abstract_
 
 from pallas_kernels import compat
 from pallas_kernels.analysis import hlo, ptx
-from pallas_kernels.hardware import Chip, chip
+from pallas_kernels.hardware import CHIPS, Chip, chip
 
-TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
-GPUS = ("a100", "l4", "h100", "b200")
+TPUS = tuple(name for name, c in CHIPS.items() if c.platform == "tpu")
+_OF_CAPABILITY = {c.capability: name for name, c in reversed(CHIPS.items()) if c.cuda}
+# One GPU of each compute capability, the first in the table: kernels compile to the same for the others.
+GPUS = tuple(_OF_CAPABILITY[capability] for capability in sorted(_OF_CAPABILITY))
 NAMES = TPUS + GPUS
 
 _ENVIRONMENT = {
@@ -46,17 +49,6 @@ _ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-
-_ONE_CHIP = {"v4": "1x1x1", "v5p": "1x1x1", "7x": "1x1x1"}  # three axes; the others have two
-# Facts for XLA's CUDA backend beyond the chip table: f32 lanes per SM, L2, shared memory and threads per SM, bytes.
-_GPU_FACTS = {
-    "a100": (64, 41943040, 167936, 2048, 85100068864),
-    "a100-40": (64, 41943040, 167936, 2048, 42331013120),
-    "l4": (128, 50331648, 102400, 1536, 23580639232),
-    "h100": (128, 52428800, 233472, 2048, 84942979072),
-    "h200": (128, 62914560, 233472, 2048, 150109880320),
-    "b200": (128, 132644864, 233472, 2048, 191514411008),
 }
 
 
@@ -108,8 +100,22 @@ class Compiled:
     memory: Mapping[str, int]  # bytes per device: argument, output, temp, alias, code
     cost: Mapping[str, float]  # XLA's own analysis; a Pallas call counts by its CostEstimate
     vmem_bytes: int = 0  # TPU: the most scoped VMEM that one kernel uses
-    kernels: tuple[ptx.Kernel, ...] = ()  # GPU: registers, spills, shared memory and tensor-core instructions
+    dump: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # GPU: files of XLA's by name
     executable: Any = field(default=None, repr=False, compare=False)  # jax.stages.Compiled
+
+    @cached_property
+    def kernels(self) -> tuple[ptx.Kernel, ...]:
+        """GPU: registers, spills, shared memory and tensor-core instructions of each kernel.
+
+        ptxas and nvdisasm read every kernel when this is first asked for, which takes longer than the compilation.
+
+        Raises:
+          RuntimeError: ptxas is not installed, or rejects a file.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in self.dump.items():
+                (Path(folder) / name).write_text(text)
+            return ptx.read(Path(folder))
 
 
 def _topology(known: Chip, shape: str) -> str:
@@ -117,7 +123,7 @@ def _topology(known: Chip, shape: str) -> str:
 
     The check is needed: libtpu also describes slices that do not exist, such as 9x9.
     """
-    one = _ONE_CHIP.get(known.name, "1x1")
+    one = "x".join("1" * known.axes)
     if known.platform == "gpu":
         if shape and (not shape.isdecimal() or int(shape) < 1):
             raise ValueError(f"{known.name}:{shape} does not say how many GPUs: write {known.name}:8 for eight")
@@ -149,7 +155,7 @@ class Target:
         """
         model, _, shape = name.partition(":")
         known = chip(model)
-        if known.platform == "gpu" and known.name not in _GPU_FACTS:
+        if known.platform == "gpu" and known.cuda is None:
             raise ValueError(f"{known.name} has no Pallas compiler; targets are {', '.join(NAMES)}")
         return Target(name, known, _topology(known, shape))
 
@@ -234,7 +240,7 @@ class Target:
             options = {"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"} if gpu else None
             executable = fn.lower(*args, **kwargs).compile(compiler_options=options)
             seconds = time.perf_counter() - started
-            kernels = ptx.read(Path(dump)) if gpu else ()
+            files = {path.name: path.read_text() for path in ptx.files(Path(dump))}
         text = executable.as_text()
         return Compiled(
             self.name,
@@ -243,7 +249,7 @@ class Target:
             _memory(executable),
             compat.cost_dict(executable.cost_analysis()),
             hlo.vmem_bytes(text),
-            kernels,
+            files,
             executable,
         )
 
@@ -267,15 +273,15 @@ def _memory(executable: Any) -> dict[str, int]:
 
 def _gpu_config(c: Chip) -> str:
     """XLA's `GpuTargetConfigProto` as text."""
-    lanes, l2, shared, threads, memory = _GPU_FACTS[c.name]
-    major, minor = c.capability
+    cuda, (major, minor) = c.cuda, c.capability
     accelerated = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""gpu_device_info {{
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
-      shared_memory_per_block: 49152 shared_memory_per_block_optin: {c.smem_bytes} shared_memory_per_core: {shared}
-      core_count: {c.cores} fpus_per_core: {lanes} clock_rate_ghz: {c.clock_ghz} l2_cache_size: {l2}
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {cuda.threads}
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {c.smem_bytes}
+      shared_memory_per_core: {cuda.shared_bytes}
+      core_count: {c.cores} fpus_per_core: {cuda.lanes} clock_rate_ghz: {c.clock_ghz} l2_cache_size: {cuda.l2_bytes}
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: {int(c.hbm_gbps * 1e9)} device_memory_size: {memory}
+      memory_bandwidth: {int(c.hbm_gbps * 1e9)} device_memory_size: {cuda.memory_bytes}
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
       cuda_compute_capability {{ major: {major} minor: {minor}{accelerated} }}
     }}

@@ -26,6 +26,7 @@ import numpy as np
 from pallas_kernels import hardware, tiles
 from pallas_kernels.analysis.timing_loop import chained, start
 from pallas_kernels.hardware import Chip
+from pallas_kernels.implementation import name_of
 from pallas_kernels.tiles import bucket
 
 
@@ -226,6 +227,8 @@ def run(
         raise ValueError("no chip to measure on here: --target NAME ranks for one by static figures")
     chip = hardware.chip((target or here.name).partition(":")[0])
     found = problems.problems(op, problems.named(op, chip.platform, own), case, large_only=case is None)
+    if found and not hasattr(found[0].module, "heuristic"):
+        raise ValueError(f"{op}: {name_of(found[0].module)} has no tiles to tune: it declares no `heuristic`")
     chosen = [p for p in found if not p.unsupported]
     if not chosen:
         raise ValueError(

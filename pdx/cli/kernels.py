@@ -77,6 +77,13 @@ def compare(
         ),
     ] = None,
     cycles: Annotated[bool, typer.Option("--cycles", help="Also report the compilers' static cycles; slow.")] = False,
+    all_layers: Annotated[
+        bool,
+        typer.Option(
+            "--all-layers",
+            help="Compile steps for --targets with all layers, not only the first of each kind; minutes a step.",
+        ),
+    ] = False,
     model: ModelOption = DEFAULT_MODEL,
     rounds: Annotated[int, typer.Option(help="How often each implementation is timed.", min=1)] = 5,
     csv: Annotated[Path | None, typer.Option(help="Write every row to this file.")] = None,
@@ -90,9 +97,10 @@ def compare(
     from pdx.weights.progress import progress_bar
 
     if op and "steps" not in op:
-        refuse_without_effect(context, "only `steps` run a model", "model")
+        refuse_without_effect(context, "only `steps` run a model", "model", "all_layers")
     if targets == "none":
         refuse_without_effect(context, "static cycles are for --targets", "cycles")
+        refuse_without_effect(context, "it is for the steps of --targets", "all_layers")
     if csv is not None:
         outputs.check_file(csv)
     if plot is not None:
@@ -106,6 +114,7 @@ def compare(
             model=model,
             rounds=rounds,
             cycles=cycles,
+            all_layers=all_layers,
             extra=_importable(own or ()),
             progress=bar,
         )

@@ -1,14 +1,19 @@
-"""The settings of an engine, as frozen data without jax, so that profiles can be read and checked anywhere."""
+"""The settings of an engine, as frozen data without jax, so that profiles can be read and checked anywhere.
+
+A setting is declared once: its annotation says what is checked. An `int` is at least 1, a `float` is above 0, and a
+`Literal` lists all values; `limited` sets other limits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import tomllib
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal, cast
+from types import NoneType, UnionType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from pdx.arguments import boolean, integer, number
 from pdx.errors import RequestError
@@ -17,8 +22,12 @@ from pdx.sampling.options import MAX_LOGPROBS
 from pdx.shapes import round_up
 
 Policy = Literal["fcfs", "priority", "shortest"]
-POLICIES = ("fcfs", "priority", "shortest")
 SMALLEST_MIXED = 16
+
+
+def limited(default: Any, low: float, high: float) -> Any:
+    """A number with these limits. An `int` may equal `low`; a `float` must be above it."""
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class EngineConfig:
     tpot_s: float = 0.1
     page_size: int | None = None
     pages: int | tuple[int, ...] | None = None
-    memory_share: float = 0.9
+    memory_share: float = limited(0.9, 0, 1)
     max_context: int | None = None
     kv_dtype: str = "auto"
     kernels: str = "auto"
@@ -72,30 +81,13 @@ class EngineConfig:
     prefix_cache: bool = True
     chunked_prefill: bool = True
     max_queue: int = 1024
-    num_logprobs: int = 0
+    num_logprobs: int = limited(0, 0, MAX_LOGPROBS)
     overlap: bool = True
     deterministic: bool = False
 
     def __post_init__(self):
-        for name, low in (("slots", 1), ("prefill_rows", 1), ("max_queue", 1), ("num_logprobs", 0)):
-            self._set(name, integer(name, getattr(self, name), low))
-        for name in ("page_size", "max_context", "token_budget"):
-            if getattr(self, name) is not None:
-                self._set(name, integer(name, getattr(self, name), 1))
-        if self.pages is not None:
-            many = isinstance(self.pages, list | tuple) or getattr(self.pages, "ndim", 0) == 1
-            each = tuple(integer("pages", p, 1) for p in (self.pages if many else (self.pages,)))
-            self._set("pages", each if many else each[0])
-        for name in ("aging_s", "tpot_s", "memory_share"):
-            self._set(name, number(name, getattr(self, name), 0, math.inf, open_below=True))
-        for name in ("prefix_cache", "chunked_prefill", "overlap", "deterministic"):
-            self._set(name, boolean(name, getattr(self, name)))
-        if self.memory_share > 1:
-            raise RequestError(f"memory_share is {self.memory_share}: it must be at most 1")
-        if self.num_logprobs > MAX_LOGPROBS:
-            raise RequestError(f"num_logprobs is {self.num_logprobs}: it must be at most {MAX_LOGPROBS}")
-        if self.policy not in POLICIES:
-            raise RequestError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+        for declared in dataclasses.fields(self):
+            object.__setattr__(self, declared.name, _checked(declared, getattr(self, declared.name)))
         if self.token_budget is not None and self.token_budget <= self.slots:
             raise RequestError(
                 f"token_budget is {self.token_budget}: {self.slots} slots decode first, it must be above {self.slots}"
@@ -109,9 +101,6 @@ class EngineConfig:
                     f"token_budget is {self.token_budget}: deterministic prompts come in whole pages beside the decode "
                     f"rows, so it must be at least {least}"
                 )
-
-    def _set(self, name: str, value) -> None:
-        object.__setattr__(self, name, value)
 
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
@@ -162,6 +151,37 @@ class EngineConfig:
             return None
         page_size = cast(int, self.page_size)
         return (self.budget - self.slots) // page_size * page_size
+
+
+@cache
+def types_of(name: str) -> tuple[Any, ...]:
+    """The types that a setting is annotated with: `(int, NoneType)` for `int | None`."""
+    hint = get_type_hints(EngineConfig)[name]
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _checked(declared: dataclasses.Field, value: Any) -> Any:
+    """A setting's value, made plain. Raises RequestError if its declaration does not allow it."""
+    kind, *others = types_of(declared.name)
+    if value is None and NoneType in others:
+        return None
+    is_row = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+    if is_row and any(get_origin(other) is tuple for other in others):
+        return tuple(_plain(declared, kind, x) for x in value)
+    return _plain(declared, kind, value)
+
+
+def _plain(declared: dataclasses.Field, kind: Any, value: Any) -> Any:
+    name, limits = declared.name, declared.metadata
+    if kind is bool:
+        return boolean(name, value)
+    if kind is int:
+        return integer(name, value, limits.get("low", 1), limits.get("high"))
+    if kind is float:
+        return number(name, value, limits.get("low", 0), limits.get("high", math.inf), open_below=True)
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise RequestError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
+    return value
 
 
 def profiles() -> list[str]:

@@ -77,7 +77,7 @@ def target(chip: Chip, chips: int) -> str:
         return chip.name
     if chip.platform == "gpu":
         return f"{chip.name}:{chips}"
-    shapes = SLICES[3 if chip.name in ("v4", "v5p", "7x") else 2]
+    shapes = SLICES[chip.axes]
     if chips not in shapes:
         raise RequestError(f"--compile: {chip.name} has slices of 1, {', '.join(map(str, shapes))} chips, not {chips}")
     return f"{chip.name}:{shapes[chips]}"

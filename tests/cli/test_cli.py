@@ -236,6 +236,7 @@ def test_tune_needs_a_chip_or_a_target_and_an_op():
         (["tune", "decode_attention", "--folder", "f"], "--folder would change nothing"),
         (["compare", "decode_attention", "--model", "m"], "--model would change nothing"),
         (["compare", "--targets", "none", "--cycles"], "--cycles would change nothing"),
+        (["compare", "decode_attention", "--all-layers"], "--all-layers would change nothing"),
         (["bench", "load", "--rate", "1", "--burstiness", "1"], "--burstiness would change nothing"),
         (["bench", "load", "--trace", "t", "--output-len", "5"], "--output-len would change nothing"),
     ],

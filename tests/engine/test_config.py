@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import hardware
 from pdx.engine import sizing
-from pdx.engine.config import EngineConfig, profiles
+from pdx.engine.config import EngineConfig, profiles, types_of
 from pdx.errors import RequestError
 from pdx.model import param_specs
 from pdx.plan import published
@@ -55,6 +56,23 @@ def test_a_file_may_be_given(tmp_path):
 def test_settings_that_make_no_sense(fields, says):
     with pytest.raises(RequestError, match=says):
         EngineConfig(**fields)
+
+
+CHECKED = [f.name for f in dataclasses.fields(EngineConfig) if types_of(f.name)[0] is not str]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_every_setting_is_checked_by_its_declaration(name):
+    for value in (object(), -1, "x", [1, 2.5]):
+        with pytest.raises(RequestError, match=rf"^{name} "):
+            EngineConfig(**{name: value})
+
+
+def test_a_row_of_pages_and_an_open_setting_are_made_plain():
+    config = EngineConfig(pages=np.array([3, 4]), slots=np.int64(2), tpot_s=1, page_size=None)
+    assert (config.pages, type(config.slots), type(config.tpot_s), config.page_size) == ((3, 4), int, float, None)
+    with pytest.raises(RequestError, match="slots is None"):
+        EngineConfig(slots=None)
 
 
 def test_ladders():

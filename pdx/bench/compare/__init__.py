@@ -33,6 +33,7 @@ def compare(
     model: str = "smollm2-135m-instruct",
     rounds: int = ROUNDS,
     cycles: bool = False,
+    all_layers: bool = False,
     extra: Mapping[str, Any] | None = None,
     progress: Report = silent,
 ) -> Comparison:
@@ -46,6 +47,7 @@ def compare(
       model: the model of the steps: a model argument of `pdx.load`, or a shape of `configs/` (random weights).
       rounds: how often each implementation of a case is timed, in turn with the others.
       cycles: also report the compilers' static cycles, which takes a process and a compilation per kernel.
+      all_layers: compile steps for `targets` with all layers of the model; else with the first of each kind.
       extra: your own implementations, by their name in the table: a module or function as in
         `pallas_kernels.implementation`, or `package.module:name` of one. It is compared for the single op in `ops`, or
         for its own `OP`; with `steps`, also in the step that the op is part of.
@@ -83,8 +85,9 @@ def compare(
             found.rows += steps.rows(subject, params, shape, chip, found.device, rounds, tuple(wanted), own)
         del params
     progress("measuring", total, total)
+    absent = subject and Subject(model, "bfloat16", all_layers)
     for target in wanted:
-        found.rows += _static(target, cases, subject, phases, cycles, own, progress)
+        found.rows += absent_chips.rows(target, cases, absent, phases, cycles, progress, own)
     return found
 
 
@@ -102,19 +105,3 @@ def _notes(device: str, platform: str, in_steps: Mapping[str, Mapping[str, Any]]
             f"Compiled programs are cached in {folder}: the compile time of a cached one is only that of loading it."
         )
     return notes
-
-
-def _static(target: str, cases, subject: Subject | None, phases, cycles: bool, own, progress: Report) -> list[Row]:
-    if subject is not None:
-        subject = Subject(subject.model, "bfloat16")
-    done, total = 0, 2 * (len(cases) + len(phases))
-
-    def report(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(f"compiling for {target}", min(done, total), total)
-
-    progress(f"compiling for {target}", 0, total)
-    rows = absent_chips.rows(target, cases, subject, phases, cycles, report, own)
-    progress(f"compiling for {target}", total, total)
-    return rows

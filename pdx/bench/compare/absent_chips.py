@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from typing import Any
 
 from pallas_kernels.analysis import problems, static, targets
@@ -21,6 +22,7 @@ from pdx.bench.compare.paths import PHASES, Path, runnable_paths
 from pdx.bench.compare.rows import COMPILED, COUNTED, PALLAS, XLA, Row
 from pdx.bench.compare.steps import Shape, Subject, step_row
 from pdx.errors import RequestError
+from pdx.weights.progress import Report, silent
 
 MARK = "COMPARE "  # prefix of the process's output lines that hold a row
 
@@ -33,7 +35,7 @@ def rows(
     subject: Subject | None,
     shapes: Sequence[Shape],
     cycles: bool,
-    report: Callable[[str], None] = lambda what: None,
+    progress: Report = silent,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
     """The rows of one target. Without its compiler, kernels are counted and steps have the cost model's figures.
@@ -43,21 +45,23 @@ def rows(
       cases: (op, case) pairs.
       subject, shapes: a model and the steps of it to compile; None: no steps.
       cycles: also get the compiler's static cycles, which takes a process and a compilation per kernel.
-      report: called with the name of each row that is finished.
+      progress: called after each measurement and compilation.
       extra: the user's implementations by op and label. Another process must be able to import them.
 
     Raises:
       RequestError: the compiler ended before it returned anything.
     """
-    target = Target.get(name)
-    extra = extra or {}
+    target, extra = Target.get(name), extra or {}
+    kernels = [(op, case, path) for op, case in cases for path in _kernels(op, target, extra)]
     if (why := targets.missing(name)) is not None:
-        kernels = [(op, case, path) for op, case in cases for path in _kernels(op, target, extra)]
-        found = [counted(*kernel, target, why, report) for kernel in kernels]
-        for shape in shapes if subject else ():
-            row = step_row(subject, shape, target.chip, name)
-            found.append(replace(row, path=PALLAS, rung=COUNTED, note=why))
-        return found
+        report = _counting(name, len(kernels), progress)
+        return [
+            *(counted(*kernel, target, why, report) for kernel in kernels),
+            *(
+                replace(step_row(subject, shape, target.chip, name), path=PALLAS, rung=COUNTED, note=why)
+                for shape in (shapes if subject else ())
+            ),
+        ]
     own = [(op, p.name, p.reference) for op in extra for p in _kernels(op, target, extra) if p.name in extra[op]]
     wanted = [
         (op, case.name, path.name, path.reference)
@@ -72,8 +76,9 @@ def rows(
         "steps": [asdict(s) for s in shapes] if subject else [],
         "subject": asdict(subject) if subject else None,
     }
-    found = list(_compile_in_process(request, report))
     steps = sum(2 + sum(PHASES.get(op) == s.phase for op, _, _ in request["own"]) for s in shapes if subject)
+    report = _counting(name, len(wanted) + steps + len(kernels) * cycles, progress)
+    found = list(_compile_in_process(request, report))
     missing = len(wanted) + steps - len(found)
     if missing and not found:
         raise RequestError(f"the compiler for {name} ended without a result: leave {name} out of --targets")
@@ -82,7 +87,14 @@ def rows(
             found[-1], note=f"{found[-1].note} The compiler ended here: {missing} more are missing.".strip()
         )
     found += _not_importable(cases, target, extra)
-    return [with_cycles(row, target, report) if cycles else row for row in found]
+    return with_cycles(found, kernels, target, report) if cycles else found
+
+
+def _counting(target: str, total: int, progress: Report) -> Callable[[str], None]:
+    """A function that reports one thing more as done each time that it is called."""
+    done = count(1)
+    progress(f"compiling for {target}", 0, total)
+    return lambda what: progress(f"compiling for {target}", min(next(done), total), total)
 
 
 def _kernels(op: str, target: Target, extra: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -116,16 +128,26 @@ def counted(op: str, case: Any, path: Path, target: Target, why: str, report: Ca
     return replace(row, rung=COUNTED, moved_bytes=facts["bytes"], done_flops=facts["flops"], note=why)
 
 
-def with_cycles(row: Row, target: Target, report: Callable[[str], None]) -> Row:
-    """The row with the compiler's static cycles, if it is a kernel without loops of dynamic length."""
-    if row.path != PALLAS or row.rung != COMPILED or row.op not in problems.OPS or row.note:
-        return row
-    report(f"{target.name}: cycles of {row.op}, {row.case}")
-    problem = next(p for p in problems.problems(row.op, target.chip.platform) if p.name == row.case)
-    cycles = static.cycles(problem, target)
-    if not cycles:
-        return row
-    return replace(row, cycles=cycles, cycle_seconds=cycles / target.chip.devices / (target.chip.clock_ghz * 1e9))
+def with_cycles(
+    rows: Sequence[Row], kernels: Sequence[tuple[str, Any, Path]], target: Target, report: Callable[[str], None]
+) -> list[Row]:
+    """The rows with the compiler's static cycles: of each kernel that compiled and has no loops of dynamic length.
+
+    XLA's paths have none. The compiler profiles custom calls only.
+    """
+    problems_of = {
+        (op, case.name, path.name): path.problem(op, case, target.chip.platform) for op, case, path in kernels
+    }
+    found = []
+    for row in rows:
+        problem = problems_of.get((row.op, row.case, row.path))
+        if problem is not None and row.rung == COMPILED and not row.note:
+            report(f"{target.name}: cycles of {row.op}, {row.case}, {row.path}")
+            if cycles := static.cycles(problem, target):
+                seconds = cycles / target.chip.devices / (target.chip.clock_ghz * 1e9)
+                row = replace(row, cycles=cycles, cycle_seconds=seconds)
+        found.append(row)
+    return found
 
 
 def _compile_in_process(request: dict[str, Any], report: Callable[[str], None]) -> Iterator[Row]:

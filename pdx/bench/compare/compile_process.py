@@ -91,9 +91,10 @@ def xla_bytes(text: str) -> int | None:
 
 def compiled_step(subject: Subject, shape: Shape, kernels: Kernels, target: str, row: Row) -> Row:
     """The row of a whole step, compiled in this process; `row` has the figures that are known before."""
+    cfg, layers = subject.compiled_config(), subject.config().num_layers
     c = aot.compile_step(
         "prefill" if shape.phase == "prefill" else "decode_step",
-        subject.config(),
+        cfg,
         target,
         batch=shape.batch,
         capacity=shape.capacity,
@@ -104,7 +105,7 @@ def compiled_step(subject: Subject, shape: Shape, kernels: Kernels, target: str,
     return replace(
         row,
         rung=COMPILED,
-        ran=what_ran(c.text),
+        ran=what_ran(c.text) + (f" in {cfg.num_layers} of {layers} layers" if cfg.num_layers < layers else ""),
         compile_seconds=c.seconds,
         temp_bytes=c.memory["temp"],
         vmem_bytes=c.vmem_bytes if Target.get(target).chip.platform == "tpu" else None,

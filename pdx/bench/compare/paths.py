@@ -54,11 +54,13 @@ def runnable_paths(op: str, platform: str, extra: Mapping[str, Any]) -> list[Pat
 
 def other_platforms(op: str, platform: str, extra: Mapping[str, Any]) -> list[Path]:
     """The paths that run on other platforms only. Here they can be interpreted."""
-    kernels = [
-        Path(f"{PALLAS} {name}", name) for p in PLATFORMS if p != platform for name in problems.for_platform(op, p)
-    ]
+    native, kernels = problems.for_platform(op, platform), {}
+    for other in PLATFORMS:
+        for i, name in enumerate(problems.for_platform(op, other)):
+            kernels.setdefault(name, name if i else f"{PALLAS} {name}")
     own = [Path(label, x) for label, x in extra.items()]
-    return [*kernels, *(p for p in own if not implementation.runs_on(p.of(op), platform))]
+    library = [Path(label, name) for name, label in kernels.items() if name not in native]
+    return [*library, *(p for p in own if not implementation.runs_on(p.of(op), platform))]
 
 
 def step_kernels(phase: str, extra: Mapping[str, Mapping[str, Any]], platform: str) -> dict[str, Mapping[str, Any]]:
@@ -93,7 +95,7 @@ def own(extra: Mapping[str, Any] | None, named: Sequence[str]) -> dict[str, dict
             if op not in problems.OPS:
                 known = ", ".join(problems.OPS)
                 raise RequestError(
-                    f"{label}: its op is not known: compare a single op, or set its OP to one of {known}"
+                    f"{label}: its op is not known: name one op, alone or with steps, or set its OP to one of {known}"
                 )
             op_of(op).implementation(mine)
         except ValueError as error:

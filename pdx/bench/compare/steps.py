@@ -29,13 +29,26 @@ from pdx.plan import published
 
 @dataclass(frozen=True)
 class Subject:
-    """The model whose steps are compared, by name, and its dtype."""
+    """The model whose steps are compared, by name, and its dtype.
+
+    `all_layers`: whether absent chips' compilers get the whole model. Compile time is proportional to the layers.
+    """
 
     model: str
     dtype: str
+    all_layers: bool = True
 
     def config(self) -> ModelConfig:
         return published.config(self.model)
+
+    def compiled_config(self) -> ModelConfig:
+        """What is compiled for absent chips: without `all_layers`, the first layers, at least two and one of each
+        window. The others are like them."""
+        cfg = self.config()
+        if self.all_layers:
+            return cfg
+        count = min(cfg.num_layers, max(2, *(cfg.windows.index(w) + 1 for w in cfg.windows)))
+        return replace(cfg, num_layers=count, windows=cfg.windows[:count])
 
     def setup(self) -> Setup:
         return Setup(self.config(), self.dtype)

@@ -11,11 +11,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from pdx.bench.load.measure import LoadResult, check_fits, run
 from pdx.bench.load.workload import Load
-from pdx.engine.config import EngineConfig
+from pdx.engine.config import EngineConfig, types_of
 from pdx.engine.engine import Engine
 from pdx.errors import RequestError
 from pdx.metrics import Objectives
@@ -44,14 +45,14 @@ def variants(base: EngineConfig, quantize: str | None, vary: Iterable[str]) -> l
     Raises RequestError for an unknown setting or an invalid value.
     """
     axes: dict[str, list[tuple[str, Any]]] = {}
-    types = {f.name: f.type for f in dataclasses.fields(EngineConfig)}
+    known = [*(f.name for f in dataclasses.fields(EngineConfig)), *MODEL_SETTINGS]
     for text in vary:
         name, _, values = text.partition("=")
-        if name not in types and name not in MODEL_SETTINGS:
-            raise RequestError(f"{name!r} is no setting of an engine: there are {', '.join([*types, *MODEL_SETTINGS])}")
+        if name not in known:
+            raise RequestError(f"{name!r} is no setting of an engine: there are {', '.join(known)}")
         if not values or name in axes:
             raise RequestError(f"--vary {text}: give it once, with its values, such as {name}=A,B")
-        axes[name] = [(value, _value(name, types.get(name, "str"), value)) for value in values.split(",")]
+        axes[name] = [(value, _value(name, value)) for value in values.split(",")]
     found = []
     for combination in itertools.product(*axes.values()):
         changes = {name: value for name, (_, value) in zip(axes, combination, strict=True)}
@@ -61,18 +62,19 @@ def variants(base: EngineConfig, quantize: str | None, vary: Iterable[str]) -> l
     return found
 
 
-def _value(name: str, kind: str, text: str) -> Any:
-    """The value of a setting of type `kind`, from its text."""
-    if "str" in kind or kind == "Policy":
-        return None if name == "quantize" and text in ("none", "off") else text
+def _value(name: str, text: str) -> Any:
+    """The value of a setting, of the type that it is declared with, from its text."""
+    if name in MODEL_SETTINGS:
+        return None if text in ("none", "off") else text
+    kind, *others = types_of(name)
+    if kind not in (bool, int, float):
+        return text
     try:
-        if kind == "bool":
+        if kind is bool:
             return {"on": True, "true": True, "off": False, "false": False}[text]
-        if "None" in kind and text in ("none", "auto"):
-            return None
-        return float(text) if kind.startswith("float") else int(text)
+        return None if NoneType in others and text in ("none", "auto") else kind(text)
     except (KeyError, ValueError):
-        wanted = "on or off" if kind == "bool" else "a number"
+        wanted = "on or off" if kind is bool else "a number"
         raise RequestError(f"{name}={text}: it must be {wanted}") from None
 
 

@@ -1,9 +1,11 @@
 """`pdx compare`: what it is asked for, what it prints and writes, and what compilers add."""
 
 import csv
+import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from pallas_kernels.analysis import problems, targets
 from pdx.bench import compare as comparing
 from pdx.bench.compare import absent_chips, ceiling, plot, selection, steps
-from pdx.bench.compare.compile_process import xla_bytes
+from pdx.bench.compare.compile_process import DYNAMIC, xla_bytes
 from pdx.bench.compare.rows import COLUMNS, Row
 from pdx.bench.compare.steps import Shape, Subject
 from pdx.cli import app
@@ -134,6 +136,33 @@ def test_only_the_static_part_is_counted_for_targets(small, monkeypatch):
     monkeypatch.setattr(absent_chips, "_in_a_process", lambda *_: pytest.fail("a compiler was started"))
     rows = absent_chips.rows("h100", [("decode_attention", case_of("decode_attention"))], None, [], True)
     assert [(r.path, r.rung, r.device) for r in rows] == [("pallas", "counted", "h100")]
+
+
+def test_cycles_are_asked_of_every_kernel_that_compiled(monkeypatch):
+    """Of the library's and of one's own; not of XLA, of loops of dynamic length, or of what was refused."""
+    asked = []
+    monkeypatch.setattr(targets, "missing", lambda name: None)
+    monkeypatch.setattr(absent_chips.static, "cycles", lambda problem, target: asked.append(problem.call.layout) or 940)
+    op, case = "decode_attention", case_of("decode_attention")
+    row = Row(op, case.name, "pallas", "v5e", "compiled")
+    given = [replace(row, path=path) for path in ("pallas", "mine", "xla", "loops", "refused")]
+    given[3:] = [replace(given[3], note=DYNAMIC), replace(given[4], rung="not run", note="no")]
+    monkeypatch.setattr(absent_chips, "_in_a_process", lambda order, told: iter(given))
+    extra = {
+        op: dict.fromkeys(("mine", "loops", "refused"), importlib.import_module("pallas_kernels.decode_attention.tpu"))
+    }
+    found = absent_chips.rows("v5e", [(op, case)], None, [], True, extra=extra)
+    assert [r.cycles for r in found] == [940, 940, None, None, None]
+    assert found[1].cycle_seconds == 940 / 1.5e9
+    assert asked == ["folded", "folded"]
+
+
+def test_absent_chips_get_the_first_layers_of_each_kind():
+    assert Subject("smollm2-135m", "bfloat16", False).compiled_config().num_layers == 2
+    gemma = Subject("gemma-3-1b", "bfloat16", False)
+    assert gemma.compiled_config().windows == gemma.config().windows[:6]
+    assert set(gemma.compiled_config().windows) == set(gemma.config().windows)
+    assert Subject("gemma-3-1b", "bfloat16").compiled_config() == gemma.config()
 
 
 def test_a_compiler_that_ends_leaves_what_it_gave_and_says_so(monkeypatch):
