@@ -32,10 +32,11 @@ class Renderer:
     Args:
       seconds: processor time for one rendering, compilation included.
       memory_bytes: what all renderings may hold beyond an empty interpreter.
+      wall_seconds: elapsed time after which a rendering is ended whatever processor time it had.
     """
 
-    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29):
-        self._seconds, self._memory = seconds, memory_bytes
+    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29, wall_seconds: float = _WALL_SECONDS):
+        self._seconds, self._memory, self._wall = seconds, memory_bytes, wall_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped: dict[str, str] = {}
@@ -100,7 +101,7 @@ class Renderer:
     def _exchange(self, request: bytes) -> dict[str, str]:
         with self._lock:
             process = self._started()
-            timer = threading.Timer(_WALL_SECONDS, process.kill)
+            timer = threading.Timer(self._wall, process.kill)
             timer.daemon = True
             timer.start()
             try:

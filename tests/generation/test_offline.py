@@ -15,7 +15,7 @@ from pdx.generation.prompts import requests_of
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 PROMPTS = ["Hello", "a somewhat longer prompt, with a comma", "x"]
 

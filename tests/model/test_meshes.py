@@ -17,7 +17,7 @@ from pdx.sharding import place
 from tests.support import tiny_model
 from tests.support.models import LLAMA, close, params, tokens
 
-pytestmark = [pytest.mark.thin(3), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
+pytestmark = [pytest.mark.thin(6), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 B = 4
 
 
@@ -190,6 +190,7 @@ def test_commands_that_run_a_model_take_a_mesh(command):
     assert "expected axes out of data, model" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_the_device_line_tells_the_mesh():
     assert device_name(mesh=make_mesh("data=2,model=4")) == "cpu x8 (data=2, model=4)"
     assert device_name(mesh=make_mesh()) == "cpu (data=1, model=1)"
