@@ -190,7 +190,6 @@ def test_commands_that_run_a_model_take_a_mesh(command):
     assert "expected axes out of data, model" in str(done.exception)
 
 
-@pytest.mark.slow
 def test_the_device_line_tells_the_mesh():
     assert device_name(mesh=make_mesh("data=2,model=4")) == "cpu x8 (data=2, model=4)"
     assert device_name(mesh=make_mesh()) == "cpu (data=1, model=1)"
