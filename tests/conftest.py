@@ -45,6 +45,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    if config.getoption("dist", "no") == "load":
+        # `-n 2` alone: a file stays with one worker, so that its fixtures and programs are made once.
+        config.option.dist = "loadfile"
     # Before any test module imports jax; the workers of xdist inherit the environment.
     _add_xla_flag("xla_force_host_platform_device_count", "8")
     chosen = config.getoption("markexpr") or ""

@@ -33,10 +33,11 @@ class Renderer:
     Args:
       seconds: processor time for one rendering, including the template's compilation.
       memory_bytes: the most memory of the process beyond that of an empty interpreter.
+      wall_seconds: elapsed time after which a rendering is ended, whatever processor time it had.
     """
 
-    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29):
-        self._seconds, self._memory = seconds, memory_bytes
+    def __init__(self, seconds: float = 5.0, memory_bytes: int = 1 << 29, wall_seconds: float = _WALL_SECONDS):
+        self._seconds, self._memory, self._wall = seconds, memory_bytes, wall_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped: dict[str, str] = {}
@@ -102,7 +103,7 @@ class Renderer:
         with self._lock:
             process = self._started()
             stdin, stdout = _pipes(process)
-            timer = threading.Timer(_WALL_SECONDS, process.kill)
+            timer = threading.Timer(self._wall, process.kill)
             timer.daemon = True
             timer.start()
             try:

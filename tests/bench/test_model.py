@@ -49,6 +49,7 @@ class Peer:
         return lambda: Timing((30.0,))
 
 
+@pytest.mark.slow
 def test_a_peer_stands_beside_both_phases(directory, monkeypatch):
     monkeypatch.setattr(model, "ROUNDS", 1)
     monkeypatch.setattr(model, "read_bandwidth", read_one_megabyte)

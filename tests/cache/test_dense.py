@@ -16,7 +16,7 @@ from pdx.sharding import is_spec
 from tests.support.history import CAPACITY, CHUNK, DRAFT, History, history_of
 from tests.support.models import ALL, GEMMA, LLAMA, leaves_equal, snapshot
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 each = pytest.mark.parametrize("cfg", ALL.values(), ids=ALL)
 

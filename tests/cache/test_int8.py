@@ -13,7 +13,7 @@ from pdx.sharding import is_spec, make_mesh
 from tests.support.history import CHUNK
 from tests.support.models import ALL, GEMMA, LLAMA, NINE, bits, params, tokens
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 B, CAPACITY = 4, 256
 # The scale of the logits of these models is about one. Rounding K and V to 1 in 254 moves them by this much.

@@ -17,6 +17,8 @@ from pdx.errors import RequestError
 from pdx.quant import Kind, parse_kind
 from tests.support import models, tiny_model
 
+pytestmark = pytest.mark.thin(3)
+
 KINDS = ["int8", "int4:g32", "int4:g32:affine", "int4:g64"]
 
 

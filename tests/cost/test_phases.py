@@ -24,6 +24,8 @@ from pdx.quant import Policy, quantized_specs
 from pdx.sharding import is_spec
 from tests.support import models
 
+pytestmark = pytest.mark.thin(3)
+
 CONFIGS = {"llama": models.LLAMA, "gemma": models.GEMMA}
 
 

@@ -94,7 +94,12 @@ def test_tiny_pools_arrivals_and_cancellations_change_nothing(model, tight):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"overlap": False}, {"chunked_prefill": False}, {"prefix_cache": False, "pages": 44}, {"kv_dtype": "int8"}],
+    [
+        {"overlap": False},
+        pytest.param({"chunked_prefill": False}, marks=pytest.mark.slow),
+        {"prefix_cache": False, "pages": 44},
+        pytest.param({"kv_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
     ids=lambda s: next(iter(s)),
 )
 def test_every_setting_gives_the_same_tokens(windowed, settings):

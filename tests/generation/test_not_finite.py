@@ -22,6 +22,8 @@ from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import NO_TOKEN, sample
 from tests.support import tiny_model
 
+pytestmark = pytest.mark.thin(3)
+
 INF, NAN = float("inf"), float("nan")
 BAD = 40  # a token whose embedding overflows: whoever has read it has no next token
 

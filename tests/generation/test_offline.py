@@ -15,7 +15,7 @@ from pdx.generation.prompts import prepared_rows
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 PROMPTS = ["Hello", "a somewhat longer prompt, with a comma", "x"]
 
@@ -246,6 +246,7 @@ def test_mesh_gives_the_same_tokens(tmp_path, model, mesh):
         assert [c.token_ids for c in ours] == [c.token_ids for c in reference]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "data=2,model=2"])
 def test_the_second_call_of_a_step_compiles_nothing_for_a_loaded_model(tmp_path, count_compiles, mesh):
     model = pdx.load(tiny_model.make(tmp_path), mesh=mesh)

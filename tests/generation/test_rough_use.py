@@ -163,6 +163,7 @@ def test_many_shapes_leave_no_more_than_the_bound(model):
     assert len(kept.generators) == MOST_GENERATORS
 
 
+@pytest.mark.slow
 def test_a_model_that_is_deleted_frees_everything(model):
     before = {id(x) for x in jax.live_arrays()}
     mine = pdx.load(model.path)

@@ -18,7 +18,7 @@ import pdx
 from tests.golden.phases import TOLERANCE, difference, prefilled_then_decoded
 from tests.golden.weights import digest, make_weights
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 GOLDEN = {path.stem: path for path in sorted((Path(__file__).parent / "logits").glob("*.json"))}
 # Compiling is what these tests spend their time on: these variants of a family are checked in one pass, uncompiled.

@@ -13,7 +13,7 @@ from pdx.model import forward, init_params, param_specs
 from pdx.sharding import is_spec
 from tests.support.models import ALL, GEMMA, LLAMA, QWEN, bits, close, params, tokens, whole
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 each = pytest.mark.parametrize("cfg", ALL.values(), ids=ALL)
 

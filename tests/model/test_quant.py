@@ -18,7 +18,7 @@ from pdx.quant import Kind, Policy, parse_kind, quantize_params
 from pdx.weights.checkpoint import save
 from tests.support import models, tiny_model
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 
 def floats(params):

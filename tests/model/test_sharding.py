@@ -21,7 +21,7 @@ from tests.support.programs import aliased_parameters
 EIGHT = replace(QWEN, num_heads=16, num_kv_heads=8, head_dim=4, windows=(8, None), rope=LLAMA.rope)
 B, CHUNK = 8, 24
 
-pytestmark = [pytest.mark.thin(3), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
+pytestmark = [pytest.mark.thin(6), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 
 
 # --- the declaration
@@ -209,6 +209,7 @@ def test_a_batch_that_does_not_divide_is_replicated():
     close(run(LLAMA, make_mesh("data=2,model=2"), batch=3), run(LLAMA, batch=3))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 def test_decode_many_on_a_mesh(count_compiles):
     """The same tokens, everything where it was, and so the next call compiles nothing."""

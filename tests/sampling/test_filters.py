@@ -13,6 +13,8 @@ from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState, filtered_logits
 from tests.support import sampling_reference as reference
 
+pytestmark = pytest.mark.thin(3)
+
 SMALL, LARGE = 40, 20_000  # one group; more groups than candidates, and not a multiple of a group
 assert LARGE > CANDIDATES * GROUP
 

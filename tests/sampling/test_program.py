@@ -12,6 +12,8 @@ from pdx.sampling.sampler import SamplingOptions, SamplingState, sample
 from pdx.sharding import make_mesh, place_rows
 from tests.support.sampling_reference import SETTINGS, mixed_batch
 
+pytestmark = pytest.mark.thin(3)
+
 
 def test_observe_is_in_place_where_the_state_is_donated():
     state = SamplingState.create([SamplingOptions()] * 2, 4096)

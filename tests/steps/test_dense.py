@@ -14,6 +14,8 @@ from pdx.sampling.sampler import SamplingOptions, SamplingState
 from tests.support.history import CHUNK, DRAFT, history_of
 from tests.support.models import ALL, GEMMA, LLAMA, QWEN, bits, close, leaves_equal, params, snapshot, tokens
 
+pytestmark = pytest.mark.thin(3)
+
 each = pytest.mark.parametrize("cfg", ALL.values(), ids=ALL)
 B, CAPACITY = 4, 384
 

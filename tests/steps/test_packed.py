@@ -16,7 +16,7 @@ from tests.support.models import ALL, GEMMA, LLAMA, NINE, bits, close, leaves_eq
 from tests.support.paging import Desk
 from tests.support.programs import check_in_place
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 # Beside the three kinds, a window everywhere (Mistral), and windows with soft caps and one rope base (Gemma 2).
 MISTRAL = dataclasses.replace(LLAMA, windows=(24, 24))
@@ -184,11 +184,11 @@ MESHES = {
     "llama over 4": (LLAMA, 4),
     "gemma3 over 4": (GEMMA, 4),
 }
-# Interpreted they take long to compile: two by default.
+# Interpreted they take long to compile.
 ON_MESHES = [
-    pytest.param(kernels, *of, id=f"{kernels}-{name}", marks=pytest.mark.slow if kernels == "pallas" and i % 4 else [])
+    pytest.param(kernels, *of, id=f"{kernels}-{name}", marks=pytest.mark.slow if kernels == "pallas" else [])
     for kernels in ("xla", "pallas")
-    for i, (name, of) in enumerate(MESHES.items())
+    for name, of in MESHES.items()
 ]
 
 

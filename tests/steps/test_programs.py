@@ -25,6 +25,8 @@ from pdx.sharding import is_spec
 from tests.support.models import ALL, GEMMA, LLAMA, params, tokens
 from tests.support.programs import aliased_parameters, check_in_place, equations
 
+pytestmark = pytest.mark.thin(3)
+
 # Head sizes and a cache as real ones are; few layers and a small vocabulary, to compile fast.
 REAL = ModelConfig(
     family="llama",

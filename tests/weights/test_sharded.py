@@ -25,7 +25,7 @@ from tests.support import tiny_model
 from tests.support.models import LLAMA, QWEN, close, params, tokens
 from tests.support.programs import equations
 
-pytestmark = [pytest.mark.thin(5), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
+pytestmark = [pytest.mark.thin(10), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 B, CHUNK = 4, 8
 
 # Every matrix has groups of 32 that divide over 4 devices.
@@ -62,6 +62,7 @@ def test_quantized_steps_answer_on_a_mesh_as_on_one_device(policy):
     close(run(WIDE, policy, "data=2,model=4"), run(WIDE, policy), 3e-2 if policy == "w8a8" else 5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["int4:g32:affine", "int8:g32"])
 def test_verify_and_groups_that_do_not_divide_answer_the_same(policy):
     close(run(WIDE, policy, "model=4", "verify"), run(WIDE, policy, None, "verify"), 5e-4)
@@ -162,6 +163,7 @@ def test_a_model_that_is_quantized_on_its_mesh_answers_the_same(policy):
 # --- programs that are compiled before they run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["model=1", "model=2", "data=2,model=2", None])
 def test_int4_on_a_mesh_generates_and_serves(tmp_path, sizes, count_compiles):
     """JAX 0.10 hands no compiled program an int4 array that is committed to devices."""

@@ -23,6 +23,8 @@ from pdx.errors import RequestError
 from tests.support import tiny_model
 from tests.support.compare_cases import CPU, NAMES, case_of, tell_the_time
 
+pytestmark = pytest.mark.thin(3)
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

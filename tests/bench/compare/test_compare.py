@@ -18,6 +18,8 @@ from pdx.bench.compare.terminal import show
 from pdx.bench.timing import Timing
 from tests.support.compare_cases import CPU, NAMES, case_of, contestant, really_run, tell_the_time
 
+pytestmark = pytest.mark.thin(3)
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

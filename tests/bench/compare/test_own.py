@@ -32,6 +32,7 @@ def plain(q, k, v, *, starts, lengths, scale, layout):
     return jnp.einsum("bhts,bhsd->bthd", jax.nn.softmax(logits), v)
 
 
+@pytest.mark.slow
 def test_a_function_is_timed_beside_the_others_and_in_the_step(tmp_path):
     model = str(tiny_model.make(tmp_path / "tiny"))
     found = comparing.compare(

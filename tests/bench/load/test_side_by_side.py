@@ -56,6 +56,7 @@ def directory(tmp_path_factory):
     return tiny_model.make(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_settings_side_by_side_on_a_real_engine(directory, capsys):
     model = pdx.load(directory)
     shared = Prompts.of(model, shared=40)

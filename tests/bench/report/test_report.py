@@ -210,6 +210,7 @@ def test_both_sides_serve_the_same_requests(seen):
     assert outcome.findings[1].predicted["v5e"] > 1.05
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_predictions(seen, directory):
     """What a chip is said to do goes into the prediction, and what that is off by is said."""
     assert [(p.phase, p.batch, p.tokens) for p in seen.points] == report.loads(SIZES)
@@ -230,6 +231,7 @@ def test_a_chip_with_wrong_figures_is_far_off(directory):
     assert "Pitfalls" not in page.to_markdown(far, [])
 
 
+@pytest.mark.slow
 def test_it_is_written(seen, tmp_path):
     files = report.write(seen, tmp_path / "out")
     assert [f.name for f in files] == [

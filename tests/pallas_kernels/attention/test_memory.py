@@ -12,7 +12,7 @@ from pallas_kernels.attention import blocked
 from pallas_kernels.attention.cases import Case
 from tests.support.attention_problems import make
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(6)
 
 OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
 GARBAGE = {"nan": np.nan, "infinity": np.inf, "large": 1e30}

@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.random_calls import KINDS, draw
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 SOME = range(100, 100 + len(KINDS))
 

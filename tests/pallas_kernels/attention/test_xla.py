@@ -9,7 +9,7 @@ from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.layouts import LAYOUTS
 from tests.support.attention_problems import make
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 OPS = {"reference": reference_attention, "flash": flash_attention, "decode": decode_attention}
 FEW, CHUNKS = flash_cases.FEW, flash_cases.CHUNKS

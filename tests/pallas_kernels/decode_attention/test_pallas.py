@@ -17,7 +17,7 @@ from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_kernel
 from pallas_kernels.hardware import chip
 from tests.support.attention_problems import make
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 RING = Case("ring", (900, 40, 385, 2, 130), (5, 5, 2, 0, 1), 5, 384, window=300, kv_heads=3, group=3, head_dim=64)
 LONG = Case("long", (600, 0, 20, 300), (1, 0, 1, 1), 1, 640, head_dim=64, dtype="bfloat16")

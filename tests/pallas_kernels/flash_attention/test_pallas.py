@@ -17,7 +17,7 @@ from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.hardware import CHIPS
 from tests.support.attention_problems import make
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 TILES = {
     "tpu": (tpu.Config(16, 128, 128), tpu.Config(16, 256, 128, ones=True), tpu.Config(32, 128, 128, ones=True)),

@@ -17,7 +17,7 @@ from pallas_kernels.paged_attention.pieces import full_rows
 from tests.pallas_kernels.paged_attention.test_xla import ids, make_once, run
 from tests.support.paged_attention import make
 
-pytestmark = pytest.mark.thin(7)
+pytestmark = pytest.mark.thin(14)
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 
@@ -69,7 +69,8 @@ def test_gpu_parts_of_a_context_are_merged(monkeypatch):
         problem.check(*run(problem, "heads_last", **settings, config=gpu.Config(5, 16, splits=3)))
 
 
-@pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("case", [CASES[3], CASES[14], CASES[22]], ids=ids)
 def test_tpu_without_races_and_unwritten_memory(case, mode):
     """The TPU interpreter: memory starts as NaN, what is out of bounds raises, a missing wait shows."""

@@ -16,7 +16,7 @@ from pallas_kernels.paged_write.api import write_pages
 from pallas_kernels.quantize_kv import quantize_kv
 from tests.support.paged_attention import pad_scale, to_layout
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 LAYOUTS = ("folded", "heads_last", "heads_first")
 PAGES, PAGE, HEADS, SIZE, VALUE = 6, 32, 3, 64, 32
@@ -231,6 +231,7 @@ def test_the_kernel_says_what_it_cannot_do():
             run(before, new, [3], "folded", implementation="tpu", interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
 def test_tpu_without_races(mode):
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from pallas_kernels.quantized_matmul.api import explain, quantized_matmul
 from pallas_kernels.quantized_matmul.call import Call
 from tests.pallas_kernels.quantized_matmul.test_matmul import TOLERANCE, error, expected
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 LARGE = problems.problems("quantized_matmul", "gpu", large_only=True)
 # Rows, outputs, columns of SmolLM2 135M and Gemma 3 270M, and sizes that no tile divides.

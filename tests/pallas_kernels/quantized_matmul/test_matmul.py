@@ -16,7 +16,7 @@ from pallas_kernels.quantized_matmul.api import explain, quantized_matmul
 from pallas_kernels.quantized_matmul.call import Call
 from pallas_kernels.quantized_matmul.cases import CASES
 
-pytestmark = pytest.mark.thin(5)
+pytestmark = pytest.mark.thin(10)
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
