@@ -70,7 +70,7 @@ def test_a_shape_of_configs_gets_random_weights(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """A run of one small case on a device whose figures are told."""
-    monkeypatch.setattr(ceiling, "of_this_device", lambda: (CPU, "told"))
+    monkeypatch.setattr(ceiling, "device_roofline", lambda: (CPU, "told"))
     monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install 'X[aot]'")
     return ["compare", "decode_attention", "--shapes", NAMES["decode_attention"], "--rounds", "1"]
 
