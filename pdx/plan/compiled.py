@@ -93,7 +93,7 @@ def compiled(plan: Plan) -> list[CompiledStep]:
     setup = plan.setup
     if setup.experts or setup.latent:
         raise UnsupportedModelError(
-            f"--compile: pdx can plan {plan.model} but not run it, since it has no "
+            f"--compile: pdx can plan {plan.model}, but it cannot run "
             f"{'experts' if setup.experts else 'latent attention'} yet"
         )
     on = target(plan.chip, plan.chips)

@@ -230,7 +230,7 @@ def test_a_checkpoint_goes_where_links_lead_and_nowhere_else(model, tmp_path):
     for name in ("real", "file", "pipe", "file/x"):
         with pytest.raises((ModelFileError, RequestError)):
             checkpoint.check_target(tmp_path / name)
-    with pytest.raises(ModelFileError, match="no directory"):
+    with pytest.raises(ModelFileError, match="exists and is not a directory"):
         checkpoint.check_target("/dev/null")
 
 

@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_a_journal_that_goes_on(output, monkeypatch):
             return getattr(file, name)
 
     file, journal._file = journal._file, Full()
-    with pytest.raises(EngineError, match="no space left on the device; what is finished is kept"):
+    with pytest.raises(EngineError, match="no space left on the device; finished rows are kept"):
         journal.add(2, {"text": "two"})
     journal.close()
     assert set(resumed(output).done) == {1}
@@ -136,7 +136,7 @@ class FakeEngine:
 
 @pytest.fixture
 def requests(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_job, "_answered", lambda engine, request, done: request.row | {"text": done.text})
+    monkeypatch.setattr(batch_job, "_answer_row", lambda engine, request, done: request.row | {"text": done.text})
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)), encoding="utf-8")
     return batch_job.read(source, SamplingOptions())

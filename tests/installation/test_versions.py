@@ -158,7 +158,7 @@ MISFITS = {
     ),
     "plugin of an old toolkit": (
         FITTING | {"jax-cuda11-plugin": "0.4.20"},
-        "jax-cuda11-plugin 0.4.20 .*no use",
+        "jax-cuda11-plugin 0.4.20 .*does not use",
         "pip uninstall -y jax-cuda11-plugin",
     ),
     "jax too old": (

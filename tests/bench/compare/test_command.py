@@ -74,7 +74,7 @@ def test_a_shape_of_configs_gets_random_weights(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """A run of one small case on a device whose figures are told."""
-    monkeypatch.setattr(ceiling, "of_this_device", lambda: (CPU, "told"))
+    monkeypatch.setattr(ceiling, "device_roofline", lambda: (CPU, "told"))
     monkeypatch.setattr(targets, "missing", lambda name: f"compiling for {name} needs libtpu: pip install 'X[aot]'")
     return ["compare", "decode_attention", "--shapes", NAMES["decode_attention"], "--rounds", "1"]
 
@@ -135,7 +135,7 @@ def test_the_tables_fit_and_say_what_is_missing(small, monkeypatch):
 
 
 def test_only_the_static_part_is_counted_for_targets(small, monkeypatch):
-    monkeypatch.setattr(absent_chips, "_in_a_process", lambda *_: pytest.fail("a compiler was started"))
+    monkeypatch.setattr(absent_chips, "_compile_in_process", lambda *_: pytest.fail("a compiler was started"))
     rows = absent_chips.rows("h100", [("decode_attention", case_of("decode_attention"))], None, [], True)
     assert [(r.path, r.rung, r.device) for r in rows] == [("pallas", "counted", "h100")]
 
@@ -170,7 +170,7 @@ def test_absent_chips_get_the_first_layers_of_each_kind():
 def test_a_compiler_that_ends_leaves_what_it_gave_and_says_so(monkeypatch):
     monkeypatch.setattr(targets, "missing", lambda name: None)
     given = [Row("decode_attention", "a", "pallas", "v5e", "compiled")]
-    monkeypatch.setattr(absent_chips, "_in_a_process", lambda order, told: iter(given))
+    monkeypatch.setattr(absent_chips, "_compile_in_process", lambda request, report: iter(given))
     (row,) = absent_chips.rows("v5e", [("decode_attention", case_of("decode_attention"))], None, [], False)
     assert "The compiler ended here: 1 more are missing" in row.note
     given.clear()
