@@ -23,16 +23,15 @@ from tests.aot.step_child import model
 
 cfg = model("llama3-8b", 2, vocab_size=2048, d_model=512, num_heads=8, num_kv_heads=2, d_ff=1024)
 shape = {"batch": 4, "capacity": 2048}
-said = {}
-for name, kernels in (("mine", {"decode_attention": decode}), ("xla", "xla")):
-    made = aot.compile_step("decode_step", cfg, sys.argv[1], kernels=kernels, **shape)
-    said[name] = {
-        "calls": hlo.pallas_calls(made.text),
-        "alias": made.memory["alias"],
-        "moved": [str(i) for i in hlo.moved(made.text, 1 << 20)],
-        "spills": sum(k.spill_bytes for k in made.kernels),
-    }
-print(json.dumps(said | {"cache": Setup(cfg).cache_bytes(4, 2048)}))
+made = aot.compile_step("decode_step", cfg, sys.argv[1], kernels={"decode_attention": decode}, **shape)
+said = {
+    "calls": hlo.pallas_calls(made.text),
+    "alias": made.memory["alias"],
+    "cache": Setup(cfg).cache_bytes(4, 2048),
+    "moved": [str(i) for i in hlo.moved(made.text, 1 << 20)],
+    "spills": sum(k.spill_bytes for k in made.kernels),
+}
+print(json.dumps(said))
 """
 
 
@@ -56,13 +55,12 @@ def test_smoke_a_step_with_it_in_the_ops_place_compiles(target, monkeypatch, tmp
     own_kernel.module(monkeypatch, tmp_path)
     environment = os.environ | targets.environment() | {"XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     done = subprocess.run(
-        [sys.executable, "-c", STEP, target], capture_output=True, text=True, env=environment, timeout=600, check=False
+        [sys.executable, "-c", STEP, target], capture_output=True, text=True, env=environment, timeout=1500, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["mine"]["calls"] == 2, "one call a layer"
-    assert found["xla"]["calls"] == 0
-    assert found["mine"]["alias"] >= found["cache"]
-    assert found["mine"]["spills"] == 0
+    assert found["calls"] == 2, "one call a layer"
+    assert found["alias"] >= found["cache"]
+    assert found["spills"] == 0
     if target == "v5e":  # a GPU's compiler lays weights out anew for its own products
-        assert found["mine"]["moved"] == []
+        assert found["moved"] == []
