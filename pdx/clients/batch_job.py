@@ -261,7 +261,12 @@ def run_offline(
     left = [(r, ids) for r, ids in zip(requests, prompts, strict=True) if r.line not in journal.done]
     try:
         with _progress_bar(journal, requests) as show:
-            settings = {"batch_size": batch_size, "kernels": kernels, "kv_dtype": kv_dtype, "speculate": speculate}
+            settings: dict[str, Any] = {
+                "batch_size": batch_size,
+                "kernels": kernels,
+                "kv_dtype": kv_dtype,
+                "speculate": speculate,
+            }
             prompts, options = [ids for _, ids in left], [r.options for r, _ in left]
             for piece in stream(model, prompts, options, **settings):
                 if (done := piece.completion) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -55,7 +56,8 @@ def generator(
     capacity = min(capacity, round_up(model.config.max_context, 128))
     kv_dtype = cache_dtype(kv_dtype, model)
     with _MODEL_CACHES_LOCK:
-        kept, kind = _MODEL_CACHES.setdefault(model, _ModelCaches()), Generator
+        kept = _MODEL_CACHES.setdefault(model, _ModelCaches())
+        kind: Callable[..., Generator] = Generator
         if speculation is not None:
             speculation = kept.with_draft(speculation, model)
             kind = partial(SpeculativeGenerator, speculation=speculation)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class SpeculativeGenerator(Generator):
             return Synthetic(speculation.acceptance)
         if speculation.model is None:
             return NGram()
-        draft = speculation.model
+        draft = cast(Model, speculation.model)  # a name is loaded before
         _check_tokens(draft, model)
         self.draft = Generator(
             draft, rows=self.rows, capacity=self.capacity, kernels=self.kernels, kv_dtype=kv_dtype, chunk=self.chunk
@@ -132,7 +133,7 @@ class SpeculativeGenerator(Generator):
 
         def empty(cache: DenseCache) -> DenseCache:
             held = place_rows(jnp.full(self.rows, MEASURED_HISTORY - 1, jnp.int32), self.mesh)
-            return cache.replace(lengths=held, written=jnp.copy(held))
+            return dataclasses.replace(cache, lengths=held, written=jnp.copy(held))
 
         for level in range(len(self.levels)):
             only = np.where(np.arange(len(self.levels)) == level, 1.0, NEVER).astype(np.float32)
@@ -153,15 +154,15 @@ class _Speculating(Decoding):
     """The decoding of one run. `own`: the proposer's state behind the prompts."""
 
     def __init__(self, generator: SpeculativeGenerator, own: Any):
-        self._generator, self._own = generator, own
+        self._speculative, self._own = generator, own
         self._state: SpeculationState | None = None
 
     def dispatch(self, requests: Sequence[Row], cache: DenseCache, sampling: SamplingState, clock: Clock):
-        run = self._generator
+        run = self._speculative
         if self._state is None:  # now the first token is known
             self._state = run.state([r.prompt + r.token_ids for r in requests], self._own)
             self._own = None
-        out = run.speculate(cache, sampling, self._state, run.left(requests), run.costs, clock)
+        out = run.speculate(cache, sampling, self._state, run.left(requests), cast(np.ndarray, run.costs), clock)
         self._state = out.state
         got, counts, rounds, *tokens = jax.device_get((out.emitted, out.counts, out.rounds, out.drafted, out.kept))
         for row, request in enumerate(requests):

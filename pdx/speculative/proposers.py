@@ -70,7 +70,8 @@ class Proposer(Protocol):
       prior: the acceptance to assume of each confidence class, before anything was seen.
     """
 
-    prior: tuple[float, ...]
+    @property
+    def prior(self) -> tuple[float, ...]: ...
 
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
         """What the rows could draft: up to `most` tokens each."""
