@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -131,18 +132,21 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
     prompts = PROMPTS[kind]
     groups = [[p] for p in prompts] if batch == 1 else [[prompts[i % len(prompts)] for i in range(batch)]]
 
-    def answer(group: list[str], **settings) -> list[Completion]:
-        return generate(model, group, max_tokens=tokens, ignore_eos=True, batch_size=batch, **settings)
+    longest = max(len(model.tokenizer.encode(p)) for p in prompts) + tokens
 
-    ways: dict[str, Callable[[list[str]], list[Completion]]] = {
+    def answer(group: list[str], count: int = tokens, **settings) -> list[Completion]:
+        settings |= {"batch_size": batch, "capacity": longest}
+        return generate(model, group, max_tokens=count, ignore_eos=True, **settings)
+
+    ways: dict[str, Callable[..., list[Completion]]] = {
         "plain": answer,
-        "drafted": lambda group: answer(group, speculate=speculation),
+        "drafted": partial(answer, speculate=speculation),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     counts, ties, faults = SpeculationCounts(), 0, 0
     for group in groups:
         for way in ways.values():
-            way(group)  # compiles
+            way(group, 2)  # compiles
         for _ in range(repeats):
             done = {name: way(group) for name, way in ways.items()}
             for name, answers in done.items():
@@ -151,7 +155,6 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
             counts += drafted.speculation or SpeculationCounts()
             gap = _gap_where_they_part(model, group[plain.index], plain, drafted)
             ties, faults = ties + (gap is not None and gap < TIE), faults + (gap is not None and gap >= TIE)
-    longest = max(len(model.tokenizer.encode(p)) for group in groups for p in group) + tokens
     return Row(
         speculation.proposer,
         kind,

@@ -65,11 +65,10 @@ def test_faults_stand_in_the_table():
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("proposer", ["ngram", "self:10"])
-def test_smollm2_answers_as_without_drafts(proposer):
-    """Fifteen prompts of five kinds, greedily: where answers part, the two best logits are less than 1e-3 apart."""
-    found = speculation.run(pdx.load(), Speculation.parse(proposer, 4), tokens=32)
+def test_smollm2_answers_as_without_drafts():
+    """Nine prompts of three kinds, greedily: where answers part, the two best logits are less than 1e-3 apart."""
+    kinds = ("copy", "code", "other scripts")
+    found = speculation.run(pdx.load(), Speculation("ngram", 4), kinds=kinds, tokens=24)
     print("\n" + speculation.table(found).markdown())
     assert sum(r.faults for r in found) == 0
-    assert sum(sum(r.by_length.values()) for r in found) > 0
-    assert max(r.tokens_per_round for r in found) > 1.2
+    assert max(r.tokens_per_round for r in found) > 1.5
