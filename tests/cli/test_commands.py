@@ -151,6 +151,7 @@ sys.exit(errors.run(command, sys.argv[1:]))
 """
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # the child only starts the command
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
