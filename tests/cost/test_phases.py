@@ -25,7 +25,6 @@ from pdx.sharding import is_spec
 from tests.support import models
 
 pytestmark = pytest.mark.thin(3)
-
 CONFIGS = {"llama": models.LLAMA, "gemma": models.GEMMA}
 
 

@@ -117,7 +117,7 @@ def test_seeds_and_positions():
     assert len(set(draw([9] * 8, range(8)))) == 8
     assert len(set(draw(range(8), [4] * 8))) == 8
     assert len(set(draw([9 + (i << 32) for i in range(8)], [4] * 8))) == 8  # all 64 bits of a seed count
-    assert len(set(draw([None] * 8, [4] * 8))) == 8
+    assert len(set(draw([None] * 8, [4] * 8))) > 4  # seeds of their own; two may still draw one token
     assert set(draw([None] * 8, [4] * 8)) != set(draw([None] * 8, [4] * 8))
 
 

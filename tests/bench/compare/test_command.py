@@ -149,7 +149,7 @@ def test_cycles_are_asked_of_every_kernel_that_compiled(monkeypatch):
     row = Row(op, case.name, "pallas", "v5e", "compiled")
     given = [replace(row, path=path) for path in ("pallas", "mine", "xla", "loops", "refused")]
     given[3:] = [replace(given[3], note=DYNAMIC), replace(given[4], rung="not run", note="no")]
-    monkeypatch.setattr(absent_chips, "_in_a_process", lambda order, told: iter(given))
+    monkeypatch.setattr(absent_chips, "_compile_in_process", lambda request, report: iter(given))
     extra = {
         op: dict.fromkeys(("mine", "loops", "refused"), importlib.import_module("pallas_kernels.decode_attention.tpu"))
     }

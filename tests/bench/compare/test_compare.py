@@ -152,7 +152,7 @@ def test_a_loop_is_made_long_enough(monkeypatch):
 @pytest.mark.parametrize("op", NAMES)
 def test_xla_and_the_interpreted_kernels_are_right_and_zeros_are_not(op):
     case = case_of(op)
-    names = [path.name for path in paths.elsewhere(op, "cpu", {})]
+    names = [path.name for path in paths.other_platforms(op, "cpu", {})]
     xla, *kernels = measure.case_rows(op, case, CPU, "cpu", 1, ("v5e",))[: 1 + len(names)]
     assert (xla.path, xla.rung, xla.ran, xla.auto) == ("xla", "measured", "XLA", True)
     assert set(names) >= {"pallas tpu", "pallas gpu"}
