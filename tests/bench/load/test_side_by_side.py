@@ -117,11 +117,11 @@ def test_the_command(directory, tmp_path):
         (["--arrival", "closed"], "needs --clients"),
         (["--clients", "2"], "takes --rate"),
         (["--arrival", "closed", "--rate", "1"], "takes --clients"),
-        (["--trace", "x", "--rate", "1"], "--trace says when"),
+        (["--trace", "x", "--rate", "1"], "--trace has the arrival times"),
         (["--rate", "1", "--slo-ttft", "0"], "for TTFT is 0 ms"),
         (["--rate", "1", "--vary", "x=1"], "no setting"),
         (["--rate", "1", "--plot", "x.txt"], "must end in"),
-        (["--rate", "1", "--prompt-len", "x"], "no distribution"),
+        (["--rate", "1", "--prompt-len", "x"], "not a distribution"),
     ],
 )
 def test_the_command_refuses_before_it_loads_anything(arguments, says):
