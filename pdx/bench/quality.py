@@ -97,7 +97,7 @@ def evaluate(
     first = _Scorer(model, length, kv_dtype, kernels)
     same = reference is model and cache_dtype(kv_dtype, model) == cache_dtype(None, model)
     second = None if same else _Scorer(reference, length, None, kernels)
-    for number, (part, known) in enumerate(windows(tokens, length, stride, model.tokenizer.bos_prefix)):
+    for number, (part, known) in enumerate(windows(tokens, length, stride, model.tokenizer.opening)):
         pairs = ((x, x) for x in first.logits(part))
         if second is not None:
             pairs = zip(first.logits(part), second.logits(part), strict=True)

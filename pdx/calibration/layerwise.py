@@ -69,15 +69,15 @@ def quantize_model(
       RequestError: an unknown method, a text that is too short; as `calibrate`.
     """
     check_method(method)
-    bos_prefix = model.tokenizer.bos_prefix
+    opening = model.tokenizer.opening
     length = min(LENGTH, model.config.max_context)
-    size = length - len(bos_prefix)
+    size = length - len(opening)
     ids = model.tokenizer.encode(text[: 16 * sequences * size], add_special=False)
     count = min(sequences, len(ids) // size)
     if count < 1:
         raise RequestError(f"a calibration text of {len(ids)} tokens is too short: at least {size} are needed")
     tokens = np.array(ids[: count * size], np.int32).reshape(count, size)
-    tokens = np.concatenate([np.tile(np.array(bos_prefix, np.int32), (count, 1)), tokens], axis=1)
+    tokens = np.concatenate([np.tile(np.array(opening, np.int32), (count, 1)), tokens], axis=1)
     return replace(model, params=calibrate(model.params, model.config, policy, tokens, method, progress))
 
 

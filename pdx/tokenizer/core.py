@@ -107,7 +107,7 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not parse
             ids = _ids(self._backend, text, add_special=add_special)
-        if add_special and ids[:2] == [self.bos_id] * 2 and self.bos_prefix:
+        if add_special and ids[:2] == [self.bos_id] * 2 and self.opening:
             bos = self.token_text(ids[0])
             warnings.warn(
                 f"the prompt begins with {bos}, and the tokenizer adds another: the model sees it twice. "
@@ -239,7 +239,7 @@ class Tokenizer:
         return self._named_id("bos_token")
 
     @property
-    def bos_prefix(self) -> list[int]:
+    def opening(self) -> list[int]:
         """The ids that `encode` adds before every text: [BOS], or [] if it adds none."""
         return [x for x in self.encode("")[:1] if x == self.bos_id]
 
