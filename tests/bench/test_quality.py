@@ -51,7 +51,7 @@ def test_windows_that_open_with_a_token_score_all(tokens, length, stride):
 
 def test_perplexity_is_that_of_plain_windows(model):
     ids = model.tokenizer.encode(TEXT, add_special=False)[:300]
-    opening = model.tokenizer.bos_prefix
+    opening = model.tokenizer.opening
     losses = []
     for part, known in windows(ids, 160, 80, opening):
         logits = pdx.forward(model.params, model.config, np.array([part])).logits[0]
