@@ -22,6 +22,7 @@ from pdx.generation.generator import PREFILL_CHUNK
 from pdx.layers.kernels import layout_for, settled
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
+from pdx.speculative.lengths import always
 from pdx.speculative.proposers import Synthetic
 from pdx.speculative.rounds import SpeculationState, speculate_many
 
@@ -208,7 +209,7 @@ class ModelUnderTest:
         The seconds are those of a round that emits as many tokens as the acceptance promises.
         """
         emitted, n = tradeoffs.tokens_per_round(acceptance, draft), 2 * DECODE_TOKENS
-        proposer, levels = Synthetic(acceptance), (0, draft)
+        proposer, (levels, costs) = Synthetic(acceptance), always(draft)
         begin, capacity = context - n, context + draft
         options = [SamplingOptions(seed=row) for row in range(batch)]
         state = {
@@ -229,7 +230,7 @@ class ModelUnderTest:
                 n,
                 active=np.ones(batch, bool),
                 limits=np.full(batch, n, np.int32),
-                costs=np.array([np.inf, 1.0], np.float32),
+                costs=costs,
                 proposer=proposer,
                 levels=levels,
                 kernels=settled(self.kernels),
@@ -262,5 +263,4 @@ def filled(cache: DenseCache, held: int) -> DenseCache:
 
 def set_held(cache: DenseCache, held: int) -> DenseCache:
     """The cache with each row's length set to `held`, without clearing its content."""
-    lengths = jnp.full((cache.batch,), held, jnp.int32)
-    return jax.block_until_ready(cache.replace(lengths=lengths, written=lengths + 0))
+    return jax.block_until_ready(cache.holding(held))

@@ -27,7 +27,7 @@ from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
 from pdx.meshes import as_mesh, on_own_mesh
 from pdx.shapes import DEFAULT_CHUNK, SLOT_MULTIPLE, layer_slots, round_up
-from pdx.sharding import ArraySpec, constrain, is_spec, row_spec
+from pdx.sharding import ArraySpec, constrain, is_spec, place_rows, row_spec
 
 
 @struct.dataclass
@@ -120,6 +120,11 @@ class DenseCache:
         if not any(isinstance(x, jax.core.Tracer) for x in (keep, self.lengths, self.written)):
             self._check_held(np.asarray(kept))
         return replace(self, lengths=kept, written=jnp.where(kept == 0, 0, self.written))
+
+    def holding(self, tokens: int) -> DenseCache:
+        """The cache as if each row held `tokens` tokens, whatever lies in it: to measure what a step costs."""
+        lengths = place_rows(jnp.full(self.batch, tokens, jnp.int32), self.mesh)
+        return replace(self, lengths=lengths, written=jnp.copy(lengths))
 
     def _check_held(self, keep_lengths: np.ndarray) -> None:
         written = np.asarray(self.written)

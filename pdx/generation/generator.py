@@ -73,9 +73,9 @@ class Generator:
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
         self.num_logprobs, self.decode_tokens = num_logprobs, decode_tokens
         self.rows = rows if self.mesh is None else round_up(rows, self.mesh.shape["data"])
-        self._programs = Programs()
+        self.programs = Programs()
         kind = {"chunk": chunk, "dtype": cache_dtype(kv_dtype, model), "layout": layout_for(self.kernels)}
-        self._make_cache = partial(init_cache, self.config, self.rows, capacity, mesh=self.mesh, **kind)
+        self.new_cache = partial(init_cache, self.config, self.rows, capacity, mesh=self.mesh, **kind)
         declared = cache_specs(self.config, self.rows, capacity, mesh=self.mesh, **kind)
         self.capacity, self.chunk = declared.capacity, declared.chunk
         self._caches = IdleCaches() if caches is None else caches
@@ -85,18 +85,11 @@ class Generator:
 
     @property
     def compile_s(self) -> float:
-        return self._programs.compile_s
-
-    def new_cache(self) -> DenseCache:
-        return self._make_cache()
+        return self.programs.compile_s
 
     def begin(self, requests: Sequence[Row], cache: DenseCache, clock: Clock) -> tuple[Decoding, DenseCache]:
-        """The decoding of a run, whose prompts are not prefilled yet."""
+        """What decodes a run, and the run's cache. Called before the prompts are prefilled."""
         return Decoding(self), cache
-
-    def call(self, key, function, **arguments):
-        """Run a program, compiled when it is first wanted; see `Programs.call`."""
-        return self._programs.call(key, function, **arguments)
 
     def run(self, requests: Sequence[Row]) -> Iterator[Row]:
         """Generate for up to `rows` requests together; yields a request whenever it has new tokens.
@@ -108,7 +101,7 @@ class Generator:
         """
         if len(requests) > self.rows:
             raise ValueError(f"{len(requests)} requests for {self.rows} rows")
-        with self._caches.lend(self._cache_key, self._cache_bytes, self._make_cache) as held:
+        with self._caches.lend(self._cache_key, self._cache_bytes, self.new_cache) as held:
             yield from self._run(requests, held, Clock())
 
     def _run(self, requests: Sequence[Row], held: Held, clock: Clock) -> Iterator[Row]:
@@ -121,7 +114,7 @@ class Generator:
         sampling = place_rows(sampling, self.mesh)
         decoding, cache = self.begin(requests, cache, clock)
         logits, cache = self.prefill(prompts, cache, clock)
-        first, sampling = self._programs.call(
+        first, sampling = self.programs.call(
             "first",
             _sample_first,
             logits=logits,
@@ -156,7 +149,7 @@ class Generator:
             for row, prompt in enumerate(prompts):
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
-            new, cache = self._programs.call(
+            new, cache = self.programs.call(
                 ("prefill", width),
                 steps.PROGRAMS["prefill"],
                 params=self.params,
@@ -168,9 +161,7 @@ class Generator:
             )
             # A row whose prompt ended in an earlier chunk keeps the logits of that chunk.
             if logits is not None:
-                new = self._programs.call(
-                    "merge", _merge_logits, old=logits, new=new, appended=lengths > 0, clock=clock
-                )
+                new = self.programs.call("merge", _merge_logits, old=logits, new=new, appended=lengths > 0, clock=clock)
             logits = new
             held += width
         return logits, cache
@@ -187,18 +178,21 @@ class Generator:
 
 
 class Decoding:
-    """The decoding of one run, a token a step."""
+    """Decodes one run, one token per step."""
 
     def __init__(self, generator: Generator):
         self._generator = generator
 
     def dispatch(self, requests: Sequence[Row], cache: DenseCache, sampling: SamplingState, clock: Clock):
-        """Up to `decode_tokens` new tokens a row: on the host, how many each row has, the cache, the sampling state."""
+        """Decode up to `decode_tokens` more tokens per row.
+
+        Returns them on the host, how many of them each row has, the cache and the sampling state.
+        """
         run = self._generator
         left, tokens = run.left(requests), np.zeros(run.rows, np.int32)
         tokens[: len(requests)] = [r.token_ids[-1] for r in requests]
         n = min(run.decode_tokens, int(left.max()))
-        out = run.call(
+        out = run.programs.call(
             "decode",
             steps.PROGRAMS["decode_many"],
             params=run.params,

@@ -22,23 +22,14 @@ MOST_GENERATORS = 16
 
 @dataclass
 class _ModelCaches:
-    """What a model keeps between calls: idle caches, and generators (programs) by shape, those used last at the end."""
+    """What a model keeps between calls. The generator used last stands at the end."""
 
     caches: IdleCaches = field(default_factory=IdleCaches)
     generators: OrderedDict[tuple, Generator] = field(default_factory=OrderedDict)
     drafts: dict[str, Model] = field(default_factory=dict)
 
-    def with_draft(self, speculation: Speculation, model: Model) -> Speculation:
-        """With its draft model loaded, as `model` is; each is loaded once."""
-        name = speculation.model
-        if name is None or isinstance(name, Model):
-            return speculation
-        if name not in self.drafts:
-            self.drafts[name] = load(name, dtype=model.dtype, mesh=model.mesh)
-        return replace(speculation, model=self.drafts[name])
 
-
-# It goes when the model goes.
+# An entry is freed together with its model.
 _MODEL_CACHES: weakref.WeakKeyDictionary[Model, _ModelCaches] = weakref.WeakKeyDictionary()
 _MODEL_CACHES_LOCK = threading.Lock()
 
@@ -46,21 +37,21 @@ _MODEL_CACHES_LOCK = threading.Lock()
 def generator(
     model: Model, *, rows: int, tokens: int, kv_dtype=None, speculation: Speculation | None = None, **settings
 ) -> Generator:
-    """The model's generator for `rows` requests of up to `tokens` tokens; made when it is first asked for.
+    """The model's generator for `rows` requests of up to `tokens` tokens; made on first use.
 
-    The programs of the last `MOST_GENERATORS` shapes are kept.
+    A model keeps the `MOST_GENERATORS` generators that were used last.
     """
     capacity = SMALLEST_CAPACITY
     while capacity < tokens:
         capacity *= 2
     capacity = min(capacity, round_up(model.config.max_context, 128))
     kv_dtype = cache_dtype(kv_dtype, model)
+    kind: Callable[..., Generator] = Generator
+    if speculation is not None:
+        speculation = _with_draft(speculation, model)
+        kind = partial(SpeculativeGenerator, speculation=speculation)
     with _MODEL_CACHES_LOCK:
         kept = _MODEL_CACHES.setdefault(model, _ModelCaches())
-        kind: Callable[..., Generator] = Generator
-        if speculation is not None:
-            speculation = kept.with_draft(speculation, model)
-            kind = partial(SpeculativeGenerator, speculation=speculation)
         key = (rows, capacity, str(kv_dtype), speculation, *sorted(settings.items()))
         if key not in kept.generators:
             kept.generators[key] = kind(
@@ -70,3 +61,15 @@ def generator(
         while len(kept.generators) > MOST_GENERATORS:
             kept.generators.popitem(last=False)
         return kept.generators[key]
+
+
+def _with_draft(speculation: Speculation, model: Model) -> Speculation:
+    """The same with its draft model loaded, in the type and on the mesh of `model`. Each name is loaded once."""
+    name = speculation.model
+    if name is None or isinstance(name, Model):
+        return speculation
+    with _MODEL_CACHES_LOCK:
+        drafts = _MODEL_CACHES.setdefault(model, _ModelCaches()).drafts
+    if name not in drafts:  # not under the lock: loading takes seconds, and other models need not wait for it
+        drafts.setdefault(name, load(name, dtype=model.dtype, mesh=model.mesh))
+    return replace(speculation, model=drafts[name])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pdx.cache.dense import DenseCache
@@ -19,7 +17,7 @@ from pdx.generation.programs import Clock
 from pdx.metrics import SpeculationCounts
 from pdx.sampling.sampler import SamplingState
 from pdx.sharding import place_rows
-from pdx.speculative.lengths import LEVELS
+from pdx.speculative.lengths import LEVELS, NEVER, always
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import DraftModel, NGram, Proposer, SelfDraft, Synthetic
 from pdx.speculative.rounds import Speculated, SpeculationState, speculate_many
@@ -29,7 +27,6 @@ from pdx.weights.load import Model
 MEASURED_TOKENS, MEASURED_TIMES = 3, 4
 # Tokens of the made-up rows that are measured: enough for an n-gram to find a match.
 MEASURED_HISTORY = 4
-NEVER = 1e30  # seconds of a round at a level that is not to be taken
 
 
 class SpeculativeGenerator(Generator):
@@ -46,10 +43,10 @@ class SpeculativeGenerator(Generator):
         super().__init__(model, kv_dtype=kv_dtype, **settings)
         self.draft: Generator | None = None
         self.proposer = self._proposer(model, speculation, kv_dtype)
-        is_fixed = speculation.draft_length != "auto"
-        self.levels = (0, int(speculation.draft_length)) if is_fixed else LEVELS
-        # A fixed length is taken wherever there is a draft. None: not measured yet.
-        self.costs = np.array([NEVER, 1.0], np.float32) if is_fixed else None
+        self.levels: tuple[int, ...] = LEVELS
+        self.costs: np.ndarray | None = None  # not measured yet
+        if speculation.draft_length != "auto":
+            self.levels, self.costs = always(int(speculation.draft_length))
 
     def _proposer(self, model: Model, speculation: Speculation, kv_dtype) -> Proposer:
         if speculation.layers is not None:
@@ -92,7 +89,7 @@ class SpeculativeGenerator(Generator):
         clock: Clock,
     ) -> Speculated:
         """Dispatch rounds; each row may emit `left` tokens."""
-        return self.call(
+        return self.programs.call(
             "speculate",
             speculate_many,
             params=self.params,
@@ -131,18 +128,15 @@ class SpeculativeGenerator(Generator):
         costs = np.full((len(self.levels), MEASURED_TIMES), np.inf)
         texts = [[0] * MEASURED_HISTORY] * self.rows
 
-        def empty(cache: DenseCache) -> DenseCache:
-            held = place_rows(jnp.full(self.rows, MEASURED_HISTORY - 1, jnp.int32), self.mesh)
-            return dataclasses.replace(cache, lengths=held, written=jnp.copy(held))
-
         for level in range(len(self.levels)):
             only = np.where(np.arange(len(self.levels)) == level, 1.0, NEVER).astype(np.float32)
             for at in range(MEASURED_TIMES):
-                state = self.state(texts, None if own is None else empty(own))
+                state = self.state(texts, None if own is None else own.holding(MEASURED_HISTORY - 1))
                 sampling = place_rows(SamplingState.create([], self.config.vocab_size, batch=self.rows), self.mesh)
-                jax.block_until_ready((state, sampling))
+                cache = cache.holding(MEASURED_HISTORY - 1)
+                jax.block_until_ready((state, sampling, cache))
                 start = time.perf_counter()
-                out = jax.block_until_ready(self.speculate(empty(cache), sampling, state, left, only, clock))
+                out = jax.block_until_ready(self.speculate(cache, sampling, state, left, only, clock))
                 costs[level, at] = (time.perf_counter() - start) / int(out.rounds.sum(axis=1).max())
                 cache, own = out.cache, out.state.proposer
         self.costs = costs.min(axis=1).astype(np.float32)

@@ -47,10 +47,10 @@ class Boundary:
         return Boundary(jnp.where(rows, self.value, other.value), jnp.where(rows, self.id, other.id))
 
 
-def pad(x: Float[Array, "B V"]) -> Float[Array, "B W"]:
-    """Pad the vocabulary to whole groups with tokens that cannot be chosen."""
+def pad(x: Float[Array, "B V"], value: float = -jnp.inf) -> Float[Array, "B W"]:
+    """Pad the vocabulary to whole groups with tokens that cannot be chosen: logits by -inf, weights by 0."""
     extra = -x.shape[1] % GROUP
-    return jnp.pad(x, ((0, 0), (0, extra)), constant_values=-jnp.inf) if extra else x
+    return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value) if extra else x
 
 
 def best(x: Float[Array, "B W"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
@@ -218,6 +218,11 @@ def _value(key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
+def random_key(seed: UInt[Array, " 2"], position: Int[Array, ""]) -> jax.Array:
+    """The key of a row's randomness at a position."""
+    return jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+
+
 def draw(weights: Float[Array, "B W"], seeds: UInt[Array, "B 2"], positions: Int[Array, " B"]) -> Int[Array, " B"]:
     """Draw a token of each row with a probability in proportion to its weight, by two Gumbel draws: a group, by its
     total weight, then a token in it. `weights` are padded, not negative, and one of a row is above 0.
@@ -230,9 +235,8 @@ def draw(weights: Float[Array, "B W"], seeds: UInt[Array, "B 2"], positions: Int
     count = groups.shape[1]
 
     def noise(seed, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
         # mode "high": with 23 random bits a token of probability below 1e-7 would never be chosen.
-        return jax.random.gumbel(key, (count + GROUP,), mode="high")
+        return jax.random.gumbel(random_key(seed, position), (count + GROUP,), mode="high")
 
     drawn = jax.vmap(noise)(seeds, positions)
     group = jnp.argmax(jnp.log(groups.sum(-1)) + drawn[:, :count], axis=-1)

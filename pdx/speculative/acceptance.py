@@ -21,7 +21,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from pdx.sampling.filters import draw, pad
+from pdx.sampling.filters import draw, pad, random_key
 from pdx.sampling.sampler import SampleOutput, SamplingState, filtered_logits, logprobs_of, sample
 
 # Streams of randomness apart from that of plain sampling: the draft's tokens, whether one is kept, what replaces it.
@@ -136,15 +136,10 @@ def _by_rejection(logits, token, q, sampling: SamplingState, positions) -> Int[A
     """The draft, or the token that replaces it."""
     p = jax.nn.softmax(filtered_logits(logits, sampling), axis=-1)
 
-    def chance(seed, position):
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(key, position))
-
-    u = jax.vmap(chance)(apart(sampling.seeds, KEEP), positions)
+    u = jax.vmap(lambda *of: jax.random.uniform(random_key(*of)))(apart(sampling.seeds, KEEP), positions)
     p_token, q_token = (jnp.take_along_axis(x, token[:, None], axis=1)[:, 0] for x in (p, q))
     rest = jnp.maximum(p - q, 0)
     # Where p and q are equal nothing is left, and nothing is rejected but by a rounding error.
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)
-    rest = jnp.maximum(pad(rest), 0)  # the padding's weight is -inf
-    replaced = draw(rest, apart(sampling.seeds, REPLACE), positions)
+    replaced = draw(pad(rest, 0.0), apart(sampling.seeds, REPLACE), positions)
     return jnp.where(u * q_token < p_token, token, replaced).astype(jnp.int32)

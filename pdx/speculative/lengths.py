@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Draft lengths that rounds are compiled for; T = 1, 4 and 8 tokens a row.
 LEVELS = (0, 3, 7)
+# Seconds of a round at a level that must not be taken.
+NEVER = float("inf")
 # What a level must promise over a plain step: the costs are measured, and not exactly.
 MARGIN = 1.1
 # Tokens that the prior counts for, and how long what was seen is remembered, in tokens.
@@ -51,6 +53,11 @@ class Acceptance:
         )
 
 
+def always(length: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """Levels and costs for which every round drafts `length` tokens, where there is a draft at all."""
+    return (0, length), np.array([NEVER, 1.0], np.float32)
+
+
 def expected_tokens(acceptance: Float[Array, " B"], drafted: Int[Array, " B"]) -> Float[Array, " B"]:
     """Tokens that a round emits with `drafted` tokens a row."""
     a = jnp.clip(acceptance, 0.0, 0.9999)
@@ -68,8 +75,8 @@ def choose(
 
     Args:
       levels: draft lengths, ascending; the first is 0.
-      costs: seconds of a round at each level (or any other unit); a level of infinite cost is never taken, and if
-        level 0 costs infinitely much, neither is it where there is any draft.
+      costs: seconds of a round at each level, or any other unit. A level that costs `NEVER` is not taken; but level 0
+        is, whatever it costs, where no row has a draft.
       available: tokens that each row could have verified.
     """
     found = []

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Int
 from pdx.cache.dense import DenseCache
 from pdx.config import ModelConfig
 from pdx.model import Params, forward
-from pdx.sampling.filters import best, draw, pad
+from pdx.sampling.filters import best, draw, pad, random_key
 from pdx.sampling.sampler import SamplingState, filtered_logits
 from pdx.speculative.acceptance import DRAFT, Drafted, apart
 
@@ -111,12 +111,12 @@ class NGram:
             run += matches
         # Only an earlier place, and of equally long matches the latest.
         earlier = (at < held[:, None] - 1) & (run > 0)
-        best = jnp.argmax(jnp.where(earlier, run * width + at, -1), axis=1)
+        end = jnp.argmax(jnp.where(earlier, run * width + at, -1), axis=1)  # of the match
         found = jnp.any(earlier, axis=1)
-        gap = jnp.maximum(held - 1 - best, 1)
-        source = best[:, None] + 1 + jnp.arange(most) % gap[:, None]
+        gap = jnp.maximum(held - 1 - end, 1)
+        source = end[:, None] + 1 + jnp.arange(most) % gap[:, None]
         tokens = jnp.take_along_axis(history, jnp.minimum(source, width - 1), axis=1)
-        length = jnp.take_along_axis(run, best[:, None], axis=1)[:, 0]
+        length = jnp.take_along_axis(run, end[:, None], axis=1)[:, 0]
         return Prepared(
             jnp.where(found, most, 0), jnp.clip(length, 1, len(self.prior)) - 1, jnp.where(found[:, None], tokens, 0)
         )
@@ -139,12 +139,11 @@ class Synthetic:
         return (self.acceptance,)
 
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
-        return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+        return _always(rows, most)
 
     def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
-        def chances(seed, position):
-            key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-            return jax.random.uniform(jax.random.fold_in(key, position), (length,))
+        def chances(*of):
+            return jax.random.uniform(random_key(*of), (length,))
 
         kept = jax.vmap(chances)(apart(rows.sampling.seeds, DRAFT), rows.held) < self.acceptance
         tokens = jnp.broadcast_to(rows.newest[:, None], kept.shape)
@@ -162,7 +161,7 @@ class SelfDraft:
     prior: ClassVar[tuple[float, ...]] = (0.6,)
 
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
-        return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+        return _always(rows, most)
 
     def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
         k, cache = self.layers, rows.cache
@@ -189,7 +188,7 @@ class DraftModel:
     CATCH_UP: ClassVar[int] = 16
 
     def prepare(self, rows: Rows, state: DenseCache, most: int) -> Prepared:
-        return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+        return _always(rows, most)
 
     def draft(self, rows: Rows, state: DenseCache, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
         params = rows.draft_params
@@ -214,16 +213,21 @@ class DraftModel:
         return drafted, rows.cache, cache
 
 
+def _always(rows: Rows, most: int) -> Prepared:
+    """Of a proposer that can always draft, and has one confidence class."""
+    return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
+
+
 def tokens_at(history: Int[Array, "B S"], at: Int[Array, " B"]) -> Int[Array, " B"]:
     """The token of each row at a position; outside of the row, the nearest one."""
     return jnp.take_along_axis(history, jnp.clip(at, 0, history.shape[1] - 1)[:, None], axis=1)[:, 0]
 
 
 def _decode(params: Params, cfg: ModelConfig, cache: DenseCache, feed, rows: Rows, prepared, length: int, kernels):
-    """Draft `length` tokens behind `feed`, tokens [B, w] of which the first [B] are real; returns them and the cache,
-    which then holds all but the last of them.
+    """Draft `length` tokens. Returns them, and the cache, which then holds all but the last of them.
 
-    They are drawn as the target draws its own, with its settings and penalties and with randomness of their own.
+    `feed`: tokens [B, w] to append first, and how many of them are real, [B]. Tokens are drawn by the target's settings
+    and penalties, with other randomness.
     """
     width = feed[0].shape[1]
     sampling = rows.sampling.replace(seeds=apart(rows.sampling.seeds, DRAFT))
@@ -248,8 +252,7 @@ def _draw(kept, probabilities, sampling: SamplingState, positions: Int[Array, " 
     is_drawn = sampling.temperature > 0
 
     def drawn():
-        weights = jnp.maximum(pad(probabilities), 0)  # the padding's weight is -inf
-        return jnp.where(is_drawn, draw(weights, sampling.seeds, positions), top)
+        return jnp.where(is_drawn, draw(pad(probabilities, 0.0), sampling.seeds, positions), top)
 
     tokens = lax.cond(jnp.any(is_drawn), drawn, lambda: top)
     return jnp.minimum(tokens, kept.shape[1] - 1).astype(jnp.int32)

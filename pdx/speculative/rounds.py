@@ -29,7 +29,7 @@ from pdx.sampling.sampler import SampleOutput, SamplingState
 from pdx.sharding import constrain_rows
 from pdx.speculative.acceptance import Drafted, accept
 from pdx.speculative.lengths import Acceptance, choose
-from pdx.speculative.proposers import Prepared, Proposer, Rows, tokens_at
+from pdx.speculative.proposers import Prepared, Proposer, Rows
 from pdx.steps.dense import finish
 
 
@@ -181,18 +181,14 @@ class _Model:
             drafted, cache, own = self.proposer.draft(rows, state.proposer, prepared, level, self.cfg, self.kernels)
             drafted = drafted.replace(lengths=jnp.minimum(drafted.lengths, level))
         else:
-            drafted, cache, own = (
-                Drafted(jnp.zeros((held.shape[0], 0), jnp.int32), jnp.zeros_like(held)),
-                out.cache,
-                None,
-            )
-            own = state.proposer
+            drafted = Drafted(jnp.zeros((held.shape[0], 0), jnp.int32), jnp.zeros_like(held))
+            cache, own = out.cache, state.proposer
         new = jnp.where(active, drafted.lengths + 1, 0)
         tokens = jnp.concatenate([rows.newest[:, None], drafted.tokens], axis=1)
         scored = forward(self.params, self.cfg, tokens, cache, lengths=new, logits="all", kernels=self.kernels)
         logits, cache = finish(scored.logits, scored.cache)
         done = accept(logits, drafted, out.sampling, held, active, num_logprobs=self.num_logprobs)
-        # The newest token and those kept; what was rejected goes.
+        # The newest token and the kept ones stay.
         cache = cache.truncate(jnp.where(active, held - 1 + done.counts, cache.lengths))
         kept = jnp.where(active, done.counts - 1, 0)
         tried = jnp.minimum(kept + 1, drafted.lengths)
@@ -223,6 +219,3 @@ def _put(into: Array, new: Array, at: Int[Array, " B"], counts: Int[Array, " B"]
     columns = at[:, None] + jnp.arange(t)
     columns = jnp.where(jnp.arange(t) < counts[:, None], columns, into.shape[1])
     return into.at[jnp.arange(b)[:, None], columns].set(new, mode="drop")
-
-
-__all__ = ["Speculated", "SpeculationState", "speculate_many", "tokens_at"]
