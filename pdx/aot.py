@@ -19,7 +19,7 @@ from pdx.cache.dense import cache_specs
 from pdx.cache.layer import default_layout
 from pdx.cache.paged import paged_cache_specs
 from pdx.config import ModelConfig
-from pdx.layers.kernels import Kernels, layout_for, settled
+from pdx.layers.kernels import Kernels, as_kernels, layout_for
 from pdx.meshes import make_mesh, on_own_mesh
 from pdx.model import param_specs
 from pdx.quant import Policy, quantized_specs
@@ -77,7 +77,7 @@ def compile_step(
         mesh=mesh,
         kernels=kernels,
     )
-    name = Target.get(target).chip.platform if kernels == "pallas" else settled(kernels)
+    name = Target.get(target).chip.platform if kernels == "pallas" else as_kernels(kernels)
     return Target.get(target).compile(
         function, **arguments, cfg=cfg, kernels=name, static_argnames=("cfg", "kernels", "decode_rows", "max_queries")
     )

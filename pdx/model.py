@@ -24,7 +24,7 @@ from pdx.cache.paged import PagedCache
 from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.layers.attention import attention
-from pdx.layers.kernels import Kernels, settled
+from pdx.layers.kernels import Kernels, as_kernels
 from pdx.layers.linear import embed, projections, unembed
 from pdx.layers.mlp import mlp
 from pdx.layers.norm import rms_norm
@@ -147,7 +147,7 @@ def forward(
       ((2, 3, 64), (2, 3, 32))
       >>> grads = jax.grad(lambda p: pdx.forward(p, cfg, tokens).logits.mean())(params)
     """
-    kernels = settled(kernels)
+    kernels = as_kernels(kernels)
     if cache is not None:
         check_cache(cache, DenseCache, PagedCache)
     tokens = jnp.asarray(whole_numbers("tokens", tokens, (None, None), "[B, T]"))

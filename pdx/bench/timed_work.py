@@ -19,7 +19,7 @@ from pdx.config import ModelConfig
 from pdx.cost import Cost, Phase, Setup, tradeoffs
 from pdx.cost.chips import MeasuredChip
 from pdx.generation.generator import PREFILL_CHUNK
-from pdx.layers.kernels import layout_for, settled
+from pdx.layers.kernels import as_kernels, layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 from pdx.speculative.lengths import always
@@ -233,7 +233,7 @@ class ModelUnderTest:
                 costs=costs,
                 proposer=proposer,
                 levels=levels,
-                kernels=settled(self.kernels),
+                kernels=as_kernels(self.kernels),
             )
             counts = np.asarray(out.counts)
             seconds = time.perf_counter() - start

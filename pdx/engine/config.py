@@ -1,7 +1,7 @@
 """The settings of an engine, as frozen data without jax, so that profiles can be read and checked anywhere.
 
-A setting is declared once: its annotation says what is checked. An `int` is at least 1, a `float` is above 0, and a
-`Literal` lists all values; `limited` sets other limits.
+A setting is declared once: its annotation says what is checked. An `int` is at least 1 and a `float` is above 0;
+`limited` sets other limits, and `one_of` lists the words that a setting may be.
 """
 
 from __future__ import annotations
@@ -9,25 +9,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from pdx.arguments import boolean, integer, number
+from pdx.engine.policies import POLICIES
 from pdx.errors import RequestError
 from pdx.installation.paths import config_folders
 from pdx.sampling.options import MAX_LOGPROBS
 from pdx.shapes import round_up
 
-Policy = Literal["fcfs", "priority", "shortest"]
 SMALLEST_MIXED = 16
 
 
 def limited(default: Any, low: float, high: float) -> Any:
     """A number with these limits. An `int` may equal `low`; a `float` must be above it."""
     return field(default=default, metadata={"low": low, "high": high})
+
+
+def one_of(default: str, choices: Iterable[str]) -> Any:
+    """A word of these."""
+    return field(default=default, metadata={"choices": tuple(choices)})
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class EngineConfig:
     max_context: int | None = None
     kv_dtype: str = "auto"
     kernels: str = "auto"
-    policy: Policy = "fcfs"
+    policy: str = one_of("fcfs", POLICIES)
     aging_s: float = 10.0
     prefix_cache: bool = True
     chunked_prefill: bool = True
@@ -120,7 +126,7 @@ class EngineConfig:
     def budget(self) -> int:
         """The token budget. Raises ValueError while it is not chosen."""
         if self.token_budget is None:
-            raise ValueError("token_budget is not settled: give a number, or let pdx.Engine choose one")
+            raise ValueError("token_budget is not chosen: give a number, or let pdx.Engine choose one")
         return self.token_budget
 
     @property
@@ -179,8 +185,8 @@ def _plain(declared: dataclasses.Field, kind: Any, value: Any) -> Any:
         return integer(name, value, limits.get("low", 1), limits.get("high"))
     if kind is float:
         return number(name, value, limits.get("low", 0), limits.get("high", math.inf), open_below=True)
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        raise RequestError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
+    if (choices := declared.metadata.get("choices")) and value not in choices:
+        raise RequestError(f"{name} {value!r} is not one of {', '.join(choices)}")
     return value
 
 

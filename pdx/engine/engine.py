@@ -38,7 +38,7 @@ from pdx.engine.driver import Driver
 from pdx.engine.request import EngineRequest
 from pdx.engine.runner import Runner
 from pdx.engine.scheduler import Scheduler
-from pdx.engine.sizing import settle
+from pdx.engine.sizing import fill_in
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
 from pdx.generation.completion import Completion
@@ -74,7 +74,7 @@ class Engine:
             if not isinstance(value, kind):
                 raise RequestError(f"{name} is {type(value).__name__}: it must be a {kind.__module__}.{kind.__name__}")
         kv_dtype = cache_dtype(config.kv_dtype, model)
-        self.model, self.config = model, settle(config, model, kv_dtype)
+        self.model, self.config = model, fill_in(config, model, kv_dtype)
         self.runner = Runner(model, self.config, kv_dtype)
         pages, context = cast(Sequence[int], self.config.pages), cast(int, self.config.max_context)
         self.scheduler = Scheduler(self.config, cast(PagedCache, self.runner.cache).groups, pages, context)

@@ -48,7 +48,7 @@ class PagedMemory:
         rest = -(-seq.length // self.page_size) - len(seq.pages[group])
         return max(0, min(rest, self.demand(group, seq.length)))
 
-    def take_up(self, seq: Sequence) -> list[Copy]:
+    def share_prefix(self, seq: Sequence) -> list[Copy]:
         """Give a request without pages the longest cached prefix of its tokens; returns the page copies it needs."""
         multiple = self._fixed_chunk // self.page_size if self._fixed_chunk else 1
         found, limit = Match(), len(seq.tokens) - 1
@@ -77,14 +77,14 @@ class PagedMemory:
                 self._append(seq, group, self._allocate(group))
         return True
 
-    def reach(self, seq: Sequence) -> int:
+    def longest(self, seq: Sequence) -> int:
         """The position up to which the request could grow with the pages available now."""
         self._slide(seq)
         return min(
             (len(pages) + pool.available) * self.page_size for pages, pool in zip(seq.pages, self.pools, strict=True)
         )
 
-    def enter(self, seq: Sequence, *, planning: bool = False) -> None:
+    def register(self, seq: Sequence, *, planning: bool = False) -> None:
         """Register the request's full pages in the prefix tree; where the tree has an equal page, use that instead.
 
         `planning`: the step that fills the pages is being planned. Other rows of that step may share them, since it
@@ -113,8 +113,8 @@ class PagedMemory:
     def release(self, seq: Sequence, *, keep: bool = True) -> None:
         """Free all pages of a request. `keep`: register them in the tree first, the last, partial one too."""
         if keep:
-            self.enter(seq)
-            self._enter_rest(seq)
+            self.register(seq)
+            self._register_rest(seq)
         for pool, pages, first in zip(self.pools, seq.pages, seq.first, strict=True):
             for page in pages[first:]:
                 pool.release(page)
@@ -129,7 +129,7 @@ class PagedMemory:
     def _held(self, seq: Sequence, at: int) -> list[int | None]:
         return [pages[at] if at >= first else None for pages, first in zip(seq.pages, seq.first, strict=True)]
 
-    def _enter_rest(self, seq: Sequence) -> None:
+    def _register_rest(self, seq: Sequence) -> None:
         begin = seq.registered * self.page_size
         rest = tuple(seq.tokens[begin : self._known(seq)])
         if not self.is_caching or self._fixed_chunk or not seq.node.alive:

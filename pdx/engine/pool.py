@@ -58,14 +58,14 @@ class PagePool:
             self.idle += 1
             self.on_idle(page)
 
-    def keep(self, page: int) -> None:
+    def cache(self, page: int) -> None:
         """The tree becomes a holder of a page that a sequence holds."""
         if self._in_tree[page]:
             raise ValueError(f"page {page} is in the tree already")
         self.share(page)
         self._in_tree[page] = 1
 
-    def let_go(self, page: int) -> None:
+    def uncache(self, page: int) -> None:
         """The tree stops holding a page, which is free if no sequence holds it."""
         if not self._in_tree[page]:
             raise ValueError(f"page {page} is not in the tree")

@@ -97,7 +97,7 @@ class PrefixTree:
             parent.children[key] = node
         for group, page in enumerate(pages):
             if node.pages[group] is None and page is not None:
-                self.pools[group].keep(page)
+                self.pools[group].cache(page)
                 node.pages[group], self._owners[group][page] = page, node
         return node
 
@@ -172,7 +172,7 @@ class PrefixTree:
         if page is not None:
             node.pages[group] = None
             del self._owners[group][page]
-            self.pools[group].let_go(page)
+            self.pools[group].uncache(page)
 
     def _prune(self, node: Node) -> None:
         """Remove a leaf that no request can use any more, and then its ancestors while the same holds for them."""

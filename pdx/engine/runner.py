@@ -20,7 +20,7 @@ from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
 from pdx.engine.request import Sequence
 from pdx.generation.programs import Programs
-from pdx.layers.kernels import explain_mixed, layout_for, settled
+from pdx.layers.kernels import as_kernels, explain_mixed, layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sharding import constrain_rows, place_rows
@@ -38,7 +38,7 @@ class Runner:
     """
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
-        self.kernels = settled(config.kernels)
+        self.kernels = as_kernels(config.kernels)
         explain_mixed(self.kernels)  # raises before anything is allocated
         self.model, self.config, self.vocab_size = model, config, model.config.vocab_size
         self._programs = Programs()

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pdx.engine.config import EngineConfig
 from pdx.engine.memory import PagedMemory
 from pdx.engine.plan import Draft, StepPlan
+from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Sequence, Status
 from pdx.errors import ContextLengthError, QueueFullError, RequestError
 
@@ -118,7 +119,7 @@ class Scheduler:
             return None
         plan = draft.finish(self.memory.tables, self.ladder)
         for chunk in plan.chunks:
-            self.memory.enter(chunk.sequence)
+            self.memory.register(chunk.sequence)
         return plan
 
     def commit(self, plan: StepPlan, tokens: Seq[int] | Mapping[int, int], now: float) -> list[Output]:
@@ -141,7 +142,7 @@ class Scheduler:
             if reason:
                 self.finish(seq, reason)
             elif seq.status is Status.RUNNING:
-                self.memory.enter(seq)
+                self.memory.register(seq)
             outputs.append(Output(seq, token, reason))
         return outputs
 
@@ -190,13 +191,8 @@ class Scheduler:
                 )
 
     def _key(self, request: EngineRequest, now: float) -> tuple[float, int]:
-        """The arrival time, shifted as the policy says. The key never changes, so no request starves."""
-        shift = 0.0
-        if self.config.policy == "priority":
-            shift = -request.priority * self.config.aging_s
-        elif self.config.policy == "shortest":
-            shift = len(request.prompt) / self.config.budget * self.config.aging_s
-        return now + shift, self._next_id
+        """The order of admission. It never changes, so no request starves."""
+        return now - POLICIES[self.config.policy](request, self.config.budget, self.config.aging_s), self._next_id
 
     def _enqueue(self, seq: Sequence) -> None:
         bisect.insort(self.waiting, seq, key=lambda s: s.key)
@@ -225,7 +221,7 @@ class Scheduler:
             if victim.key > seq.key:
                 self._preempt(victim)
             elif self._is_elastic:
-                count = min(count, self.memory.reach(seq) - seq.computed)
+                count = min(count, self.memory.longest(seq) - seq.computed)
             else:
                 return
         if count > 0:
@@ -235,7 +231,7 @@ class Scheduler:
         chunk = draft.add(seq, count)
         seq.computed += count
         seq.pending += chunk.samples
-        self.memory.enter(seq, planning=True)
+        self.memory.register(seq, planning=True)
 
     @property
     def _is_elastic(self) -> bool:
@@ -274,7 +270,7 @@ class Scheduler:
         while self.waiting and self._slots and draft.left > 0 and draft.rows_left and not self.waiting[0].pending:
             seq = self.waiting[0]
             seq.slot = self._slots[-1]
-            copies = self.memory.take_up(seq)
+            copies = self.memory.share_prefix(seq)
             if not self._count(seq, draft) or not self._has_room(seq):
                 self.memory.release(seq, keep=False)
                 return

@@ -27,7 +27,7 @@ CHUNK_STEP, LARGEST_CHUNK = 64, 8192
 HOST_SHARE = 1 / 8
 
 
-def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
+def fill_in(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
     """Fill in what the configuration leaves open: context, page size, token budget, and pages of each page group.
 
     Raises RequestError where the memory does not suffice for one request of `max_context` tokens.
@@ -35,15 +35,15 @@ def settle(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
     context = config.max_context or model.config.max_context
     if context > model.config.max_context:
         raise RequestError(f"max_context is {context}, but the context of {model.name} is {model.config.max_context}")
-    settled = dataclasses.replace(
+    filled = dataclasses.replace(
         config, max_context=context, page_size=config.page_size or PAGE_SIZES[layout_for(config.kernels)]
     )
-    if settled.token_budget is None:
-        least = settled.slots + settled.page_size
-        settled = dataclasses.replace(settled, token_budget=max(least, budget(model, settled, kv_dtype)))
-    if not isinstance(settled.pages, tuple):
-        settled = dataclasses.replace(settled, pages=pages(model, settled, kv_dtype))
-    return settled
+    if filled.token_budget is None:
+        least = filled.slots + filled.page_size
+        filled = dataclasses.replace(filled, token_budget=max(least, budget(model, filled, kv_dtype)))
+    if not isinstance(filled.pages, tuple):
+        filled = dataclasses.replace(filled, pages=pages(model, filled, kv_dtype))
+    return filled
 
 
 def budget(model: Model, config: EngineConfig, kv_dtype) -> int:

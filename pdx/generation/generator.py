@@ -18,7 +18,7 @@ from pdx.cache.layer import CACHE_DTYPES
 from pdx.errors import RequestError
 from pdx.generation.completion import Row, TokenLogprobs, not_finite
 from pdx.generation.programs import Clock, Programs
-from pdx.layers.kernels import Kernels, explain, layout_for, settled
+from pdx.layers.kernels import Kernels, as_kernels, explain, layout_for
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.shapes import bucket, round_up
 from pdx.sharding import constrain_rows, is_spec, place_rows
@@ -68,7 +68,7 @@ class Generator:
         num_logprobs: int = 0,
         caches: IdleCaches | None = None,
     ):
-        self.kernels = settled(kernels)
+        self.kernels = as_kernels(kernels)
         explain(self.kernels)  # raises before anything is made
         self.config, self.params, self.mesh = model.config, model.params, model.mesh
         self.num_logprobs, self.decode_tokens = num_logprobs, decode_tokens

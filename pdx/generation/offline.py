@@ -15,7 +15,7 @@ from pdx.generation.completion import Completion
 from pdx.generation.generator import DEFAULT_ROWS
 from pdx.generation.kept import generator
 from pdx.generation.prompts import Prompt, as_list, options_of_each, prepared_rows
-from pdx.layers.kernels import Kernels, settled
+from pdx.layers.kernels import Kernels, as_kernels
 from pdx.meshes import on_own_mesh
 from pdx.sampling.options import SamplingOptions
 from pdx.speculative.options import Speculation, asked
@@ -71,7 +71,7 @@ def stream(
         model,
         rows=min(batch_size, len(rows)),
         tokens=capacity,
-        kernels=settled(kernels),
+        kernels=as_kernels(kernels),
         kv_dtype=kv_dtype,
         num_logprobs=max(r.options.logprobs or 0 for r in rows),
         speculation=speculation,

@@ -50,7 +50,7 @@ class OwnKernels:
 Kernels = KernelName | Mapping[str, Any] | OwnKernels
 
 
-def settled(kernels: Kernels) -> KernelName | OwnKernels:
+def as_kernels(kernels: Kernels) -> KernelName | OwnKernels:
     """Check `kernels` and make it hashable, so that a step can be compiled for it.
 
     Raises:
@@ -85,7 +85,7 @@ def layout_for(kernels: Kernels, platform: str | None = None) -> Layout:
     Raises:
       RequestError: the user's own kernels have no layout in common.
     """
-    kernels = settled(kernels)
+    kernels = as_kernels(kernels)
     if isinstance(kernels, OwnKernels):
         return _common_layout(kernels, platform)
     if kernels in ("tpu", "gpu"):
@@ -110,7 +110,7 @@ def implementation(kernels: Kernels, layout: Layout, op: str | None = None) -> t
       layout: the cache's.
       op: the op's name, which only a user's own kernels depend on.
     """
-    kernels = settled(kernels)
+    kernels = as_kernels(kernels)
     if isinstance(kernels, OwnKernels):
         found, here = kernels.found().get(op), hardware.platform_of()
         return kernels.of(op), found is not None and here == "cpu" and not runs_on(found, here)

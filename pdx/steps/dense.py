@@ -16,7 +16,7 @@ from pdx.cache.dense import DenseCache
 from pdx.cache.given import check_alive
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
-from pdx.layers.kernels import Kernels, settled
+from pdx.layers.kernels import Kernels, as_kernels
 from pdx.meshes import check_mesh, on_own_mesh
 from pdx.model import Params, forward
 from pdx.sampling.sampler import SampleOutput, SamplingState, sample
@@ -62,7 +62,7 @@ def prefill(
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     check_mesh(params["final_norm"], cache.mesh)
-    return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, settled(kernels))
+    return _prefill(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, as_kernels(kernels))
 
 
 @on_own_mesh
@@ -89,7 +89,7 @@ def decode_step(
     """
     tokens, active = newest(cfg, cache, tokens, active, check)
     check_mesh(params["final_norm"], cache.mesh)
-    return _decode_step(params, cfg, tokens, jnp.asarray(active), cache, settled(kernels))
+    return _decode_step(params, cfg, tokens, jnp.asarray(active), cache, as_kernels(kernels))
 
 
 @struct.dataclass
@@ -155,7 +155,7 @@ def decode_many(
     check_alive(sampling, "sampling state")
     steps = jnp.asarray(steps, jnp.int32)
     sampling = place_rows(sampling, cache.mesh)  # as the program returns it, so that the next call does not recompile
-    active, kernels = jnp.asarray(active), settled(kernels)
+    active, kernels = jnp.asarray(active), as_kernels(kernels)
     return _decode_many(params, cfg, tokens, cache, sampling, n, active, steps, num_logprobs, kernels)
 
 
@@ -185,7 +185,7 @@ def verify(
     """
     tokens, lengths = chunk(cfg, cache, tokens, lengths, check)
     check_mesh(params["final_norm"], cache.mesh)
-    return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, settled(kernels))
+    return _verify(params, cfg, tokens, jnp.asarray(lengths, jnp.int32), cache, as_kernels(kernels))
 
 
 def finish(logits: jax.Array, cache: DenseCache) -> tuple[jax.Array, DenseCache]:

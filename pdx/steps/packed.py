@@ -15,7 +15,7 @@ from pdx.cache.given import check_cache, whole_numbers
 from pdx.cache.paged import PagedCache
 from pdx.cache.rows import PackedRows
 from pdx.config import ModelConfig
-from pdx.layers.kernels import Kernels, settled
+from pdx.layers.kernels import Kernels, as_kernels
 from pdx.meshes import check_mesh, on_own_mesh
 from pdx.model import Params, forward
 from pdx.sharding import ArraySpec, constrain
@@ -79,7 +79,7 @@ def mixed_step(
         integer("decode_rows", decode_rows, 0),
         max_queries if max_queries is None else integer("max_queries", max_queries, 1),
     )
-    return _mixed_step(params, cfg, tokens, cache, *packed, *hints, settled(kernels))
+    return _mixed_step(params, cfg, tokens, cache, *packed, *hints, as_kernels(kernels))
 
 
 def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):

@@ -51,16 +51,16 @@ class Pools(RuleBasedStateMachine):
 
     @precondition(lambda self: self.holders.keys() - self.tree)
     @rule(data=st.data())
-    def keep(self, data):
+    def cache(self, data):
         page = self._held(data, self.holders.keys() - self.tree)
-        self.pool.keep(page)
+        self.pool.cache(page)
         self.tree.add(page)
 
     @precondition(lambda self: self.tree)
     @rule(data=st.data())
-    def let_go(self, data):
+    def uncache(self, data):
         page = self._held(data, self.tree)
-        self.pool.let_go(page)
+        self.pool.uncache(page)
         self.tree.remove(page)
 
     @invariant()
@@ -84,10 +84,10 @@ def test_what_nobody_holds_cannot_be_given_back():
         with pytest.raises(ValueError, match="held by nobody"):
             pool.release(wrong)
     with pytest.raises(ValueError, match="not in the tree"):
-        pool.let_go(page)
-    pool.keep(pool.allocate())
+        pool.uncache(page)
+    pool.cache(pool.allocate())
     with pytest.raises(ValueError, match="in the tree already"):
-        pool.keep(page)
+        pool.cache(page)
 
 
 def test_an_empty_pool_says_so():

@@ -1,14 +1,13 @@
 """The scheduler on a fake device: invariants under random events, and what each policy promises."""
 
 import random
-from typing import get_args
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdx.engine.config import Policy
+from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Status
 from pdx.errors import ContextLengthError, QueueFullError, RequestError
 from pdx.sampling.options import SamplingOptions
@@ -23,7 +22,7 @@ class Machine(RuleBasedStateMachine):
         depth=st.integers(0, 2),
         windows=st.sampled_from([(None,), (None, 6), (5,), (None, 3, 9)]),
         pages=st.integers(11, 20),
-        policy=st.sampled_from(get_args(Policy)),
+        policy=st.sampled_from(sorted(POLICIES)),
         prefix_cache=st.booleans(),
         mode=st.sampled_from(["chunked", "whole", "deterministic"]),
         rows=st.integers(1, 2),

@@ -22,7 +22,7 @@ from pdx.bench.compare.rows import MEASURED, NOT_RUN, PALLAS, XLA, Row, limits
 from pdx.cache.dense import init_cache
 from pdx.config import ModelConfig
 from pdx.cost import Setup
-from pdx.layers.kernels import Kernels, layout_for, settled
+from pdx.layers.kernels import Kernels, as_kernels, layout_for
 from pdx.model import Params, forward, init_params
 from pdx.plan import published
 
@@ -188,7 +188,7 @@ def make_loop(cfg: ModelConfig, params: Params, shape: Shape, kernels: Kernels) 
 
     The state is (tokens [B, T], logits [B, V], cache). The first logits are zero; their argmax, 0, changes nothing.
     """
-    tokens, batch, kernels = jnp.asarray(prompts(cfg, shape)), shape.batch, settled(kernels)
+    tokens, batch, kernels = jnp.asarray(prompts(cfg, shape)), shape.batch, as_kernels(kernels)
     dtype = params["embed"].dtype
     cache = init_cache(cfg, batch, shape.capacity, chunk=shape.tokens, dtype=dtype, layout=layout_for(kernels))
     held = 0
