@@ -35,7 +35,7 @@ from typing import Any
 
 ANY = "any"
 # A function need not take these: settings that only a folded cache needs, and hints for speed.
-_DERIVED, _HINTS = ("kv_heads", "value_dim"), ("decode_rows", "max_queries")
+_DERIVED, _HINTS = ("kv_heads", "value_dim"), ("decode_rows", "decode_queries", "max_queries")
 
 
 class InFolder(Mapping[str, ModuleType]):

@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parent / "tuned"
 # Fields of a call: those that tiles do not depend on, and sizes that are rounded.
 _IGNORED = ("op", "scale", "out_dtype")
 _SIZES = ("batch", "queries", "slots", "tokens", "rows", "width", "pages", "max_queries", "decode_rows")
+# A decode row owns one query unless tokens were drafted.
+_USUAL = {"decode_queries": 1}
 _PLAIN = (None, False, 0)
 
 
@@ -32,7 +34,7 @@ def bucket(call: Any) -> str:
     parts = []
     for f in fields(call):
         value = getattr(call, f.name)
-        if f.name in _IGNORED or (value in _PLAIN and f.default in _PLAIN):
+        if f.name in _IGNORED or (value in _PLAIN and f.default in _PLAIN) or _USUAL.get(f.name) == value:
             continue
         if f.name in _SIZES and value:
             value = 1 << (int(value) - 1).bit_length()

@@ -152,6 +152,7 @@ class EngineMetrics:
       late: the share of steps that were dispatched after the step before had ended.
       compiles: programs compiled since the warm-up, 0 if all is well.
       warmup_s: seconds of the warm-up.
+      speculation: what was drafted and kept, over all requests that speculate.
     """
 
     steps: int
@@ -174,3 +175,4 @@ class EngineMetrics:
     late: float
     compiles: int
     warmup_s: float
+    speculation: SpeculationCounts = field(default_factory=SpeculationCounts)

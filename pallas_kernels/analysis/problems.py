@@ -113,6 +113,7 @@ def _paged(case: Any, implementation: Any, layout: Layout | None = None) -> Prob
         "kv_heads": case.kv_heads,
         "value_dim": case.value_size,
         "decode_rows": case.decode_rows,
+        "decode_queries": case.decode_queries,
         "max_queries": case.max_queries,
     }
     call = make_call(arrays, **settings, scale=case.logit_scale)

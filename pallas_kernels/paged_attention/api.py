@@ -39,6 +39,7 @@ def paged_attention(
     kv_heads: int | None = None,
     value_dim: int | None = None,
     decode_rows: int = 0,
+    decode_queries: int = 1,
     max_queries: int | None = None,
     return_lse: bool = False,
     implementation: Implementation = "auto",
@@ -47,7 +48,7 @@ def paged_attention(
 ) -> Float[Array, "T N Hv"] | tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
     """Causal softmax attention of packed queries, each over the pages of its row.
 
-    There is no `tree` mask: drafts are verified over the dense cache, by `flash_attention` and `decode_attention`.
+    There is no `tree` mask: trees of drafts are verified over the dense cache, by `decode_attention`.
 
     Args:
       q: the packed queries of all rows, row after row; N = K * G query heads, G to a KV head.
@@ -66,8 +67,9 @@ def paged_attention(
       sinks: exp(sinks[n]) joins the denominator of head n, with no value. NaN or infinity: the head's results are NaN.
       k_scale, v_scale: f32 scales of int8 pages, [P, Kp, p], Kp at least K (on a TPU a multiple of 8).
       kv_heads, value_dim: K, and Hv (None: H). Folded pages do not show them.
-      decode_rows: static; the first `decode_rows` rows own at most one query each. They are computed together.
-      max_queries: static; the most queries that a row owns; None: up to T. 1 makes all rows decode rows. Both are
+      decode_rows, decode_queries: static; the first `decode_rows` rows own at most `decode_queries` queries each: the
+        newest token, and what was drafted behind it. They are computed together.
+      max_queries: static; the most queries that a row owns; None: up to T. 1 makes all rows decode rows. All three are
         hints for speed; a wrong one gives wrong results.
       return_lse: also return the natural log-sum-exp of the logits, sinks included. Where a query sees nothing it is
         -inf, or the sink.
@@ -119,6 +121,7 @@ def paged_attention(
         value_dim=value_dim,
         return_lse=return_lse,
         decode_rows=decode_rows,
+        decode_queries=decode_queries,
         max_queries=max_queries,
     )
     check_packed(call, block_tables, lengths, query_starts)

@@ -39,11 +39,17 @@ class Call:
     return_lse: bool
     decode_rows: int
     max_queries: int
+    decode_queries: int = 1
     scale: float | None = 1.0  # None: traced, and among the arrays
 
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def single_rows(self) -> int:
+        """The first rows that own at most one query each. A kernel that computes only those apart sees no others."""
+        return self.decode_rows if self.decode_queries == 1 else 0
 
     @property
     def capacity(self) -> int:
@@ -129,6 +135,7 @@ def make_call(
     value_dim: int | None = None,
     return_lse: bool = False,
     decode_rows: int = 0,
+    decode_queries: int = 1,
     max_queries: int | None = None,
 ) -> Call:
     """Check the arguments of `api.paged_attention` and gather the static facts.
@@ -149,9 +156,10 @@ def make_call(
         "max_queries": max_queries,
         "window": window,
         "decode_rows": decode_rows,
+        "decode_queries": decode_queries,
     }
     for name, x in given.items():
-        if x is not None or name == "decode_rows":
+        if x is not None or name.startswith("decode"):
             check_whole(op, name, x)
     kv_heads, value_dim = _check_pools(op, arrays, layout, kv_heads, value_dim)
     q, k_pages, sinks, k_scale = (arrays[name] for name in ("q", "k_pages", "sinks", "k_scale"))
@@ -159,8 +167,9 @@ def make_call(
     rows = _check_rows(op, *(arrays[name] for name in integers))
     if not 0 <= decode_rows <= rows:
         raise ValueError(f"{op}: decode_rows must be 0 to R = {rows}, got {decode_rows}")
-    if max_queries is not None and max_queries < 1:
-        raise ValueError(f"{op}: max_queries must be at least 1, got {max_queries}")
+    for name, count in (("max_queries", max_queries), ("decode_queries", decode_queries)):
+        if count is not None and count < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {count}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"{op}: sinks must be [N] = {(heads,)}, got {sinks.shape}")
     if window is not None and window < 1:
@@ -185,8 +194,9 @@ def make_call(
         softcap=softcap,
         sinks=sinks is not None,
         return_lse=return_lse,
-        decode_rows=rows if most == 1 else decode_rows,
+        decode_rows=rows if most <= decode_queries else decode_rows,
         max_queries=most,
+        decode_queries=min(decode_queries, most),
         scale=plain_scale(op, scale),
     )
 
@@ -237,12 +247,12 @@ def check_packed(call: Call, block_tables, lengths, query_starts) -> None:
                 f"before, got {_some(starts)}"
             )
         most = np.full(call.rows, call.max_queries)
-        most[: call.decode_rows] = 1
+        most[: call.decode_rows] = call.decode_queries
         refuse_row(
             np.diff(starts) > most,
             lambda r: (
-                f"{op}: row {r} owns {np.diff(starts)[r]} queries, and decode_rows or max_queries promise "
-                f"at most {most[r]}"
+                f"{op}: row {r} owns {np.diff(starts)[r]} queries, and "
+                f"decode_rows, decode_queries or max_queries promise at most {most[r]}"
             ),
         )
     if (found := seen(lengths)) is not None:

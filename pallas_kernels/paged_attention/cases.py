@@ -25,6 +25,7 @@ class Case:
     dtype: str = "float32"
     kv_dtype: str | None = None  # None: dtype
     decode_rows: int = 0
+    decode_queries: int = 1
     max_queries: int | None = None
     width: int | None = None  # pages of a block table's row; None: one more than the longest row needs
     spare: int = 3  # pages that no row holds
@@ -129,6 +130,19 @@ CASES = (
         decode_rows=2,
     ),
     Case("seven query heads a KV head, decode rows", (1, 33, 0, 70), (1, 1, 0, 1), group=7, max_queries=1),
+    Case("drafts and plain rows", (70, 33, 0, 9), (4, 1, 0, 3), decode_rows=4, decode_queries=4, tokens=12),
+    Case("drafts and a chunk, window", (70, 33, 40), (4, 2, 20), decode_rows=2, decode_queries=4, window=20),
+    Case(
+        "drafts, int8, bf16",
+        (140, 9),
+        (8, 3),
+        page=128,
+        dtype="bfloat16",
+        kv_dtype="int8",
+        max_queries=8,
+        decode_rows=2,
+        decode_queries=8,
+    ),
 )
 
 # Steps of a server, with at least 512 MB of K and V: compiled for real targets, never interpreted.

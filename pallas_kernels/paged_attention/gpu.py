@@ -103,7 +103,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     while block_k < (64 if many else 128) and 2 * block_k * width * dtype.itemsize <= stage:
         block_k *= 2
     splits = 1
-    if call.decode_rows == call.rows:
+    if call.single_rows == call.rows:
         seen = min(call.capacity, call.window or call.capacity)
         programs = call.rows * call.kv_heads
         splits = max(1, min(round(PROGRAMS_A_CORE * chip.cores / programs), seen // LEAST_KEYS))

@@ -55,13 +55,14 @@ def cut(query_starts: Int[Array, " R1"], lengths: Int[Array, " R"], call: Call, 
 
 def full_rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
     """(query_starts, lengths) of the largest call: every row full, T queries spread over all rows."""
-    decode = min(call.decode_rows, call.tokens)
-    others = call.rows - call.decode_rows
+    single = call.single_rows
+    decode = min(single, call.tokens)
+    others = call.rows - single
     queries = np.zeros(call.rows, np.int32)
     queries[:decode] = 1
     if others:
         left = min(call.tokens - decode, others * call.max_queries)
-        queries[call.decode_rows :] = left // others
-        queries[call.decode_rows : call.decode_rows + left % others] += 1
+        queries[single:] = left // others
+        queries[single : single + left % others] += 1
     lengths = np.full(call.rows, call.capacity, np.int32)
     return np.concatenate([[0], np.cumsum(queries)]).astype(np.int32), lengths

@@ -110,7 +110,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
         own = {"q": arrays["q"][: part.tokens], "query_starts": arrays["query_starts"][edges]}
         own |= {name: arrays[name][rows] for name in ("block_tables", "lengths")}
         found.append(_run({**arrays, **own}, part, tiles, interpret, estimate))
-    decoded = arrays["query_starts"][call.decode_rows] if len(found) > 1 else None
+    decoded = arrays["query_starts"][call.single_rows] if len(found) > 1 else None
     out, lse = found[0] if len(found) == 1 else _joined(*found, decoded)
     t, n, hv = call.tokens, call.heads, call.value_dim
     out = out[:t, : n * hv].reshape(t, n, hv)

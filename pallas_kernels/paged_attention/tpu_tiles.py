@@ -42,7 +42,7 @@ def smallest_tile(call: Call) -> int:
 
 def parts(call: Call) -> list[tuple[Call, slice]]:
     """The kernel runs of a call, and the rows of each: first the decode rows, then the others, if there are both."""
-    d = call.decode_rows
+    d = call.single_rows
     if d in (0, call.rows):
         return [(call, slice(0, call.rows))]
     alone = replace(call, tokens=min(call.tokens, d), rows=d, max_queries=1)

@@ -151,14 +151,16 @@ def run(arrays, call: Call, config=None, interpret=False):
     results = jnp.zeros((t + block, n, hv), q.dtype), nothing.astype(jnp.float32)
     d = call.decode_rows
     if d:
-        at = query_starts[:d]
-        positions = jnp.where(asked[:d] > 0, lengths[:d] - 1, -1)[:, None]
-        first, end = span(positions, positions >= 0, call)
-        parts = attend_rows(q[jnp.clip(at, 0, t - 1)][:, None], positions, block_tables[:d], first, end)
-        target = jnp.where(asked[:d] > 0, at, t + block)
-        results = tuple(
-            r.at[target].set(x[:, 0].astype(r.dtype), mode="drop") for r, x in zip(results, parts, strict=True)
-        )
+        offsets = jnp.arange(call.decode_queries)
+        at, inside = query_starts[:d, None] + offsets, offsets < asked[:d, None]
+        last = lengths[:d, None] - 1
+        # With a window, padding gets the last query's position, so that it does not add keys to read.
+        padding = -1 if call.window is None or call.decode_queries == 1 else last
+        positions = jnp.where(inside, last + 1 - asked[:d, None] + offsets, padding)
+        first, end = span(positions, inside, call)
+        parts = attend_rows(q[jnp.clip(at, 0, t - 1)], positions, block_tables[:d], first, end)
+        target = jnp.where(inside, at, t + block)
+        results = tuple(r.at[target].set(x.astype(r.dtype), mode="drop") for r, x in zip(results, parts, strict=True))
     if d < call.rows:
         padded = jnp.pad(q, ((0, block), (0, 0), (0, 0)))
         results = chunks(padded, results, asked, block, attend_rows, arrays, call)

@@ -121,6 +121,14 @@ class DenseCache:
             self._check_held(np.asarray(kept))
         return replace(self, lengths=kept, written=jnp.where(kept == 0, 0, self.written))
 
+    def first_layers(self, count: int) -> DenseCache:
+        """The cache of the first `count` layers."""
+        return replace(self, layers=self.layers[:count], windows=self.windows[:count])
+
+    def with_first(self, first: DenseCache) -> DenseCache:
+        """The cache with the keys and values of `first`, the cache of its first layers; lengths stay."""
+        return replace(self, layers=(*first.layers, *self.layers[len(first.layers) :]))
+
     def holding(self, tokens: int) -> DenseCache:
         """The cache as if each row held `tokens` tokens, whatever lies in it: to measure what a step costs."""
         lengths = place_rows(jnp.full(self.batch, tokens, jnp.int32), self.mesh)

@@ -94,6 +94,14 @@ class PagedCache:
         groups = [rows.of_group(g) for g in range(len(self.groups))]
         return [groups[g] for g in self.group_of_layer]
 
+    def first_layers(self, count: int) -> PagedCache:
+        """The pages of the first `count` layers."""
+        return replace(self, layers=self.layers[:count], group_of_layer=self.group_of_layer[:count])
+
+    def with_first(self, first: PagedCache) -> PagedCache:
+        """The cache with the pages of `first`, the cache of its first layers."""
+        return replace(self, layers=(*first.layers, *self.layers[len(first.layers) :]))
+
     def advance(self, rows: PackedRows, layers: tuple[LayerCache, ...]) -> PagedCache:
         """The cache with `layers`, to which the tokens of `rows` were appended."""
         return replace(self, layers=layers).placed()

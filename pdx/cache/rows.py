@@ -57,7 +57,8 @@ class PackedRows:
       positions: the position of each token in its request.
       owner: the request of each token.
       real: False for padding.
-      decode_rows: static; the first `decode_rows` requests own at most one token each.
+      wanted_tokens: the packed tokens whose logits a step returns; None: the last one of each request.
+      decode_rows, decode_queries: static; the first `decode_rows` requests own at most `decode_queries` tokens each.
       max_queries: static; the most tokens that one request owns.
     """
 
@@ -67,7 +68,9 @@ class PackedRows:
     positions: Int[Array, "1 T"]
     owner: Int[Array, "1 T"]
     real: Bool[Array, "1 T"]
+    wanted_tokens: Int[Array, " W"] | None = None
     decode_rows: int = struct.field(pytree_node=False, default=0)
+    decode_queries: int = struct.field(pytree_node=False, default=1)
     max_queries: int | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
@@ -79,6 +82,9 @@ class PackedRows:
         query_starts: Int[Array, " R1"],
         decode_rows: int = 0,
         max_queries: int | None = None,
+        *,
+        wanted_tokens: Int[Array, " W"] | None = None,
+        decode_queries: int = 1,
     ) -> PackedRows:
         """Rows of `tokens` packed tokens, padding included."""
         at, rows = jnp.arange(tokens, dtype=jnp.int32), held_lengths.shape[0]
@@ -88,13 +94,23 @@ class PackedRows:
         positions = held - query_starts[owner + 1] + at
         real = (row < rows) & (held > 0) & (positions >= 0)
         return cls(
-            block_tables, held_lengths, query_starts, positions[None], owner[None], real[None], decode_rows, max_queries
+            block_tables,
+            held_lengths,
+            query_starts,
+            positions[None],
+            owner[None],
+            real[None],
+            wanted_tokens=wanted_tokens,
+            decode_rows=decode_rows,
+            decode_queries=decode_queries,
+            max_queries=max_queries,
         )
 
     @property
-    def wanted(self) -> Int[Array, "1 R"]:
-        """The last token of each request, whose logits a step returns."""
-        return self.query_starts[None, 1:] - 1
+    def wanted(self) -> Int[Array, "1 W"]:
+        """The tokens whose logits a step returns."""
+        wanted = self.query_starts[1:] - 1 if self.wanted_tokens is None else self.wanted_tokens
+        return wanted[None]
 
     def of_group(self, index: int) -> PackedRows:
         """The same tokens with the block table of one page group."""

@@ -22,8 +22,11 @@ from pdx.errors import RequestError
 from pdx.installation.paths import config_folders
 from pdx.sampling.options import MAX_LOGPROBS
 from pdx.shapes import round_up
+from pdx.speculative.options import Speculation, asked
+from pdx.speculative.shares import LONGEST_CHOSEN
 
 SMALLEST_MIXED = 16
+SMALLEST_DRAFTED = 2  # as a power of two
 
 
 def limited(default: Any, low: float, high: float) -> Any:
@@ -62,6 +65,8 @@ class EngineConfig:
       deterministic: all steps have one shape and prompts are always split at the same positions, so that tokens and
         log-probabilities are equal bit for bit under any load. It costs time: each decode step computes
         `token_budget` tokens.
+      speculate, draft_length: who drafts tokens, and how many a round, as in `pdx.generate`; or a `pdx.Speculation`.
+        Single requests can opt out (`EngineRequest.speculate`).
 
     Raises:
       RequestError: a setting out of range; the text names it.
@@ -90,8 +95,11 @@ class EngineConfig:
     num_logprobs: int = limited(0, 0, MAX_LOGPROBS)
     overlap: bool = True
     deterministic: bool = False
+    speculate: Speculation | None = None
+    draft_length: Any = "auto"
 
     def __post_init__(self):
+        self._ask_for_drafts()
         for declared in dataclasses.fields(self):
             object.__setattr__(self, declared.name, _checked(declared, getattr(self, declared.name)))
         if self.token_budget is not None and self.token_budget <= self.slots:
@@ -107,6 +115,14 @@ class EngineConfig:
                     f"token_budget is {self.token_budget}: deterministic prompts come in whole pages beside the decode "
                     f"rows, so it must be at least {least}"
                 )
+
+    def _ask_for_drafts(self) -> None:
+        """Read `speculate` and `draft_length`. Afterwards both say the same, so that a changed copy reads alike."""
+        given: Any = self.speculate
+        own = isinstance(given, Speculation) and self.draft_length in ("auto", given.draft_length)
+        found = asked(given, "auto" if own else self.draft_length)
+        object.__setattr__(self, "speculate", found)
+        object.__setattr__(self, "draft_length", found.draft_length if found else "auto")
 
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
@@ -149,6 +165,27 @@ class EngineConfig:
             rungs.append(rung)
             rung *= 2
         return (*rungs, top)
+
+    @property
+    def most_drafts(self) -> int:
+        """The most tokens that a request drafts in a step; 0 without speculation."""
+        if self.speculate is None:
+            return 0
+        return LONGEST_CHOSEN if self.draft_length == "auto" else self.draft_length
+
+    @property
+    def most_unsure(self) -> int:
+        """The most drafted tokens of a request in the step that is planned and the one under way."""
+        return 2 * self.most_drafts
+
+    @property
+    def draft_ladder(self) -> tuple[int, ...]:
+        """The sizes T that steps with drafts are padded to, in tokens."""
+        top = min(self.slots * (1 + self.most_drafts), self.budget)
+        if self.deterministic:
+            return (self.budget,)
+        powers = (2**n for n in range(SMALLEST_DRAFTED, top.bit_length()))
+        return (*(n for n in powers if self.slots < n < top), top)
 
     @cached_property
     def fixed_chunk(self) -> int | None:

@@ -11,21 +11,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
-from pdx.engine.plan import StepPlan
+from pdx.engine.plan import Chunk, StepPlan
 from pdx.engine.request import Sequence, Status
-from pdx.engine.runner import Runner
+from pdx.engine.runner import Emitted, Runner
 from pdx.engine.scheduler import Output, Scheduler
+from pdx.engine.speculative_runner import Speculated
 from pdx.engine.stats import Stats
 from pdx.engine.stream import ClientError, RequestStream
 from pdx.errors import EngineError, RequestError
 from pdx.generation.completion import TokenLogprobs, not_finite
+from pdx.metrics import SpeculationCounts
 from pdx.sampling.sampler import NO_TOKEN
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -124,41 +127,55 @@ class Driver:
         """Send a step to the device. With masks, sampling waits until the tokens of all earlier steps are known."""
         plan = flight.plan
         before = flights[-2] if len(flights) > 1 else None
-        seen_running = time.perf_counter() if before and not before.drawn.tokens.is_ready() else None
+        seen_running = time.perf_counter() if before and not self.runner.is_ready(before.drawn) else None
         self.runner.join_all(plan.joins)
         flight.logits = self.runner.forward(plan)
-        is_late = before is None or before.drawn.tokens.is_ready()
+        is_late = before is None or self.runner.is_ready(before.drawn)
         with self.work:
             self.stats.dispatched(plan, time.perf_counter(), is_late=is_late, seen_running=seen_running)
         masked = [c for c in plan.chunks if c.samples and c.sequence.request.mask is not None]
         if masked:
             while len(flights) > 1:
                 self._collect(flights)
-        flight.drawn = self.runner.sample(plan, flight.logits, self._allowed(masked) if masked else None)
+        allowed = None
+        if masked:
+            allowed = self._allowed(masked, self.runner.drafts(flight.logits), 1 + self.runner.most_drafts(plan))
+        flight.drawn = self.runner.sample(plan, flight.logits, allowed)
         flight.logits = None
 
-    def _allowed(self, chunks) -> np.ndarray:
-        """The masks of a step's requests, [slots, V]. A request whose mask is invalid fails alone."""
-        allowed = np.ones((self.config.slots, self.runner.vocab_size), bool)
+    def _allowed(self, chunks: Seq[Chunk], drafts: Seq[Seq[int]], places: int) -> np.ndarray:
+        """The masks of a step's requests, [slots, places, V]; `drafts`: drafted tokens by slot.
+
+        A request whose mask is invalid fails alone.
+        """
+        allowed = np.ones((self.config.slots, places, self.runner.vocab_size), bool)
         for chunk in chunks:
             seq = chunk.sequence
             if seq.status is Status.FINISHED:
                 continue
             try:
-                mask = seq.request.mask(list(seq.outputs))
-                if mask is not None:
-                    mask = np.array(mask, bool)
-                    if mask.shape == allowed.shape[1:]:
-                        mask[[t for t, v in (seq.request.options.logit_bias or {}).items() if v == -math.inf]] = False
-                    if mask.shape != allowed.shape[1:] or not mask.any():
-                        raise RequestError(
-                            f"a mask must be bool [{allowed.shape[1]}] and allow at least one token, "
-                            f"got shape {mask.shape} with {int(mask.sum())} allowed"
-                        )
-                    allowed[chunk.slot] = mask
+                self._mask(seq, drafts[chunk.slot], allowed[chunk.slot])
             except Exception as error:
                 self._fail(seq, ClientError(f"the request's mask failed: {type(error).__name__}: {error}"))
         return allowed
+
+    def _mask(self, seq: Sequence, drafted: Seq[int], allowed: np.ndarray) -> None:
+        """Fill in the masks [places, V] of one request: behind its tokens, and behind each drafted one."""
+        never = [t for t, v in (seq.request.options.logit_bias or {}).items() if v == -math.inf]
+        for place in range(len(drafted) + 1):
+            found = cast(Any, seq.request.mask)([*seq.outputs, *drafted[:place]])
+            if found is not None:
+                mask, width = np.array(found, bool), allowed.shape[1]
+                if mask.shape == (width,):
+                    mask[never] = False
+                if mask.shape != (width,) or not mask.any():
+                    raise RequestError(
+                        f"a mask must be bool [{width}] and allow at least one token, "
+                        f"got shape {mask.shape} with {int(mask.sum())} allowed"
+                    )
+                allowed[place] = mask
+            if place < len(drafted) and not allowed[place, drafted[place]]:
+                break  # it is rejected, and what follows is not looked at
 
     def _collect(self, flights: deque[Flight]) -> None:
         """Wait for the tokens of the oldest step and deliver them."""
@@ -169,15 +186,29 @@ class Driver:
         flights.popleft()
         now = time.perf_counter()
         for chunk in plan.chunks:
-            if chunk.samples and got.tokens[chunk.slot] == NO_TOKEN:
+            if chunk.samples and NO_TOKEN in got.of(chunk.slot):
                 self._fail(chunk.sequence, not_finite(chunk.start + chunk.count - 1))
         with self.work:
             self.stats.ended(flight.dispatched, now)
             slots = {c.sequence: c.slot for c in plan.chunks}
-            outputs = self.scheduler.commit(plan, got.tokens, now)
+            self._learn(plan, got)
+            outputs = self.scheduler.commit(plan, {c.slot: got.of(c.slot) for c in plan.chunks}, now)
             self.work.notify_all()  # whoever waits for room in the queue
         for output in outputs:
             self._deliver(output, _logprobs(got, slots[output.sequence], output), now)
+
+    def _learn(self, plan: StepPlan, got: Emitted) -> None:
+        """Note how a step's drafts did."""
+        if not isinstance(got, Speculated):
+            return
+        for chunk in plan.chunks:
+            record, stream = chunk.sequence.record, self.streams.get(chunk.sequence)
+            if chunk.samples and record is not None:
+                got.teach(record, chunk.slot)
+                counts = got.counted(chunk.slot)
+                self.stats.speculation += counts
+                if stream is not None:
+                    stream.row.speculation = (stream.row.speculation or SpeculationCounts()) + counts
 
     def _deliver(self, output: Output, token: TokenLogprobs, now: float) -> None:
         seq = output.sequence
@@ -231,5 +262,6 @@ def _logprobs(got, slot: int, output: Output) -> TokenLogprobs:
     best = output.sequence.request.options.logprobs
     if best is None:
         return TokenLogprobs(output.token, float("inf"))
-    top = zip(got.top_ids[slot, :best].tolist(), got.top_logprobs[slot, :best].tolist(), strict=True)
-    return TokenLogprobs(output.token, float(got.logprob[slot]), tuple(top))
+    at = slot, output.column
+    top = zip(got.top_ids[at][:best].tolist(), got.top_logprobs[at][:best].tolist(), strict=True)
+    return TokenLogprobs(output.token, float(got.logprob[at]), tuple(top))

@@ -34,19 +34,23 @@ from typing import Any, cast
 
 from pdx.cache.paged import PagedCache
 from pdx.engine.config import EngineConfig
+from pdx.engine.drafting import Drafting
 from pdx.engine.driver import Driver
 from pdx.engine.request import EngineRequest
 from pdx.engine.runner import Runner
 from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import fill_in
+from pdx.engine.speculative_runner import SpeculativeRunner
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
 from pdx.generation.completion import Completion
 from pdx.generation.generator import cache_dtype
+from pdx.generation.kept import with_draft
 from pdx.generation.prompts import Prompt, as_list, check_bias, encode, options_of_each, options_with, row_of
 from pdx.meshes import on_own_mesh
 from pdx.metrics import EngineMetrics
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.proposers import NGram
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 
@@ -75,9 +79,18 @@ class Engine:
                 raise RequestError(f"{name} is {type(value).__name__}: it must be a {kind.__module__}.{kind.__name__}")
         kv_dtype = cache_dtype(config.kv_dtype, model)
         self.model, self.config = model, fill_in(config, model, kv_dtype)
-        self.runner = Runner(model, self.config, kv_dtype)
+        drafting = None
+        if self.config.speculate is None:
+            self.runner = Runner(model, self.config, kv_dtype)
+        else:
+            loaded = with_draft(self.config.speculate, model)
+            self.config = dataclasses.replace(self.config, speculate=loaded)
+            self.runner = speculative = SpeculativeRunner(model, self.config, kv_dtype)
+            drafting = Drafting(
+                self.config, speculative.proposer.prior, always=not isinstance(speculative.proposer, NGram)
+            )
         pages, context = cast(Sequence[int], self.config.pages), cast(int, self.config.max_context)
-        self.scheduler = Scheduler(self.config, cast(PagedCache, self.runner.cache).groups, pages, context)
+        self.scheduler = Scheduler(self.config, cast(PagedCache, self.runner.cache).groups, pages, context, drafting)
         self._driver = Driver(self.scheduler, self.runner)
         self._work = self._driver.work
         self._thread: threading.Thread | None = None
@@ -96,6 +109,8 @@ class Engine:
             if self._thread is None:
                 begin = time.perf_counter()
                 self.runner.warmup(report)
+                if self.scheduler.drafting is not None:
+                    self.scheduler.drafting.costs = cast(SpeculativeRunner, self.runner).costs
                 self._driver.stats.warmup_s = time.perf_counter() - begin
                 self._thread = threading.Thread(target=self._driver.run, name="pdx-engine", daemon=True)
                 self._thread.start()

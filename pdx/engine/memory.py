@@ -35,7 +35,7 @@ class PagedMemory:
         self.pools = [PagePool(n) for n in pages]
         self.tree = PrefixTree(self.page_size, windows, self.pools)
         self.is_caching, self._fixed_chunk = config.prefix_cache, config.fixed_chunk
-        self._most = config.whole(max_context)  # the most tokens of one request in a step
+        self._most = config.whole(max_context) + config.most_unsure  # the most tokens of one request in a step
         # [groups, slots, M]; entries that no query sees keep stale values.
         self.tables = np.zeros((len(self.pools), config.slots, -(-max_context // self.page_size)), np.int32)
 
@@ -178,7 +178,7 @@ class PagedMemory:
 
     def _slide(self, seq: Sequence) -> None:
         for group, (pool, pages) in enumerate(zip(self.pools, seq.pages, strict=True)):
-            seen = min(self._first_seen(group, seq.computed), len(pages))
+            seen = min(self._first_seen(group, seq.computed - seq.unsure), len(pages))
             for at in range(seq.first[group], seen):
                 pool.release(pages[at])
                 pages[at] = -1

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdx.arguments import integer, number
+from pdx.arguments import boolean, integer, number
 from pdx.errors import RequestError
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.shares import Record
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class EngineRequest:
       priority: for the policy `priority`; larger goes first.
       timeout_s: seconds from submission until the request ends with finish reason `timeout`. None: never.
       mask: called before each token with the ids generated so far; returns bool [V], True where a token is
-        allowed, or None to allow all. It runs on the host between two steps and can enforce structured output.
+        allowed, or None to allow all. It runs on the host between two steps and can enforce structured output. Where
+        tokens are drafted, it is called for each drafted token too.
+      speculate: False: nothing is drafted for this request, whatever the engine does for others.
 
     Example:
       >>> request = pdx.EngineRequest([5, 9, 2], pdx.SamplingOptions(max_tokens=8), timeout_s=30)
@@ -35,6 +38,7 @@ class EngineRequest:
     priority: float = 0
     timeout_s: float | None = None
     mask: Callable[[list[int]], Any] | None = None
+    speculate: bool = True
 
     def __post_init__(self):
         if isinstance(self.prompt, str | bytes) or not isinstance(self.prompt, Iterable):
@@ -50,6 +54,7 @@ class EngineRequest:
             object.__setattr__(self, "timeout_s", number("timeout_s", self.timeout_s, 0, math.inf))
         if self.mask is not None and not callable(self.mask):
             raise RequestError(f"mask is {self.mask!r}: it must be a function of the ids generated so far")
+        object.__setattr__(self, "speculate", boolean("speculate", self.speculate))
 
 
 class Status(enum.Enum):
@@ -66,8 +71,11 @@ class Sequence:
     Attributes:
       key: order of admission, smallest first. It never changes, so no request starves.
       tokens: prompt and output as far as the host knows them.
-      pending: tokens that steps under way sample and the host does not know yet.
-      computed: computed tokens: positions whose keys and values the pages hold once all planned steps have run.
+      pending: the most tokens that steps under way emit; the host does not know them yet.
+      unsure: drafted ones among them, which may turn out to be rejected.
+      computed: the most tokens that are computed, positions whose keys and values the pages hold, once all planned
+        steps have run; `unsure` of them may be rejected.
+      record: how the request's drafts did; None where it has none.
       pages: the block table of each page group, p positions per page; -1 for pages that fell out of a window.
       first: for each page group, the index of the first page that is still held.
       node, registered: the request's deepest node in the prefix tree, and how many full pages deep it is.
@@ -82,12 +90,14 @@ class Sequence:
     status: Status = Status.WAITING
     slot: int = -1
     pending: int = 0
+    unsure: int = 0
     computed: int = 0
     pages: list[list[int]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     node: Any = None
     registered: int = 0
     finish_reason: str | None = None
+    record: Record | None = None
     # For the metrics.
     started: float | None = None  # when it was first admitted
     hit_tokens: int = 0
@@ -103,7 +113,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Number of tokens, pending ones included."""
+        """The most tokens that it has, pending ones included."""
         return len(self.tokens) + self.pending
 
     @property
@@ -113,10 +123,15 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        """Number of output tokens, pending ones included."""
+        """The most output tokens that it has, pending ones included."""
         return self.length - self.prompt_length
 
     @property
     def is_complete(self) -> bool:
-        """Whether all tokens that it may generate are known or pending."""
+        """Whether all tokens that it may generate are known or surely pending."""
+        return self.generated - self.unsure >= self.request.options.max_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is pending may be all that it may generate: a further step must wait until that is known."""
         return self.generated >= self.request.options.max_tokens

@@ -7,7 +7,9 @@ may have to wait for a token, and the forward pass need not wait with it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,24 @@ from pdx.weights.progress import Report, silent
 
 # Page copies per dispatch.
 COPIES = 4
+
+
+@dataclass
+class Emitted:
+    """What a step emitted, on the host; None where it was not asked for.
+
+    Attributes:
+      tokens: by slot; the first `counts` of each count. None: one each.
+    """
+
+    tokens: np.ndarray
+    logprob: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    counts: np.ndarray | None = None
+
+    def of(self, slot: int) -> list[int]:
+        return self.tokens[slot].tolist() if self.counts is None else self.tokens[slot, : self.counts[slot]].tolist()
 
 
 class Runner:
@@ -81,7 +101,8 @@ class Runner:
         for plan in plans:
             logits = self.forward(plan)
             tick()
-        for allowed in (None, np.ones((config.slots, self.vocab_size), bool)):
+        places = 1 + self.most_drafts(plan)
+        for allowed in (None, np.ones((config.slots, places, self.vocab_size), bool)):
             self.fetch(self.sample(plan, logits, allowed), logprobs=True)
             tick()
         self.join(0, SamplingOptions(seed=0), [0], [])
@@ -90,7 +111,7 @@ class Runner:
         tick()
         self.reset()
 
-    def forward(self, plan: StepPlan) -> jax.Array:
+    def forward(self, plan: StepPlan) -> Any:
         """Dispatch the page copies and the forward pass of a step; returns the logits [slots, V] to sample from."""
         if plan.copies:
             self._copy(plan.copies)
@@ -125,9 +146,9 @@ class Runner:
         )
         return logits
 
-    def sample(self, plan: StepPlan, logits: jax.Array, allowed: np.ndarray | None = None) -> SampleOutput:
-        """Dispatch sampling; `allowed` [slots, V] if a request has a mask."""
-        masked = {} if allowed is None else {"allowed": allowed}
+    def sample(self, plan: StepPlan, logits: Any, allowed: np.ndarray | None = None) -> Any:
+        """Dispatch sampling; `allowed` [slots, 1, V] if a request has a mask."""
+        masked = {} if allowed is None else {"allowed": allowed[:, 0]}
         drawn, self.sampling, self.last = self._programs.call(
             ("sample", allowed is not None),
             _sample,
@@ -143,11 +164,24 @@ class Runner:
             x.copy_to_host_async()
         return drawn
 
-    def fetch(self, drawn: SampleOutput, *, logprobs: bool) -> SampleOutput:
+    def is_ready(self, drawn: SampleOutput) -> bool:
+        """Whether the step that sampled this has ended."""
+        return drawn.tokens.is_ready()
+
+    def most_drafts(self, plan: StepPlan) -> int:
+        """The most tokens that a row of the step's program drafts."""
+        return 0
+
+    def drafts(self, logits: Any) -> list[list[int]]:
+        """The tokens that the step drafted, by slot. Waits for the step. This runner drafts none."""
+        return [[] for _ in range(self.config.slots)]
+
+    def fetch(self, drawn: SampleOutput, *, logprobs: bool) -> Emitted:
         """Wait for the sampled tokens and return them on the host; with `logprobs`, log-probabilities too."""
-        if logprobs:
-            return jax.device_get(drawn)
-        return SampleOutput(np.asarray(drawn.tokens), None, None, None)
+        if not logprobs:
+            return Emitted(np.asarray(drawn.tokens)[:, None])
+        got = jax.device_get(drawn)
+        return Emitted(got.tokens[:, None], got.logprob[:, None], got.top_ids[:, None], got.top_logprobs[:, None])
 
     def join(self, slot: int, options: SamplingOptions, prompt: list[int], outputs: list[int]) -> None:
         """Put a request's sampling settings, and the tokens that it has generated so far, into a slot."""
@@ -178,9 +212,11 @@ class Runner:
                 )
 
 
-def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
+def empty_plan(config: EngineConfig, shape: int, groups: int, *, is_mixed: bool | None = None) -> StepPlan:
     """A step of the given shape in which no row takes part, for warm-up."""
-    rows = config.slots if shape == config.slots and not config.deterministic else config.rows
+    if is_mixed is None:
+        is_mixed = shape != config.slots or config.deterministic
+    rows = config.rows if is_mixed else config.slots
     width = -(-config.max_context // config.page_size)
     slots = np.arange(config.slots, dtype=np.int32)
     return StepPlan(
@@ -194,6 +230,8 @@ def empty_plan(config: EngineConfig, shape: int, groups: int) -> StepPlan:
         slots,
         np.zeros_like(slots),
         np.zeros(config.slots, bool),
+        np.zeros(rows, np.int32),
+        np.zeros_like(slots),
     )
 
 

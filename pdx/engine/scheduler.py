@@ -8,7 +8,11 @@ A step is filled in this order:
 
 1. decode rows, the oldest request first;
 2. chunks of running prompts, up to the token budget (Sarathi, Agrawal et al. 2023);
-3. waiting requests, admitted in the order of their fixed keys while there are slots and pages.
+3. waiting requests, admitted in the order of their fixed keys while there are slots and pages;
+4. with speculation, drafted tokens behind the decode rows.
+
+How many drafted tokens a step keeps is known late, too. Until then a request counts as if all were kept: it has pages
+for them and may not grow past `max_tokens`. `commit` takes back what was rejected.
 
 When pages run out, the youngest request is preempted: it frees its pages and waits with the tokens it has. Admitted
 again, it recomputes them, or finds them in the prefix tree, and goes on.
@@ -21,22 +25,30 @@ import heapq
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import cast
 
+from pdx.engine.admission import check_fits
 from pdx.engine.config import EngineConfig
+from pdx.engine.drafting import Drafting
 from pdx.engine.memory import PagedMemory
-from pdx.engine.plan import Draft, StepPlan
+from pdx.engine.plan import StepBuilder, StepPlan
 from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Sequence, Status
-from pdx.errors import ContextLengthError, QueueFullError, RequestError
+from pdx.errors import QueueFullError
+from pdx.speculative.shares import Record
 
 
 @dataclass(frozen=True)
 class Output:
-    """A new token of a request, and the finish reason if the request ends with it."""
+    """A new token of a request, and the finish reason if the request ends with it.
+
+    `column`: which of the tokens that the step emitted for the request.
+    """
 
     sequence: Sequence
     token: int
     finish_reason: str | None
+    column: int = 0
 
 
 class Scheduler:
@@ -47,10 +59,18 @@ class Scheduler:
       windows: one per page group, as `pdx.cache.paged.page_groups` gives them.
       pages: number of pages of each page group.
       max_context: the most tokens of one request, prompt and answer.
+      drafting: decides how many tokens are drafted; None: none.
     """
 
-    def __init__(self, config: EngineConfig, windows: Seq[int | None], pages: Seq[int], max_context: int):
-        self.config, self.max_context = config, max_context
+    def __init__(
+        self,
+        config: EngineConfig,
+        windows: Seq[int | None],
+        pages: Seq[int],
+        max_context: int,
+        drafting: Drafting | None = None,
+    ):
+        self.config, self.max_context, self.drafting = config, max_context, drafting
         self.memory = PagedMemory(config, windows, pages, max_context)
         self.ladder = config.ladder(max_context)
         self.waiting: list[Sequence] = []  # by key
@@ -74,13 +94,15 @@ class Scheduler:
           ContextLengthError: the request would not fit even alone.
           RequestError: an empty prompt, or more alternatives than the engine reports.
         """
-        self._check(request)
+        check_fits(request, self.config, self.memory, self.max_context)
         if len(self.waiting) >= self.config.max_queue:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting, which is all that may (max_queue): try again later"
             )
         seq = Sequence(self._next_id, request, frozenset(ends), now, self._key(request, now), list(request.prompt))
         self._next_id += 1
+        if self.drafting is not None:
+            seq.record = self.drafting.record(request)
         self._enqueue(seq)
         if request.timeout_s is not None:
             heapq.heappush(self._deadlines, (now + request.timeout_s, seq.id, seq))
@@ -104,46 +126,56 @@ class Scheduler:
             self._leave(seq)
             seq.status = Status.DRAINING
             self.draining.add(seq)
-        draft = Draft.empty(self.config)
+        step = StepBuilder.empty(self.config)
         self.memory.tree.fresh.clear()
         oldest_first = sorted(self.running, key=lambda s: s.key)
         for seq in oldest_first:
-            if seq.status is Status.RUNNING and seq.remaining == 1:
-                self._decode(seq, draft)
-        draft.left = self._fitting(draft)
+            if seq.status is Status.RUNNING and seq.remaining == 1 and not seq.is_full:
+                self._decode(seq, step)
+        step.left = self._fitting(step)
         for seq in oldest_first:
-            if seq.status is Status.RUNNING and seq.id not in draft.drafted:
-                self._prefill(seq, draft)
-        self._admit(draft, now)
-        if not draft.chunks:
+            if seq.status is Status.RUNNING and seq.id not in step.planned and not seq.is_full:
+                self._prefill(seq, step)
+        self._admit(step, now)
+        if not step.chunks:
             return None
-        plan = draft.finish(self.memory.tables, self.ladder)
+        draft_ladder: Seq[int] = ()
+        if self.drafting is not None:
+            self._draft(step, self.drafting)
+            draft_ladder = self.drafting.ladder
+        plan = step.finish(self.memory.tables, self.ladder, draft_ladder)
         for chunk in plan.chunks:
             self.memory.register(chunk.sequence)
         return plan
 
-    def commit(self, plan: StepPlan, tokens: Seq[int] | Mapping[int, int], now: float) -> list[Output]:
-        """Record the tokens that a step sampled, by slot. Plans are committed in the order in which they were made."""
-        outputs = []
+    def commit(self, plan: StepPlan, tokens: Seq[Seq[int]] | Mapping[int, Seq[int]], now: float) -> list[Output]:
+        """Record the tokens that a step emitted, by slot. Plans are committed in the order in which they were made."""
+        outputs: list[Output] = []
         for chunk in plan.chunks:
             seq = chunk.sequence
             if not chunk.samples:
                 continue
-            seq.pending -= 1
+            emitted = tokens[chunk.slot]
+            seq.pending -= 1 + chunk.drafts
+            seq.unsure -= chunk.drafts
             if seq.status is Status.FINISHED:
                 continue
-            token = int(tokens[chunk.slot])
-            seq.tokens.append(token)
-            reason = None
-            if token in seq.ends:
-                reason = "stop"
-            elif len(seq.tokens) - seq.prompt_length >= seq.request.options.max_tokens:
-                reason = "length"
-            if reason:
-                self.finish(seq, reason)
-            elif seq.status is Status.RUNNING:
-                self.memory.register(seq)
-            outputs.append(Output(seq, token, reason))
+            if seq.status is Status.RUNNING:  # else it holds no pages
+                seq.computed -= 1 + chunk.drafts - len(emitted)
+            for column, token in enumerate(map(int, emitted)):
+                seq.tokens.append(token)
+                reason = None
+                if token in seq.ends:
+                    reason = "stop"
+                elif len(seq.tokens) - seq.prompt_length >= seq.request.options.max_tokens:
+                    reason = "length"
+                outputs.append(Output(seq, token, reason, column))
+                if reason:  # tokens behind it are dropped
+                    self.finish(seq, reason)
+                    break
+            else:
+                if seq.status is Status.RUNNING:
+                    self.memory.register(seq)
         return outputs
 
     def fail(self, plans: Iterable[StepPlan]) -> list[Sequence]:
@@ -151,7 +183,8 @@ class Scheduler:
         lost = []
         for chunk in (c for plan in plans for c in plan.chunks):
             seq = chunk.sequence
-            seq.pending -= chunk.samples
+            seq.pending -= chunk.samples + chunk.drafts
+            seq.unsure -= chunk.drafts
             if seq.status is not Status.FINISHED:
                 self.finish(seq, "error", keep=False)
                 lost.append(seq)
@@ -170,26 +203,6 @@ class Scheduler:
         found, self._timed_out = self._timed_out, []
         return found
 
-    def _check(self, request: EngineRequest) -> None:
-        if not request.prompt:
-            raise RequestError("the prompt is empty: give it at least one token")
-        if (request.options.logprobs or 0) > self.config.num_logprobs:
-            raise RequestError(
-                f"logprobs is {request.options.logprobs}, but this engine reports up to {self.config.num_logprobs} "
-                "alternatives (num_logprobs)"
-            )
-        total = len(request.prompt) + request.options.max_tokens
-        if total > self.max_context:
-            raise ContextLengthError(
-                f"the prompt has {len(request.prompt)} tokens and asks for {request.options.max_tokens} more, but a "
-                f"request may have {self.max_context} (max_context)"
-            )
-        for group, pool in enumerate(self.memory.pools):
-            if (need := self.memory.demand(group, total)) > pool.pages:
-                raise ContextLengthError(
-                    f"{total} tokens need {need} pages, but there are {pool.pages}: ask for less or give more (pages)"
-                )
-
     def _key(self, request: EngineRequest, now: float) -> tuple[float, int]:
         """The order of admission. It never changes, so no request starves."""
         return now - POLICIES[self.config.policy](request, self.config.budget, self.config.aging_s), self._next_id
@@ -204,20 +217,20 @@ class Scheduler:
                 self.finish(seq, "timeout")
                 self._timed_out.append(seq)
 
-    def _decode(self, seq: Sequence, draft: Draft) -> None:
+    def _decode(self, seq: Sequence, step: StepBuilder) -> None:
         while not self.memory.grow(seq, seq.computed + 1):
-            victim = self._youngest(draft)
+            victim = self._youngest(step)
             self._preempt(victim)
             if victim is seq:
                 return
-        self._add(seq, 1, draft)
+        self._add(seq, 1, step)
 
-    def _prefill(self, seq: Sequence, draft: Draft) -> None:
-        count = self._count(seq, draft)
-        if count > 1 and not draft.rows_left:
+    def _prefill(self, seq: Sequence, step: StepBuilder) -> None:
+        count = self._count(seq, step)
+        if count > 1 and not step.rows_left:
             return
         while count > 0 and not self.memory.grow(seq, seq.computed + count):
-            victim = self._youngest(draft)
+            victim = self._youngest(step)
             if victim.key > seq.key:
                 self._preempt(victim)
             elif self._is_elastic:
@@ -225,64 +238,79 @@ class Scheduler:
             else:
                 return
         if count > 0:
-            self._add(seq, count, draft)
+            self._add(seq, count, step)
 
-    def _add(self, seq: Sequence, count: int, draft: Draft) -> None:
-        chunk = draft.add(seq, count)
+    def _add(self, seq: Sequence, count: int, step: StepBuilder) -> None:
+        chunk = step.add(seq, count)
         seq.computed += count
         seq.pending += chunk.samples
         self.memory.register(seq, planning=True)
+
+    def _draft(self, step: StepBuilder, drafting: Drafting) -> None:
+        """Draft tokens behind the step's decode rows, as many as pay and as pages are free for."""
+        rows = [c for c in step.chunks if c.samples and c.count == 1 and c.sequence.record is not None]
+        limits = [c.sequence.request.options.max_tokens - c.sequence.generated for c in rows]
+        records = [cast(Record, c.sequence.record) for c in rows]
+        found = drafting.shares(records, limits, step.tokens, step.plain_size(self.ladder))
+        for chunk, wanted in zip(rows, found, strict=True):
+            seq = chunk.sequence
+            count = min(wanted, self.memory.longest(seq) - seq.computed)
+            if count > 0 and self.memory.grow(seq, seq.computed + count):
+                step.draft(chunk, count)
+                seq.computed, seq.pending, seq.unsure = seq.computed + count, seq.pending + count, seq.unsure + count
 
     @property
     def _is_elastic(self) -> bool:
         """Whether a chunk may have any length."""
         return self.config.chunked_prefill and not self.config.deterministic
 
-    def _fitting(self, draft: Draft) -> int:
+    def _fitting(self, step: StepBuilder) -> int:
         """Tokens that prompts may take in this step: what the budget leaves, or fewer, to avoid padding.
 
         Padding costs as much as tokens. So where the prompts would fill less than half of the gap between two step
         sizes, they fill the smaller size and leave the rest to the next step. They take at least half of what waits.
         """
         if not self._is_elastic:
-            return draft.left
-        prompts = [s for s in self.running if s.id not in draft.drafted] + self.waiting[: len(self._slots)]
-        wanted = min(sum(s.remaining for s in prompts[: draft.rows_left]), draft.left)
-        taken = self.config.budget - draft.left
+            return step.left
+        prompts = [s for s in self.running if s.id not in step.planned and not s.is_full] + self.waiting[
+            : len(self._slots)
+        ]
+        wanted = min(sum(s.remaining for s in prompts[: step.rows_left]), step.left)
+        taken = self.config.budget - step.left
         below = max((size for size in self.ladder[1:] if size < taken + wanted), default=0)
         above = next(size for size in self.ladder if size >= taken + wanted)
         is_little = taken + wanted - below < (above - below) / 2 and below - taken >= wanted / 2
-        return below - taken if below and is_little else draft.left
+        return below - taken if below and is_little else step.left
 
-    def _count(self, seq: Sequence, draft: Draft) -> int:
+    def _count(self, seq: Sequence, step: StepBuilder) -> int:
         """The length of the request's next chunk by the budget; 0 if none fits."""
         if chunk := self.config.fixed_chunk:
             # After preemption, output tokens are recomputed as they were the first time: one per step.
             rest = seq.prompt_length - seq.computed
             wanted = min(chunk - seq.computed % chunk, rest) if rest > 0 else 1
-            return wanted if wanted <= draft.left else 0
+            return wanted if wanted <= step.left else 0
         if self.config.chunked_prefill:
-            return min(seq.remaining, draft.left)
-        return seq.remaining if seq.remaining <= draft.left or not draft.has_prefill else 0
+            return min(seq.remaining, step.left)
+        return seq.remaining if seq.remaining <= step.left or not step.has_prefill else 0
 
-    def _admit(self, draft: Draft, now: float) -> None:
+    def _admit(self, step: StepBuilder, now: float) -> None:
         # A request that was preempted with a pending token waits for it, and blocks those behind it.
-        while self.waiting and self._slots and draft.left > 0 and draft.rows_left and not self.waiting[0].pending:
+        while self.waiting and self._slots and step.left > 0 and step.rows_left and not self.waiting[0].pending:
             seq = self.waiting[0]
             seq.slot = self._slots[-1]
             copies = self.memory.share_prefix(seq)
-            if not self._count(seq, draft) or not self._has_room(seq):
+            if not self._count(seq, step) or not self._has_room(seq):
                 self.memory.release(seq, keep=False)
                 return
             self.waiting.pop(0)
             self._slots.pop()
             self.running.append(seq)
             seq.status = Status.RUNNING
-            draft.joins.append(seq)
-            draft.copies.extend(copies)
+            step.joins.append(seq)
+            step.copies.extend(copies)
             if seq.started is None:
                 seq.started, seq.hit_tokens = now, seq.computed
-            self._prefill(seq, draft)
+            self._prefill(seq, step)
 
     def _has_room(self, seq: Sequence) -> bool:
         """Whether the pages suffice for this request and for the running ones until their tokens are computed."""
@@ -293,8 +321,8 @@ class Scheduler:
             for group, pool in enumerate(self.memory.pools)
         )
 
-    def _youngest(self, draft: Draft) -> Sequence:
-        return max((s for s in self.running if s.id not in draft.drafted), key=lambda s: s.key)
+    def _youngest(self, step: StepBuilder) -> Sequence:
+        return max((s for s in self.running if s.id not in step.planned), key=lambda s: s.key)
 
     def _preempt(self, seq: Sequence, *, keep: bool = True) -> None:
         self._leave(seq, keep=keep)

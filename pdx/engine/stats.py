@@ -6,7 +6,7 @@ from collections import deque
 
 from pdx.engine.plan import StepPlan
 from pdx.engine.scheduler import Scheduler
-from pdx.metrics import EngineMetrics, percentile
+from pdx.metrics import EngineMetrics, SpeculationCounts, percentile
 
 KEPT = 4096  # steps whose times are remembered
 
@@ -23,6 +23,7 @@ class Stats:
         self.slots = slots
         self.steps = self.finished = self.failed = self.cancelled = self.preemptions = 0
         self.decode_tokens = self.prefill_tokens = self.hit_tokens = self.rows = self.late = self.compiles = 0
+        self.speculation = SpeculationCounts()
         self.warmup_s = self.busy_s = self.idle_s = 0.0
         self._times: deque[float] = deque(maxlen=KEPT)
         self._ended: float | None = None
@@ -73,4 +74,5 @@ class Stats:
             late=self.late / steps,
             compiles=self.compiles,
             warmup_s=self.warmup_s,
+            speculation=self.speculation,
         )

@@ -48,7 +48,7 @@ def generator(
     kv_dtype = cache_dtype(kv_dtype, model)
     kind: Callable[..., Generator] = Generator
     if speculation is not None:
-        speculation = _with_draft(speculation, model)
+        speculation = with_draft(speculation, model)
         kind = partial(SpeculativeGenerator, speculation=speculation)
     with _MODEL_CACHES_LOCK:
         kept = _MODEL_CACHES.setdefault(model, _ModelCaches())
@@ -63,7 +63,7 @@ def generator(
         return kept.generators[key]
 
 
-def _with_draft(speculation: Speculation, model: Model) -> Speculation:
+def with_draft(speculation: Speculation, model: Model) -> Speculation:
     """The same with its draft model loaded, in the type and on the mesh of `model`. Each name is loaded once."""
     name = speculation.model
     if name is None or isinstance(name, Model):

@@ -42,30 +42,15 @@ class SpeculativeGenerator(Generator):
     def __init__(self, model: Model, *, speculation: Speculation, kv_dtype=None, **settings):
         super().__init__(model, kv_dtype=kv_dtype, **settings)
         self.draft: Generator | None = None
-        self.proposer = self._proposer(model, speculation, kv_dtype)
+        self.proposer, draft = choose_proposer(model, speculation)
+        if draft is not None:
+            self.draft = Generator(
+                draft, rows=self.rows, capacity=self.capacity, kernels=self.kernels, kv_dtype=kv_dtype, chunk=self.chunk
+            )
         self.levels: tuple[int, ...] = LEVELS
         self.costs: np.ndarray | None = None  # not measured yet
         if speculation.draft_length != "auto":
             self.levels, self.costs = always(int(speculation.draft_length))
-
-    def _proposer(self, model: Model, speculation: Speculation, kv_dtype) -> Proposer:
-        if speculation.layers is not None:
-            if speculation.layers >= model.config.num_layers:
-                raise RequestError(
-                    f"speculate 'self:{speculation.layers}': the draft must be a part of the {model.config.num_layers} "
-                    f"layers of {model.name}"
-                )
-            return SelfDraft(speculation.layers)
-        if speculation.acceptance is not None:
-            return Synthetic(speculation.acceptance)
-        if speculation.model is None:
-            return NGram()
-        draft = cast(Model, speculation.model)  # a name is loaded before
-        _check_tokens(draft, model)
-        self.draft = Generator(
-            draft, rows=self.rows, capacity=self.capacity, kernels=self.kernels, kv_dtype=kv_dtype, chunk=self.chunk
-        )
-        return DraftModel(draft.config)
 
     @property
     def compile_s(self) -> float:
@@ -164,6 +149,30 @@ class _Speculating(Decoding):
             seen = SpeculationCounts(by_length, *(int(x[row]) for x in tokens))
             request.speculation = (request.speculation or SpeculationCounts()) + seen
         return got, counts, out.cache, out.sampling
+
+
+def choose_proposer(model: Model, speculation: Speculation, **settings: Any) -> tuple[Proposer, Model | None]:
+    """The proposer that was asked for, and its draft model if it has one, which must be loaded.
+
+    `settings`: of `DraftModel`.
+
+    Raises:
+      RequestError: a draft model of another vocabulary, or more layers than the model has.
+    """
+    if speculation.layers is not None:
+        if speculation.layers >= model.config.num_layers:
+            raise RequestError(
+                f"speculate 'self:{speculation.layers}': the draft must be a part of the {model.config.num_layers} "
+                f"layers of {model.name}"
+            )
+        return SelfDraft(speculation.layers), None
+    if speculation.acceptance is not None:
+        return Synthetic(speculation.acceptance), None
+    if speculation.model is None:
+        return NGram(), None
+    draft = cast(Model, speculation.model)
+    _check_tokens(draft, model)
+    return DraftModel(draft.config, **settings), draft
 
 
 def _check_tokens(draft: Model, target: Model) -> None:

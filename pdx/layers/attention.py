@@ -98,7 +98,8 @@ def _(rows: TokenRows, q):
 @_asked.register
 def _(rows: PackedRows, q):
     whose = {"block_tables": rows.block_tables, "lengths": rows.held_lengths, "query_starts": rows.query_starts}
-    return paged_attention, q[0], whose | {"decode_rows": rows.decode_rows, "max_queries": rows.max_queries}
+    hints = {name: getattr(rows, name) for name in ("decode_rows", "decode_queries", "max_queries")}
+    return paged_attention, q[0], whose | hints
 
 
 def _writer(name: Any, interpret: bool, cache: LayerCache) -> tuple[str, bool]:

@@ -54,12 +54,14 @@ class Accepted:
 
 
 def accept(
-    logits: Float[Array, "B T V"],
+    logits: Float[Array, "B T V"] | Float[Array, "W V"],
     drafted: Drafted,
     sampling: SamplingState,
     positions: Int[Array, " B"],
     active: Bool[Array, " B"],
     *,
+    at: Int[Array, "B T"] | None = None,
+    allowed: Bool[Array, "B T V"] | None = None,
     num_logprobs: int = 0,
 ) -> Accepted:
     """Go through a verified draft and emit what plain decoding would have emitted.
@@ -68,6 +70,8 @@ def accept(
       logits: behind the newest token and each of the g drafted ones, T = g + 1.
       positions: of the first token that the round emits.
       active: rows that take part; the others emit nothing.
+      at: of packed logits [W, V]: where those of each row lie.
+      allowed: the tokens that may be chosen at each place; None: all.
       num_logprobs: as in `pdx.sampling.sampler.sample`.
 
     Returns:
@@ -84,21 +88,25 @@ def accept(
       >>> done.counts.tolist(), done.emitted.tokens[0, :2].tolist()
       ([2], [7, 3])
     """
-    b, t, _ = logits.shape
-    rows = jax.eval_shape(lambda: sample(logits[:, 0], sampling, positions, num_logprobs=num_logprobs))
+    b, t = logits.shape[:2] if at is None else at.shape
+
+    def logits_of(i):
+        return logits[:, i] if at is None else logits[at[:, i]]
+
+    rows = jax.eval_shape(lambda: sample(logits_of(0), sampling, positions, num_logprobs=num_logprobs))
     rows = jax.tree.map(lambda x: jnp.zeros((b, t, *x.shape[1:]), x.dtype), rows)
 
     def one(carry):
         i, going, counts, sampling, rows = carry
-        here = logits[:, i]
-        drawn = sample(here, sampling, positions + i, num_logprobs=num_logprobs, mark_broken=True)
+        here, may = logits_of(i), None if allowed is None else allowed[:, i]
+        drawn = sample(here, sampling, positions + i, num_logprobs=num_logprobs, allowed=may, mark_broken=True)
         kept = jnp.zeros(b, bool)
         if t > 1:  # a plain step has no draft
             at = jnp.minimum(i, t - 2)
             token, has_draft = drafted.tokens[:, at], going & (i < drafted.lengths)
             if drafted.probabilities is not None:
                 q = drafted.probabilities[:, at]
-                drawn = _replaced(drawn, here, token, q, sampling, positions + i, has_draft, num_logprobs)
+                drawn = _replaced(drawn, here, may, token, q, sampling, positions + i, has_draft, num_logprobs)
             kept = has_draft & (drawn.tokens == token)
             if drafted.kept is not None:
                 kept = has_draft & drafted.kept[:, at]
@@ -119,13 +127,16 @@ def apart(seeds: UInt[Array, "B 2"], stream: int) -> UInt[Array, "B 2"]:
     return seeds ^ jnp.uint32(stream)
 
 
-def _replaced(drawn: SampleOutput, logits, token, q, sampling: SamplingState, positions, has_draft, num_logprobs: int):
+def _replaced(
+    drawn: SampleOutput, logits, allowed, token, q, sampling: SamplingState, positions, has_draft, num_logprobs: int
+):
     """The tokens by the rule for random drafts, in rows that have a draft and are not greedy; logits that are not
     finite keep their mark."""
     by_rule = has_draft & (sampling.temperature > 0) & (drawn.tokens >= 0)
 
     def choose():
-        tokens = jnp.where(by_rule, _by_rejection(logits, token, q, sampling, positions), drawn.tokens)
+        masked = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        tokens = jnp.where(by_rule, _by_rejection(masked, token, q, sampling, positions), drawn.tokens)
         logprobs = logprobs_of(logits.astype(jnp.float32), tokens, sampling.logprobs, num_logprobs)
         return SampleOutput(tokens, *logprobs)
 

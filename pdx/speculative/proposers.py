@@ -36,17 +36,19 @@ class Rows:
     Attributes:
       history: the tokens of each row, prompt and answer.
       held: how many they are.
-      cache: the target's, which holds all tokens but the newest.
+      cache: the target's, which holds all tokens but the newest: dense, or the pages of an engine's slots.
       params, draft_params: of the target, and of the draft model if there is one.
+      steps: the longest draft that a row needs in this round; None: the round's length.
     """
 
     history: Int[Array, "B S"]
     held: Int[Array, " B"]
     active: Bool[Array, " B"]
-    cache: DenseCache
+    cache: DenseCache | Any
     sampling: SamplingState
     params: Params
     draft_params: Params | None = None
+    steps: Int[Array, ""] | None = None
 
     @property
     def newest(self) -> Int[Array, " B"]:
@@ -167,10 +169,9 @@ class SelfDraft:
         k, cache = self.layers, rows.cache
         params = rows.params | {"layers": rows.params["layers"][:k]}
         part = dataclasses.replace(cfg, num_layers=k, windows=cfg.windows[:k])
-        first = cache.replace(layers=cache.layers[:k], windows=cache.windows[:k])
         feed = rows.newest[:, None], rows.active.astype(jnp.int32)
-        drafted, first = _decode(params, part, first, feed, rows, prepared, length, kernels)
-        return drafted, cache.replace(layers=(*first.layers, *cache.layers[k:])), state
+        drafted, first = _decode(params, part, cache.first_layers(k), feed, rows, prepared, length, kernels)
+        return drafted, cache.with_first(first), state
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,14 @@ class DraftModel:
 
     Attributes:
       cfg: of the draft model; its parameters are `Rows.draft_params`.
+      catch_up: tokens that its cache lacks and that are appended at a time, before it drafts.
     """
 
     cfg: ModelConfig
+    catch_up: int = 16
     prior: ClassVar[tuple[float, ...]] = (0.7,)
     # A round that keeps its whole draft leaves two tokens that the draft's cache lacks.
     BEHIND: ClassVar[int] = 2
-    CATCH_UP: ClassVar[int] = 16
 
     def prepare(self, rows: Rows, state: DenseCache, most: int) -> Prepared:
         return _always(rows, most)
@@ -200,14 +202,13 @@ class DraftModel:
             return tokens, jnp.where(rows.active, rows.held - cache.lengths, 0)
 
         def catch_up(cache: DenseCache) -> DenseCache:
-            tokens, count = missing(cache, self.CATCH_UP)
-            new = jnp.clip(count - self.BEHIND, 0, self.CATCH_UP)
+            tokens, count = missing(cache, self.catch_up)
+            new = jnp.clip(count - self.BEHIND, 0, self.catch_up)
             return forward(params, self.cfg, tokens, cache, lengths=new, logits="none", kernels=kernels).cache
 
         # What rounds without a draft left behind.
-        cache = lax.while_loop(
-            lambda cache: jnp.any(missing(cache, 1)[1] > self.BEHIND), catch_up, state.truncate(rows.held - 1)
-        )
+        kept = state.truncate(jnp.maximum(rows.held - 1, 0))
+        cache = lax.while_loop(lambda cache: jnp.any(missing(cache, 1)[1] > self.BEHIND), catch_up, kept)
         feed = missing(cache, self.BEHIND)
         drafted, cache = _decode(params, self.cfg, cache, feed, rows, prepared, length, kernels)
         return drafted, rows.cache, cache
@@ -229,21 +230,34 @@ def _decode(params: Params, cfg: ModelConfig, cache: DenseCache, feed, rows: Row
     `feed`: tokens [B, w] to append first, and how many of them are real, [B]. Tokens are drawn by the target's settings
     and penalties, with other randomness.
     """
-    width = feed[0].shape[1]
+    width, vocab = feed[0].shape[1], rows.sampling.output_counts.shape[1]
     sampling = rows.sampling.replace(seeds=apart(rows.sampling.seeds, DRAFT))
+    batch = rows.held.shape[0]
+    found = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length, vocab))
 
-    def step(carry, i):
-        cache, sampling, tokens, lengths = carry
-        out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
-        kept = filtered_logits(out.logits, sampling)
-        probabilities = jax.nn.softmax(kept, axis=-1)
-        drawn = _draw(kept, probabilities, sampling, rows.held + i)
-        tokens = jnp.pad(drawn[:, None], ((0, 0), (0, width - 1)))
-        carry = out.cache, sampling.observe(drawn, rows.active), tokens, rows.active.astype(jnp.int32)
-        return carry, (drawn, probabilities)
+    def step(i, carry):
+        cache, sampling, (tokens, lengths), (drafted, probabilities) = carry
+        logits, cache = append(cache, params, cfg, tokens, lengths, kernels)
+        kept = filtered_logits(logits, sampling)
+        q = jax.nn.softmax(kept, axis=-1)
+        drawn = _draw(kept, q, sampling, rows.held + i)
+        # A row that needs no more tokens appends none: an engine has no page for them.
+        more = rows.active & (i + 1 < prepared.available)
+        feed = jnp.pad(drawn[:, None], ((0, 0), (0, width - 1))), more.astype(jnp.int32)
+        found = drafted.at[:, i].set(drawn), probabilities.at[:, i].set(q)
+        return cache, sampling.observe(drawn, rows.active), feed, found
 
-    (cache, *_), (tokens, probabilities) = lax.scan(step, (cache, sampling, *feed), jnp.arange(length))
-    return Drafted(tokens.T, prepared.available, probabilities.swapaxes(0, 1)), cache
+    steps = length if rows.steps is None else jnp.minimum(rows.steps, length)
+    cache, _, _, found = lax.fori_loop(0, steps, step, (cache, sampling, feed, found))
+    return Drafted(found[0], jnp.minimum(prepared.available, steps), found[1]), cache
+
+
+def append(cache: Any, params: Params, cfg: ModelConfig, tokens: Int[Array, "B w"], lengths: Int[Array, " B"], kernels):
+    """Append tokens; returns the logits behind the last one of each row, and the cache, dense or of an engine."""
+    if not isinstance(cache, DenseCache):
+        return cache.append(params, cfg, tokens, lengths, kernels)
+    out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
+    return out.logits, out.cache
 
 
 def _draw(kept, probabilities, sampling: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:

@@ -200,7 +200,7 @@ class _Model:
             prepared.confidence, jnp.where(active, tried, 0), jnp.where(active, accepted, 0)
         )
         return out.replace(
-            emitted=jax.tree.map(partial(_put, at=out.counts, counts=done.counts), out.emitted, done.emitted),
+            emitted=jax.tree.map(partial(put, at=out.counts, counts=done.counts), out.emitted, done.emitted),
             counts=out.counts + done.counts,
             rounds=out.rounds.at[:, index].add(active),
             drafted=out.drafted + jnp.where(active, drafted.lengths, 0),
@@ -208,12 +208,12 @@ class _Model:
             cache=cache,
             sampling=done.sampling,
             state=state.replace(
-                history=_put(state.history, done.emitted.tokens, held, done.counts), acceptance=acceptance, proposer=own
+                history=put(state.history, done.emitted.tokens, held, done.counts), acceptance=acceptance, proposer=own
             ),
         )
 
 
-def _put(into: Array, new: Array, at: Int[Array, " B"], counts: Int[Array, " B"]) -> Array:
+def put(into: Array, new: Array, at: Int[Array, " B"], counts: Int[Array, " B"]) -> Array:
     """The first `counts` columns of `new` [B, T, ...], written from column `at` of each row on."""
     b, t = new.shape[:2]
     columns = at[:, None] + jnp.arange(t)

@@ -86,6 +86,8 @@ def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):
     """`mixed_step`, to be traced inside a larger program."""
     out = forward(params, cfg, tokens[None], cache, rows=rows, logits="last", kernels=kernels)
     full = rows.held_lengths > rows.block_tables.shape[-1] * cache.page_size
+    if rows.wanted_tokens is not None:
+        full = full[rows.owner[0, rows.wanted_tokens]]
     logits = jnp.where(full[:, None], jnp.nan, cast(Array, out.logits))
     return constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh), out.cache
 

@@ -47,7 +47,7 @@ def tight(model):
         yield engine
 
 
-def as_kernels(engine):
+def at_rest(engine):
     """Wait until nothing is under way; all pages must have come back by then."""
     for _ in range(2000):
         metrics = engine.metrics()
@@ -62,7 +62,7 @@ def test_requests_get_what_they_get_alone(model, engine):
     prompts, options = random_requests(random.Random(1), 24)
     for got, expected in zip(engine.generate(prompts, options), pdx.generate(model, prompts, options), strict=True):
         same(got, expected)
-    metrics = as_kernels(engine)
+    metrics = at_rest(engine)
     assert metrics.hit_tokens > 0
     assert metrics.decode_tokens > metrics.steps > 0
 
@@ -87,7 +87,7 @@ def test_tiny_pools_arrivals_and_cancellations_change_nothing(model, tight):
             assert got.token_ids == expected[i].token_ids[: len(got.token_ids)]
         else:
             same(got, expected[i])
-    metrics = as_kernels(tight)
+    metrics = at_rest(tight)
     assert metrics.preemptions > 0
     assert metrics.pages_cached <= metrics.pages == 22
 
@@ -109,7 +109,7 @@ def test_every_setting_gives_the_same_tokens(windowed, settings):
     with Engine(windowed, pdx.EngineConfig(**TIGHT | {"num_logprobs": 2} | settings)) as engine:
         for got, want in zip(engine.generate(prompts, options), expected, strict=True):
             same(got, want)
-        assert (as_kernels(engine).hit_tokens > 0) == engine.config.prefix_cache
+        assert (at_rest(engine).hit_tokens > 0) == engine.config.prefix_cache
 
 
 def test_nothing_is_compiled_after_the_warm_up(tight, count_compiles):
@@ -133,7 +133,7 @@ def test_deterministic_results_are_equal_bit_for_bit(windowed):
         for i, stream in zip(order, streams, strict=True):
             got = stream.result(120)
             assert (got.token_ids, got.logprobs) == (alone[i].token_ids, alone[i].logprobs)
-        metrics = as_kernels(engine)
+        metrics = at_rest(engine)
     assert metrics.preemptions > before
     assert (metrics.hit_tokens > 0, metrics.compiles) == (True, 0)
 
@@ -180,7 +180,7 @@ def test_leaving_a_stream_early_cancels_it(engine):
         await stream.aclose()
 
     asyncio.run(leave())
-    assert as_kernels(engine).cancelled == before + 1
+    assert at_rest(engine).cancelled == before + 1
 
 
 def test_streams_for_threads(engine):
@@ -241,7 +241,7 @@ def test_a_callback_that_raises_fails_its_request_alone(engine):
     with pytest.raises(EngineError, match=r"callback raised KeyError.*mine"):
         engine.submit("Hello", max_tokens=20, on_output=callback).result(60)
     assert len(neighbour.result(60).token_ids) == 20
-    as_kernels(engine)
+    at_rest(engine)
 
 
 def test_an_event_loop_that_went_away_costs_its_request_alone(engine):
@@ -253,7 +253,7 @@ def test_an_event_loop_that_went_away_costs_its_request_alone(engine):
 
     asyncio.run(abandon())
     assert len(engine.submit("x", max_tokens=5, ignore_eos=True).result(60).token_ids) == 5
-    as_kernels(engine)
+    at_rest(engine)
 
 
 def test_nan_logits_fail_their_request_alone(engine, monkeypatch):
@@ -273,7 +273,7 @@ def test_nan_logits_fail_their_request_alone(engine, monkeypatch):
         stream.result(60)
     assert len(list(zip(range(9), stream.row.token_ids, strict=False))) == 5  # what came before it is there
     assert len(neighbour.result(60).token_ids) == 20
-    as_kernels(engine)
+    at_rest(engine)
 
 
 @pytest.mark.parametrize("where", ["forward", "fetch"])
@@ -296,7 +296,7 @@ def test_a_step_that_fails_fails_its_requests_and_the_engine_goes_on(engine, mon
     done = [w.result(60) for w in waiting if w.error is None]
     assert len(done) >= 3
     assert all(c.token_ids == expected.token_ids for c in done)
-    as_kernels(engine)
+    at_rest(engine)
 
 
 def test_timeouts_end_with_what_there_is(engine):
@@ -307,7 +307,7 @@ def test_timeouts_end_with_what_there_is(engine):
     assert engine.submit(EngineRequest((40,), options, timeout_s=0.0)).result(60).token_ids == []
     for stream in waiting:
         stream.cancel()
-    as_kernels(engine)
+    at_rest(engine)
 
 
 def test_what_makes_no_sense_is_said(engine):
@@ -335,7 +335,7 @@ def test_a_full_queue_pushes_back_and_generate_waits_for_it(model, tight):
         assert len(tight.generate(["Hello"] * 12, max_tokens=3, ignore_eos=True)) == 12
     finally:
         tight.scheduler.config, tight.config = config, whole
-    as_kernels(tight)
+    at_rest(tight)
 
 
 def test_closing_finishes_or_cancels(model):
@@ -369,7 +369,7 @@ def test_soak(windowed):
             gc.collect()
             nodes = len(list(engine.scheduler.memory.tree.nodes()))
             sizes.append((len(jax.live_arrays()), len(engine._driver.streams), nodes))
-        metrics = as_kernels(engine)
+        metrics = at_rest(engine)
     assert metrics.compiles == 0
     assert metrics.preemptions > 0
     assert metrics.finished == 2000

@@ -272,7 +272,8 @@ def paged_call(rng, implementation: str) -> Attempt:
     count, width = int(rng.integers(1, 5)), int(rng.integers(1, 6))
     lengths = [int(pick(rng, 0, 1, width * page, *rng.integers(0, width * page + 1, 3))) for _ in range(count)]
     decode_rows = int(rng.integers(0, count + 1))
-    asked = [int(rng.integers(0, min(n, 1 if r < decode_rows else 30) + 1)) for r, n in enumerate(lengths)]
+    decode_queries = int(pick(rng, 1, 1, 4))
+    asked = [int(rng.integers(0, min(n, decode_queries if r < decode_rows else 30) + 1)) for r, n in enumerate(lengths)]
     tokens = sum(asked) + int(pick(rng, 0, 0, 5)) or 1
     call = features(rng, True, width * page + 3, kv_heads * group)
     rows = [draw_row(rng, n, n - new, kv_heads, sizes, kv_dtype) for n, new in zip(lengths, asked, strict=True)]
@@ -312,11 +313,16 @@ def paged_call(rng, implementation: str) -> Attempt:
     }
     name = (
         f"paged {implementation} page={page} width={width} K={kv_heads} G={group} sizes={sizes} {dtype} {kv_dtype} "
-        f"lengths={lengths} asked={asked} tokens={tokens} decode_rows={decode_rows} {call}"
+        f"lengths={lengths} asked={asked} tokens={tokens} "
+        f"decode_rows={decode_rows} decode_queries={decode_queries} {call}"
     )
     op = paged_reference
     if implementation != "reference":
-        hints = {"decode_rows": decode_rows, "max_queries": pick(rng, None, max(*asked, 1))}
+        hints = {
+            "decode_rows": decode_rows,
+            "decode_queries": decode_queries,
+            "max_queries": pick(rng, None, max(*asked, 1)),
+        }
         found = make_paged_call(arrays, **static, **hints)
         check_packed(found, *(arrays[x] for x in ("block_tables", "lengths", "query_starts")))
         op = partial(paged_attention, implementation=implementation, interpret=implementation != "xla", **hints)

@@ -76,7 +76,11 @@ def test_tpu_without_races_and_unwritten_memory(case, mode):
     """The TPU interpreter: memory starts as NaN, what is out of bounds raises, a missing wait shows."""
     problem = make_once(case)
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan")
-    given = problem.arguments("folded") | {"config": small_tiles("tpu", case), "decode_rows": case.decode_rows}
+    given = problem.arguments("folded") | {
+        "config": small_tiles("tpu", case),
+        "decode_rows": case.decode_rows,
+        "decode_queries": case.decode_queries,
+    }
     out, lse = paged_attention(**given, implementation="tpu", interpret=interpret, return_lse=True)
     problem.check(out, lse)
     assert not interpreter.races.races_found
@@ -163,8 +167,9 @@ def call_of(case, layout="folded"):
         case.softcap,
         case.sinks,
         False,
-        rows if most == 1 else case.decode_rows,
+        rows if most <= case.decode_queries else case.decode_rows,
         most,
+        min(case.decode_queries, most),
     )
 
 

@@ -25,6 +25,7 @@ STATIC = (
     "kv_heads",
     "value_dim",
     "decode_rows",
+    "decode_queries",
     "max_queries",
     "return_lse",
     "implementation",
@@ -36,11 +37,11 @@ make_once = cache(make)
 
 @cache
 def jitted(op):
-    return jax.jit(op, static_argnames=[s for s in STATIC if op is paged_attention or s in STATIC[:6] + STATIC[8:9]])
+    return jax.jit(op, static_argnames=[s for s in STATIC if op is paged_attention or s in STATIC[:6] + STATIC[9:10]])
 
 
 def run(problem, layout, **changes):
-    hints = {"decode_rows": problem.case.decode_rows, "max_queries": problem.case.max_queries}
+    hints = {name: getattr(problem.case, name) for name in ("decode_rows", "decode_queries", "max_queries")}
     return jitted(paged_attention)(**problem.arguments(layout) | hints | {"implementation": "xla"} | changes)
 
 

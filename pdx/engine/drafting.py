@@ -1,0 +1,53 @@
+"""How many tokens each row of an engine's step drafts. No jax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from pdx.engine.config import EngineConfig
+from pdx.engine.request import EngineRequest
+from pdx.speculative.shares import Record, StepCosts, fixed, shares
+
+
+@dataclass
+class Drafting:
+    """The draft lengths of an engine.
+
+    Attributes:
+      prior: the proposer's acceptance by confidence class, before anything was seen.
+      always: whether the proposer can draft behind any token.
+      costs: of a step, as measured; None: each row drafts what it can.
+    """
+
+    config: EngineConfig
+    prior: tuple[float, ...]
+    always: bool
+    costs: StepCosts | None = None
+
+    def __post_init__(self):
+        self.ladder = self.config.draft_ladder
+
+    def record(self, request: EngineRequest) -> Record | None:
+        """A new request's record; None: nothing is drafted for it."""
+        if not request.speculate:
+            return None
+        return Record(self.prior, available=self.config.most_drafts if self.always else 0)
+
+    def shares(self, records: Seq[Record], limits: Seq[int], taken: int, plain_size: int) -> list[int]:
+        """Tokens to draft in each row.
+
+        Args:
+          limits: the most tokens that each request may draft.
+          taken, plain_size: tokens that the step has without drafts, and what they are padded to.
+        """
+        limits = [min(limit, r.available, self.config.most_drafts) for limit, r in zip(limits, records, strict=True)]
+        room = self.ladder[-1] - taken
+        if room < 1 or not any(limit > 0 for limit in limits):
+            return [0] * len(limits)
+        if self.costs is None:
+            return fixed(self.config.most_drafts, limits, room)
+        plain_s = self.costs.plain.get(plain_size)
+        if plain_s is None:  # larger than any step with drafts
+            return [0] * len(limits)
+        return shares([r.acceptance for r in records], limits, taken, plain_s, self.costs)

@@ -1,0 +1,118 @@
+"""How many tokens each request of an engine's step drafts, by its acceptance so far and by what the step costs. No jax.
+
+A step of an engine costs what its padded number of tokens costs, whoever owns them. So the drafted tokens of all rows
+compete: the k-th draft of a row whose drafts are accepted with probability a is worth a^k tokens, and the step takes
+the best ones, as many as make its tokens a second the most. Where none pays it takes none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+# What a step with drafts must promise over one without: the costs are measured, and not exactly.
+MARGIN = 1.1
+# Tokens that the prior counts for, and how long what was seen is remembered, in tokens.
+PRIOR_WEIGHT, MEMORY = 3.0, 64.0
+# The most tokens that a row drafts where the length is chosen.
+LONGEST_CHOSEN = 7
+
+
+@dataclass
+class Record:
+    """How the drafts of one request did, by the proposer's confidence class; old ones count less and less.
+
+    Attributes:
+      prior: the acceptance to assume of each class before anything was seen.
+      available, confidence: what the proposer could draft behind the newest token that the host knows.
+      last_drafts: how many tokens the request drafted in each round since the beginning, by number.
+    """
+
+    prior: tuple[float, ...]
+    available: int = 0
+    confidence: int = 0
+    tried: list[float] = field(init=False)
+    accepted: list[float] = field(init=False)
+
+    def __post_init__(self):
+        self.tried = [PRIOR_WEIGHT] * len(self.prior)
+        self.accepted = [PRIOR_WEIGHT * a for a in self.prior]
+
+    @property
+    def acceptance(self) -> float:
+        """The probability that the next drafted token is accepted."""
+        return self.accepted[self.confidence] / self.tried[self.confidence]
+
+    def observe(self, confidence: int, tried: int, accepted: int) -> None:
+        """Add `tried` tokens, of which `accepted` were accepted; a token behind a rejected one was not tried."""
+        keep = math.exp(-tried / MEMORY)
+        self.tried[confidence] = self.tried[confidence] * keep + tried
+        self.accepted[confidence] = self.accepted[confidence] * keep + accepted
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step.
+
+    Attributes:
+      plain: without drafts, by its padded number of tokens.
+      drafted: with drafts, by its padded number of tokens; also what the proposer does in each such step.
+      draft_s: more for each token of the longest draft, where a model drafts them.
+    """
+
+    plain: Mapping[int, float]
+    drafted: Mapping[int, float]
+    draft_s: float = 0.0
+
+
+def shares(
+    acceptance: Sequence[float], limits: Sequence[int], taken: int, plain_s: float, costs: StepCosts
+) -> list[int]:
+    """Tokens to draft in each row.
+
+    Args:
+      acceptance: of each row.
+      limits: the most tokens of each row.
+      taken: tokens that the step has without drafts.
+      plain_s: seconds of the step without drafts.
+
+    Example, two rows of which one copies a text; a step of 4 tokens costs little more than one of 2:
+      >>> from pdx.speculative.shares import StepCosts, shares
+      >>> shares([0.9, 0.1], [7, 7], 2, 1.0, StepCosts({2: 1.0}, {4: 1.1, 8: 2.0}))
+      [2, 0]
+    """
+    ordered = sorted(
+        (
+            (a**k, k, row)
+            for row, (a, limit) in enumerate(zip(acceptance, limits, strict=True))
+            for k in range(1, limit + 1)
+        ),
+        key=lambda gain: (-gain[0], gain[1]),
+    )
+    best, chosen = MARGIN * taken / plain_s, 0
+    for size, seconds in costs.drafted.items():
+        count = min(size - taken, len(ordered))
+        if count < 1:
+            continue
+        longest = max(k for _, k, _ in ordered[:count])
+        rate = (taken + sum(gain for gain, _, _ in ordered[:count])) / (seconds + costs.draft_s * longest)
+        if rate > best:
+            best, chosen = rate, count
+    return counted(ordered[:chosen], len(acceptance))
+
+
+def fixed(length: int, limits: Sequence[int], room: int) -> list[int]:
+    """`length` tokens in each row, or as many as its limit and the step's `room` leave, the first rows first."""
+    found = []
+    for limit in limits:
+        found.append(max(0, min(length, limit, room)))
+        room -= found[-1]
+    return found
+
+
+def counted(gains: Sequence[tuple[float, int, int]], rows: int) -> list[int]:
+    found = [0] * rows
+    for _, _, row in gains:
+        found[row] += 1
+    return found
