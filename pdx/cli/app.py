@@ -58,6 +58,12 @@ QuantizeOption = Annotated[
     ),
 ]
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
+SpeculateOption = Annotated[
+    str | None, typer.Option(help="Draft tokens and verify them together: none, ngram, draft:MODEL or self:LAYERS.")
+]
+DraftLengthOption = Annotated[
+    str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay, by step.")
+]
 MeshOption = Annotated[str | None, typer.Option(help="Mesh of devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, however wide.")]

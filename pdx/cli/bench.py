@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pdx.cli.app import (
+    DraftLengthOption,
     DtypeOption,
     JsonOption,
     KernelsOption,
@@ -88,9 +89,7 @@ def bench_memory(
 def bench_speculation(
     model: ModelOption = DEFAULT_MODEL,
     speculate: Annotated[str, typer.Option(help="ngram, draft:MODEL, self:LAYERS or synthetic:ACCEPTANCE.")] = "ngram",
-    draft_length: Annotated[
-        str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay.")
-    ] = "auto",
+    draft_length: DraftLengthOption = "auto",
     batch: Annotated[
         list[int] | None, typer.Option(help="Prompts that run together; may be given again.", min=1)
     ] = None,

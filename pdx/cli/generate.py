@@ -14,6 +14,7 @@ import typer
 
 from pdx.cli import streams
 from pdx.cli.app import (
+    DraftLengthOption,
     DtypeOption,
     JsonOption,
     KernelsOption,
@@ -21,6 +22,7 @@ from pdx.cli.app import (
     MeshOption,
     ModelOption,
     QuantizeOption,
+    SpeculateOption,
     app,
     check_names,
     load_model,
@@ -59,12 +61,8 @@ def generate(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
-    speculate: Annotated[
-        str | None, typer.Option(help="Draft tokens and verify them together: none, ngram, draft:MODEL or self:LAYERS.")
-    ] = None,
-    draft_length: Annotated[
-        str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay, by step.")
-    ] = "auto",
+    speculate: SpeculateOption = None,
+    draft_length: DraftLengthOption = "auto",
     mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:

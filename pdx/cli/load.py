@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pdx.cli.app import (
+    DraftLengthOption,
     DtypeOption,
     JsonOption,
     KernelsOption,
@@ -16,6 +17,7 @@ from pdx.cli.app import (
     MeshOption,
     ModelOption,
     QuantizeOption,
+    SpeculateOption,
     bench_app,
     check_names,
     load_model,
@@ -67,7 +69,7 @@ def bench_load(
         typer.Option(
             help="Compare values of a setting: chunked_prefill=on,off, "
             "prefix_cache=on,off, slots=1,4,8, kv_dtype=auto,int8, "
-            "quantize=none,int8, ...; if given more than once, all combinations."
+            "quantize=none,int8, speculate=none,ngram, ...; if given more than once, all combinations."
         ),
     ] = None,
     profile: ProfileOption = None,
@@ -82,6 +84,8 @@ def bench_load(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    speculate: SpeculateOption = None,
+    draft_length: DraftLengthOption = "auto",
     mesh: MeshOption = None,
     as_json: JsonOption = False,
     as_markdown: MarkdownOption = False,
@@ -100,7 +104,8 @@ def bench_load(
     pressures = _pressures(arrival, rate, clients, trace)
     lengths = workload.Lengths.parse(prompt_len), workload.Lengths.parse(output_len)
     objectives = Objectives(*(None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot, slo_e2e)))
-    base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget)
+    drafts = {"speculate": speculate, "draft_length": draft_length}
+    base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget, **drafts)
     each = load.variants(base, quantize, vary or ())
     for side in each:
         check_names(side.config.kernels, side.config.kv_dtype, side.quantize)

@@ -13,6 +13,7 @@ import typer
 
 from pdx.cli import streams
 from pdx.cli.app import (
+    DraftLengthOption,
     DtypeOption,
     JsonOption,
     KernelsOption,
@@ -20,6 +21,7 @@ from pdx.cli.app import (
     MeshOption,
     ModelOption,
     QuantizeOption,
+    SpeculateOption,
     app,
     check_names,
     load_model,
@@ -76,6 +78,8 @@ def chat(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    speculate: SpeculateOption = None,
+    draft_length: DraftLengthOption = "auto",
     mesh: MeshOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the conversation as one JSON object, at its end.")
@@ -90,7 +94,8 @@ def chat(
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
     streams.check_argument("--system", system)
-    config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels)
+    drafts = {"speculate": speculate, "draft_length": draft_length}
+    config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels, **drafts)
     if not config.prefix_cache:
         raise RequestError(
             f"profile {profile} has prefix_cache = false: a chat would prefill the whole conversation in every turn"
@@ -139,6 +144,8 @@ def batch(
     kv_dtype: KvDtypeOption = "auto",
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
+    speculate: SpeculateOption = None,
+    draft_length: DraftLengthOption = "auto",
     mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,7 +157,10 @@ def batch(
 
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
-    config = engine_config(profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels)
+    drafts = {"speculate": speculate, "draft_length": draft_length}
+    config = engine_config(
+        profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels, **drafts
+    )
     requests = batch_job.read(source, options, asked)
     config = dataclasses.replace(config, num_logprobs=max(config.num_logprobs, batch_job.num_logprobs(requests)))
     check_output(output, source)

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from pdx.errors import ContextLengthError, PdxError, RequestError
 from pdx.generation.completion import Completion
+from pdx.generation.results import speculation_line
 from pdx.io import inputs
 from pdx.metrics import ServedTiming
 from pdx.sampling.options import SamplingOptions
@@ -73,9 +74,10 @@ def turn_summary(done: Completion) -> str:
     timing, hits = done.timing, done.timing.hit_tokens if isinstance(done.timing, ServedTiming) else 0
     new = done.prompt_tokens - hits
     decode = f", TPOT {timing.tpot_s * 1e3:.1f} ms" if timing.tpot_s is not None else ""
+    drafts = f"; drafts: {speculation_line(done.speculation)}" if done.speculation else ""
     return (
         f"[prefilled {new} new of {done.prompt_tokens} tokens, TTFT {timing.ttft_s * 1e3:.0f} ms; "
-        f"{done.completion_tokens} tokens{decode}; {done.finish_reason}]"
+        f"{done.completion_tokens} tokens{decode}{drafts}; {done.finish_reason}]"
     )
 
 

@@ -173,10 +173,10 @@ class EngineConfig:
             return 0
         return LONGEST_CHOSEN if self.draft_length == "auto" else self.draft_length
 
-    @property
-    def most_unsure(self) -> int:
-        """The most drafted tokens of a request in the step that is planned and the one under way."""
-        return 2 * self.most_drafts
+    def most_unread(self, max_context: int) -> int:
+        """The most tokens of a request behind those that no step takes back: of a chunk, or the newest one with what is
+        drafted behind it in the step that is planned and the one under way."""
+        return max(self.whole(max_context), 1 + 2 * self.most_drafts)
 
     @property
     def draft_ladder(self) -> tuple[int, ...]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import cast
 
 from pdx.engine.config import EngineConfig
+from pdx.engine.memory import PagedMemory
+from pdx.engine.plan import StepBuilder
 from pdx.engine.request import EngineRequest
 from pdx.speculative.shares import Record, StepCosts, fixed, shares
 
@@ -33,6 +36,22 @@ class Drafting:
         if not request.speculate:
             return None
         return Record(self.prior, available=self.config.most_drafts if self.always else 0)
+
+    def extend(self, step: StepBuilder, memory: PagedMemory, plain_size: int) -> None:
+        """Draft tokens behind the step's decode rows, as many as pay and as pages are free for.
+
+        `plain_size`: what the step's tokens are padded to without drafts.
+        """
+        rows = [c for c in step.chunks if c.samples and c.count == 1 and c.sequence.record is not None]
+        limits = [c.sequence.request.options.max_tokens - c.sequence.generated for c in rows]
+        found = self.shares([cast(Record, c.sequence.record) for c in rows], limits, step.tokens, plain_size)
+        for chunk, wanted in zip(rows, found, strict=True):
+            seq = chunk.sequence
+            count = min(wanted, memory.longest(seq) - seq.computed)
+            # Pages that fall out of a window with the row's newest token are still read by it.
+            if count > 0 and memory.grow(seq, seq.computed + count, slide=False):
+                step.draft(chunk, count)
+                seq.computed, seq.pending, seq.unsure = seq.computed + count, seq.pending + count, seq.unsure + count
 
     def shares(self, records: Seq[Record], limits: Seq[int], taken: int, plain_size: int) -> list[int]:
         """Tokens to draft in each row.

@@ -35,7 +35,7 @@ class PagedMemory:
         self.pools = [PagePool(n) for n in pages]
         self.tree = PrefixTree(self.page_size, windows, self.pools)
         self.is_caching, self._fixed_chunk = config.prefix_cache, config.fixed_chunk
-        self._most = config.whole(max_context) + config.most_unsure  # the most tokens of one request in a step
+        self._most = config.most_unread(max_context)
         # [groups, slots, M]; entries that no query sees keep stale values.
         self.tables = np.zeros((len(self.pools), config.slots, -(-max_context // self.page_size)), np.int32)
 
@@ -63,12 +63,13 @@ class PagedMemory:
             self._share(seq, self.tree.match(seq.tokens, limit, parts=False))
         return copies
 
-    def grow(self, seq: Sequence, end: int) -> bool:
-        """Allocate pages up to position `end`, and free those that fell out of windows.
+    def grow(self, seq: Sequence, end: int, *, slide: bool = True) -> bool:
+        """Allocate pages up to position `end`, and with `slide` free those that fell out of windows.
 
         Returns False, and allocates nothing, if there are too few pages.
         """
-        self._slide(seq)
+        if slide:
+            self._slide(seq)
         wanted = [max(0, -(-end // self.page_size) - len(pages)) for pages in seq.pages]
         if any(n > pool.available for n, pool in zip(wanted, self.pools, strict=True)):
             return False
@@ -79,7 +80,6 @@ class PagedMemory:
 
     def longest(self, seq: Sequence) -> int:
         """The position up to which the request could grow with the pages available now."""
-        self._slide(seq)
         return min(
             (len(pages) + pool.available) * self.page_size for pages, pool in zip(seq.pages, self.pools, strict=True)
         )

@@ -25,7 +25,6 @@ import heapq
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import cast
 
 from pdx.engine.admission import check_fits
 from pdx.engine.config import EngineConfig
@@ -35,7 +34,6 @@ from pdx.engine.plan import StepBuilder, StepPlan
 from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Sequence, Status
 from pdx.errors import QueueFullError
-from pdx.speculative.shares import Record
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Scheduler:
             return None
         draft_ladder: Seq[int] = ()
         if self.drafting is not None:
-            self._draft(step, self.drafting)
+            self.drafting.extend(step, self.memory, step.plain_size(self.ladder))
             draft_ladder = self.drafting.ladder
         plan = step.finish(self.memory.tables, self.ladder, draft_ladder)
         for chunk in plan.chunks:
@@ -245,19 +243,6 @@ class Scheduler:
         seq.computed += count
         seq.pending += chunk.samples
         self.memory.register(seq, planning=True)
-
-    def _draft(self, step: StepBuilder, drafting: Drafting) -> None:
-        """Draft tokens behind the step's decode rows, as many as pay and as pages are free for."""
-        rows = [c for c in step.chunks if c.samples and c.count == 1 and c.sequence.record is not None]
-        limits = [c.sequence.request.options.max_tokens - c.sequence.generated for c in rows]
-        records = [cast(Record, c.sequence.record) for c in rows]
-        found = drafting.shares(records, limits, step.tokens, step.plain_size(self.ladder))
-        for chunk, wanted in zip(rows, found, strict=True):
-            seq = chunk.sequence
-            count = min(wanted, self.memory.longest(seq) - seq.computed)
-            if count > 0 and self.memory.grow(seq, seq.computed + count):
-                step.draft(chunk, count)
-                seq.computed, seq.pending, seq.unsure = seq.computed + count, seq.pending + count, seq.unsure + count
 
     @property
     def _is_elastic(self) -> bool:

@@ -67,7 +67,7 @@ def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
     one = paged_cache_specs(
         model.config, 1, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh, layout=layout_for(config.kernels)
     )
-    most = config.whole(config.max_context) + config.most_unsure
+    most = config.most_unread(config.max_context)
     alone = [demand(w, config.page_size, config.max_context, most) for w in groups]
     counts = [n * config.slots * (1 if w is None else 2) for n, w in zip(alone, groups, strict=True)]
     return _within(free_bytes(model) * config.memory_share, counts, alone, groups, one)

@@ -99,7 +99,7 @@ class SpeculativeRunner(Runner):
         plans = [empty_plan(self.config, size, groups, is_mixed=True) for size in self.config.draft_ladder]
         for done, plan in enumerate(plans, 1):
             plan.drafts[:] = 1
-            self._once(plan, masked=True)
+            self._once(plan, masked=plan is plans[0])
             report("compiling the engine's programs for drafts", done, len(plans))
         if self.config.draft_length == "auto" and not self.config.deterministic:
             self.costs = self._measured(plans)
@@ -144,7 +144,7 @@ class SpeculativeRunner(Runner):
     def sample(self, plan: StepPlan, logits: Scored, allowed: np.ndarray | None = None) -> tuple[Emission, jax.Array]:
         masked = {} if allowed is None else {"allowed": allowed}
         told, numbers, self.slots, self.sampling = self._programs.call(
-            ("sample", logits.logits.shape, logits.at.shape, allowed is not None),
+            ("sample", logits.at.shape, allowed is not None),
             _emit,
             scored=logits,
             slots=self.slots,

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -147,16 +147,7 @@ class RequestStream:
             hit_tokens=seq.hit_tokens,
             preemptions=seq.preemptions,
         )
-        return Completion(
-            done.index,
-            done.text,
-            done.token_ids,
-            done.prompt_tokens,
-            done.finish_reason,
-            timing,
-            done.compile_s,
-            done.logprobs,
-        )
+        return replace(done, timing=timing)
 
     def _put(self, output: StreamOutput) -> None:
         with self._ready:

@@ -1,8 +1,8 @@
 """How many tokens a round drafts: as many as pay, by the rows' acceptance so far and by what a round costs.
 
 A round of level g verifies up to g drafted tokens a row. If each is accepted with probability a, it emits
-(1 - a^(g+1)) / (1 - a) tokens (Leviathan et al. 2023). `choose` takes the level with the most tokens a second over all
-rows; level 0, a plain decode step, where none pays.
+(1 - a^(g+1)) / (1 - a) tokens (Leviathan et al. 2023). The rows of a batch wait for the last one, so `choose` takes the
+level at which that one ends first; level 0, a plain decode step, where none pays.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from pdx.speculative.shares import MARGIN, MEMORY, PRIOR_WEIGHT
 
 # Draft lengths that rounds are compiled for; T = 1, 4 and 8 tokens a row.
 LEVELS = (0, 3, 7)
 # Seconds of a round at a level that must not be taken.
 NEVER = float("inf")
-# What a level must promise over a plain step: the costs are measured, and not exactly.
-MARGIN = 1.1
-# Tokens that the prior counts for, and how long what was seen is remembered, in tokens.
-PRIOR_WEIGHT, MEMORY = 3.0, 64.0
 
 
 @struct.dataclass
@@ -69,21 +67,21 @@ def choose(
     costs: Float[Array, " levels"],
     acceptance: Float[Array, " B"],
     available: Int[Array, " B"],
-    active: Bool[Array, " B"],
+    left: Int[Array, " B"],
 ) -> Int[Array, ""]:
-    """The index of the level that emits the most tokens a second.
+    """The index of the level at which the last row ends first.
 
     Args:
       levels: draft lengths, ascending; the first is 0.
       costs: seconds of a round at each level, or any other unit. A level that costs `NEVER` is not taken; but level 0
         is, whatever it costs, where no row has a draft.
       available: tokens that each row could have verified.
+      left: tokens that each row still has to emit; 0: it takes no part.
     """
     found = []
     for level, cost in zip(levels, costs, strict=True):
-        tokens = expected_tokens(acceptance, jnp.minimum(available, level))
-        found.append(jnp.where(active, tokens, 0.0).sum() / cost)
-    rates = jnp.stack(found)
-    best = jnp.argmax(rates)
-    has_draft = jnp.any(active & (available > 0))
-    return jnp.where(has_draft & (rates[best] > MARGIN * rates[0]), best, 0).astype(jnp.int32)
+        found.append(cost * jnp.max(left / expected_tokens(acceptance, jnp.minimum(available, level))))
+    seconds = jnp.stack(found)
+    best = jnp.argmin(seconds)
+    has_draft = jnp.any((left > 0) & (available > 0))
+    return jnp.where(has_draft & (MARGIN * seconds[best] < seconds[0]), best, 0).astype(jnp.int32)

@@ -137,7 +137,8 @@ def speculate_many(
         # A round emits one token more than it keeps.
         found = found.replace(available=jnp.clip(limits - out.counts - 1, 0, found.available))
         acceptance = out.state.acceptance.of(found.confidence)
-        return _Carry(out, found, choose(levels, costs, acceptance, found.available, rows.active))
+        left = jnp.where(rows.active, limits - out.counts, 0)
+        return _Carry(out, found, choose(levels, costs, acceptance, found.available, left))
 
     def goes_on(carry: _Carry):
         return jnp.any(takes_part(carry.out)) & (carry.out.counts.max() < n)

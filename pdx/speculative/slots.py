@@ -188,6 +188,8 @@ def score(
     positions = jnp.clip(rows.positions[0], 0, history.shape[1] - 1)
     packed = history[step.slot_of[rows.owner[0]], positions]
     logits, cache = mixed(params, cfg, packed, rows, cache, kernels)
+    if most:  # of one shape for all sizes, so that `emit` is compiled once for them
+        logits = jnp.pad(logits, ((0, at.size - logits.shape[0]), (0, 0)))
     return Scored(logits, at, drafted, step.rounds), cache, slots
 
 

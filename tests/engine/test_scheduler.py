@@ -11,10 +11,16 @@ from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Status
 from pdx.errors import ContextLengthError, QueueFullError, RequestError
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.shares import StepCosts
 from tests.support.fake_device import VOCAB, check_pages
 from tests.support.scheduled_world import CONTEXT, World
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT - 9)
+
+
+# A step with drafts costs little more than one without.
+COSTS = StepCosts({3: 1.0, 12: 2.0}, {4: 1.0, 8: 1.2, 12: 1.4})
+DRAFTING = {"speculate": "synthetic:0.5", "costs": COSTS}
 
 
 class Machine(RuleBasedStateMachine):
@@ -26,8 +32,9 @@ class Machine(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         mode=st.sampled_from(["chunked", "whole", "deterministic"]),
         rows=st.integers(1, 2),
+        drafts=st.sampled_from([None, 2, "auto"]),
     )
-    def begin(self, depth, windows, pages, policy, prefix_cache, mode, rows):
+    def begin(self, depth, windows, pages, policy, prefix_cache, mode, rows, drafts):
         self.world = World(
             depth,
             windows,
@@ -37,6 +44,7 @@ class Machine(RuleBasedStateMachine):
             prefill_rows=rows,
             chunked_prefill=mode != "whole",
             deterministic=mode == "deterministic",
+            **({} if drafts is None else DRAFTING | {"draft_length": drafts}),
         )
 
     @rule(
@@ -89,6 +97,10 @@ TIGHT = [  # windows, pages of each group, settings: hardly any room
     ((5,), [5], {"policy": "shortest", "prefix_cache": False}),
     ((None, 3), [12, 12], {"chunked_prefill": False}),
     ((None, 9), [12, 12], {"deterministic": True}),
+    ((None,), [12], DRAFTING),
+    ((None, 6), [12, 8], DRAFTING | {"draft_length": 3}),
+    ((5,), [7], DRAFTING | {"costs": None}),
+    ((None, 9), [12, 12], DRAFTING | {"deterministic": True, "costs": None}),
 ]
 
 

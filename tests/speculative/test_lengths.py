@@ -9,11 +9,10 @@ from pdx.cost import tradeoffs
 from pdx.speculative.lengths import MARGIN, PRIOR_WEIGHT, Acceptance, choose, expected_tokens
 
 LEVELS = (0, 3, 7)
-BOTH = jnp.array([True, True])
 
 
-def chosen(costs, acceptance, available=(7, 7), active=BOTH):
-    found = choose(LEVELS, jnp.array(costs), jnp.array(acceptance), jnp.array(available), active)
+def chosen(costs, acceptance, available=(7, 7), left=(100, 100)):
+    found = choose(LEVELS, jnp.array(costs), jnp.array(acceptance), jnp.array(available), jnp.array(left))
     return LEVELS[int(found)]
 
 
@@ -24,20 +23,27 @@ def chosen(costs, acceptance, available=(7, 7), active=BOTH):
         ((1.0, 2.0, 2.5), (0.9, 0.9), 7),
         ((1.0, 2.0, 8.0), (0.9, 0.9), 3),
         ((1.0, 2.0, 2.5), (0.2, 0.2), 0),
-        ((1.0, 2.0, 2.5), (0.99, 0.01), 7),  # one row is worth it for both
         ((1.0, 8.0, 16.0), (0.99, 0.99), 0),  # bound by arithmetic
     ],
 )
-def test_the_length_with_the_most_tokens_a_second_is_taken(costs, acceptance, length):
+def test_the_length_at_which_the_rows_end_first_is_taken(costs, acceptance, length):
     assert chosen(costs, acceptance) == length
 
 
 def test_rows_that_rest_or_have_no_draft_do_not_count():
     costs, acceptance = (1.0, 2.0, 2.5), (0.99, 0.01)
     assert chosen(costs, acceptance, available=(0, 7)) == 0
-    assert chosen(costs, acceptance, active=jnp.array([False, True])) == 0
+    assert chosen(costs, acceptance, left=(0, 100)) == 0
+    assert chosen(costs, acceptance, left=(100, 0)) == 7
     assert chosen((1e30, 1.0, 1e30), (0.0, 0.0)) == 3
     assert chosen((1e30, 1.0, 1e30), (0.9, 0.9), available=(0, 0)) == 0
+
+
+def test_a_batch_waits_for_its_last_row():
+    """A row that drafts well gains nothing for a batch whose other row goes on alone."""
+    costs, acceptance = (1.0, 2.0, 2.5), (0.99, 0.01)
+    assert chosen(costs, acceptance) == 0
+    assert chosen(costs, acceptance, left=(1000, 100)) == 7
 
 
 def test_it_agrees_with_the_cost_model():
@@ -45,7 +51,7 @@ def test_it_agrees_with_the_cost_model():
     for acceptance in np.linspace(0.05, 0.95, 10):
         for verify in (1.0, 1.5, 2.5):
             gain = tradeoffs.speculation(float(acceptance), 3, 0.0, verify)
-            found = choose((0, 3), jnp.array([1.0, verify]), jnp.full(1, acceptance), jnp.array([3]), jnp.array([True]))
+            found = choose((0, 3), jnp.array([1.0, verify]), jnp.full(1, acceptance), jnp.array([3]), jnp.array([9]))
             if abs(gain / MARGIN - 1) > 1e-3:
                 assert int(found) == (gain > MARGIN)
 

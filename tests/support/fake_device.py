@@ -38,16 +38,25 @@ def alone(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
 
 
 class FakeDevice:
-    """Runs plans in the order they come; tokens are there at once, it is up to the test to take them late."""
+    """Runs plans in the order they come; tokens are there at once, it is up to the test to take them late.
 
-    def __init__(self, scheduler):
+    Of what a row drafts it keeps as many tokens as chance says; only the device knows how many, as with a real one.
+    """
+
+    def __init__(self, scheduler, seed=0):
         memory = scheduler.memory
+        self.speculates, self.random = scheduler.drafting is not None, random.Random(seed)
+        self.held: dict[int, int] = {}
+        self.kept: dict = {}
         self.page_size, self.windows = memory.page_size, memory.windows
         self.pages = [[[GARBAGE] * self.page_size for _ in range(pool.pages)] for pool in memory.pools]
         self.last = [GARBAGE] * scheduler.config.slots
 
-    def run(self, plan) -> dict[int, int]:
-        """The tokens sampled, by slot."""
+    def run(self, plan) -> dict[int, list[int]]:
+        """The tokens emitted, by slot."""
+        for seq in plan.joins:
+            self.held[seq.slot] = len(seq.tokens)
+        self.kept = {c: self.random.randint(0, c.drafts) for c in plan.chunks}
         for group, source, target in plan.copies:
             self.pages[group][target] = list(self.pages[group][source])
         sampled = {}
@@ -59,37 +68,54 @@ class FakeDevice:
                 assert plan.samples[chunk.slot]
                 assert plan.logit_rows[chunk.slot] == chunk.row
                 assert plan.positions[chunk.slot] == chunk.start + chunk.count
-                sampled[chunk.slot] = next_token(self._truth(chunk)[chunk.start + chunk.count - 1])
+                assert plan.drafts[chunk.slot] == chunk.drafts
+                end = self._start(chunk) + chunk.count
+                sampled[chunk.slot] = [next_token(h) for h in self._truth(chunk)[end - 1 : end + self.kept[chunk]]]
+                assert len(sampled[chunk.slot]) == 1 + self.kept[chunk]
         assert sum(plan.samples) == len(sampled)
-        for slot, token in sampled.items():
-            self.last[slot] = token
+        for slot, tokens in sampled.items():
+            self.last[slot] = tokens[-1]
+            self.held[slot] += len(tokens)
         return sampled
+
+    def _start(self, chunk) -> int:
+        """Where a chunk really starts."""
+        if not self.speculates or not chunk.samples or chunk.count > 1:
+            return chunk.start
+        start = self.held[chunk.slot] - 1
+        assert start <= chunk.start
+        return start
 
     def _truth(self, chunk):
         request = chunk.sequence.request
         return chain(request.prompt, request.options.max_tokens)[1]
 
     def _write(self, plan, chunk):
-        begin = plan.query_starts[chunk.row]
+        begin, start = plan.query_starts[chunk.row], self._start(chunk)
         assert plan.query_starts[chunk.row + 1] - begin == chunk.count
         assert plan.lengths[chunk.row] == chunk.start + chunk.count
         request = chunk.sequence.request
         truth, hashes = chain(request.prompt, request.options.max_tokens)
-        for at in range(chunk.count):
-            position, source = chunk.start + at, plan.sources[begin + at]
-            token = self.last[source] if source >= 0 else plan.tokens[begin + at]
-            assert token == truth[position], (chunk, position)
+        assert start + chunk.count + chunk.drafts < len(truth)  # no more than it may generate
+        for at in range(chunk.count + chunk.drafts):
+            position = start + at
+            if not self.speculates:  # else the device has the tokens
+                source = plan.sources[begin + at]
+                token = self.last[source] if source >= 0 else plan.tokens[begin + at]
+                assert token == truth[position], (chunk, position)
             for group in range(len(self.windows)):
                 page = plan.block_tables[group, chunk.row, position // self.page_size]
-                self.pages[group][page][position % self.page_size] = hashes[position]
-        pages = range(chunk.start // self.page_size, (chunk.start + chunk.count - 1) // self.page_size + 1)
+                is_kept = at < chunk.count + self.kept[chunk]
+                self.pages[group][page][position % self.page_size] = hashes[position] if is_kept else GARBAGE
+        last = start + chunk.count + chunk.drafts - 1
+        pages = range(start // self.page_size, last // self.page_size + 1)
         return [(g, plan.block_tables[g, chunk.row, at]) for g in range(len(self.windows)) for at in pages]
 
     def _check(self, plan, chunk):
-        hashes = self._truth(chunk)
+        hashes, start = self._truth(chunk), self._start(chunk)
         for group, window in enumerate(self.windows):
-            first = 0 if window is None else max(0, chunk.start - window + 1)
-            for position in range(first, chunk.start + chunk.count):
+            first = 0 if window is None else max(0, start - window + 1)
+            for position in range(first, start + chunk.count + self.kept[chunk]):
                 page = plan.block_tables[group, chunk.row, position // self.page_size]
                 held = self.pages[group][page][position % self.page_size]
                 assert held == hashes[position], f"{chunk}: group {group}, position {position}, page {page}"
@@ -109,7 +135,7 @@ def check_pages(scheduler) -> None:
         assert holders == [pool.holders(page) for page in range(pool.pages)]
         assert sorted(pool._free) == [page for page in range(pool.pages) if not holders[page]]
         for seq in scheduler.running:
-            for page in seq.pages[group][seq.computed // memory.page_size :]:
+            for page in seq.pages[group][(seq.computed - seq.unsure) // memory.page_size :]:
                 assert pool.holders(page) == 1, "a page that is still to be written is shared"
     slots = [seq.slot for seq in scheduler.running]
     assert sorted([*slots, *scheduler._slots]) == list(range(scheduler.config.slots))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from pdx.engine.config import EngineConfig
+from pdx.engine.drafting import Drafting
 from pdx.engine.request import EngineRequest
 from pdx.engine.scheduler import Scheduler
 from pdx.sampling.options import SamplingOptions
@@ -16,9 +17,12 @@ CONTEXT = 40
 class World:
     """A scheduler, a device, `depth` steps under way, and what every request must end as."""
 
-    def __init__(self, depth=1, windows=(None,), pages=None, **settings):
+    def __init__(self, depth=1, windows=(None,), pages=None, costs=None, **settings):
         self.config = EngineConfig(**{"slots": 3, "token_budget": 12, "page_size": 4, "max_queue": 20} | settings)
-        self.scheduler = Scheduler(self.config, windows, pages or [14] * len(windows), CONTEXT)
+        drafting = None
+        if self.config.speculate is not None:
+            drafting = Drafting(self.config, (0.5,), always=True, costs=costs)
+        self.scheduler = Scheduler(self.config, windows, pages or [14] * len(windows), CONTEXT, drafting)
         self.device, self.depth, self.now = FakeDevice(self.scheduler), depth, 0.0
         self.under_way = deque()
         self.open: set = set()
@@ -77,9 +81,12 @@ class World:
     def _check(self, plan):
         counts = [c.count for c in plan.chunks]
         assert len({c.sequence.id for c in plan.chunks}) == len(counts)
-        assert plan.shape in self.scheduler.ladder
+        drafts = sum(c.drafts for c in plan.chunks)
+        assert plan.shape in (self.config.draft_ladder if drafts else self.scheduler.ladder)
+        assert sum(counts) + drafts <= plan.shape
+        assert all(c.samples and c.count == 1 for c in plan.chunks if c.drafts)
         if self.config.chunked_prefill:
-            assert sum(counts) <= self.config.budget
+            assert sum(counts) + drafts <= self.config.budget
         else:
             assert sum(counts) <= self.config.budget or sum(n > 1 for n in counts) == 1
         for chunk in plan.chunks:
