@@ -9,9 +9,10 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.analysis import hlo
+from pallas_kernels.analysis import hlo, problems, static
 from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import Target
+from pallas_kernels.attention.cases import Case
 from pdx import aot
 from pdx.cache.layer import default_layout
 from pdx.config import ModelConfig, RopeConfig
@@ -74,6 +75,8 @@ CASES = {
     "gemma3": ("decode_step", model("gemma3", 3, **GEMMA), {"batch": 288, "capacity": 8192}),
     "prefill": ("prefill", model("smollm2", 2), {"batch": 48, "capacity": 8192, "tokens": 512}),
     "verify": ("verify", model("smollm2", 2), {"batch": 12, "capacity": 32768, "tokens": 5}),
+    "decode 8b": ("decode_step", model("llama3-8b", 4), {"batch": 8, "capacity": 2048}),
+    "verify 8b": ("verify", model("llama3-8b", 4), {"batch": 8, "capacity": 2048, "tokens": 5}),
     "float32": ("decode_step", model("smollm2", 2), {"batch": 48, "capacity": 8192, "dtype": jnp.float32}),
     "mesh": ("decode_step", model("llama3-8b", 2), {"batch": 80, "capacity": 8192, "mesh": {"data": 2, "model": 4}}),
     "mesh int8": (
@@ -123,6 +126,10 @@ CASES = {
 }
 
 
+# Queries a row of the steps whose attention is counted.
+ASKED = {"decode_step": 1, "verify": 5}
+
+
 def held(tree) -> int:
     """Bytes of these arrays on each device, int4 two to a byte."""
     each = ((x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype) for x in jax.tree.leaves(tree))
@@ -135,6 +142,15 @@ def predicted(cfg: ModelConfig, settings: dict, target: str) -> int:
     layout = default_layout(Target.get(target).chip.platform)
     setup = Setup(cfg, quantize=settings.get("quantize"), layout=layout, **names)
     return sum(setup.weights.values()) + setup.cache_bytes(settings["batch"], settings["capacity"])
+
+
+def attention_bytes(cfg: ModelConfig, batch: int, capacity: int, queries: int, target: Target) -> int:
+    """Bytes that one layer's attention kernel moves with full rows, counted from its grid and DMAs."""
+    held, new, group = (capacity - queries,) * batch, (queries,) * batch, cfg.num_heads // cfg.num_kv_heads
+    case = Case("step", held, new, queries, capacity, cfg.num_kv_heads, group, cfg.head_dim, dtype="bfloat16")
+    platform = target.chip.platform
+    problem = problems.OPS["decode_attention"](case, problems.for_platform("decode_attention", platform)[0], None)
+    return static.facts(problem, target, compile=False)["bytes"]
 
 
 def facts(target: str, name: str) -> dict:
@@ -153,6 +169,9 @@ def facts(target: str, name: str) -> dict:
         "predicted": predicted(cfg, settings, target),
         "kernels": len(text.split('custom_call_target="tpu_custom_call"')) - 1 + len(compiled.kernels),
         "layers": cfg.num_layers,
+        "attention": attention_bytes(cfg, settings["batch"], settings["capacity"], ASKED[step], Target.get(target))
+        if name.endswith(" 8b")
+        else None,
         "moved": [str(i) for i in hlo.moved(text, LARGE if step != "prefill" else leaf)],
         "collectives": hlo.collectives(text),
         "not_ieee": [d.name for d in hlo.dots(text) if not d.ieee],

@@ -75,6 +75,28 @@ def test_a_step_moves_nothing_but_what_it_needs(target, name):
         assert 0 < largest < found["cache"] / found["layers"] / 2, f"a cache is gathered: {found['collectives']}"
 
 
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_smoke_a_verification_of_five_tokens_moves_what_a_decode_step_moves(target):
+    """The arithmetic that a decode step leaves idle is what speculation lives on: few bytes more, and no copy."""
+    names = ("decode 8b", "verify 8b")
+    found = {name: of(target, name, names) for name in names}
+    for each in found.values():
+        check(each, target)
+
+    def step_bytes(each):
+        """Weights once, the kernels' own traffic, what is written between them and read again, and the result."""
+        memory = each["memory"]
+        result = memory["output"] - memory["alias"]
+        return each["weights"] + each["layers"] * each["attention"] + 2 * memory["temp"] + result
+
+    decode, verify = (step_bytes(found[name]) for name in names)
+    print(
+        f"{target}: decode {decode / 1e9:.3f} GB, verification of 5 tokens {verify / 1e9:.3f} GB, {verify / decode:.3f}"
+    )
+    assert verify <= 1.10 * decode
+    assert found["verify 8b"]["memory"]["temp"] < found["verify 8b"]["cache"] / 2
+
+
 MIXED = {
     "v5e": ("mixed smollm2", "mixed llama3-8b", "mixed decode", "mixed int8", "mixed gemma3"),
     "v5e:2x4": ("mixed mesh",),
