@@ -53,6 +53,21 @@ def shrinking(rows: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((rows, max(1, rows * 3 // 8))))
 
 
+def ordered_sum(x):
+    """The sum over the last axis, in an order that no other axis changes.
+
+    XLA chooses the order of a reduction by the whole shape. Then a row's last bits would depend on how many rows are
+    still being read beside it.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        rest = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        if rest.shape[-1]:
+            x = jnp.concatenate([x, rest], axis=-1)
+    return x[..., 0]
+
+
 def attend(q, positions, tables, first, end, *, call: Call, arrays):
     """Online softmax of B rows with t queries each: (out [B, t, N, Hv] f32, lse [B, t, N]).
 
@@ -95,7 +110,7 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays):
         new_top = jnp.maximum(top, logits.max(-1))
         weights = jnp.exp(logits - new_top[..., None])
         fade = jnp.exp(top - new_top)
-        total = total * fade + weights.sum(-1)
+        total = total * fade + ordered_sum(weights)
         if call.scale_heads:  # past the row's tokens a scale may be NaN
             v_scale = jnp.where(held[:, None], gather_scale(arrays["v_scale"], ids, kv_heads), 0.0)
             weights = weights * v_scale[:, :, None]

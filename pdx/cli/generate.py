@@ -63,6 +63,9 @@ def generate(
     kernels: KernelsOption = "auto",
     speculate: SpeculateOption = None,
     draft_length: DraftLengthOption = "auto",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also answer without drafts, and report both speeds.")
+    ] = False,
     mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,13 +98,15 @@ def generate(
     check_names(kernels, kv_dtype, quantize)
     messages = [{"role": "system", "content": system}] if system is not None else []
     request: Any = [*messages, {"role": "user", "content": text}] if chat or system is not None else text
-    _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run)
+    _generate_one(load_model(model, dtype, mesh, quantize), request, options, as_json, run, compare)
 
 
 def _check_combination(context: typer.Context, given: Mapping[str, Any]) -> None:
     """Raise RequestError for options that exclude each other, and for those without effect."""
     from pdx.sampling.options import FILTERS
 
+    if given["speculate"] in (None, "none") or given["prompts"] is not None:
+        refuse_without_effect(context, "it compares one answer with drafts to the same without", "compare")
     if (given["prompts"] is None) != (given["output"] is None):
         raise RequestError("--prompts and --output go together")
     if given["prompts"] is not None:
@@ -130,9 +135,9 @@ def _generate_file(load, source: Path, requests, output: Path, run: dict) -> Non
     print(f"{len(requests)} answers in {output}, {tally.tokens} tokens", file=sys.stderr)
 
 
-def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
-    from pdx.generation import results, stream
-    from pdx.weights.progress import notify_if_slow
+def _generate_one(model, request, options, as_json: bool, run: dict, compare: bool) -> None:
+    from pdx.generation import generate, results, stream
+    from pdx.weights.progress import notify_if_slow, slow_notice
 
     completion, held = None, ""
     pieces = notify_if_slow(stream(model, request, options, **run), "compiling programs for this shape")
@@ -149,10 +154,20 @@ def _generate_one(model, request, options, as_json: bool, run: dict) -> None:
         if not as_json:  # the first piece, if an error followed it
             sys.stdout.write(held)
             sys.stdout.flush()
+    if not as_json:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    plain = None
+    if compare:
+        without = {name: value for name, value in run.items() if name != "speculate"}
+        with slow_notice("answering without drafts"):
+            plain = generate(model, [request], options, **without)[0]
     if as_json:
         fields = results.completion_fields(completion, run["kernels"], model.mesh)
+        if plain is not None:
+            fields["plain"] = results.completion_fields(plain, run["kernels"], model.mesh)
         print(strict_json.dumps(fields, ensure_ascii=False))
         return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
     print(results.summary(completion, run["kernels"], model.mesh), file=sys.stderr)
+    if plain is not None:
+        print(results.speed_line(completion, plain), file=sys.stderr)

@@ -84,6 +84,18 @@ def summary(completion: Completion, kernels: Kernels, mesh: Mesh | None = None) 
     return "\n".join(lines)
 
 
+def speed_line(drafted: Completion, plain: Completion) -> str:
+    """Two answers to the same prompt, with drafts and without."""
+    parted = next((i for i, (a, b) in enumerate(zip(drafted.token_ids, plain.token_ids, strict=False)) if a != b), None)
+    same = "the same tokens" if parted is None else f"other tokens from the {parted + 1}. on"
+    if drafted.timing.tpot_s is None or plain.timing.tpot_s is None:
+        return f"without drafts: {same}; one token has no TPOT"
+    return (
+        f"without drafts: TPOT {plain.timing.tpot_s * 1e3:.1f} ms, so drafts are "
+        f"{plain.timing.tpot_s / drafted.timing.tpot_s:.2f}x as fast; {same}"
+    )
+
+
 def speculation_line(counts: SpeculationCounts) -> str:
     """Acceptance and tokens a round, in words."""
     if counts.tokens_per_round is None:

@@ -204,7 +204,8 @@ def test_every_setting_gives_the_tokens_of_plain_decoding(model, draft, settings
     expected = pdx.generate(model, prompts, options, kv_dtype=kv_dtype)
     with Engine(model, pdx.EngineConfig(**TIGHT | NGRAM | settings)) as engine:
         metrics = check_all(engine, prompts, options, expected)
-        assert metrics.speculation.drafted > 0
+        is_chosen = engine.config.draft_length == "auto"  # then a draft as large as its target never pays
+        assert metrics.speculation.drafted > 0 or (is_chosen and engine.config.speculate.proposer == "draft")
 
 
 @pytest.mark.slow
@@ -241,9 +242,9 @@ def test_drawn_drafts_leave_the_distribution_as_it_is(model, draft, proposer, ru
         assert engine.metrics().speculation.drafted > 1000
     jax.clear_caches()
     expected = {path: 1200 * p for path, p in paths(model, ids, SamplingOptions(seed=0, **settings), 3).items()}
-    assert set(answers) <= set(expected)
     statistic = sum((answers[path] - n) ** 2 / n for path, n in expected.items())
-    assert (statistic < chi2.isf(UNLIKELY, len(expected) - 1)) == (rule == "right")
+    is_the_same = set(answers) <= set(expected) and statistic < chi2.isf(UNLIKELY, len(expected) - 1)
+    assert is_the_same == (rule == "right")
 
 
 def paths(model, ids, options, length) -> dict[tuple[int, ...], float]:

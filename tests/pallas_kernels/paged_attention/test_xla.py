@@ -183,6 +183,19 @@ def test_a_row_ignores_its_neighbours(decode_rows):
     np.testing.assert_array_equal(out[[0, 2]], clean[[0, 2]])
 
 
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_row_has_the_same_bits_alone(queries):
+    """However many rows are still being read beside it; of eight rows of SmolLM2's shape the sums once differed."""
+    lengths = (300, 9, 140, 20, 260, 31, 12, 129)
+    case = Case("ragged", lengths, (queries,) * 8, kv_heads=3, group=3, decode_rows=8, decode_queries=queries)
+    problem = make(case)
+    together = np.asarray(run(problem, "heads_first", max_queries=8)).reshape(8, queries, 9, -1)
+    for row in range(8):
+        alone = np.where(np.arange(8) == row, lengths, 0)
+        out = np.asarray(run(problem, "heads_first", max_queries=8, lengths=jnp.asarray(alone, jnp.int32)))
+        np.testing.assert_array_equal(out.reshape(together.shape)[row], together[row])
+
+
 def test_chunks_equal_the_whole():
     """The same queries in one chunk, or as three rows that share all pages."""
     whole = make(Case("whole", (60,), (30,)))
