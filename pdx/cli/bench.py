@@ -87,7 +87,9 @@ def bench_memory(
 @bench_app.command("speculation")
 def bench_speculation(
     model: ModelOption = DEFAULT_MODEL,
-    speculate: Annotated[str, typer.Option(help="ngram, draft:MODEL, self:LAYERS or synthetic:ACCEPTANCE.")] = "ngram",
+    speculate: Annotated[
+        str, typer.Option(help="ngram, draft[:MODEL], eagle[:PATH], self:LAYERS or synthetic:ACCEPTANCE.")
+    ] = "ngram",
     draft_length: Annotated[
         str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay.")
     ] = "auto",

@@ -60,7 +60,8 @@ def generate(
     quantize: QuantizeOption = None,
     kernels: KernelsOption = "auto",
     speculate: Annotated[
-        str | None, typer.Option(help="Draft tokens and verify them together: none, ngram, draft:MODEL or self:LAYERS.")
+        str | None,
+        typer.Option(help="Draft tokens, verify them together: none, ngram, draft[:MODEL], eagle[:PATH], self:LAYERS."),
     ] = None,
     draft_length: Annotated[
         str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay, by step.")
