@@ -4,7 +4,7 @@ Each file holds a group of commands. A command imports jax and the model code it
 """
 
 try:
-    from pdx.cli import bench, doctor, generate, kernels, load, models, plan, report, serving
+    from pdx.cli import bench, distill, doctor, generate, kernels, load, models, plan, report, serving
     from pdx.cli.app import app, main
 except KeyboardInterrupt:  # Ctrl-C during these imports, before `main` can handle it
     import os
@@ -15,4 +15,17 @@ except KeyboardInterrupt:  # Ctrl-C during these imports, before `main` can hand
     os.write(2, b"interrupted\n")
     os._exit(130)
 
-__all__ = ["app", "bench", "doctor", "generate", "kernels", "load", "main", "models", "plan", "report", "serving"]
+__all__ = [
+    "app",
+    "bench",
+    "distill",
+    "doctor",
+    "generate",
+    "kernels",
+    "load",
+    "main",
+    "models",
+    "plan",
+    "report",
+    "serving",
+]

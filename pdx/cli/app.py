@@ -59,7 +59,8 @@ QuantizeOption = Annotated[
 ]
 KernelsOption = Annotated[str, typer.Option(help="Attention: auto, xla or pallas. A named one never falls back.")]
 SpeculateOption = Annotated[
-    str | None, typer.Option(help="Draft tokens and verify them together: none, ngram, draft:MODEL or self:LAYERS.")
+    str | None,
+    typer.Option(help="Draft tokens, verify them together: none, ngram, draft[:MODEL], eagle[:PATH], self:LAYERS."),
 ]
 DraftLengthOption = Annotated[
     str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay, by step.")

@@ -88,7 +88,9 @@ def bench_memory(
 @bench_app.command("speculation")
 def bench_speculation(
     model: ModelOption = DEFAULT_MODEL,
-    speculate: Annotated[str, typer.Option(help="ngram, draft:MODEL, self:LAYERS or synthetic:ACCEPTANCE.")] = "ngram",
+    speculate: Annotated[
+        str, typer.Option(help="ngram, draft[:MODEL], eagle[:PATH], self:LAYERS or synthetic:ACCEPTANCE.")
+    ] = "ngram",
     draft_length: DraftLengthOption = "auto",
     batch: Annotated[
         list[int] | None, typer.Option(help="Prompts that run together; may be given again.", min=1)

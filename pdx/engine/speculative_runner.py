@@ -37,6 +37,8 @@ from pdx.weights.progress import Report, silent
 TIMED = 3
 # Tokens of a prompt that a draft model reads at a time.
 CATCH_UP = 64
+# Proposers that need no more than tokens, or layers of the target.
+OVER_PAGES = ("ngram", "draft", "self", "synthetic")
 # The numbers that `Emission` has for each slot, in the order in which they are fetched.
 NUMBERS = ("counts", "drafted", "kept", "confidence", "tried", "accepted", "available", "next_confidence")
 
@@ -70,7 +72,13 @@ class SpeculativeRunner(Runner):
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         self.most = config.most_drafts
-        self.proposer, self.draft = choose_proposer(model, cast(Speculation, config.speculate), catch_up=CATCH_UP)
+        speculation = cast(Speculation, config.speculate)
+        if speculation.proposer not in OVER_PAGES:
+            raise NotImplementedError(
+                f"speculate {speculation.proposer!r}: an engine drafts with {', '.join(OVER_PAGES)}; a head needs the hidden "
+                "states of whole prompts, which only `pdx generate` keeps"
+            )
+        self.proposer, self.draft = choose_proposer(model, speculation, catch_up=CATCH_UP)
         self._kv_dtype = kv_dtype
         self.costs: StepCosts | None = None
         super().__init__(model, config, kv_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -113,7 +113,7 @@ class Generator:
         )
         sampling = place_rows(sampling, self.mesh)
         decoding, cache = self.begin(requests, cache, clock)
-        logits, cache = self.prefill(prompts, cache, clock)
+        logits, cache = decoding.prefill(prompts, cache, clock)
         first, sampling = self.programs.call(
             "first",
             _sample_first,
@@ -135,10 +135,14 @@ class Generator:
         held.cache = cache
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: DenseCache,
+        clock: Clock,
+        chunk: Callable[..., tuple[jax.Array, DenseCache]] | None = None,
     ) -> tuple[jax.Array, DenseCache]:
         """Prefill all prompts, long ones in chunks. Returns the logits [rows, V] of each prompt's last token, and the
-        cache."""
+        cache. `chunk`: what runs a chunk in place of `prefill_chunk`."""
         cache = cache.truncate(np.zeros(self.rows, np.int32))
         held = 0
         logits: Any = None  # of the first chunk
@@ -149,22 +153,26 @@ class Generator:
             for row, prompt in enumerate(prompts):
                 part = prompt[held : held + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
-            new, cache = self.programs.call(
-                ("prefill", width),
-                steps.PROGRAMS["prefill"],
-                params=self.params,
-                tokens=tokens,
-                lengths=lengths,
-                cache=cache,
-                clock=clock,
-                static={"cfg": self.config, "kernels": self.kernels},
-            )
+            new, cache = (chunk or self.prefill_chunk)(tokens, lengths, held, cache, clock)
             # A row whose prompt ended in an earlier chunk keeps the logits of that chunk.
             if logits is not None:
                 new = self.programs.call("merge", _merge_logits, old=logits, new=new, appended=lengths > 0, clock=clock)
             logits = new
             held += width
         return logits, cache
+
+    def prefill_chunk(self, tokens: np.ndarray, lengths: np.ndarray, held: int, cache: DenseCache, clock: Clock):
+        """Prefill tokens [rows, T], the first `lengths` of each row, behind `held` tokens of its prompt."""
+        return self.programs.call(
+            ("prefill", tokens.shape[1]),
+            steps.PROGRAMS["prefill"],
+            params=self.params,
+            tokens=tokens,
+            lengths=lengths,
+            cache=cache,
+            clock=clock,
+            static={"cfg": self.config, "kernels": self.kernels},
+        )
 
     def _active(self, requests: Sequence[Row]) -> np.ndarray:
         """[rows] of bool: the rows whose request is not finished."""
@@ -182,6 +190,12 @@ class Decoding:
 
     def __init__(self, generator: Generator):
         self._generator = generator
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
+    ) -> tuple[jax.Array, DenseCache]:
+        """As `Generator.prefill`."""
+        return self._generator.prefill(prompts, cache, clock)
 
     def dispatch(self, requests: Sequence[Row], cache: DenseCache, sampling: SamplingState, clock: Clock):
         """Decode up to `decode_tokens` more tokens per row.

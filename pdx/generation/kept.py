@@ -13,6 +13,8 @@ from pdx.cache.idle import IdleCaches
 from pdx.generation.generator import SMALLEST_CAPACITY, Generator, cache_dtype
 from pdx.generation.speculation import SpeculativeGenerator
 from pdx.shapes import round_up
+from pdx.speculative import shipped
+from pdx.speculative.draft_file import is_draft_file, load_draft
 from pdx.speculative.options import Speculation
 from pdx.weights.load import Model, load
 
@@ -26,7 +28,7 @@ class _ModelCaches:
 
     caches: IdleCaches = field(default_factory=IdleCaches)
     generators: OrderedDict[tuple, Generator] = field(default_factory=OrderedDict)
-    drafts: dict[str, Model] = field(default_factory=dict)
+    drafts: dict[tuple[str, str], Model] = field(default_factory=dict)
 
 
 # An entry is freed together with its model.
@@ -64,12 +66,19 @@ def generator(
 
 
 def with_draft(speculation: Speculation, model: Model) -> Speculation:
-    """The same with its draft model loaded, in the type and on the mesh of `model`. Each name is loaded once."""
-    name = speculation.model
-    if name is None or isinstance(name, Model):
+    """The same with its draft model or head loaded, in the type and on the mesh of `model`. Each name is loaded once.
+
+    Raises RequestError where no name is given and none comes with pdx for the model.
+    """
+    if speculation.proposer not in ("draft", "eagle") or isinstance(speculation.model, Model):
         return speculation
+    name = speculation.model or str(shipped.find(model.name, speculation.proposer))
     with _MODEL_CACHES_LOCK:
         drafts = _MODEL_CACHES.setdefault(model, _ModelCaches()).drafts
-    if name not in drafts:  # not under the lock: loading takes seconds, and other models need not wait for it
-        drafts.setdefault(name, load(name, dtype=model.dtype, mesh=model.mesh))
-    return replace(speculation, model=drafts[name])
+    key = (speculation.proposer, str(name))
+    if key not in drafts:  # not under the lock: loading takes seconds, and other models need not wait for it
+        settings = {"dtype": model.dtype, "mesh": model.mesh}
+        small = speculation.proposer == "eagle" or is_draft_file(name)
+        made = load_draft(name, speculation.proposer, **settings) if small else load(name, **settings)
+        drafts.setdefault(key, made)
+    return replace(speculation, model=drafts[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -17,6 +18,8 @@ from pdx.generation.programs import Clock
 from pdx.metrics import SpeculationCounts
 from pdx.sampling.sampler import SamplingState
 from pdx.sharding import place_rows
+from pdx.speculative.draft_file import check_head
+from pdx.speculative.eagle import PREFILL, Eagle, EagleState
 from pdx.speculative.lengths import LEVELS, NEVER, always
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import DraftModel, NGram, Proposer, SelfDraft, Synthetic
@@ -41,7 +44,7 @@ class SpeculativeGenerator(Generator):
 
     def __init__(self, model: Model, *, speculation: Speculation, kv_dtype=None, **settings):
         super().__init__(model, kv_dtype=kv_dtype, **settings)
-        self.draft: Generator | None = None
+        self.draft: Generator | None = None  # runs the draft model, or holds the head's cache
         self.proposer, draft = choose_proposer(model, speculation)
         if draft is not None:
             self.draft = Generator(
@@ -52,6 +55,15 @@ class SpeculativeGenerator(Generator):
         if speculation.draft_length != "auto":
             self.levels, self.costs = always(int(speculation.draft_length))
 
+    def empty_state(self) -> Any:
+        """The proposer's state behind nothing; None where it has none."""
+        if self.draft is None:
+            return None
+        cache = self.draft.new_cache()
+        if isinstance(self.proposer, Eagle):
+            return EagleState.create(cache, self.config.d_model, self.params["final_norm"].dtype)
+        return cache
+
     @property
     def compile_s(self) -> float:
         return super().compile_s + (self.draft.compile_s if self.draft else 0.0)
@@ -59,10 +71,7 @@ class SpeculativeGenerator(Generator):
     def begin(self, requests: Sequence[Row], cache: DenseCache, clock: Clock) -> tuple[Decoding, DenseCache]:
         if self.costs is None:
             cache = self._measure(cache, clock)
-        own = None
-        if self.draft is not None:  # its prefill is part of TTFT
-            _, own = self.draft.prefill([r.prompt for r in requests], self.draft.new_cache(), clock)
-        return _Speculating(self, own), cache
+        return _Speculating(self, self.empty_state()), cache
 
     def speculate(
         self,
@@ -108,7 +117,7 @@ class SpeculativeGenerator(Generator):
         It takes a few steps, once for a shape; they count as compilation.
         """
         begin, before = time.perf_counter(), clock.compile_s
-        own = None if self.draft is None else self.draft.new_cache()
+        own = self.empty_state()
         left = np.full(self.rows, MEASURED_TOKENS, np.int32)
         costs = np.full((len(self.levels), MEASURED_TIMES), np.inf)
         texts = [[0] * MEASURED_HISTORY] * self.rows
@@ -136,6 +145,41 @@ class _Speculating(Decoding):
         self._speculative, self._own = generator, own
         self._state: SpeculationState | None = None
 
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
+    ) -> tuple[jax.Array, DenseCache]:
+        """Prefill the prompts; what the proposer needs of them is part of TTFT."""
+        run = self._speculative
+        if isinstance(run.proposer, Eagle):
+            return run.prefill(prompts, cache, clock, partial(self._prefill_chunk, prompts))
+        if run.draft is not None:
+            _, self._own = run.draft.prefill(prompts, self._own, clock)
+        return run.prefill(prompts, cache, clock)
+
+    def _prefill_chunk(
+        self, prompts: Sequence[Sequence[int]], tokens, lengths, held: int, cache: DenseCache, clock: Clock
+    ):
+        """A chunk through the target and its head, which needs the token behind each."""
+        run, following, taken = self._speculative, np.zeros_like(tokens), np.array(lengths)
+        for row, prompt in enumerate(prompts):
+            behind = prompt[held + 1 : held + 1 + tokens.shape[1]]
+            following[row, : len(behind)], taken[row] = behind, min(int(lengths[row]), len(behind))
+        logits, cache, self._own = run.programs.call(
+            ("prefill with head", tokens.shape[1]),
+            PREFILL,
+            params=run.params,
+            head=cast(Generator, run.draft).params,
+            tokens=tokens,
+            following=following,
+            lengths=lengths,
+            taken=taken,
+            cache=cache,
+            state=self._own,
+            clock=clock,
+            static={"cfg": run.config, "kernels": run.kernels},
+        )
+        return logits, cache
+
     def dispatch(self, requests: Sequence[Row], cache: DenseCache, sampling: SamplingState, clock: Clock):
         run = self._speculative
         if self._state is None:  # now the first token is known
@@ -152,7 +196,7 @@ class _Speculating(Decoding):
 
 
 def choose_proposer(model: Model, speculation: Speculation, **settings: Any) -> tuple[Proposer, Model | None]:
-    """The proposer that was asked for, and its draft model if it has one, which must be loaded.
+    """The proposer that was asked for, and its draft model or head if it has one, which must be loaded.
 
     `settings`: of `DraftModel`.
 
@@ -168,10 +212,13 @@ def choose_proposer(model: Model, speculation: Speculation, **settings: Any) -> 
         return SelfDraft(speculation.layers), None
     if speculation.acceptance is not None:
         return Synthetic(speculation.acceptance), None
-    if speculation.model is None:
+    if speculation.proposer == "ngram":
         return NGram(), None
     draft = cast(Model, speculation.model)
     _check_tokens(draft, model)
+    if speculation.proposer == "eagle":
+        check_head(draft, model)
+        return Eagle(draft.config), draft
     return DraftModel(draft.config, **settings), draft
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # The most tokens of a draft: with the newest token they are what the attention op for decoding takes at once.
 LONGEST_DRAFT = 15
-CHOICES = "none, ngram, draft:MODEL, self:LAYERS, synthetic:ACCEPTANCE"
+CHOICES = "none, ngram, draft[:MODEL], eagle[:PATH], self:LAYERS, synthetic:ACCEPTANCE"
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Speculation:
 
     Attributes:
       proposer: `ngram`: what followed the same words earlier in the text. `draft`: a smaller model of the same
-        vocabulary. `self`: the model's own first layers. `synthetic`: for benchmarks, accepts by chance; its answers
-        mean nothing.
+        vocabulary. `eagle`: a head on the model's hidden states. `self`: the model's own first layers. `synthetic`:
+        for benchmarks, accepts by chance; its answers mean nothing.
       draft_length: the most tokens a round, 1 to 15; `auto`: chosen each round, 0 where drafting does not pay.
-      model: of `draft`: what `pdx.load` returns, or a name or path for it.
+      model: of `draft`: what `pdx.load` returns, or a name or path for it. Of `eagle`: the folder of a head that `pdx
+        distill` made, or what `pdx.speculative.draft_file.load_draft` returns. None: the one that comes with pdx for
+        the model.
       layers: of `self`, at least 1.
       acceptance: of `synthetic`, 0 to 1.
 
@@ -46,14 +48,14 @@ class Speculation:
     acceptance: float | None = None
 
     def __post_init__(self):
-        settings = {"ngram": None, "draft": "model", "self": "layers", "synthetic": "acceptance"}
+        settings = {"ngram": None, "draft": "model", "eagle": "model", "self": "layers", "synthetic": "acceptance"}
         if self.proposer not in settings:
             raise RequestError(f"speculate {self.proposer!r} is not one of {CHOICES}")
         for name in ("model", "layers", "acceptance"):
             given, wanted = getattr(self, name) is not None, settings[self.proposer] == name
             if given and not wanted:
                 raise RequestError(f"{name} does not belong to speculation by {self.proposer}")
-            if wanted and not given:
+            if wanted and not given and name != "model":
                 raise RequestError(f"speculate {self.proposer!r} needs {name}: one of {CHOICES}")
         if self.draft_length != "auto":
             self._set("draft_length", integer("draft_length", self.draft_length, 1, LONGEST_DRAFT))
@@ -67,7 +69,8 @@ class Speculation:
 
     @classmethod
     def parse(cls, text: str, draft_length: int | str = "auto") -> Speculation | None:
-        """`none`, which is None, or `ngram`, `draft:MODEL`, `self:LAYERS`, `synthetic:ACCEPTANCE`. Raises RequestError.
+        """`none`, which is None, or `ngram`, `draft`, `draft:MODEL`, `eagle`, `eagle:PATH`, `self:LAYERS`,
+        `synthetic:ACCEPTANCE`. Raises RequestError.
 
         `draft_length` may be a text, as on the command line.
         """
@@ -80,7 +83,7 @@ class Speculation:
         if text == "none":
             return None
         settings: dict[str, Any] = {}
-        if name == "draft" and rest:
+        if name in ("draft", "eagle") and rest:
             settings["model"] = rest
         elif name == "self" and rest:
             if not rest.isdecimal():

@@ -4,6 +4,7 @@ A proposer is static and hashable; what it remembers is a pytree, its state. A r
 
 1. `prepare`: how many tokens each row could draft, and how sure that is (its confidence class). It is cheap.
 2. `draft`, if the round's level is above 0: the tokens.
+3. `observe`, after the verification: the target's hidden states of the tokens that stay.
 
 The tokens of a row are `history[b, :held[b]]`; the last one is the newest, and the target's cache holds all the others.
 A proposer with a cache of its own drops what was rejected when it is next called.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pdx.cache.dense import DenseCache
 from pdx.config import ModelConfig
@@ -27,6 +28,9 @@ from pdx.model import Params, forward
 from pdx.sampling.filters import best, draw, pad, random_key
 from pdx.sampling.sampler import SamplingState, filtered_logits
 from pdx.speculative.acceptance import DRAFT, Drafted, apart
+
+# The logit of a token that a model cannot draft. Finite: where a bias bans all others there still is a distribution.
+OUTSIDE = -1e30
 
 
 @struct.dataclass
@@ -85,9 +89,22 @@ class Proposer(Protocol):
         """Draft `length` tokens a row; returns them, the target's cache and the state."""
         ...
 
+    def observe(
+        self, rows: Rows, state: Any, hidden: Float[Array, "B T D"], counts: Int[Array, " B"], cfg: ModelConfig, kernels
+    ) -> Any:
+        """The state after the target's hidden states, from the newest token on; the first `counts` of a row stay."""
+        ...
+
+
+class _Blind:
+    """A proposer that does not look at hidden states."""
+
+    def observe(self, rows: Rows, state: Any, hidden, counts, cfg: ModelConfig, kernels: Any) -> Any:
+        return state
+
 
 @dataclass(frozen=True)
-class NGram:
+class NGram(_Blind):
     """Prompt lookup: the tokens that followed the longest earlier match of the row's last tokens. No model.
 
     Of equally long matches the latest counts. Where the text ends behind the match, the tokens between the match and
@@ -128,7 +145,7 @@ class NGram:
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class Synthetic(_Blind):
     """Accepts each drafted token with probability `acceptance`, whatever the model says: for benchmarks and plans.
 
     The verification is a real one and costs what it costs. The answer means nothing.
@@ -141,7 +158,7 @@ class Synthetic:
         return (self.acceptance,)
 
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
-        return _always(rows, most)
+        return always_available(rows, most)
 
     def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
         def chances(*of):
@@ -153,7 +170,7 @@ class Synthetic:
 
 
 @dataclass(frozen=True)
-class SelfDraft:
+class SelfDraft(_Blind):
     """The target's first `layers` layers and its own head, over the target's cache of those layers.
 
     What it writes there, the verification writes again.
@@ -163,7 +180,7 @@ class SelfDraft:
     prior: ClassVar[tuple[float, ...]] = (0.6,)
 
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
-        return _always(rows, most)
+        return always_available(rows, most)
 
     def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
         k, cache = self.layers, rows.cache
@@ -175,8 +192,10 @@ class SelfDraft:
 
 
 @dataclass(frozen=True)
-class DraftModel:
-    """A smaller model of the same vocabulary. Its state is its cache, which holds the prompt when decoding begins.
+class DraftModel(_Blind):
+    """A smaller model of the same tokens; it may draft only some, `vocabulary` in its parameters.
+
+    Its state is its cache, which holds the prompt when decoding begins.
 
     Attributes:
       cfg: of the draft model; its parameters are `Rows.draft_params`.
@@ -190,7 +209,7 @@ class DraftModel:
     BEHIND: ClassVar[int] = 2
 
     def prepare(self, rows: Rows, state: DenseCache, most: int) -> Prepared:
-        return _always(rows, most)
+        return always_available(rows, most)
 
     def draft(self, rows: Rows, state: DenseCache, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
         params = rows.draft_params
@@ -214,7 +233,7 @@ class DraftModel:
         return drafted, rows.cache, cache
 
 
-def _always(rows: Rows, most: int) -> Prepared:
+def always_available(rows: Rows, most: int) -> Prepared:
     """Of a proposer that can always draft, and has one confidence class."""
     return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
 
@@ -238,9 +257,8 @@ def _decode(params: Params, cfg: ModelConfig, cache: DenseCache, feed, rows: Row
     def step(i, carry):
         cache, sampling, (tokens, lengths), (drafted, probabilities) = carry
         logits, cache = append(cache, params, cfg, tokens, lengths, kernels)
-        kept = filtered_logits(logits, sampling)
-        q = jax.nn.softmax(kept, axis=-1)
-        drawn = _draw(kept, q, sampling, rows.held + i)
+        logits = over_all_tokens(logits, params.get("vocabulary"), vocab)
+        drawn, q = draw_draft(logits, sampling, rows.held + i)
         # A row that needs no more tokens appends none: an engine has no page for them.
         more = rows.active & (i + 1 < prepared.available)
         feed = jnp.pad(drawn[:, None], ((0, 0), (0, width - 1))), more.astype(jnp.int32)
@@ -260,8 +278,21 @@ def append(cache: Any, params: Params, cfg: ModelConfig, tokens: Int[Array, "B w
     return out.logits, out.cache
 
 
-def _draw(kept, probabilities, sampling: SamplingState, positions: Int[Array, " B"]) -> Int[Array, " B"]:
-    """A token of each row from its distribution; of a greedy row the one token that is left."""
+def over_all_tokens(
+    logits: Float[Array, "B v"], vocabulary: Int[Array, " v"] | None, count: int
+) -> Float[Array, "B V"]:
+    """Logits over all `count` tokens of a model that can only draft those of `vocabulary`; None: it can draft all."""
+    if vocabulary is None:
+        return logits
+    return jnp.full((logits.shape[0], count), OUTSIDE, jnp.float32).at[:, vocabulary].set(logits)
+
+
+def draw_draft(
+    logits: Float[Array, "B V"], sampling: SamplingState, positions: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, "B V"]]:
+    """A token of each row, of a greedy row the one token that is left, and the distribution that it was drawn from."""
+    kept = filtered_logits(logits, sampling)
+    probabilities = jax.nn.softmax(kept, axis=-1)
     top = best(pad(kept))[1]
     is_drawn = sampling.temperature > 0
 
@@ -269,4 +300,4 @@ def _draw(kept, probabilities, sampling: SamplingState, positions: Int[Array, " 
         return jnp.where(is_drawn, draw(pad(probabilities, 0.0), sampling.seeds, positions), top)
 
     tokens = lax.cond(jnp.any(is_drawn), drawn, lambda: top)
-    return jnp.minimum(tokens, kept.shape[1] - 1).astype(jnp.int32)
+    return jnp.minimum(tokens, kept.shape[1] - 1).astype(jnp.int32), probabilities

@@ -191,6 +191,7 @@ class _Model:
         done = accept(logits, drafted, out.sampling, held, active, num_logprobs=self.num_logprobs)
         # The newest token and the kept ones stay.
         cache = cache.truncate(jnp.where(active, held - 1 + done.counts, cache.lengths))
+        own = self.proposer.observe(rows, own, scored.final_hidden, done.counts, self.cfg, self.kernels)
         kept = jnp.where(active, done.counts - 1, 0)
         tried = jnp.minimum(kept + 1, drafted.lengths)
         accepted = kept

@@ -2,7 +2,7 @@
 
     DIR/pdx.json      format, configuration, shape and type of every array, the quantization of every parameter
     DIR/params/       an orbax checkpoint: one uncompressed Zarr array per parameter, each in a single chunk
-    DIR/tokenizer/    what `Tokenizer.save` writes
+    DIR/tokenizer/    what `Tokenizer.save` writes; none where the model has no tokenizer, such as a draft model
 
 A chunk holds the array's bytes, so pdx reads it directly into place, several times faster than orbax. Any orbax can
 restore `params/`. A quantized parameter is two or three arrays: NAME.values, NAME.scales and, if it is affine,
@@ -38,6 +38,7 @@ _DTYPES = {
     "float32": np.float32,
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
+    "int32": np.int32,
     "int8": np.int8,
     "uint8": np.uint8,
 }
@@ -82,7 +83,8 @@ def save(model: Model, directory: str | Path) -> Path:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(part / "params", args=ocp.args.PyTreeSave(params))
-        model.tokenizer.save(part / "tokenizer")
+        if model.make_tokenizer is not None:
+            model.tokenizer.save(part / "tokenizer")
         leaves = {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in named_leaves(params)}
         head = {
             "format": FORMAT,

@@ -43,6 +43,7 @@ class OpenModel:
       source: finds a parameter's tensor in `file`.
       ignores: whether the text model does not need a tensor of this name.
       terms: sentences that the licence requires with every copy.
+      make_tokenizer: None for a checkpoint without one, such as a draft model's.
       notes: sentences about what is ignored in the files.
       sampling: the sampling settings that the files recommend.
     """
@@ -51,7 +52,7 @@ class OpenModel:
     config: ModelConfig
     source: SourceOf
     ignores: Callable[[str], bool]
-    make_tokenizer: Callable[[], Tokenizer]
+    make_tokenizer: Callable[[], Tokenizer] | None
     license: str | None = None
     terms: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -123,7 +124,7 @@ def _open_checkpoint(files: ModelFiles) -> OpenModel:
         saved.config,
         lambda leaf, i: Source(leaf if i is None else f"layers.{i}.{leaf}"),
         lambda name: False,
-        partial(Tokenizer.load, files.path / "tokenizer"),
+        partial(Tokenizer.load, files.path / "tokenizer") if (files.path / "tokenizer").is_dir() else None,
         saved.license,
         saved.terms,
         sampling=defaults.from_saved(saved.sampling),

@@ -95,7 +95,7 @@ def test_a_draft_model_is_loaded_once(model, tmp_path, monkeypatch):
     ("settings", "says"),
     [
         ({"speculate": "self:2"}, "a part of the 2 layers"),
-        ({"speculate": "eagle"}, "is not one of"),
+        ({"speculate": "medusa"}, "is not one of"),
         ({"speculate": "ngram", "draft_length": 99}, "draft_length"),
         ({"draft_length": 3}, "no effect"),
     ],

@@ -13,6 +13,9 @@ from pdx.speculative.options import Speculation, asked
         ("self:4", Speculation("self", layers=4)),
         ("draft:some/model:8bit", Speculation("draft", model="some/model:8bit")),
         ("synthetic:0.8", Speculation("synthetic", acceptance=0.8)),
+        ("draft", Speculation("draft")),
+        ("eagle", Speculation("eagle")),
+        ("eagle:some/folder", Speculation("eagle", model="some/folder")),
         ("none", None),
     ],
 )
@@ -31,11 +34,9 @@ def test_draft_lengths():
 @pytest.mark.parametrize(
     ("text", "length", "says"),
     [
-        ("eagle", "auto", "'eagle' is not one of"),
+        ("medusa", "auto", "'medusa' is not one of"),
         ("", "auto", "is not one of"),
         ("ngram:3", "auto", "is not one of"),
-        ("draft", "auto", "needs model"),
-        ("draft:", "auto", "needs model"),
         ("self", "auto", "needs layers"),
         ("self:x", "auto", "'x' is not a number"),
         ("self:0", "auto", "layers"),
