@@ -40,7 +40,7 @@ from pdx.engine.request import EngineRequest
 from pdx.engine.runner import Runner
 from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import fill_in
-from pdx.engine.speculative_runner import SpeculativeRunner
+from pdx.engine.speculative_runner import SpeculativeRunner, check_proposer
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
 from pdx.generation.completion import Completion
@@ -83,6 +83,7 @@ class Engine:
         if self.config.speculate is None:
             self.runner = Runner(model, self.config, kv_dtype)
         else:
+            check_proposer(self.config.speculate)
             loaded = with_draft(self.config.speculate, model)
             self.config = dataclasses.replace(self.config, speculate=loaded)
             self.runner = speculative = SpeculativeRunner(model, self.config, kv_dtype)

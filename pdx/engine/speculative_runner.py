@@ -66,18 +66,12 @@ class SpeculativeRunner(Runner):
     """A `Runner` of an engine that speculates.
 
     Raises:
-      NotImplementedError: a proposer that cannot draft over pages.
       RequestError: a draft model of another vocabulary, or more layers than the model has.
     """
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         self.most = config.most_drafts
         speculation = cast(Speculation, config.speculate)
-        if speculation.proposer not in OVER_PAGES:
-            raise NotImplementedError(
-                f"speculate {speculation.proposer!r}: an engine drafts with {', '.join(OVER_PAGES)}; a head needs the hidden "
-                "states of whole prompts, which only `pdx generate` keeps"
-            )
         self.proposer, self.draft = choose_proposer(model, speculation, catch_up=CATCH_UP)
         self._kv_dtype = kv_dtype
         self.costs: StepCosts | None = None
@@ -226,6 +220,15 @@ class SpeculativeRunner(Runner):
             plan.drafts[:] = self.most
             draft_s = (_fastest(lambda: self._once(plan)) - drafted[plan.shape]) / max(1, self.most - 1)
         return StepCosts(plain, drafted, max(0.0, draft_s))
+
+
+def check_proposer(speculation: Speculation) -> None:
+    """Raise NotImplementedError for a proposer that cannot draft over pages."""
+    if speculation.proposer not in OVER_PAGES:
+        raise NotImplementedError(
+            f"speculate {speculation.proposer!r}: an engine drafts with {', '.join(OVER_PAGES)}; a head needs the "
+            "hidden states of whole prompts, which only `pdx generate` keeps"
+        )
 
 
 def _fastest(run: Callable[[], None]) -> float:

@@ -272,7 +272,7 @@ def test_what_makes_no_sense_is_said(model, draft):
     with pytest.raises(RequestError, match="self:2"):
         Engine(model, pdx.EngineConfig(**TIGHT, speculate="self:2"))
     with pytest.raises(NotImplementedError, match="hidden states"):
-        Engine(model, pdx.EngineConfig(**TIGHT, speculate=Speculation("eagle", model=model)))
+        Engine(model, pdx.EngineConfig(**TIGHT, speculate=Speculation("eagle")))
     with pytest.raises(RequestError, match="speculate"):
         EngineRequest((5,), speculate="ngram")
 
