@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pdx.cli.app import JsonOption, QuantizeOption, app
+from pdx.cli.app import DraftLengthOption, JsonOption, QuantizeOption, app, print_table
+from pdx.errors import RequestError
 from pdx.io import strict_json
 
 
@@ -34,15 +35,26 @@ def plan(
     compiles: Annotated[
         bool, typer.Option("--compile", help="Also compile the steps with the chip's compiler, which takes minutes.")
     ] = False,
+    speculate: Annotated[
+        str | None, typer.Option(help="Also what drafts are worth: ngram, self:LAYERS or draft:SHAPE.")
+    ] = None,
+    draft_length: DraftLengthOption = "auto",
+    acceptance: Annotated[
+        list[float] | None, typer.Option(help="Share of drafted tokens that is kept; more than one may be given.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict whether a model fits a chip, how fast it can be there, and which optimizations pay."""
     from pdx import plan as planning
-    from pdx.plan import published
+    from pdx.plan import published, speculation
     from pdx.plan.compiled import compiled
     from pdx.plan.text import show
+    from pdx.speculative.options import asked
     from pdx.weights.progress import slow_notice
 
+    drafts = asked(speculate, draft_length)
+    if drafts is None and acceptance:
+        raise RequestError("--acceptance has no effect without --speculate")
     ttft, tpot = (None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot))
     found = planning.make(
         model,
@@ -58,10 +70,15 @@ def plan(
         slo_ttft=ttft,
         slo_tpot=tpot,
     )
+    worth = speculation.predict(found, drafts, acceptance or ()) if drafts else []
     with slow_notice(f"compiling prefill and decode for {found.chip.name}"):
         steps = compiled(found) if compiles else []
     if as_json:
         fields = found.to_dict() | {"advice": planning.advice(found)}
+        if worth:
+            fields["speculation"] = [p.to_dict() for p in worth]
         print(strict_json.dumps(fields | ({"compiled": [x.to_dict() for x in steps]} if compiles else {})))
     else:
         show(found, steps)
+        if worth:
+            print_table(speculation.table(worth), False)
