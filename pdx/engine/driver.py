@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -191,21 +191,23 @@ class Driver:
         with self.work:
             self.stats.ended(flight.dispatched, now)
             slots = {c.sequence: c.slot for c in plan.chunks}
-            self._learn(plan, got)
             outputs = self.scheduler.commit(plan, {c.slot: got.of(c.slot) for c in plan.chunks}, now)
+            self._learn(plan, got, Counter(output.sequence for output in outputs))
             self.work.notify_all()  # whoever waits for room in the queue
         for output in outputs:
             self._deliver(output, _logprobs(got, slots[output.sequence], output), now)
 
-    def _learn(self, plan: StepPlan, got: Emitted) -> None:
-        """Note how a step's drafts did."""
+    def _learn(self, plan: StepPlan, got: Emitted, emitted: Mapping[Sequence, int]) -> None:
+        """Note how a step's drafts did. `emitted`: tokens that each request took; those behind its end are dropped."""
         if not isinstance(got, Speculated):
             return
         for chunk in plan.chunks:
             record, stream = chunk.sequence.record, self.streams.get(chunk.sequence)
-            if chunk.samples and record is not None:
+            if record is not None and emitted[chunk.sequence]:
                 got.teach(record, chunk.slot)
-                counts = got.counted(chunk.slot)
+                if not chunk.is_decode:  # the first token comes from the prompt
+                    continue
+                counts = got.counted(chunk.slot, emitted[chunk.sequence])
                 self.stats.speculation += counts
                 if stream is not None:
                     stream.row.speculation = (stream.row.speculation or SpeculationCounts()) + counts

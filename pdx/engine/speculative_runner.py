@@ -57,9 +57,10 @@ class Speculated(Emitted):
         record.observe(*self._of(slot, "confidence", "tried", "accepted"))
         record.available, record.confidence = self._of(slot, "available", "next_confidence")
 
-    def counted(self, slot: int) -> SpeculationCounts:
+    def counted(self, slot: int, emitted: int) -> SpeculationCounts:
+        """Of a slot whose request took `emitted` tokens."""
         drafted, kept = self._of(slot, "drafted", "kept")
-        return SpeculationCounts({drafted: 1}, drafted, kept)
+        return SpeculationCounts({drafted: 1}, drafted, min(kept, emitted - 1))
 
 
 class SpeculativeRunner(Runner):

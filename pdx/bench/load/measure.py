@@ -233,5 +233,7 @@ def counted(before: EngineMetrics, after: EngineMetrics) -> dict[str, float]:
     names = ("steps", "decode_tokens", "prefill_tokens", "hit_tokens", "preemptions", "compiles")
     found: dict[str, float] = {name: getattr(after, name) - getattr(before, name) for name in names}
     steps = max(found["steps"], 1)
+    drafts, seen = after.speculation, before.speculation
+    found |= {"drafted_tokens": drafts.drafted - seen.drafted, "kept_tokens": drafts.kept - seen.kept}
     found["occupancy"] = (after.occupancy * after.steps - before.occupancy * before.steps) / steps
     return found

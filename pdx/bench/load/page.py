@@ -71,6 +71,10 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
             )
         if compiles := r.counted.get("compiles"):
             said.append(f"{name}: {compiles:.0f} programs were compiled during the load: do not trust the figures")
+        if drafted := r.counted.get("drafted_tokens"):
+            kept, steps = r.counted["kept_tokens"], r.counted["steps"]
+            share = f"{kept:.0f} of {drafted:.0f} drafted tokens were kept = {kept / drafted:.0%}"
+            said.append(f"{name}: {share}, in {steps:.0f} steps")
         if hits := r.counted.get("hit_tokens"):
             said.append(f"{name}: {hits:.0f} prompt tokens were found in the prefix cache")
         if preempted := r.counted.get("preemptions"):

@@ -15,7 +15,7 @@ from pdx.bench import load
 from pdx.bench.load import page, workload
 from pdx.bench.load.workload import Arriving, Lengths, Load, Prompts
 from pdx.errors import ContextLengthError, EngineError, QueueFullError, RequestError
-from pdx.metrics import Objectives, RequestTiming, ServedTiming, Spread, goodput
+from pdx.metrics import Objectives, RequestTiming, ServedTiming, SpeculationCounts, Spread, goodput
 
 # What is counted.
 
@@ -120,6 +120,7 @@ class FakeEngine:
 
     def metrics(self):
         return SimpleNamespace(
+            speculation=SpeculationCounts(),
             steps=len(self.seen),
             decode_tokens=0,
             prefill_tokens=0,
