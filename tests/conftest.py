@@ -4,6 +4,7 @@ Tests compile without LLVM's optimizations where no real model is run (`-m` unse
 compilation is most of their time, and the programs are the same.
 """
 
+import gc
 import os
 import tempfile
 from collections import Counter
@@ -15,7 +16,8 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "pdx-test-xla-cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Thousands of small programs take longer to compile than a few large ones.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nothing reads them, and they slow tracing
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait busily: two workers take twice as long with two each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +61,13 @@ def pytest_configure(config):
         # Twice as fast to compile; later releases have no such flag.
         if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
             _add_xla_flag("xla_cpu_use_fusion_emitters", "false")
+
+
+def pytest_collection_finish():
+    """Look for garbage more rarely, and never among the modules: tracing makes many objects that live on."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -262,7 +262,7 @@ def test_saving_and_batches_say_what_they_did_as_json(directory, tmp_path):
     assert json.loads(small.stdout)["directory"] == str(tmp_path / "small")
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "one", "max_tokens": 2, "ignore_eos": true}\n')
-    done = run("batch", source, tmp_path / "out.jsonl", "-m", directory, "--slots", 1, "--json")
+    done = run("batch", source, tmp_path / "out.jsonl", "-m", directory, "--slots", 1, "--token-budget", 16, "--json")
     assert json.loads(done.stdout) == {
         "output": str(tmp_path / "out.jsonl"),
         "rows": 1,
@@ -272,8 +272,9 @@ def test_saving_and_batches_say_what_they_did_as_json(directory, tmp_path):
     }
 
 
-def test_a_conversation_is_one_object(directory):
-    done = run("chat", "-m", directory, "--max-tokens", 3, "--json", stdin="hi\n/unknown\nagain\n")
+def test_a_conversation_is_one_object(directory, tmp_path):
+    engine = "--engine", tiny_model.engine_profile(tmp_path)
+    done = run("chat", "-m", directory, *engine, "--max-tokens", 3, "--json", stdin="hi\n/unknown\nagain\n")
     said = json.loads(done.stdout)
     assert [m["role"] for m in said["messages"]] == ["user", "assistant"] * 2
     assert [turn["text"] for turn in said["turns"]] == [m["content"] for m in said["messages"][1::2]]

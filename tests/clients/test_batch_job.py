@@ -17,7 +17,7 @@ from pdx.generation.prompts import encode
 from pdx.sampling.options import SamplingOptions
 from tests.support import tiny_model
 
-ENGINE = ("--slots", "3", "--token-budget", "24", "--max-tokens", "6")
+ENGINE = ("--slots", "3", "--token-budget", "16", "--max-tokens", "6")
 
 
 @pytest.fixture(scope="module")

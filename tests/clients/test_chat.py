@@ -14,7 +14,7 @@ from tests.support import tiny_model
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     model = pdx.load(str(tiny_model.make(tmp_path_factory.mktemp("chat") / "tiny")))
-    with pdx.Engine(model, pdx.EngineConfig(slots=1, prefill_rows=1, token_budget=64, page_size=8)) as engine:
+    with pdx.Engine(model, pdx.EngineConfig(slots=1, prefill_rows=1, token_budget=16, page_size=8)) as engine:
         yield engine
 
 

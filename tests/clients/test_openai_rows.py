@@ -328,7 +328,8 @@ def test_a_file_of_all_kinds_is_answered_row_by_row(directory, tmp_path):
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    done = CliRunner().invoke(app, ["batch", str(source), str(target), "-m", str(directory), "--slots", "2"])
+    settings = ("-m", str(directory), "--slots", "2", "--token-budget", "16")
+    done = CliRunner().invoke(app, ["batch", str(source), str(target), *settings])
     assert "3 of 8 requests failed" in str(done.exception)
     answers = {a["custom_id"]: a for a in map(json.loads, target.read_text("utf-8").splitlines())}
     errors = {name: a["error"] for name, a in answers.items() if a["error"]}

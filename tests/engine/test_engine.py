@@ -97,7 +97,7 @@ def test_tiny_pools_arrivals_and_cancellations_change_nothing(model, tight):
     [
         {"overlap": False},
         pytest.param({"chunked_prefill": False}, marks=pytest.mark.slow),
-        {"prefix_cache": False, "pages": 44},
+        pytest.param({"prefix_cache": False, "pages": 44}, marks=pytest.mark.slow),
         pytest.param({"kv_dtype": "int8"}, marks=pytest.mark.slow),
     ],
     ids=lambda s: next(iter(s)),

@@ -167,6 +167,7 @@ def overflowing(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_every_command_says_so_and_fails(overflowing, tmp_path):
     def run(*arguments):
         done = CliRunner().invoke(app, [str(a) for a in arguments])
@@ -187,7 +188,7 @@ def test_every_command_says_so_and_fails(overflowing, tmp_path):
 
 @pytest.mark.slow
 def test_chat_says_so_and_goes_on(overflowing, capsys):
-    with pdx.Engine(pdx.load(overflowing), pdx.EngineConfig(slots=1, token_budget=64)) as engine:
+    with pdx.Engine(pdx.load(overflowing), pdx.EngineConfig(slots=1, token_budget=16)) as engine:
         converse(Chat(engine, SamplingOptions(max_tokens=3)), ["one", "two"])
     assert capsys.readouterr().err.count("NaN or infinite") == 2
 

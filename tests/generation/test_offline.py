@@ -226,6 +226,7 @@ def test_settings_that_do_not_fit_the_prompts_are_said_before_anything_runs(mode
         next(pdx.stream(model, ["a", "b"], **({"batch_size": 1} | settings)))
 
 
+@pytest.mark.slow
 def test_bfloat16_cache_and_parameters(tmp_path):
     model = pdx.load(tiny_model.make(tmp_path), dtype="bf16")
     assert model.params["embed"].dtype == jnp.bfloat16
@@ -235,6 +236,7 @@ def test_bfloat16_cache_and_parameters(tmp_path):
     assert [c.completion_tokens for c in mixed] == [12, 12, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,model=2", "model=4", "data=8"])
 def test_mesh_gives_the_same_tokens(tmp_path, model, mesh):
     sharded = pdx.load(tiny_model.make(tmp_path), mesh=mesh)

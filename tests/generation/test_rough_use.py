@@ -226,7 +226,7 @@ def test_scalars_of_numpy_and_jax_are_numbers(model, expected, scalar):
 
 
 def test_an_engine_used_roughly(model, expected):
-    engine = pdx.Engine(model, pdx.EngineConfig(slots=2, token_budget=64))
+    engine = pdx.Engine(model, pdx.EngineConfig(slots=2, token_budget=16))
     waited = []
 
     def wait_inside(output):
@@ -266,7 +266,7 @@ def test_a_mask_and_a_bias_that_leave_no_token_fail_their_request(model):
         mask[7] = True
         return mask
 
-    with pdx.Engine(model, pdx.EngineConfig(slots=1, token_budget=64)) as engine:
+    with pdx.Engine(model, pdx.EngineConfig(slots=2, token_budget=16)) as engine:
         banned = SamplingOptions(max_tokens=2, logit_bias={7: -float("inf")})
         with pytest.raises(EngineError, match="allow at least one token"):
             engine.submit(EngineRequest((5, 6), banned, mask=only_seven)).result(60)

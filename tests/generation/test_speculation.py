@@ -32,7 +32,9 @@ def speculation(request, draft):
 
 
 choices = pytest.mark.parametrize(
-    "speculation", [("ngram", "auto"), ("self:1", 3), pytest.param(("draft", 3), marks=pytest.mark.slow)], indirect=True
+    "speculation",
+    [("ngram", "auto"), *(pytest.param((name, 3), marks=pytest.mark.slow) for name in ("self:1", "draft"))],
+    indirect=True,
 )
 
 
@@ -54,6 +56,7 @@ def test_greedy_answers_are_those_of_plain_decoding(model, speculation):
     assert plain[0].speculation is None
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_stops_are_those_of_plain_decoding(model):
     plain = pdx.generate(model, PROMPTS, max_tokens=24, ignore_eos=True, logprobs=2)
     stop = plain[0].text[9:11]

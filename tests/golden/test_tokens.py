@@ -19,10 +19,15 @@ GOLDEN = json.loads(Path(__file__).with_name("tokens.json").read_text())
 TIE = 1e-3
 
 
-@pytest.mark.parametrize("name", [key for key in GOLDEN if key != "made_by"])
-def test_generate_gives_the_golden_tokens(name):
+@pytest.fixture(scope="module", params=[key for key in GOLDEN if key != "made_by"])
+def named(request):
+    """A model in f32 and its name; read once for all tests of it."""
+    return request.param, pdx.load(request.param, dtype="f32")
+
+
+def test_generate_gives_the_golden_tokens(named):
     """Short prompts as one ragged batch, then one that is longer than Gemma's window."""
-    model = pdx.load(name, dtype="f32")
+    name, model = named
     for rows in (lambda n: n <= 128, lambda n: n > 128):
         chosen = {key: case for key, case in GOLDEN[name].items() if rows(len(case["prompt"]))}
         assert chosen
@@ -33,11 +38,10 @@ def test_generate_gives_the_golden_tokens(name):
             assert completion.token_ids == chosen[key]["tokens"], key
 
 
-@pytest.mark.parametrize("name", [key for key in GOLDEN if key != "made_by"])
-def test_pallas_kernels_give_the_golden_tokens(name):
+def test_pallas_kernels_give_the_golden_tokens(named):
     """The TPU's, interpreted: the first tokens behind the shortest prompt."""
+    name, model = named
     case = min(GOLDEN[name].values(), key=lambda case: len(case["prompt"]))
-    model = pdx.load(name, dtype="f32")
     (done,) = pdx.generate(model, [case["prompt"]], max_tokens=8, ignore_eos=True, kernels="pallas")
     assert done.token_ids == case["tokens"][:8]
 

@@ -98,9 +98,9 @@ def test_what_is_refused_is_refused_wherever_a_mesh_enters(name, enters):
     assert "\n" not in str(error.value)
 
 
-def answer(mesh, weights=None):
+def answer(mesh):
     """Logits of a prefill and a decode step."""
-    weights = weights or (params(LLAMA) if mesh is None else place(params(LLAMA), param_specs(LLAMA), mesh))
+    weights = params(LLAMA) if mesh is None else place(params(LLAMA), param_specs(LLAMA), mesh)
     cache = pdx.init_cache(LLAMA, B, 128, mesh=mesh)
     logits, cache = pdx.prefill(weights, LLAMA, tokens(LLAMA, B, 8), np.array([8, 3, 2, 1]), cache)
     cache = cache.truncate(np.array([7, 3, 2, 1]))
@@ -116,6 +116,7 @@ def answer(mesh, weights=None):
     return np.asarray(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["explicit axes", "data alone", "the other order", "devices in another order"])
 def test_the_steps_answer_on_it_as_on_one_device(name):
     close(answer(TAKEN[name][0]()), answer(None))

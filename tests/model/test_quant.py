@@ -37,17 +37,16 @@ def directory(tmp_path_factory):
 def test_quantized_values_give_what_their_matrices_give(cfg, policy):
     if "g32" in policy:
         policy += ",*.down_proj=int8"  # 48 columns
-    params = quantize_params(pdx.init_params(cfg, jax.random.key(0)), policy)
+    params = quantize_params(models.params(cfg), policy)
     assert isinstance(params["layers"][0]["q_proj"], QuantArray)
-    tokens = jnp.arange(2 * 9).reshape(2, 9) % cfg.vocab_size
-    got, want = (pdx.forward(p, cfg, tokens).logits for p in (params, floats(params)))
+    tokens = models.tokens(cfg, 2, 9)
+    got, want = (models.whole(p, cfg, tokens).logits for p in (params, floats(params)))
     np.testing.assert_allclose(got, want, atol=models.TOLERANCE)
 
 
 def test_w8a8_is_near():
-    params = pdx.init_params(models.LLAMA, jax.random.key(0))
-    tokens = jnp.arange(9)[None]
-    exact, near = (pdx.forward(p, models.LLAMA, tokens).logits for p in (params, quantize_params(params, "w8a8")))
+    params, tokens = models.params(models.LLAMA), models.tokens(models.LLAMA, 1, 9)
+    exact, near = (models.whole(p, models.LLAMA, tokens).logits for p in (params, quantize_params(params, "w8a8")))
     error = np.abs(np.asarray(near - exact)).max() / np.abs(np.asarray(exact)).max()
     assert 0 < error < 0.05
 
@@ -109,7 +108,7 @@ def test_kinds_and_policies(tmp_path):
 
 @pytest.mark.parametrize("text", ["none", "int8", "w8a8,layers.0.q_proj=none,lm_head=none", "none,embed=int8"])
 def test_the_policy_of_parameters_is_how_they_are_stored(text):
-    params = pdx.init_params(models.LLAMA, jax.random.key(0))
+    params = models.params(models.LLAMA)
     asked = Policy.parse(text)
     found = Policy.of(quantize_params(params, asked) if asked else params)
     names = ["embed", "lm_head", "layers.0.q_proj", "layers.1.down_proj", "layers.1.attn_norm"]
@@ -120,7 +119,7 @@ def test_layers_are_counted_from_the_end_too(directory):
     layers = pdx.load(directory, quantize="int8,layers.-1.*=none,*_norm=none").params["layers"]
     quantized = [isinstance(p["q_proj"], QuantArray) for p in layers]
     assert quantized == [True] * (len(layers) - 1) + [False]
-    params = quantize_params(pdx.init_params(models.LLAMA, jax.random.key(0)), "none,layers.-2.up_proj=int8")
+    params = quantize_params(models.params(models.LLAMA), "none,layers.-2.up_proj=int8")
     assert [isinstance(p["up_proj"], QuantArray) for p in params["layers"]][-2:] == [True, False]
 
 

@@ -189,6 +189,7 @@ def test_a_mesh_answers_as_one_device_and_keeps_the_cache_in_its_place(cfg, mesh
     close(run(cfg, make_mesh(mesh)), run(cfg))  # the tokens too: each step is given the one before's
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 @pytest.mark.parametrize("layout", ["folded", "heads_last"])
 @pytest.mark.parametrize("cfg", [EIGHT, NINE, GEMMA], ids=MESHES)
@@ -205,6 +206,7 @@ def test_pallas_kernels_answer_as_xla_on_one_device_and_on_a_mesh(cfg):
     close(run(cfg, make_mesh("data=2,model=4"), layout="folded", kernels="pallas"), run(cfg))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_replicated():
     close(run(LLAMA, make_mesh("data=2,model=2"), batch=3), run(LLAMA, batch=3))
 

@@ -102,15 +102,15 @@ def test_chats_of_a_batch_take_it_and_settings_that_are_given_win(tmp_path, mode
     ]
 
 
-def test_the_chat_command_takes_it(directory, monkeypatch):
+def test_the_chat_command_takes_it(directory, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from pdx.cli import app
 
-    seen = []
+    profile, seen = tiny_model.engine_profile(tmp_path), []
     monkeypatch.setattr("pdx.clients.chat.converse", lambda chat, lines, out: seen.append(chat.options))
     for given in ((), ("--temperature", "0")):
-        done = CliRunner().invoke(app, ["chat", "-m", str(directory), "--seed", "1", *given])
+        done = CliRunner().invoke(app, ["chat", "-m", str(directory), "--engine", profile, "--seed", "1", *given])
         assert done.exit_code == 0, done.output
     assert [(o.temperature, o.top_k) for o in seen] == [(0.6, 20), (0.0, 20)]
 

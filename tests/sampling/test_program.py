@@ -86,6 +86,7 @@ def test_the_compiled_program_sorts_candidates_only():
             assert str(vocab) not in line.split(" sort(")[0], line
 
 
+@pytest.mark.slow
 def test_sampling_under_vmap():
     logits, options, _ = mixed_batch(vocab=500)
     state = SamplingState.create(options, 500)
@@ -115,6 +116,7 @@ def test_sampling_inside_a_loop():
     np.testing.assert_array_equal(after.output_counts, state.output_counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["data=2,model=4", "model=8"])
 def test_logits_sharded_over_a_mesh_give_the_same_tokens(sizes):
     logits, options, prompts = mixed_batch(vocab=9216)

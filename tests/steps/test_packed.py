@@ -16,7 +16,7 @@ from tests.support.models import ALL, GEMMA, LLAMA, NINE, bits, close, leaves_eq
 from tests.support.paging import Desk
 from tests.support.programs import check_in_place
 
-pytestmark = pytest.mark.thin(6)
+pytestmark = pytest.mark.thin(10)
 
 # Beside the three kinds, a window everywhere (Mistral), and windows with soft caps and one rope base (Gemma 2).
 MISTRAL = dataclasses.replace(LLAMA, windows=(24, 24))

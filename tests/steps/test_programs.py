@@ -156,6 +156,7 @@ def test_the_counter_sees_a_compilation(count_compiles):
     assert compiles() == 1
 
 
+@pytest.mark.slow
 def test_a_second_request_compiles_nothing(count_compiles):
     """Other lengths, other active rows, other settings, another number of steps: the same programs."""
     cfg, weights = GEMMA, params(GEMMA)

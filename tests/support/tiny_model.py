@@ -51,6 +51,13 @@ def make(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def engine_profile(directory: Path) -> str:
+    """A file for `--engine`: steps of at most 16 tokens, so that an engine has two programs to compile."""
+    file = directory / "engine.toml"
+    file.write_text("token_budget = 16\n", encoding="utf-8")
+    return str(file)
+
+
 def _weights(vocab: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     head = WIDTH // HEADS
 

@@ -229,6 +229,7 @@ def test_query_heads_are_dealt_out_where_kv_heads_are_not(heads, kv_heads, ways,
     close(logits(mesh, dtype), logits(None, dtype))
 
 
+@pytest.mark.slow
 def test_more_devices_than_kv_heads_with_normed_keys_and_biases():
     cfg = dataclasses.replace(QWEN, num_layers=1, windows=(None,), num_heads=8, num_kv_heads=2, qk_norm=True)
     close(run(cfg, None, "model=8"), run(cfg))

@@ -23,6 +23,15 @@ DENSE = {"flash": flash_attention, "decode": decode_attention}
 RUNS = [(op, name) for op in DENSE for name in LAYOUT]
 IDS = [f"{op} {name}" for op, name in RUNS]
 
+# Compiled once for all implementations that are held against them.
+dense_reference = jax.jit(
+    partial(reference_attention, layout="heads_last"),
+    static_argnames=("scale", "causal", "window", "softcap", "return_lse"),
+)
+packed_reference = jax.jit(
+    partial(paged_reference, layout="heads_last", kv_heads=2), static_argnames=("scale", "window", "return_lse")
+)
+
 
 def numbers(b, t, slots, heads=4, kv_heads=2, size=16, seed=0):
     """q, k and v as heads_last lays them."""
@@ -41,7 +50,7 @@ def both(op, name, q, k, v, starts, lengths, config=None, interpret=True, **sett
         "lengths": None if lengths is None else jnp.asarray(lengths),
     }
     settings = {"scale": 0.3, "return_lse": True} | settings
-    plain = {x: None if arrays[x] is None else arrays[x].astype(jnp.int32) for x in ("starts", "lengths")}
+    plain = {x: None if arrays[x] is None else np.asarray(arrays[x]).astype(np.int32) for x in ("starts", "lengths")}
 
     def run(arrays):
         laid = {x: to_layout(arrays[x], LAYOUT[name]) for x in "kv"}
@@ -50,8 +59,7 @@ def both(op, name, q, k, v, starts, lengths, config=None, interpret=True, **sett
             **arrays | laid, **settings, layout=LAYOUT[name], kv_heads=k.shape[2], implementation=name, **kernel
         )
 
-    reference = jax.jit(partial(reference_attention, **settings, layout="heads_last"))
-    return jax.jit(run)(arrays), reference(**arrays | plain)
+    return jax.jit(run)(arrays), dense_reference(**arrays | plain, **settings)
 
 
 def same(found, right):
@@ -118,7 +126,7 @@ def pages(
         "query_starts": jnp.asarray(np.concatenate([[0], np.cumsum(queries)]), kind),
         "sinks": sinks,
     }
-    plain = {x: arrays[x].astype(jnp.int32) for x in ("block_tables", "lengths", "query_starts")}
+    plain = {x: np.asarray(arrays[x]).astype(np.int32) for x in ("block_tables", "lengths", "query_starts")}
     pool = jnp.asarray(rng.standard_normal((2, rows * width, 16, 2, 64)), jnp.float32)
     settings = {"scale": 0.2, "return_lse": True} | settings
 
@@ -136,8 +144,7 @@ def pages(
         )
 
     found = jax.jit(run)(arrays) if traced else run(arrays)
-    reference = jax.jit(partial(paged_reference, layout="heads_last", kv_heads=2, **settings))
-    return found, reference(**arrays | plain, k_pages=pool[0], v_pages=pool[1])
+    return found, packed_reference(**arrays | plain, **settings, k_pages=pool[0], v_pages=pool[1])
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -18,6 +18,7 @@ from tests.support.paged_attention import pad_scale, to_layout
 
 pytestmark = pytest.mark.thin(10)
 
+rounded = jax.jit(quantize_kv)
 LAYOUTS = ("folded", "heads_last", "heads_first")
 PAGES, PAGE, HEADS, SIZE, VALUE = 6, 32, 3, 64, 32
 
@@ -35,7 +36,7 @@ def pools(rng, dtype, page=PAGE):
 def tokens(rng, count, dtype):
     made = [rng.standard_normal((count, HEADS, s)).astype(np.float32) for s in (SIZE, VALUE)]
     if dtype == "int8":
-        quantized = [quantize_kv(jnp.asarray(x)) for x in made]
+        quantized = [rounded(x) for x in made]
         return [np.array(x) for x, _ in quantized] + [np.array(s) for _, s in quantized]
     return [x.astype(jnp.dtype(dtype)) for x in made]
 

@@ -10,11 +10,11 @@ from pallas_kernels.analysis import problems, traffic
 from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import GPUS, Target
 from pallas_kernels.hardware import CHIPS
-from pallas_kernels.quant_array import QuantArray, quantize
+from pallas_kernels.quant_array import QuantArray
 from pallas_kernels.quantized_matmul import gpu, xla
-from pallas_kernels.quantized_matmul.api import explain, quantized_matmul
+from pallas_kernels.quantized_matmul.api import explain
 from pallas_kernels.quantized_matmul.call import Call
-from tests.pallas_kernels.quantized_matmul.test_matmul import TOLERANCE, error, expected
+from tests.pallas_kernels.quantized_matmul.test_matmul import TOLERANCE, error, expected, product, rounded
 
 pytestmark = pytest.mark.thin(10)
 
@@ -43,11 +43,11 @@ CALL = Call(8, 256, 384, 1, 8, False, False, "bfloat16")
 def draw(rows, out, columns, dtype="float32", **kind):
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, columns)), dtype)
-    return x, quantize(jnp.asarray(rng.standard_normal((out, columns)) + 0.1, jnp.float32), **kind)
+    return x, rounded(jnp.asarray(rng.standard_normal((out, columns)) + 0.1, jnp.float32), **kind)
 
 
 def run(x, w, config=None):
-    return quantized_matmul(x, w, implementation="gpu", interpret=True, config=config)
+    return product(x, w, implementation="gpu", interpret=True, config=config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
