@@ -141,7 +141,7 @@ class EngineMetrics:
 
     Attributes:
       finished, failed, cancelled: requests; a timeout counts as cancelled.
-      decode_tokens, prefill_tokens: tokens computed, by phase.
+      decode_tokens, prefill_tokens: tokens computed, by phase; of drafted ones those that were kept.
       hit_tokens: prompt tokens found in the prefix cache, so not computed.
       occupancy: mean share of slots with a row in a step.
       preemptions: of all requests.
@@ -150,7 +150,7 @@ class EngineMetrics:
       gap_s: mean seconds from the end of a step to the dispatch of the next; 0 if that was dispatched earlier.
       idle_share: the share of the time with work in which the device had no step dispatched.
       late: the share of steps that were dispatched after the step before had ended.
-      compiles: programs compiled since the warm-up, 0 if all is well.
+      compiles: programs compiled since the warm-up, 0 if all is well. A step of a shape without a program fails.
       warmup_s: seconds of the warm-up.
       speculation: what was drafted and kept, over all requests that speculate.
     """

@@ -80,6 +80,8 @@ def attend(q, positions, tables, first, end, *, call: Call, arrays):
     keys_a_step = per_step * p
     dtype = jnp.promote_types(q.dtype, jnp.bfloat16 if call.scale_heads else call.kv_dtype)
     precision = precision_of(dtype)
+    # Blocks of keys begin at the same positions whatever the queries see, so that a row's sums do not change with them.
+    first = first // per_step * per_step
     steps = -(-(end - first) // per_step)
     order = jnp.argsort(-steps)  # longest first, so that rows still being read are contiguous
     q, positions, tables, first, steps = (x[order] for x in (q, positions, tables, first, steps))

@@ -24,7 +24,7 @@ from pdx.cli.app import (
     print_table,
     refuse_without_effect,
 )
-from pdx.cli.serving import ProfileOption, SlotsOption, TokenBudgetOption, engine_config
+from pdx.cli.serving import ProfileOption, SlotsOption, TokenBudgetOption, drafts_of, engine_config
 from pdx.errors import RequestError
 from pdx.io import strict_json
 from pdx.weights.builtin import DEFAULT_MODEL
@@ -104,7 +104,8 @@ def bench_load(
     pressures = _pressures(arrival, rate, clients, trace)
     lengths = workload.Lengths.parse(prompt_len), workload.Lengths.parse(output_len)
     objectives = Objectives(*(None if x is None else x / 1e3 for x in (slo_ttft, slo_tpot, slo_e2e)))
-    drafts = {"speculate": speculate, "draft_length": draft_length}
+    is_varied = any(x.startswith(("speculate=", "draft_length=")) for x in vary or ())
+    drafts = drafts_of(speculate, draft_length, is_varied=is_varied)
     base = engine_config(profile, kv_dtype=kv_dtype, kernels=kernels, slots=slots, token_budget=token_budget, **drafts)
     each = load.variants(base, quantize, vary or ())
     for side in each:

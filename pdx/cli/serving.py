@@ -49,6 +49,15 @@ def engine_config(profile: str | None, **settings):
     return EngineConfig.from_toml(profile, **given) if profile else EngineConfig(**given)
 
 
+def drafts_of(speculate: str | None, draft_length: str, *, is_varied: bool = False) -> dict[str, str | None]:
+    """The settings of an engine for these options. Raises RequestError; `is_varied`: `--vary` gives one of them."""
+    from pdx.speculative.options import asked
+
+    if not is_varied and (speculate is not None or draft_length != "auto"):
+        asked(speculate, draft_length)
+    return {"speculate": speculate, "draft_length": draft_length}
+
+
 def _asked(**settings):
     """The settings that are not None."""
     return {name: value for name, value in settings.items() if value is not None}
@@ -94,7 +103,7 @@ def chat(
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
     streams.check_argument("--system", system)
-    drafts = {"speculate": speculate, "draft_length": draft_length}
+    drafts = drafts_of(speculate, draft_length)
     config = engine_config(profile, slots=1, prefill_rows=1, kv_dtype=kv_dtype, kernels=kernels, **drafts)
     if not config.prefix_cache:
         raise RequestError(
@@ -157,7 +166,7 @@ def batch(
 
     asked = _asked(temperature=temperature, top_p=top_p)
     options = SamplingOptions(max_tokens=max_tokens, seed=seed, **asked)
-    drafts = {"speculate": speculate, "draft_length": draft_length}
+    drafts = drafts_of(speculate, draft_length)
     config = engine_config(
         profile, slots=slots, token_budget=token_budget, kv_dtype=kv_dtype, kernels=kernels, **drafts
     )

@@ -98,8 +98,8 @@ def describe_engine_job(engine, requests: list[Request]) -> dict[str, str]:
     if config.deterministic:  # equal bits require that these are equal too
         names += ["slots", "prefill_rows", "token_budget", "page_size"]
     job = _describe_job(engine.model, requests, config.kv_dtype, explain_mixed(config.kernels))
-    if config.speculate is not None:
-        job["speculation"] = str(config.speculate)
+    if config.drafts is not None:
+        job["speculation"] = str(config.drafts)
     return job | {"the engine": ", ".join(f"{name} {getattr(config, name)}" for name in names)}
 
 

@@ -22,7 +22,7 @@ from pdx.errors import RequestError
 from pdx.installation.paths import config_folders
 from pdx.sampling.options import MAX_LOGPROBS
 from pdx.shapes import round_up
-from pdx.speculative.options import Speculation, asked
+from pdx.speculative.options import Speculation, as_length, asked
 from pdx.speculative.shares import LONGEST_CHOSEN
 
 SMALLEST_MIXED = 16
@@ -66,7 +66,7 @@ class EngineConfig:
         log-probabilities are equal bit for bit under any load. It costs time: each decode step computes
         `token_budget` tokens.
       speculate, draft_length: who drafts tokens, and how many a round, as in `pdx.generate`; or a `pdx.Speculation`.
-        Single requests can opt out (`EngineRequest.speculate`).
+        `draft_length` None: what `speculate` says. Single requests can opt out (`EngineRequest.speculate`).
 
     Raises:
       RequestError: a setting out of range; the text names it.
@@ -96,10 +96,12 @@ class EngineConfig:
     overlap: bool = True
     deterministic: bool = False
     speculate: Speculation | None = None
-    draft_length: Any = "auto"
+    draft_length: Any = None
 
     def __post_init__(self):
-        self._ask_for_drafts()
+        object.__setattr__(self, "speculate", asked(cast(Any, self.speculate)))
+        if self.draft_length is not None:
+            object.__setattr__(self, "draft_length", as_length(self.draft_length))
         for declared in dataclasses.fields(self):
             object.__setattr__(self, declared.name, _checked(declared, getattr(self, declared.name)))
         if self.token_budget is not None and self.token_budget <= self.slots:
@@ -116,13 +118,12 @@ class EngineConfig:
                     f"rows, so it must be at least {least}"
                 )
 
-    def _ask_for_drafts(self) -> None:
-        """Read `speculate` and `draft_length`. Afterwards both say the same, so that a changed copy reads alike."""
-        given: Any = self.speculate
-        own = isinstance(given, Speculation) and self.draft_length in ("auto", given.draft_length)
-        found = asked(given, "auto" if own else self.draft_length)
-        object.__setattr__(self, "speculate", found)
-        object.__setattr__(self, "draft_length", found.draft_length if found else "auto")
+    @cached_property
+    def drafts(self) -> Speculation | None:
+        """Who drafts tokens, and how many; None: nobody."""
+        if self.speculate is None or self.draft_length is None:
+            return self.speculate
+        return dataclasses.replace(self.speculate, draft_length=self.draft_length)
 
     @classmethod
     def from_toml(cls, name: str | Path, **changes) -> EngineConfig:
@@ -169,13 +170,13 @@ class EngineConfig:
     @property
     def most_drafts(self) -> int:
         """The most tokens that a request drafts in a step; 0 without speculation."""
-        if self.speculate is None:
+        if self.drafts is None:
             return 0
-        return LONGEST_CHOSEN if self.draft_length == "auto" else self.draft_length
+        length = self.drafts.draft_length
+        return LONGEST_CHOSEN if length == "auto" else int(length)
 
     def most_unread(self, max_context: int) -> int:
-        """The most tokens of a request behind those that no step takes back: of a chunk, or the newest one with what is
-        drafted behind it in the step that is planned and the one under way."""
+        """The most tokens of one request in a step, or in two with drafts: one is planned while the other runs."""
         return max(self.whole(max_context), 1 + 2 * self.most_drafts)
 
     @property

@@ -38,16 +38,17 @@ class Drafting:
         return Record(self.prior, available=self.config.most_drafts if self.always else 0)
 
     def extend(self, step: StepBuilder, memory: PagedMemory, plain_size: int) -> None:
-        """Draft tokens behind the step's decode rows, as many as pay and as pages are free for.
+        """Draft tokens behind the step's decode rows, as many as pay. Drafts leave a free page for each row.
 
-        `plain_size`: what the step's tokens are padded to without drafts.
+        Changes the rows' requests as if all drafts were kept. `plain_size`: what the step's tokens are padded to if
+        nothing is drafted.
         """
         rows = [c for c in step.chunks if c.samples and c.count == 1 and c.sequence.record is not None]
         limits = [c.sequence.request.options.max_tokens - c.sequence.generated for c in rows]
         found = self.shares([cast(Record, c.sequence.record) for c in rows], limits, step.tokens, plain_size)
         for chunk, wanted in zip(rows, found, strict=True):
             seq = chunk.sequence
-            count = min(wanted, memory.longest(seq) - seq.computed)
+            count = min(wanted, memory.longest(seq, spare=len(rows)) - seq.computed)
             # Pages that fall out of a window with the row's newest token are still read by it.
             if count > 0 and memory.grow(seq, seq.computed + count, slide=False):
                 step.draft(chunk, count)

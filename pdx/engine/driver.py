@@ -186,8 +186,8 @@ class Driver:
         flights.popleft()
         now = time.perf_counter()
         for chunk in plan.chunks:
-            if chunk.samples and NO_TOKEN in got.of(chunk.slot):
-                self._fail(chunk.sequence, not_finite(chunk.start + chunk.count - 1))
+            if chunk.samples and NO_TOKEN in (tokens := got.of(chunk.slot)):
+                self._fail(chunk.sequence, not_finite(len(chunk.sequence.tokens) - 1 + tokens.index(NO_TOKEN)))
         with self.work:
             self.stats.ended(flight.dispatched, now)
             slots = {c.sequence: c.slot for c in plan.chunks}
@@ -209,6 +209,7 @@ class Driver:
                     continue
                 counts = got.counted(chunk.slot, emitted[chunk.sequence])
                 self.stats.speculation += counts
+                self.stats.decode_tokens += counts.kept
                 if stream is not None:
                     stream.row.speculation = (stream.row.speculation or SpeculationCounts()) + counts
 

@@ -78,14 +78,16 @@ class Engine:
             if not isinstance(value, kind):
                 raise RequestError(f"{name} is {type(value).__name__}: it must be a {kind.__module__}.{kind.__name__}")
         kv_dtype = cache_dtype(config.kv_dtype, model)
-        self.model, self.config = model, fill_in(config, model, kv_dtype)
+        draft = None
+        if config.speculate is not None:
+            check_proposer(config.speculate)
+            loaded = with_draft(config.speculate, model)
+            config, draft = dataclasses.replace(config, speculate=loaded), loaded.model
+        self.model, self.config = model, fill_in(config, model, kv_dtype, cast(Model | None, draft))
         drafting = None
         if self.config.speculate is None:
             self.runner = Runner(model, self.config, kv_dtype)
         else:
-            check_proposer(self.config.speculate)
-            loaded = with_draft(self.config.speculate, model)
-            self.config = dataclasses.replace(self.config, speculate=loaded)
             self.runner = speculative = SpeculativeRunner(model, self.config, kv_dtype)
             drafting = Drafting(
                 self.config, speculative.proposer.prior, always=not isinstance(speculative.proposer, NGram)

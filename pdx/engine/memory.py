@@ -78,10 +78,11 @@ class PagedMemory:
                 self._append(seq, group, self._allocate(group))
         return True
 
-    def longest(self, seq: Sequence) -> int:
-        """The position up to which the request could grow with the pages available now."""
+    def longest(self, seq: Sequence, *, spare: int = 0) -> int:
+        """The position up to which the request could grow with the pages available now, all but `spare` of them."""
         return min(
-            (len(pages) + pool.available) * self.page_size for pages, pool in zip(seq.pages, self.pools, strict=True)
+            (len(pages) + max(0, pool.available - spare)) * self.page_size
+            for pages, pool in zip(seq.pages, self.pools, strict=True)
         )
 
     def register(self, seq: Sequence, *, planning: bool = False) -> None:

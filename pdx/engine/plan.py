@@ -53,7 +53,7 @@ class StepPlan:
       samples: [slots] whether a token is sampled.
       slot_of: [R] the slot whose request owns each row.
       drafts: [slots] the most tokens that each slot's row drafts.
-      joins: requests that this step puts into their slots.
+      joins: slots with the requests that this step puts there. A request may lose its slot before that happens.
       copies: page copies to run before the step, in this order.
     """
 
@@ -69,7 +69,7 @@ class StepPlan:
     samples: np.ndarray
     slot_of: np.ndarray
     drafts: np.ndarray
-    joins: tuple[Sequence, ...] = ()
+    joins: tuple[tuple[int, Sequence], ...] = ()
     copies: tuple[Copy, ...] = ()
     decode_tokens: int = 0
     prefill_tokens: int = 0
@@ -96,7 +96,7 @@ class StepBuilder:
     left: int
     rows_left: int
     chunks: list[Chunk] = field(default_factory=list)
-    joins: list[Sequence] = field(default_factory=list)
+    joins: list[tuple[int, Sequence]] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     planned: set[int] = field(default_factory=set)
 
@@ -162,7 +162,7 @@ class StepBuilder:
             drafts[c.slot] = c.drafts
         starts = np.zeros(rows + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
-        decoded = sum(c.count + c.drafts for c in chunks if c.is_decode)
+        decoded = sum(c.count for c in chunks if c.is_decode)
         return StepPlan(
             tuple(chunks),
             tokens,
@@ -179,5 +179,5 @@ class StepBuilder:
             tuple(self.joins),
             tuple(self.copies),
             decoded,
-            self.tokens - decoded,
+            sum(c.count for c in chunks) - decoded,
         )

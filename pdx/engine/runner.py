@@ -191,9 +191,9 @@ class Runner:
             "join", _join, sampling=self.sampling, slot=np.int32(slot), one=one, static={"mesh": self.model.mesh}
         )
 
-    def join_all(self, sequences: tuple[Sequence, ...]) -> None:
-        for seq in sequences:
-            self.join(seq.slot, seq.request.options, list(seq.request.prompt), seq.outputs)
+    def join_all(self, joins: tuple[tuple[int, Sequence], ...]) -> None:
+        for slot, seq in joins:
+            self.join(slot, seq.request.options, list(seq.request.prompt), seq.outputs)
 
     def _copy(self, copies) -> None:
         """Copy pages in order: a later copy may overwrite an earlier one's source, but not the reverse."""

@@ -291,7 +291,7 @@ class Scheduler:
             self._slots.pop()
             self.running.append(seq)
             seq.status = Status.RUNNING
-            step.joins.append(seq)
+            step.joins.append((seq.slot, seq))
             step.copies.extend(copies)
             if seq.started is None:
                 seq.started, seq.hit_tokens = now, seq.computed

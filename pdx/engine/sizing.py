@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.hardware import detect
+from pdx.cache.dense import cache_specs
 from pdx.cache.paged import PAGE_SIZES, PagedCache, page_groups, paged_cache_specs
 from pdx.cost import Setup
 from pdx.cost.tradeoffs import largest_chunk
@@ -18,6 +19,7 @@ from pdx.engine.memory import demand
 from pdx.errors import RequestError
 from pdx.layers.kernels import layout_for
 from pdx.quant import Policy
+from pdx.sharding import is_spec
 from pdx.weights.load import Model
 
 # The cost model needs a chip in the table. A CPU has none, and reaches its prefill rate with few tokens.
@@ -27,8 +29,10 @@ CHUNK_STEP, LARGEST_CHUNK = 64, 8192
 HOST_SHARE = 1 / 8
 
 
-def fill_in(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
+def fill_in(config: EngineConfig, model: Model, kv_dtype, draft: Model | None = None) -> EngineConfig:
     """Fill in what the configuration leaves open: context, page size, token budget, and pages of each page group.
+
+    `draft`: a draft model, loaded, whose dense cache needs memory too.
 
     Raises RequestError where the memory does not suffice for one request of `max_context` tokens.
     """
@@ -42,7 +46,7 @@ def fill_in(config: EngineConfig, model: Model, kv_dtype) -> EngineConfig:
         least = filled.slots + filled.page_size
         filled = dataclasses.replace(filled, token_budget=max(least, budget(model, filled, kv_dtype)))
     if not isinstance(filled.pages, tuple):
-        filled = dataclasses.replace(filled, pages=pages(model, filled, kv_dtype))
+        filled = dataclasses.replace(filled, pages=pages(model, filled, kv_dtype, draft))
     return filled
 
 
@@ -58,7 +62,7 @@ def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
     return config.slots + max(CHUNK_STEP, min(chunk, LARGEST_CHUNK) // CHUNK_STEP * CHUNK_STEP)
 
 
-def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
+def pages(model: Model, config: EngineConfig, kv_dtype, draft: Model | None = None) -> tuple[int, ...]:
     """Pages of each page group. Window groups get twice what their slots need, so that cached prefixes survive. Full
     groups get the rest of the memory, up to what `slots` requests of `max_context` tokens need."""
     groups = page_groups(model.config)
@@ -70,7 +74,11 @@ def pages(model: Model, config: EngineConfig, kv_dtype) -> tuple[int, ...]:
     most = config.most_unread(config.max_context)
     alone = [demand(w, config.page_size, config.max_context, most) for w in groups]
     counts = [n * config.slots * (1 if w is None else 2) for n, w in zip(alone, groups, strict=True)]
-    return _within(free_bytes(model) * config.memory_share, counts, alone, groups, one)
+    room = free_bytes(model) * config.memory_share
+    if draft is not None:
+        specs = cache_specs(draft.config, config.slots, config.max_context, dtype=kv_dtype, mesh=model.mesh)
+        room -= sum(spec.held_bytes(model.mesh) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+    return _within(room, counts, alone, groups, one)
 
 
 def _within(room: float, counts: list[int], alone: Sequence[int], groups, one: PagedCache) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from pdx.layers.kernels import layout_for
 from pdx.metrics import SpeculationCounts
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
-from pdx.sharding import constrain_rows, place_rows
+from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import DraftModel, Proposer, SelfDraft
 from pdx.speculative.shares import Record, StepCosts
@@ -72,7 +72,7 @@ class SpeculativeRunner(Runner):
 
     def __init__(self, model: Model, config: EngineConfig, kv_dtype):
         self.most = config.most_drafts
-        speculation = cast(Speculation, config.speculate)
+        speculation = cast(Speculation, config.drafts)
         self.proposer, self.draft = choose_proposer(model, speculation, catch_up=CATCH_UP)
         self._kv_dtype = kv_dtype
         self.costs: StepCosts | None = None
@@ -104,7 +104,7 @@ class SpeculativeRunner(Runner):
             plan.drafts[:] = 1
             self._once(plan, masked=plan is plans[0])
             report("compiling the engine's programs for drafts", done, len(plans))
-        if self.config.draft_length == "auto" and not self.config.deterministic:
+        if cast(Speculation, self.config.drafts).draft_length == "auto":
             self.costs = self._measured(plans)
         self.reset()
 
@@ -139,6 +139,8 @@ class SpeculativeRunner(Runner):
                 "tokens": plan.shape,
                 "most": most,
                 "proposer": self.proposer,
+                "as_plain": self.config.deterministic,
+                "mesh": self.model.mesh,
                 "kernels": self.kernels,
             },
         )
@@ -209,8 +211,11 @@ class SpeculativeRunner(Runner):
     def _measured(self, plans: list[StepPlan]) -> StepCosts:
         """Time the steps with and without drafts, with empty rows: padding costs what tokens cost."""
         groups, top = len(self.cache.groups), plans[-1].shape
-        sizes = [n for n in self.config.ladder(cast(int, self.config.max_context)) if n < top]
-        plain = {n: _fastest(lambda n=n: self._once(empty_plan(self.config, n, groups))) for n in sizes}
+        sizes = [n for n in self.config.ladder(cast(int, self.config.max_context)) if n <= top]
+        without = [empty_plan(self.config, n, groups) for n in sizes]
+        for plan in (*plans, *without):
+            plan.samples[:] = True
+        plain = {plan.shape: _fastest(lambda plan=plan: self._once(plan)) for plan in without}
         drafted, draft_s = {}, 0.0
         for plan in plans:
             plan.drafts[:] = 0
@@ -244,10 +249,12 @@ def _fastest(run: Callable[[], None]) -> float:
 
 @partial(
     jax.jit,
-    static_argnames=("cfg", "shape", "tokens", "most", "proposer", "kernels"),
+    static_argnames=("cfg", "shape", "tokens", "most", "proposer", "as_plain", "mesh", "kernels"),
     donate_argnames=("cache", "slots"),
 )
-def _score(params, cache, slots, sampling, host, draft_params, cfg, shape, tokens, most, proposer, kernels):
+def _score(
+    params, cache, slots, sampling, host, draft_params, cfg, shape, tokens, most, proposer, as_plain, mesh, kernels
+):
     """The forward pass. The host's inputs come packed in one array, since each array costs a transfer."""
     r, s, groups = shape
     counts, starts, slot_of, logit_rows, drafts, rounds, tables = jnp.split(host, np.cumsum([r, r, r, s, s, s]))
@@ -263,9 +270,12 @@ def _score(params, cache, slots, sampling, host, draft_params, cfg, shape, token
         most=most,
         proposer=proposer,
         draft_params=draft_params,
+        as_plain=as_plain,
         kernels=kernels,
     )
-    return scored, cache, slots
+    logits = constrain(scored.logits, ArraySpec(scored.logits.shape, (None, "vocab"), scored.logits.dtype), mesh)
+    at, drafted, rounds = constrain_rows((scored.at, scored.drafted, scored.rounds), mesh)
+    return Scored(logits, at, drafted, rounds), cache, _placed(slots, mesh)
 
 
 @partial(jax.jit, static_argnames=("proposer", "most", "num_logprobs", "mesh"), donate_argnames=("slots", "sampling"))
@@ -275,14 +285,15 @@ def _emit(scored, slots, sampling, samples, proposer: Proposer, most, num_logpro
     )
     numbers = jnp.stack([getattr(told, name) for name in NUMBERS], axis=1)
     packed = jnp.concatenate([numbers, told.emitted.tokens], axis=1).astype(jnp.int32)
+    return told, packed, _placed(slots, mesh), constrain_rows(sampling, mesh)
+
+
+def _placed(slots: SlotState, mesh) -> SlotState:
+    """The slots constrained to their placement; a program must return them so, or the next one is not for them."""
     own, slots = slots.proposer, constrain_rows(slots.replace(proposer=None), mesh)
-    own = None if own is None else own.placed()
-    return told, packed, slots.replace(proposer=own), constrain_rows(sampling, mesh)
+    return slots.replace(proposer=None if own is None else own.placed())
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames=("sampling", "slots"))
 def _join(sampling, slots, slot, one, tokens, held, mesh):
-    slots = slots.join(slot, tokens, held)
-    own, slots = slots.proposer, constrain_rows(slots.replace(proposer=None), mesh)
-    own = None if own is None else own.placed()
-    return constrain_rows(sampling.put(slot, one), mesh), slots.replace(proposer=own)
+    return constrain_rows(sampling.put(slot, one), mesh), _placed(slots.join(slot, tokens, held), mesh)

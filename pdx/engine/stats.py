@@ -34,8 +34,8 @@ class Stats:
         self.decode_tokens += plan.decode_tokens
         self.prefill_tokens += plan.prefill_tokens
         self.rows += len({c.slot for c in plan.chunks})
-        self.preemptions += sum(s.preemptions > 0 for s in plan.joins)
-        self.hit_tokens += sum(s.hit_tokens for s in plan.joins if not s.preemptions)
+        self.preemptions += sum(s.preemptions > 0 for _, s in plan.joins)
+        self.hit_tokens += sum(s.hit_tokens for _, s in plan.joins if not s.preemptions)
         self.late += is_late
         if is_late and self._ended is not None:
             self.idle_s += max(0.0, now - (seen_running or self._ended))

@@ -110,6 +110,7 @@ def accept(
             kept = has_draft & (drawn.tokens == token)
             if drafted.kept is not None:
                 kept = has_draft & drafted.kept[:, at]
+                drawn = drawn.replace(tokens=jnp.where(kept, token, drawn.tokens))
         sampling = sampling.observe(drawn.tokens, going)
         rows = jax.tree.map(lambda every, new: lax.dynamic_update_index_in_dim(every, new, i, 1), rows, drawn)
         return i + 1, kept, counts + going, sampling, rows

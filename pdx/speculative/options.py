@@ -75,11 +75,7 @@ class Speculation:
         `draft_length` may be a text, as on the command line.
         """
         name, _, rest = text.partition(":")
-        length: Any = draft_length
-        if isinstance(length, str) and length != "auto":
-            if not length.isdecimal():
-                raise RequestError(f"draft_length {length!r} is not auto or a number of tokens")
-            length = int(length)
+        length = as_length(draft_length)
         if text == "none":
             return None
         settings: dict[str, Any] = {}
@@ -97,6 +93,17 @@ class Speculation:
         elif rest:
             raise RequestError(f"speculate {text!r} is not one of {CHOICES}")
         return cls(name, length, **settings)
+
+
+def as_length(draft_length: Any) -> int | str:
+    """`auto` or a number, which may be a text as on the command line. Raises RequestError."""
+    if draft_length == "auto":
+        return "auto"
+    if isinstance(draft_length, str):
+        if not draft_length.isdecimal():
+            raise RequestError(f"draft_length {draft_length!r} is not auto or a number of tokens")
+        draft_length = int(draft_length)
+    return integer("draft_length", draft_length, 1, LONGEST_DRAFT)
 
 
 def asked(speculate: Speculation | str | None, draft_length: int | str = "auto") -> Speculation | None:

@@ -26,7 +26,6 @@ class Record:
     Attributes:
       prior: the acceptance to assume of each class before anything was seen.
       available, confidence: what the proposer could draft behind the newest token that the host knows.
-      last_drafts: how many tokens the request drafted in each round since the beginning, by number.
     """
 
     prior: tuple[float, ...]
@@ -58,7 +57,7 @@ class StepCosts:
     Attributes:
       plain: without drafts, by its padded number of tokens.
       drafted: with drafts, by its padded number of tokens; also what the proposer does in each such step.
-      draft_s: more for each token of the longest draft, where a model drafts them.
+      draft_s: more for each further token of the longest draft, where a model drafts them.
     """
 
     plain: Mapping[int, float]
@@ -90,20 +89,22 @@ def shares(
         ),
         key=lambda gain: (-gain[0], gain[1]),
     )
-    best, chosen = MARGIN * taken / plain_s, 0
+    best, chosen = taken / plain_s, 0
     for size, seconds in costs.drafted.items():
         count = min(size - taken, len(ordered))
         if count < 1:
             continue
         longest = max(k for _, k, _ in ordered[:count])
-        rate = (taken + sum(gain for gain, _, _ in ordered[:count])) / (seconds + costs.draft_s * longest)
-        if rate > best:
+        seconds += costs.draft_s * (longest - 1)
+        rate = (taken + sum(gain for gain, _, _ in ordered[:count])) / seconds
+        margin = MARGIN if seconds > plain_s and not chosen else 1.0
+        if rate > best * margin:
             best, chosen = rate, count
     return counted(ordered[:chosen], len(acceptance))
 
 
 def fixed(length: int, limits: Sequence[int], room: int) -> list[int]:
-    """`length` tokens in each row, or as many as its limit and the step's `room` leave, the first rows first."""
+    """The tokens of each row: `length`, or as many as its limit and the step's `room` leave, the first rows first."""
     found = []
     for limit in limits:
         found.append(max(0, min(length, limit, room)))
@@ -112,6 +113,7 @@ def fixed(length: int, limits: Sequence[int], room: int) -> list[int]:
 
 
 def counted(gains: Sequence[tuple[float, int, int]], rows: int) -> list[int]:
+    """How many of the gains are of each row."""
     found = [0] * rows
     for _, _, row in gains:
         found[row] += 1

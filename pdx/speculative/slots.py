@@ -32,7 +32,7 @@ from pdx.steps.packed import mixed
 
 @struct.dataclass
 class SlotState:
-    """The tokens of each slot's request, and what the proposer knows.
+    """The tokens of each of S slots' requests, up to C each, and what the proposer knows.
 
     Attributes:
       history: tokens, prompt and answer; the first `held` count. The last of them is not in the pages yet.
@@ -64,7 +64,7 @@ class SlotState:
 
 @struct.dataclass
 class StepRows:
-    """What the host says of a step: R rows, of which the first S are the slots'.
+    """What the host says of a step: R rows, of which the first S are the slots', with M pages each in Gr page groups.
 
     Attributes:
       counts: tokens of each row without drafts; a round's row has its newest one.
@@ -86,7 +86,7 @@ class StepRows:
 
 @struct.dataclass
 class Scored:
-    """What `score` returns: packed logits, where each slot's lie, and the drafts."""
+    """What `score` returns: W packed logits, where each slot's lie, and the drafts; g1 is the longest draft and one."""
 
     logits: Float[Array, "W V"]
     at: Int[Array, "S g1"]
@@ -102,7 +102,8 @@ class Emission:
       emitted: tokens [S, g + 1]; the first `counts` of each slot are new.
       counts: 0 for a slot that samples nothing.
       drafted, kept: tokens of each slot that were verified and kept.
-      confidence, tried, accepted: what was learned about the proposer.
+      confidence: the class of the draft.
+      tried, accepted: tokens of the draft; in a plain step its first one, which was not verified but could be compared.
       available, next_confidence: what it could draft next.
     """
 
@@ -156,6 +157,7 @@ def score(
     most: int,
     proposer: Proposer,
     draft_params: Params | None = None,
+    as_plain: bool = False,
     kernels: Any = "auto",
 ) -> tuple[Scored, PagedCache, SlotState]:
     """Draft, and run the step's tokens. The cache and the slots are donated.
@@ -163,6 +165,8 @@ def score(
     Args:
       tokens: static; T, what the step's tokens are padded to, drafts included.
       most: static; the most tokens that a row drafts; 0: a step without drafts.
+      as_plain: keep a draft only if it is the token that plain decoding draws, however it was drafted. Then a request's
+        tokens do not depend on where its rounds begin.
     """
     count, held, history = slots.held.shape[0], slots.held, slots.history
     drafted = Drafted(jnp.zeros((count, most), jnp.int32), jnp.zeros(count, jnp.int32))
@@ -173,6 +177,8 @@ def score(
         prepared = slots.prepared.replace(available=available)
         drafted, pages, own = proposer.draft(rows, slots.proposer, prepared, most, cfg, kernels)
         drafted = drafted.replace(lengths=jnp.minimum(drafted.lengths, available))
+        if as_plain:
+            drafted = drafted.replace(probabilities=None)
         cache, slots = pages.cache, slots.replace(proposer=own)
         history = put(history, drafted.tokens, held, drafted.lengths)
     rows = _packed(slots, step, drafted, tokens, most)

@@ -133,7 +133,7 @@ def run_random_events(windows, pages, settings, events):
             world.fail()
         else:
             plan = world.step()
-            for seq in plan.joins if plan else ():
+            for _, seq in plan.joins if plan else ():
                 preempted += seq.preemptions > 0
                 hits += seq.hit_tokens
             copies += len(plan.copies) if plan else 0

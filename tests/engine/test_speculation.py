@@ -156,6 +156,30 @@ def test_a_failed_step_is_recovered_from(engine, monkeypatch):
     same(engine.generate([REPEATS], max_tokens=20, ignore_eos=True)[0], want)
 
 
+def test_a_request_that_is_cancelled_before_it_joins_harms_nobody(engine, monkeypatch):
+    """Neither the slot that is counted last, nor a later request with the same prompt."""
+    victim = tuple(engine.model.tokenizer.encode("the victim's own words, more than a page of them"))
+    real = engine.runner.join_all
+
+    def cancel_first(joins):
+        for _, seq in joins:
+            if seq.request.prompt == victim:
+                engine._driver.cancel(seq)
+        real(joins)
+
+    monkeypatch.setattr(engine.runner, "join_all", cancel_first)
+    settings = {"ignore_eos": True}
+    lengths = (5, 40, 40, 40)  # the first one makes room
+    streams = [engine.submit(f"{REPEATS} {i}", max_tokens=n, **settings) for i, n in enumerate(lengths)]
+    cancelled = engine.submit(list(victim), max_tokens=20, **settings)
+    assert cancelled.result(60).finish_reason == "cancelled"
+    for i, (stream, n) in enumerate(zip(streams, lengths, strict=True)):
+        same(stream.result(60), pdx.generate(engine.model, [f"{REPEATS} {i}"], max_tokens=n, **settings)[0])
+    monkeypatch.undo()
+    expected = pdx.generate(engine.model, [list(victim)], max_tokens=20, **settings)[0]
+    same(engine.submit(list(victim), max_tokens=20, **settings).result(60), expected)
+
+
 def test_no_page_of_the_prefix_tree_holds_a_rejected_token(engine):
     """What the tree holds equals, key by key and value by value, what plain prefill makes of the same tokens."""
     engine.generate([REPEATS, "ab ab ab ab", "x y x y x"], max_tokens=60, ignore_eos=True)
@@ -199,30 +223,49 @@ def test_every_setting_gives_the_tokens_of_plain_decoding(model, draft, settings
     if settings.get("speculate", "ngram") != "ngram":
         options = [dataclasses.replace(o, temperature=0.0) for o in options]
     if settings.get("speculate") == "draft":
-        settings["speculate"] = Speculation("draft", settings.get("draft_length", 3), model=draft)
-        settings["draft_length"] = "auto"
+        settings["speculate"] = Speculation("draft", model=draft)
     expected = pdx.generate(model, prompts, options, kv_dtype=kv_dtype)
     with Engine(model, pdx.EngineConfig(**TIGHT | NGRAM | settings)) as engine:
         metrics = check_all(engine, prompts, options, expected)
-        is_chosen = engine.config.draft_length == "auto"  # then a draft as large as its target never pays
+        is_chosen = engine.config.drafts.draft_length == "auto"  # then a draft as large as its target never pays
         assert metrics.speculation.drafted > 0 or (is_chosen and engine.config.speculate.proposer == "draft")
 
 
 @pytest.mark.slow
-def test_deterministic_results_do_not_depend_on_drafts_bit_for_bit(model):
-    """With and without drafts, alone and under load: the same tokens and log-probabilities."""
+@pytest.mark.parametrize("proposer", ["ngram", "self:1"])
+def test_deterministic_results_do_not_depend_on_drafts_bit_for_bit(model, proposer):
+    """With and without drafts, alone and under load: the same tokens and log-probabilities, at any temperature."""
     rng = random.Random(5)
     prompts, options = random_requests(rng, 14, tokens=60)
     prompts = [model.tokenizer.encode(REPEATS + p if rng.random() < 0.5 else p) for p in prompts]
     options = [dataclasses.replace(o, logprobs=2) for o in options]
     requests = [(tuple(p), o) for p, o in zip(prompts, options, strict=True)]
-    with Engine(model, pdx.EngineConfig(**TIGHT | NGRAM | {"token_budget": 24, "deterministic": True})) as engine:
+    with Engine(
+        model, pdx.EngineConfig(**TIGHT | NGRAM | {"token_budget": 24, "deterministic": True, "speculate": proposer})
+    ) as engine:
         alone = [engine.submit(EngineRequest(p, o, speculate=False)).result(120) for p, o in requests]
         streams = [engine.submit(EngineRequest(p, o)) for p, o in requests]
         for stream, want in zip(streams, alone, strict=True):
             got = stream.result(120)
             assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
         assert engine.metrics().speculation.kept > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proposer", ["ngram", "self:1"])
+def test_mesh(tmp_path, proposer):
+    """Over two devices; the window is no part of it."""
+    prompts, options = random_requests(random.Random(6), 6, tokens=12)
+    prompts = [REPEATS + p for p in prompts]
+    options = [dataclasses.replace(o, temperature=0.0) for o in options]
+    files = tiny_model.make(tmp_path)
+    config = pdx.EngineConfig(**TIGHT | {"speculate": proposer, "draft_length": 3})
+    with Engine(pdx.load(files, mesh="model=2"), config) as engine:
+        got = engine.generate(prompts, options)
+        assert engine.metrics().compiles == 0
+        assert engine.metrics().speculation.drafted > 0
+    for a, b in zip(got, pdx.generate(pdx.load(files), prompts, options), strict=True):
+        same(a, b)
 
 
 @pytest.mark.slow
@@ -263,7 +306,7 @@ def paths(model, ids, options, length) -> dict[tuple[int, ...], float]:
 
 def test_what_makes_no_sense_is_said(model, draft):
     for settings, says in (
-        ({"draft_length": 3}, "draft_length"),
+        ({"draft_length": "three"}, "draft_length"),
         ({"speculate": "ngrams"}, "ngram"),
         ({"speculate": "ngram", "draft_length": 16}, "draft_length"),
     ):
@@ -279,7 +322,11 @@ def test_what_makes_no_sense_is_said(model, draft):
 
 def test_a_configuration_can_be_changed_and_keeps_its_drafts():
     config = pdx.EngineConfig(slots=8, token_budget=128, speculate="ngram", draft_length=4)
-    assert dataclasses.replace(config, slots=2).speculate == Speculation("ngram", 4)
+    assert dataclasses.replace(config, slots=2).drafts == Speculation("ngram", 4)
+    assert dataclasses.replace(config, draft_length="auto").drafts == Speculation("ngram")
+    assert dataclasses.replace(config, speculate="none").drafts is None
+    own = pdx.EngineConfig(token_budget=64, speculate=Speculation("ngram", 3))
+    assert (own.drafts.draft_length, dataclasses.replace(own, draft_length=5).drafts.draft_length) == (3, 5)
     assert config.draft_ladder == (16, 32, 40)
     assert pdx.EngineConfig(slots=1, token_budget=128, speculate="ngram").draft_ladder == (4, 8)
     assert NGram.prior[0] < NGram.prior[-1]

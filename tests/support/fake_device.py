@@ -54,8 +54,8 @@ class FakeDevice:
 
     def run(self, plan) -> dict[int, list[int]]:
         """The tokens emitted, by slot."""
-        for seq in plan.joins:
-            self.held[seq.slot] = len(seq.tokens)
+        for slot, seq in plan.joins:
+            self.held[slot] = len(seq.tokens)
         self.kept = {c: self.random.randint(0, c.drafts) for c in plan.chunks}
         for group, source, target in plan.copies:
             self.pages[group][target] = list(self.pages[group][source])

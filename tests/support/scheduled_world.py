@@ -92,7 +92,7 @@ class World:
         for chunk in plan.chunks:
             assert chunk.row == chunk.slot if chunk.count == 1 else chunk.row >= self.config.slots
             self._check_cut(chunk)
-        self.started += [s.id for s in plan.joins if not s.preemptions]
+        self.started += [s.id for _, s in plan.joins if not s.preemptions]
 
     def _check_cut(self, chunk):
         size, length = self.config.fixed_chunk, chunk.sequence.prompt_length

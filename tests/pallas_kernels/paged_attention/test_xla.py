@@ -196,6 +196,18 @@ def test_a_row_has_the_same_bits_alone(queries):
         np.testing.assert_array_equal(out.reshape(together.shape)[row], together[row])
 
 
+def test_a_query_has_the_same_bits_behind_others_and_alone():
+    """Also where a window begins in another block of keys for the query before."""
+    case = Case("drafts", (211,), (4,), page=8, window=200, decode_rows=1, decode_queries=4)
+    problem = make(case)
+    drafted = np.asarray(run(problem, "heads_first", max_queries=4))
+    for i in range(4):
+        q = jnp.asarray(problem.arguments("heads_first")["q"])[i : i + 1]
+        one = {"q": jnp.pad(q, ((0, 3), (0, 0), (0, 0))), "lengths": jnp.array([208 + i], jnp.int32)}
+        out = run(problem, "heads_first", max_queries=4, query_starts=jnp.array([0, 1], jnp.int32), **one)
+        np.testing.assert_array_equal(np.asarray(out)[0], drafted[i])
+
+
 def test_chunks_equal_the_whole():
     """The same queries in one chunk, or as three rows that share all pages."""
     whole = make(Case("whole", (60,), (30,)))
