@@ -136,6 +136,7 @@ def test_only_a_line_feed_ends_a_line_and_a_mark_may_stand_before_the_first(dire
     assert [a["prompt"] for a in answers] == prompts
 
 
+@pytest.mark.thin(3)  # each starts a process
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

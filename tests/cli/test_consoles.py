@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import types
+from functools import cache
 
 import pytest
 
 import pdx
-from pdx.cli import app, streams
+from pdx.cli import app, generate, streams
 from pdx.cli.app import main
 from pdx.clients.chat import Chat, check_template, converse, input_lines
 from pdx.errors import EngineError, RequestError
@@ -88,6 +89,7 @@ def printed(monkeypatch, encoding, *arguments):
 
 
 def test_a_console_that_cannot_show_the_answer_loses_nothing(monkeypatch, directory):
+    monkeypatch.setattr(generate, "load_model", cache(generate.load_model))  # one model and its programs for all
     asked = ("generate", "Grüße", "-m", directory, "--max-tokens", 24, "--ignore-eos")
     exact = json.loads(printed(monkeypatch, "utf-8", *asked, "--json"))
     assert not exact["text"].isascii()

@@ -120,6 +120,7 @@ def test_nothing_is_compiled_after_the_warm_up(tight, count_compiles):
         assert (compiles(), tight.metrics().compiles) == (0, 0)
 
 
+@pytest.mark.slow
 def test_deterministic_results_are_equal_bit_for_bit(windowed):
     rng = random.Random(5)
     prompts, options = random_requests(rng, 16, tokens=60)

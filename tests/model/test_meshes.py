@@ -17,7 +17,7 @@ from pdx.sharding import place
 from tests.support import tiny_model
 from tests.support.models import LLAMA, close, params, tokens
 
-pytestmark = [pytest.mark.thin(6), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
+pytestmark = [pytest.mark.thin(8), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 B = 4
 
 

@@ -21,7 +21,7 @@ from tests.support.programs import aliased_parameters
 EIGHT = replace(QWEN, num_heads=16, num_kv_heads=8, head_dim=4, windows=(8, None), rope=LLAMA.rope)
 B, CHUNK = 8, 24
 
-pytestmark = [pytest.mark.thin(6), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
+pytestmark = [pytest.mark.thin(7), pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")]
 
 
 # --- the declaration

@@ -236,6 +236,7 @@ def test_this_device_is_measured_where_the_table_lacks_it():
     assert chip.tflops("bfloat16") == chip.tflops("float32")
 
 
+@pytest.mark.slow
 def test_the_library_call_is_the_command(small):
     found = comparing.compare(["decode_attention"], shapes=NAMES["decode_attention"], targets=(), rounds=1)
     assert [r.path for r in found.rows] == ["xla", "pallas tpu", "pallas gpu", "jax.nn"]

@@ -18,7 +18,7 @@ from pdx.bench.compare.terminal import show
 from pdx.bench.timing import Timing
 from tests.support.compare_cases import CPU, NAMES, case_of, contestant, really_run, tell_the_time
 
-pytestmark = pytest.mark.thin(3)
+pytestmark = pytest.mark.thin(4)
 
 
 @pytest.fixture(autouse=True)

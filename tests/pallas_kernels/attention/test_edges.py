@@ -16,7 +16,7 @@ from pallas_kernels.flash_attention import tpu as flash_tpu
 from pallas_kernels.layouts import to_layout
 from pallas_kernels.paged_attention.reference import attention as paged_reference
 
-pytestmark = pytest.mark.thin(10)
+pytestmark = pytest.mark.thin(20)
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last", "xla": "heads_first"}
 DENSE = {"flash": flash_attention, "decode": decode_attention}

@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.flash_attention.api import OP as FLASH
 from tests.support.attention_problems import make
 
-pytestmark = pytest.mark.thin(10)
+pytestmark = pytest.mark.thin(20)
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 OPS = {"decode": (decode_attention, DECODE, decode_cases.CASES), "flash": (flash_attention, FLASH, flash_cases.CASES)}

@@ -53,6 +53,7 @@ def test_agrees_with_float64(name, case):
     assert (np.asarray(out, np.float64)[~problem.real] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUT)
 @pytest.mark.parametrize("case", [CASES[3], CASES[20], CASES[22]], ids=ids)
 def test_the_tiles_of_the_heuristic(name, case):

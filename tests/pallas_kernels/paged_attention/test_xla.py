@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.cases import CASES, Case
 from tests.support.paged_attention import make
 
-pytestmark = pytest.mark.thin(10)
+pytestmark = pytest.mark.thin(16)
 
 LAYOUTS = ("folded", "heads_last", "heads_first")
 STATIC = (

@@ -196,6 +196,7 @@ def test_tpu_takes_any_distinct_slots(order):
     check(found, expected(before, new, slots, 128), "folded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [32, 33, 64, 100])
 def test_tpu_writes_more_tokens_than_one_run_takes(monkeypatch, count):
     """Runs follow each other, also over one tile; what scalar memory holds is 65536 tokens."""
