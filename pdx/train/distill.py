@@ -56,6 +56,7 @@ def distill(
     out.mkdir(parents=True, exist_ok=True)
     with outputs.locked(out / "data", "pdx distill"):
         lessons, held_out = make(model, config.data, out / "data", progress)
+    with outputs.locked(out / kind, "pdx distill"):
         made_of = (DraftStudent, config.draft) if kind == "draft" else (HeadStudent, config.eagle)
         student = made_of[0](model, made_of[1], lessons)
         params, log = train(student, config.train, lessons, held_out, out / kind, progress)
@@ -63,20 +64,18 @@ def distill(
         shutil.rmtree(path, ignore_errors=True)  # of a run before: it is made from the checkpoint
         small = Model(in_int8(params), student.config, f"{kind} for {model.name}", path, jnp.dtype(jnp.float32))
         save(replace(small, license=model.license, terms=model.terms), path)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        accepted = measure(model, Speculation(kind, MEASURED_DRAFT, model=small), config, progress)
         made = Distilled(
             path=path,
             kind=kind,
             target=model.name,
             config=config,
             parameters=sum(x.size for x in jax.tree.leaves(params)),
-            size_bytes=size,
+            size_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             tokens=lessons.count,
             held_out_tokens=held_out.count,
             device=device(),
             log=log,
-            accepted=accepted,
+            accepted=measure(model, Speculation(kind, MEASURED_DRAFT, model=small), config, progress),
         )
         card.write(made)
     return made
