@@ -44,6 +44,7 @@ class SpeculativeGenerator(Generator):
 
     def __init__(self, model: Model, *, speculation: Speculation, kv_dtype=None, **settings):
         super().__init__(model, kv_dtype=kv_dtype, **settings)
+        self._dtype = model.dtype
         self.draft: Generator | None = None  # runs the draft model, or holds the head's cache
         self.proposer, draft = choose_proposer(model, speculation)
         if draft is not None:
@@ -61,7 +62,7 @@ class SpeculativeGenerator(Generator):
             return None
         cache = self.draft.new_cache()
         if isinstance(self.proposer, Eagle):
-            return EagleState.create(cache, self.config.d_model, self.params["final_norm"].dtype)
+            return EagleState.create(cache, self.config.d_model, self._dtype)
         return cache
 
     @property

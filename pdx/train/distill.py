@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pdx.generation.offline import generate
+from pdx.generation.offline import stream
 from pdx.io import outputs
 from pdx.metrics import SpeculationCounts
 from pdx.model import Params
@@ -27,6 +27,9 @@ from pdx.train.loop import train
 from pdx.weights.checkpoint import save
 from pdx.weights.loaded import Model
 from pdx.weights.progress import Report, silent
+
+# Prompts that are measured together.
+MEASURED_ROWS = 8
 
 
 def distill(
@@ -56,6 +59,7 @@ def distill(
     out.mkdir(parents=True, exist_ok=True)
     with outputs.locked(out / "data", "pdx distill"):
         lessons, held_out = make(model, config.data, out / "data", progress)
+    with outputs.locked(out / kind, "pdx distill"):
         made_of = (DraftStudent, config.draft) if kind == "draft" else (HeadStudent, config.eagle)
         student = made_of[0](model, made_of[1], lessons)
         params, log = train(student, config.train, lessons, held_out, out / kind, progress)
@@ -63,20 +67,18 @@ def distill(
         shutil.rmtree(path, ignore_errors=True)  # of a run before: it is made from the checkpoint
         small = Model(in_int8(params), student.config, f"{kind} for {model.name}", path, jnp.dtype(jnp.float32))
         save(replace(small, license=model.license, terms=model.terms), path)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        accepted = measure(model, Speculation(kind, MEASURED_DRAFT, model=small), config, progress)
         made = Distilled(
             path=path,
             kind=kind,
             target=model.name,
             config=config,
             parameters=sum(x.size for x in jax.tree.leaves(params)),
-            size_bytes=size,
+            size_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             tokens=lessons.count,
             held_out_tokens=held_out.count,
             device=device(),
             log=log,
-            accepted=accepted,
+            accepted=measure(model, Speculation(kind, MEASURED_DRAFT, model=small), config, progress),
         )
         card.write(made)
     return made
@@ -98,11 +100,15 @@ def measure(
     model: Model, speculation: Speculation, config: DistillConfig, progress: Report = silent
 ) -> dict[str, SpeculationCounts]:
     """What is accepted over the held-out prompts, by kind, in greedy answers."""
-    found: dict[str, SpeculationCounts] = {}
-    prompts = texts.held_out(model, config.data)
-    for i, (kind, ids) in enumerate(prompts.items()):
-        progress("kinds of held-out prompts", i, len(prompts))
-        done = generate(model, ids, max_tokens=MEASURED_TOKENS, speculate=speculation, batch_size=len(ids))
-        found[kind] = sum((c.speculation for c in done if c.speculation), SpeculationCounts())
-    progress("kinds of held-out prompts", len(prompts), len(prompts))
+    by_kind = texts.held_out(model, config.data)
+    kinds = [kind for kind, prompts in by_kind.items() for _ in prompts]
+    prompts = [ids for every in by_kind.values() for ids in every]
+    found = dict.fromkeys(by_kind, SpeculationCounts())
+    progress("held-out prompts", 0, len(prompts))
+    # In batches of one shape: another one would be compiled again.
+    settings = {"max_tokens": MEASURED_TOKENS, "speculate": speculation, "batch_size": MEASURED_ROWS}
+    for piece in stream(model, prompts, **settings):
+        if piece.completion is not None:
+            found[kinds[piece.index]] += piece.completion.speculation or SpeculationCounts()
+            progress("held-out prompts", piece.index + 1, len(prompts))
     return found

@@ -17,6 +17,9 @@ from pdx.train.draft import as_floats, scaled_down
 from pdx.train.losses import divergence, mean
 from pdx.weights.loaded import Model
 
+# The share of each diagonal element that a regression adds to it.
+RIDGE = 0.01
+
 
 class HeadStudent:
     """What `loop.train` trains: see `Student`.
@@ -25,27 +28,25 @@ class HeadStudent:
     entries hidden state t is the head's own prediction, as it will be from the second token of a draft on.
     """
 
-    SLOW = ("lm_head",)
+    # They begin as a regression and as the target's.
+    SLOW = ("fc", "lm_head")
 
     def __init__(self, target: Model, settings: Eagle, lessons: Lessons):
         self.target, self.settings, self.config = target, settings, head_config(target.config)
+        self.lessons = lessons
         self.vocabulary = Vocabulary.likeliest(lessons, settings.vocabulary, target.config.vocab_size)
-
-    def init(self, key: jax.Array) -> Params:
-        first, second = jax.random.split(key)
-        d, target = self.config.d_model, self.target.params
-        table = as_floats(target["embed"])
-        head = as_floats(target.get("lm_head", target["embed"]))
-        size = float(np.sqrt(np.square(table).mean())) * self.config.embed_scale
-        # The hidden state passes through; the token is added at an eighth of its size.
-        token = jax.random.normal(first, (d, d)) * (d**-0.5 / size / 8)
-        layers = scaled_down(init_params(self.config, second))["layers"]
-        fc = jnp.concatenate([token, jnp.eye(d)], axis=1)
-        return {"fc": fc, "layers": layers, "lm_head": jnp.asarray(head[self.vocabulary.ids])}
 
     @property
     def frozen(self) -> Params:
         return {"embed": self.target.params["embed"], "index": self.vocabulary.index}
+
+    def init(self, key: jax.Array) -> Params:
+        target = self.target.params
+        head = as_floats(target.get("lm_head", target["embed"]))
+        layers = scaled_down(init_params(self.config, key))["layers"]
+        table = as_floats(target["embed"]) * self.config.embed_scale
+        fc = best_linear(table, self.lessons)
+        return {"fc": jnp.asarray(fc), "layers": layers, "lm_head": jnp.asarray(head[self.vocabulary.ids])}
 
     def loss(self, params: Params, frozen: Params, batch: Lessons, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         cfg, count = self.config, batch.tokens.shape[1] - 1
@@ -72,6 +73,22 @@ class HeadStudent:
 
     def finished(self, params: Params) -> Params:
         return params | {"vocabulary": jnp.asarray(self.vocabulary.ids, jnp.int32)}
+
+
+def best_linear(table: np.ndarray, lessons: Lessons) -> np.ndarray:
+    """The matrix [D, 2D] that predicts hidden state t + 1 best from embedding t + 1 and hidden state t: the ridge
+    regression over the lessons, from which training begins."""
+    width = table.shape[1]
+    squares, products = np.zeros((2 * width, 2 * width)), np.zeros((2 * width, width))
+    for tokens, length, hidden in zip(lessons.tokens, lessons.lengths, lessons.hidden, strict=True):
+        states = hidden[:length].astype(np.float32)
+        given = np.concatenate([table[tokens[1:length]], states[:-1]], axis=1)
+        squares += given.T @ given
+        products += given.T @ states[1:]
+    # Columns of embeddings are much smaller than those of hidden states: each is held back by its own size.
+    squares[np.diag_indices_from(squares)] *= 1 + RIDGE
+    squares[np.diag_indices_from(squares)] += 1e-6
+    return np.linalg.solve(squares, products).T.astype(np.float32)
 
 
 def smooth_l1(x: Array) -> Array:
