@@ -255,7 +255,7 @@ def test_deterministic_results_do_not_depend_on_drafts_bit_for_bit(model, propos
 @pytest.mark.parametrize("proposer", ["ngram", "self:1"])
 def test_mesh(tmp_path, proposer):
     """Over two devices; the window is no part of it."""
-    prompts, options = random_requests(random.Random(6), 6, tokens=12)
+    prompts, options = random_requests(random.Random(6), 6, tokens=40)
     prompts = [REPEATS + p for p in prompts]
     options = [dataclasses.replace(o, temperature=0.0) for o in options]
     files = tiny_model.make(tmp_path)
