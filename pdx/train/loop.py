@@ -127,7 +127,7 @@ def make_step(student: Student, optimizer: optax.GradientTransformation) -> tupl
         losses = jax.value_and_grad(student.loss, has_aux=True)
         (loss, seen), gradients = losses(state["params"], frozen, batch, key)
         updates, kept = optimizer.update(gradients, state["optimizer"], state["params"])
-        seen = {"loss": loss, **seen, "gradient_norm": optax.global_norm(gradients)}
+        seen = {"loss": loss, **seen, "gradient_norm": optax.tree.norm(gradients)}
         return {"params": optax.apply_updates(state["params"], updates), "optimizer": kept}, seen
 
     return step, jax.jit(lambda *of: student.loss(*of)[1])

@@ -200,7 +200,7 @@ class Engine:
             raise EngineError("the engine is closed")
         timing = types.SimpleNamespace(hit_tokens=0, ttft_s=0.1, tpot_s=None)
         done = types.SimpleNamespace(
-            text="answer", timing=timing, prompt_tokens=1, completion_tokens=1, finish_reason="stop"
+            speculation=None, text="answer", timing=timing, prompt_tokens=1, completion_tokens=1, finish_reason="stop"
         )
 
         class Stream(list):
