@@ -11,16 +11,13 @@ from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Status
 from pdx.errors import ContextLengthError, QueueFullError, RequestError
 from pdx.sampling.options import SamplingOptions
-from pdx.speculative.shares import StepCosts
 from tests.support.fake_device import VOCAB, check_pages
 from tests.support.scheduled_world import CONTEXT, World
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT - 9)
 
 
-# A step with drafts costs little more than one without.
-COSTS = StepCosts({3: 1.0, 12: 2.0}, {4: 1.0, 8: 1.2, 12: 1.4})
-DRAFTING = {"speculate": "synthetic:0.5", "costs": COSTS}
+DRAFTING = {"speculate": "synthetic:0.5", "costs": True}
 
 
 class Machine(RuleBasedStateMachine):
@@ -99,8 +96,8 @@ TIGHT = [  # windows, pages of each group, settings: hardly any room
     ((None, 9), [12, 12], {"deterministic": True}),
     ((None,), [12], DRAFTING),
     ((None, 6), [12, 8], DRAFTING | {"draft_length": 3}),
-    ((5,), [7], DRAFTING | {"costs": None}),
-    ((None, 9), [12, 12], DRAFTING | {"deterministic": True, "costs": None}),
+    ((5,), [7], DRAFTING | {"costs": False}),
+    ((None, 9), [12, 12], DRAFTING | {"deterministic": True, "costs": False}),
 ]
 
 

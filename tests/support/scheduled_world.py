@@ -9,19 +9,26 @@ from pdx.engine.drafting import Drafting
 from pdx.engine.request import EngineRequest
 from pdx.engine.scheduler import Scheduler
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.shares import StepCosts
 from tests.support.fake_device import END, FakeDevice, alone, check_pages
 
 CONTEXT = 40
 
 
+def step_costs(config: EngineConfig) -> StepCosts:
+    """A step with drafts costs little more than one without."""
+    plain = {n: 0.9 + n / 20 for n in config.ladder(CONTEXT)}
+    return StepCosts(plain, {n: 0.95 + n / 20 for n in config.draft_ladder})
+
+
 class World:
     """A scheduler, a device, `depth` steps under way, and what every request must end as."""
 
-    def __init__(self, depth=1, windows=(None,), pages=None, costs=None, **settings):
+    def __init__(self, depth=1, windows=(None,), pages=None, costs=False, **settings):
         self.config = EngineConfig(**{"slots": 3, "token_budget": 12, "page_size": 4, "max_queue": 20} | settings)
         drafting = None
         if self.config.speculate is not None:
-            drafting = Drafting(self.config, (0.5,), always=True, costs=costs)
+            drafting = Drafting(self.config, (0.5,), always=True, costs=step_costs(self.config) if costs else None)
         self.scheduler = Scheduler(self.config, windows, pages or [14] * len(windows), CONTEXT, drafting)
         self.device, self.depth, self.now = FakeDevice(self.scheduler), depth, 0.0
         self.under_way = deque()
