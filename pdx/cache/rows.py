@@ -83,7 +83,6 @@ class PackedRows:
         decode_rows: int = 0,
         max_queries: int | None = None,
         *,
-        wanted_tokens: Int[Array, " W"] | None = None,
         decode_queries: int = 1,
     ) -> PackedRows:
         """Rows of `tokens` packed tokens, padding included."""
@@ -100,7 +99,6 @@ class PackedRows:
             positions[None],
             owner[None],
             real[None],
-            wanted_tokens=wanted_tokens,
             decode_rows=decode_rows,
             decode_queries=decode_queries,
             max_queries=max_queries,

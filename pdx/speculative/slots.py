@@ -46,9 +46,11 @@ class SlotState:
     proposer: Any = None
 
     @classmethod
-    def empty(cls, slots: int, capacity: int, proposer: Proposer, most: int, state: Any = None) -> SlotState:
+    def empty(cls, slots: int, capacity: int, proposer: Proposer, most: int) -> SlotState:
+        """Without requests, and without a state of the proposer."""
         history, held = jnp.zeros((slots, capacity), jnp.int32), jnp.zeros(slots, jnp.int32)
-        return cls(history, held, _nothing(_prepare(proposer, history, held, state, most)), state)
+        shapes = jax.eval_shape(lambda: _prepare(proposer, history, held, None, most))
+        return cls(history, held, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
     def join(self, slot: Int[Array, ""], tokens: Int[Array, " C"], held: Int[Array, ""]) -> SlotState:
         """With a new request in `slot`, which has `held` tokens."""
@@ -56,9 +58,7 @@ class SlotState:
         own = self.proposer
         if own is not None:  # the draft model's cache of the slot
             own = own.truncate(jnp.where(mine, 0, own.lengths))
-        prepared = jax.tree.map(
-            lambda some, none: jnp.where(_rows(mine, some), none, some), self.prepared, _nothing(self.prepared)
-        )
+        prepared = self.prepared.replace(available=jnp.where(mine, 0, self.prepared.available))
         return SlotState(self.history.at[slot].set(tokens), jnp.where(mine, held, self.held), prepared, own)
 
 
@@ -274,11 +274,3 @@ def _places(step: StepRows, rows: PackedRows, most: int) -> Int[Array, "S g1"]:
 def _prepare(proposer: Proposer, history, held, state: Any, most: int) -> Prepared:
     """What could be drafted; a proposer looks at the tokens alone for that."""
     return proposer.prepare(Rows(history, held, held > 0, None, None, None), state, most)  # type: ignore[arg-type]
-
-
-def _nothing(prepared: Prepared) -> Prepared:
-    return jax.tree.map(jnp.zeros_like, prepared)
-
-
-def _rows(mask: Bool[Array, " S"], like: Array) -> Array:
-    return mask.reshape(-1, *[1] * (like.ndim - 1))
