@@ -45,7 +45,8 @@ class Table:
     """A table of text.
 
     Attributes:
-      head, rows: cells of text, possibly with rich's markup. A row with a single cell is a heading of its own line.
+      head, rows: cells of text, possibly with rich's markup. In a table of several columns, a row with a single cell is
+        a heading.
       keys: the number of leading columns that identify a row.
       left: heads of the columns that are aligned left, as the keys are; the others are aligned right.
     """
@@ -64,14 +65,15 @@ class Table:
         """Lines of aligned columns, not wider than `width` unless a single word is.
 
         A table that is too wide is split into blocks that repeat the keys. Cells are then wrapped between words, and
-        the keys get at most two fifths of the width.
+        the keys get at most two fifths of the width beside other columns.
         """
         widths = self._widths(width)
         found: list[str] = []
         for part in blocks(widths, width, keys=self.keys):
             found += [""] * bool(found)
             for row in (self.head, *self.rows):
-                found += [row[0]] if len(row) == 1 else self._row([(row[i], widths[i], i) for i in part])
+                heading = self._is_heading(row)
+                found += _broken(row[0], width) if heading else self._row([(row[i], widths[i], i) for i in part])
         return found
 
     def show(self, console: Console | None = None) -> None:
@@ -82,14 +84,18 @@ class Table:
         for line in self.lines(console.width):
             console.print(line, highlight=False, soft_wrap=True)
 
+    def _is_heading(self, row: Sequence[str]) -> bool:
+        return len(row) == 1 < len(self.head)
+
     def _widths(self, width: int) -> list[int]:
-        table = [self.head, *(row for row in self.rows if len(row) > 1)]
+        table = [self.head, *(row for row in self.rows if not self._is_heading(row))]
         columns = range(len(self.head))
         wanted = [max(_size(row[i]) for row in table) for i in columns]
         if sum(wanted) + GAP * (len(wanted) - 1) <= width:
             return wanted
         least = [max(_longest_word(row[i]) for row in table) for i in columns]
-        share = width * 2 // (5 * self.keys)
+        room = width * 2 // 5 if len(columns) > self.keys else width - GAP * (self.keys - 1)
+        share = room // self.keys
         found = [max(least[i], min(wanted[i], share)) for i in range(self.keys)]
         rest = width - sum(found) - GAP * self.keys
         return found + [max(least[i], min(wanted[i], rest)) for i in columns[self.keys :]]

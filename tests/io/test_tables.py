@@ -54,6 +54,11 @@ def test_a_heading_takes_the_line_and_long_text_is_broken_between_words():
     table = Table(("op", "ran"), rows, left=("ran",))
     assert table.lines(24)[1] == "a case with a long name"
     assert [line[5:] for line in table.lines(24)[2:]] == ["one two three four", "five six seven"]
+    assert table.lines(20)[1:3] == ["a case with a long", "name"]
+
+
+def test_a_single_column_is_broken_too():
+    assert Table(("what",), [["one two three four five"]]).lines(12) == ["what", "one two", "three four", "five"]
 
 
 def test_markup_takes_no_room_and_a_path_is_never_broken():
