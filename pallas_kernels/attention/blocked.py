@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.layouts import head_axes, slot_block
@@ -25,98 +25,124 @@ def block_size(slots: int, wanted: int) -> int:
 
 def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int, key_block: int):
     """Compute `flash_attention.reference.attention` in blocks of at most `query_block` by `key_block`."""
-    q, k, v, starts = (arrays[name] for name in ("q", "k", "v", "starts"))
-    lengths, sinks, tree = (arrays.get(name) for name in ("lengths", "sinks", "tree"))
+    q, starts, tree = arrays["q"], arrays["starts"], arrays.get("tree")
     b, t, n, h = q.shape
-    slots, kv_heads, group, value_dim = call.slots, call.kv_heads, call.group, call.value_dim
-    precision, scale = precision_of(q.dtype), arrays.get("scale", call.scale)
-    axes = head_axes(call.layout)
-    bs, bq = block_size(slots, key_block), min(t, query_block)
+    kv_heads, group, bq = call.kv_heads, call.group, min(t, query_block)
     blocks = -(-t // bq)
     padding = blocks * bq - t
-    if lengths is None:
-        lengths = jnp.full((b,), slots, jnp.int32)
-    query_positions = starts[:, None] + jnp.arange(t, dtype=jnp.int32)
+    positions = starts[:, None] + jnp.arange(t, dtype=jnp.int32)
     if padding:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
+        positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
         tree = None if tree is None else jnp.pad(tree, ((0, 0), (0, padding), (0, 0)))
     # A KV head's G*bq queries are the rows of one matmul, which reads a block of K once for the whole group.
     rows = q.reshape(b, blocks, bq, kv_heads, group, h).transpose(1, 0, 3, 4, 2, 5)  # [blocks, B, K, G, bq, H]
-    position_rows = query_positions.reshape(b, blocks, bq).transpose(1, 0, 2)
-    tree_rows = None if tree is None else tree.reshape(b, blocks, bq, t).transpose(1, 0, 2, 3)
+    positions = positions.reshape(b, blocks, bq).transpose(1, 0, 2)
+    branches = None if tree is None else tree.reshape(b, blocks, bq, t).transpose(1, 0, 2, 3)
+    lengths = arrays.get("lengths")
+    if lengths is None:
+        lengths = jnp.full((b,), call.slots, jnp.int32)
+    cache = _Cache(arrays, call, lengths, block_size(call.slots, key_block))
 
-    def scales(x, slot):
-        return lax.dynamic_slice_in_dim(x, slot, bs, axis=2)[:, :kv_heads]
-
-    def attend_block(rows, positions, branches):
-        rows = rows.reshape(b, kv_heads, group * bq, h)
-
-        def body(i, carry):
-            top, total, acc = carry
-            slot = (i * bs) % slots
-            keys = slot_block(k, call.layout, slot, bs, kv_heads, h)
-            values = slot_block(v, call.layout, slot, bs, kv_heads, value_dim)
-            if call.int8:  # widened block by block: the cache itself is never dequantized
-                keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-            logits = jnp.einsum(
-                f"bkmh,{axes}->bkms", rows, keys, precision=precision, preferred_element_type=jnp.float32
-            )
-            if call.int8:
-                logits *= scales(arrays["k_scale"], slot)[:, :, None]
-            key_positions = jnp.broadcast_to(i * bs + jnp.arange(bs), (b, bs))
-            # In a ring, a slot may hold a newer position instead: one turn further.
-            held = (key_positions < lengths[:, None]) & (key_positions >= lengths[:, None] - slots)
-            mask = visible(
-                positions,
-                jnp.where(held, key_positions, -1),
-                causal=call.causal,
-                window=call.window,
-                tree=branches,
-                starts=starts,
-            )
-            # Stale values have weight zero, but they may be NaN, and zero times NaN is NaN.
-            values = jnp.where(held[:, None, :, None] if axes == "bksh" else held[:, :, None, None], values, 0)
-            logits = soft_cap(logits.reshape(b, kv_heads, group, bq, bs) * scale, call.softcap)
-            logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, group * bq, bs)
-            new_top = jnp.maximum(top, logits.max(-1))
-            weights = jnp.exp(logits - new_top[..., None])
-            fade = jnp.exp(top - new_top)
-            total = total * fade + weights.sum(-1)
-            if call.int8:
-                weights *= jnp.where(held[:, None], scales(arrays["v_scale"], slot), 0)[:, :, None]
-            acc = acc * fade[..., None] + jnp.einsum(
-                f"bkms,{axes}->bkmh",
-                weights.astype(values.dtype),
-                values,
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            return new_top, total, acc
-
-        m = group * bq
-        start = (
-            jnp.full((b, kv_heads, m), START, jnp.float32),
-            jnp.zeros((b, kv_heads, m), jnp.float32),
-            jnp.zeros((b, kv_heads, m, value_dim), jnp.float32),
-        )
-        begin, end = _span(positions, lengths, call, bs)
-        sink = None
-        if sinks is not None:
-            sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
-        out, lse = _finish(*lax.fori_loop(begin, end, body, start), sink)
-        out = out.reshape(b, kv_heads, group, bq, value_dim).astype(q.dtype)
-        return out, lse.reshape(b, kv_heads, group, bq) if call.return_lse else None
-
-    if t == bq:
-        out, lse = attend_block(rows[0], position_rows[0], None if tree is None else tree_rows[0])
+    if blocks == 1:
+        out, lse = _attend(cache, rows[0], positions[0], None if branches is None else branches[0])
         out, lse = out[None], None if lse is None else lse[None]
     else:
-        out, lse = lax.map(lambda args: attend_block(*args), (rows, position_rows, tree_rows))
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * bq, n, value_dim)[:, :t]
+        out, lse = lax.map(lambda args: _attend(cache, *args), (rows, positions, branches))
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * bq, n, call.value_dim)[:, :t]
     if not call.return_lse:
         return out
     return out, lse.transpose(1, 0, 4, 2, 3).reshape(b, blocks * bq, n)[:, :t]
+
+
+class _Cache:
+    """The cache that the queries attend to, read in blocks of `size` positions."""
+
+    def __init__(self, arrays: Mapping[str, Array], call: Call, lengths: Int[Array, " B"], size: int):
+        self.arrays, self.call, self.lengths, self.size = arrays, call, lengths, size
+        self.axes = head_axes(call.layout)
+        self.scale = arrays.get("scale", call.scale)
+        self.precision = precision_of(arrays["q"].dtype)
+
+    def positions(self, i: Int[Array, ""]) -> tuple[Int[Array, "B s"], Bool[Array, "B s"]]:
+        """The positions of a block, and which of them the rows hold."""
+        at = jnp.broadcast_to(i * self.size + jnp.arange(self.size), (self.lengths.shape[0], self.size))
+        # In a ring, a slot may hold a newer position instead: one turn further.
+        return at, (at < self.lengths[:, None]) & (at >= self.lengths[:, None] - self.call.slots)
+
+    def scores(self, i: Int[Array, ""], rows: Float[Array, "B K m H"]) -> Float[Array, "B K m s"]:
+        """Q times a block of K, in f32, not scaled yet."""
+        keys = self._block(i, "k", rows.shape[-1], rows.dtype)
+        scores = jnp.einsum(
+            f"bkmh,{self.axes}->bkms", rows, keys, precision=self.precision, preferred_element_type=jnp.float32
+        )
+        return scores * self._scales(i, "k_scale") if self.call.int8 else scores
+
+    def weighted(self, i: Int[Array, ""], weights: Float[Array, "B K m s"], held: Bool[Array, "B s"], dtype):
+        """The weighted sum of a block of V, in f32."""
+        values = self._block(i, "v", self.call.value_dim, dtype)
+        # Stale values have weight zero, but they may be NaN, and zero times NaN is NaN.
+        values = jnp.where(held[:, None, :, None] if self.axes == "bksh" else held[:, :, None, None], values, 0)
+        if self.call.int8:
+            weights = weights * jnp.where(held[:, None, None], self._scales(i, "v_scale"), 0)
+        return jnp.einsum(
+            f"bkms,{self.axes}->bkmh",
+            weights.astype(values.dtype),
+            values,
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def _block(self, i: Int[Array, ""], name: str, width: int, dtype) -> Array:
+        slot = (i * self.size) % self.call.slots
+        block = slot_block(self.arrays[name], self.call.layout, slot, self.size, self.call.kv_heads, width)
+        # int8 is widened block by block: the cache itself is never dequantized.
+        return block.astype(dtype) if self.call.int8 else block
+
+    def _scales(self, i: Int[Array, ""], name: str) -> Float[Array, "B K 1 s"]:
+        slot = (i * self.size) % self.call.slots
+        scales = lax.dynamic_slice_in_dim(self.arrays[name], slot, self.size, axis=2)
+        return scales[:, : self.call.kv_heads, None]
+
+
+def _attend(cache: _Cache, rows: Float[Array, "B K G t H"], positions: Int[Array, "B t"], branches):
+    """One block of queries over the blocks of keys that it sees. Returns [B, K, G, t, Hv] and the log-sum-exp."""
+    call, (b, kv_heads, group, bq, h), dtype = cache.call, rows.shape, rows.dtype
+    m = group * bq
+    rows = rows.reshape(b, kv_heads, m, h)
+
+    def body(i, carry):
+        top, total, acc = carry
+        at, held = cache.positions(i)
+        mask = visible(
+            positions,
+            jnp.where(held, at, -1),
+            causal=call.causal,
+            window=call.window,
+            tree=branches,
+            starts=cache.arrays["starts"],
+        )
+        logits = cache.scores(i, rows).reshape(b, kv_heads, group, bq, cache.size)
+        logits = soft_cap(logits * cache.scale, call.softcap)
+        logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(b, kv_heads, m, cache.size)
+        new_top = jnp.maximum(top, logits.max(-1))
+        weights = jnp.exp(logits - new_top[..., None])
+        fade = jnp.exp(top - new_top)
+        total = total * fade + weights.sum(-1)
+        return new_top, total, acc * fade[..., None] + cache.weighted(i, weights, held, dtype)
+
+    start = (
+        jnp.full((b, kv_heads, m), START, jnp.float32),
+        jnp.zeros((b, kv_heads, m), jnp.float32),
+        jnp.zeros((b, kv_heads, m, call.value_dim), jnp.float32),
+    )
+    begin, end = _span(positions, cache.lengths, call, cache.size)
+    sinks = cache.arrays.get("sinks")
+    if sinks is not None:
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
+    out, lse = _finish(*lax.fori_loop(begin, end, body, start), sinks)
+    out = out.reshape(b, kv_heads, group, bq, call.value_dim).astype(dtype)
+    return out, lse.reshape(b, kv_heads, group, bq) if call.return_lse else None
 
 
 def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, block: int):
