@@ -269,13 +269,17 @@ class Cost:
         """The least seconds: each part takes the longer of its arithmetic and its traffic."""
         return sum(max(pair) for pair in self.parts(chip, chips).values())
 
+    def seconds_by_part(self, chip: Chip, chips: int = 1) -> dict[str, float]:
+        """The floor of each part. On one measured chip: what it takes at its measured rate, if it has one."""
+        floors = {part: max(pair) for part, pair in self.parts(chip, chips).items()}
+        if not isinstance(chip, MeasuredChip) or chips > 1:
+            return floors
+        measured = chip.rates.parts(self.work)
+        return {part: floors.get(part, 0.0) if seconds is None else seconds for part, seconds in measured.items()}
+
     def seconds(self, chip: Chip, chips: int = 1) -> float:
         """The floor. On one measured chip: each part at its measured rate, or its floor if it has none."""
-        if not isinstance(chip, MeasuredChip) or chips > 1:
-            return self.floor(chip, chips)
-        floors = {part: max(pair) for part, pair in self.parts(chip).items()}
-        measured = chip.rates.parts(self.work)
-        return sum(floors.get(part, 0.0) if seconds is None else seconds for part, seconds in measured.items())
+        return sum(self.seconds_by_part(chip, chips).values())
 
     def shares(self, chip: Chip, chips: int = 1) -> tuple[float, float]:
         """The shares of peak and of bandwidth that the step reaches if it takes `seconds`."""

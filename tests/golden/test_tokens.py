@@ -54,3 +54,20 @@ def test_weights_as_the_file_stores_them_give_the_golden_tokens():
     assert model.params["layers"][0]["q_proj"].bits == 4
     (done,) = pdx.generate(model, [case["prompt"]], max_tokens=len(case["tokens"]), ignore_eos=True)
     assert done.token_ids == case["tokens"]
+
+
+def test_drafts_give_the_golden_tokens(named):
+    """n-grams, over a dense cache prompt by prompt and in an engine that answers all prompts at once."""
+    name, model = named
+    cases = GOLDEN[name]
+    options = {"max_tokens": len(cases["prose"]["tokens"]), "ignore_eos": True}
+    drafts = {"speculate": "ngram", "draft_length": 4}
+    for key in ("prose", "code", "emoji"):
+        (done,) = pdx.generate(model, [cases[key]["prompt"]], **options, **drafts)
+        assert done.token_ids == cases[key]["tokens"], key
+        assert done.speculation.kept > 0, key
+    with pdx.Engine(model, pdx.EngineConfig(slots=4, max_context=768, **drafts)) as engine:
+        answers = engine.generate([case["prompt"] for case in cases.values()], **options)
+        assert engine.metrics().speculation.kept > 0
+    for (key, case), done in zip(cases.items(), answers, strict=True):
+        assert done.token_ids == case["tokens"], key

@@ -12,7 +12,7 @@ import jax
 
 from pallas_kernels.hardware import Chip
 from pdx.bench.device import machine
-from pdx.bench.report import optimizations, page, pitfalls, plots
+from pdx.bench.report import optimizations, page, pitfalls, plots, verification
 from pdx.bench.report.data import Point, Report
 from pdx.bench.report.optimizations import Experiment, Sizes
 from pdx.bench.timed_work import TimedWork
@@ -41,7 +41,7 @@ def run(
       chip: this device, as `pdx.bench.calibrate` measured it.
       others: published chips that gains are predicted for, by name.
       sizes: of the loads; None: the defaults.
-      only: names of the rows to measure, without pitfalls; None: everything.
+      only: names of the rows to measure, and nothing but them; None: everything.
       progress: called after each measurement.
     """
     begin = time.monotonic()
@@ -67,7 +67,7 @@ def run(
         outcomes.append(optimizations.measure(row, experiment, {chip.name: chip} | others))
         gc.collect()
     progress("measuring", total - 1, total)
-    seen = pitfalls.run(experiment) if only is None else None
+    seen, verified = (pitfalls.run(experiment), verification.measure(experiment)) if only is None else (None, ())
     progress("measuring", total, total)
     return Report(
         model.name,
@@ -79,6 +79,7 @@ def run(
         tuple(points),
         tuple(outcomes),
         seen,
+        verified,
         time.monotonic() - begin,
     )
 

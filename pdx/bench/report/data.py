@@ -11,6 +11,7 @@ from pallas_kernels.hardware import Chip
 from pdx.bench.report.optimizations import Outcome
 from pdx.bench.report.pitfalls import Pitfalls
 from pdx.bench.report.verdicts import Finding
+from pdx.bench.report.verification import Verification
 from pdx.bench.timing import Timing
 from pdx.cost import Phase
 from pdx.cost.chips import MeasuredChip
@@ -50,6 +51,7 @@ class Report:
     points: tuple[Point, ...]
     outcomes: tuple[Outcome, ...]
     pitfalls: Pitfalls | None
+    verifications: tuple[Verification, ...]
     seconds: float
 
     def error(self, phase: Phase) -> float:

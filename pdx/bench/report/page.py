@@ -8,6 +8,7 @@ from dataclasses import replace
 from pdx.bench.report.data import WITHIN, Report
 from pdx.bench.report.optimizations import ACCEPTANCE
 from pdx.bench.report.verdicts import CLAIMS, Finding
+from pdx.bench.report.verification import Verification
 from pdx.io.tables import Table, screen
 
 CAPTIONS = {
@@ -159,9 +160,33 @@ def to_markdown(report: Report, pictures: Sequence[str]) -> str:
         "## Predicted and measured",
         Table(GRID, grid).markdown(),
         *(f"![{caption}]({name})\n\n{caption}" for name in pictures if (caption := CAPTIONS[name.partition(".")[0]])),
+        *_verifications(report),
         *(["## Pitfalls", *said] if (said := pitfalls(report)) else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _verifications(report: Report) -> list[str]:
+    if not report.verifications:
+        return []
+    said = (
+        f"A step that verifies a draft in each row, behind {report.verifications[0].context} tokens, and its "
+        "prediction by parts. It reads the weights once, whatever is drafted, and multiplies every token with them."
+    )
+    return ["## What a verification costs", said, verified(report.verifications).markdown()]
+
+
+def verified(found: Sequence[Verification]) -> Table:
+    """A line for each number of rows and drafted tokens, also in decode steps of those rows."""
+    plain = {v.rows: v for v in found if not v.drafted}
+    lines = []
+    for v in found:
+        predicted, base = sum(v.predicted_s.values()), plain[v.rows]
+        cells = [_ms(v.measured.median), f"{v.measured.median / base.measured.median:.2f}", _ms(predicted)]
+        cells += [f"{predicted / sum(base.predicted_s.values()):.2f}", *map(_ms, v.predicted_s.values())]
+        lines.append([str(v.rows), str(v.drafted), *cells])
+    head = ("rows", "drafted", "measured", "in steps", "predicted", "predicted in steps", *found[0].predicted_s)
+    return Table(head, lines, keys=2)
 
 
 def _range(low: float, high: float) -> str:
@@ -177,5 +202,7 @@ def show(report: Report) -> None:
     plain = table(report)
     rows = [[*cells, f"[{colours.get(verdict, 'yellow')}]{verdict}[/]"] for *cells, verdict in plain.rows]
     replace(plain, rows=rows).show(console)
+    if report.verifications:
+        verified(report.verifications).show(console)
     for text in (*reasons(report), errors(report), *pitfalls(report)):
         console.print(f"- {text.replace('**', '')}", highlight=False, markup=False)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import pdx
 from pdx import steps
 from pdx.bench import calibrate, report
-from pdx.bench.report import batching, optimizations, page, pitfalls
+from pdx.bench.report import batching, optimizations, page, pitfalls, verification
 from pdx.bench.report.optimizations import Experiment
 from pdx.bench.report.verdicts import CLAIMS, Comparison, judge
 from pdx.bench.timed_work import ModelUnderTest, TimedWork, token_ids
@@ -171,7 +171,8 @@ def seen(directory):
     chosen = ["larger batch", "continuous batching", "chunked prefill", "speculative decoding"]
     model, here = pdx.load(directory), chip(1e9)
     found = report.run(model, here, {"v5e": chips.chip("v5e")}, SIZES, only=chosen)
-    return dataclasses.replace(found, pitfalls=pitfalls.run(Experiment(model, here, SIZES)))
+    experiment = Experiment(model, here, SIZES)
+    return dataclasses.replace(found, pitfalls=pitfalls.run(experiment), verifications=verification.measure(experiment))
 
 
 def test_answers_are_of_mixed_length():
@@ -227,8 +228,21 @@ def test_a_chip_with_wrong_figures_is_far_off(directory):
     far = report.run(pdx.load(directory), chip(1e4), {}, SIZES, only=[])
     assert far.error("decode") > 10
     assert "0 of them within 25%" in page.errors(far)
-    assert far.pitfalls is None
+    assert (far.pitfalls, far.verifications) == (None, ())
     assert "Pitfalls" not in page.to_markdown(far, [])
+
+
+@pytest.mark.slow
+def test_what_a_verification_costs_is_measured_and_explained(seen, directory):
+    cfg, found = pdx.load(directory).config, seen.verifications
+    assert [(v.rows, v.drafted) for v in found] == [(rows, n) for rows in (1, SIZES.rows) for n in verification.DRAFTS]
+    for v in found:
+        cost = Setup(cfg, "float32").verify(v.rows, SIZES.context + 1, v.drafted)
+        assert sum(v.predicted_s.values()) == pytest.approx(cost.seconds(seen.chip))
+        assert min(v.measured.seconds) > 0
+    lines = page.verified(found).rows
+    assert [line[3] for line in lines if line[1] == "0"] == ["1.00", "1.00"]
+    assert "## What a verification costs" in page.to_markdown(seen, [])
 
 
 @pytest.mark.slow
