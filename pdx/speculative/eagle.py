@@ -30,7 +30,7 @@ from pdx.layers.linear import embed, linear, unembed
 from pdx.layers.rope import rotation
 from pdx.meshes import ANY_DEVICES, Devices
 from pdx.model import Params, forward, layer, param_specs
-from pdx.sharding import ArraySpec
+from pdx.sharding import ArraySpec, constrain_rows, place_rows
 from pdx.speculative.acceptance import DRAFT, Drafted, apart
 from pdx.speculative.options import LONGEST_DRAFT
 from pdx.speculative.proposers import Prepared, Rows, always_available, draw_draft, over_all_tokens
@@ -110,11 +110,16 @@ class EagleState:
     @classmethod
     def create(cls, cache: DenseCache, width: int, dtype) -> EagleState:
         """Behind nothing. `width`: of a hidden state."""
-        return cls(cache, jnp.zeros((cache.batch, CATCH_UP + LONGEST_DRAFT + 1, width), dtype))
+        hidden = jnp.zeros((cache.batch, CATCH_UP + LONGEST_DRAFT + 1, width), dtype)
+        return cls(cache, place_rows(hidden, cache.mesh))
 
     def holding(self, tokens: int) -> EagleState:
         """The state as if the target's rows held `tokens` tokens, whatever lies in it: to measure what a step costs."""
         return self.replace(cache=self.cache.holding(tokens - 1))
+
+    def placed(self) -> EagleState:
+        """The state constrained to its placement on the mesh."""
+        return EagleState(self.cache.placed(), constrain_rows(self.hidden, self.cache.mesh))
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def prefill_with_head(params, head, tokens, following, lengths, taken, cache, st
     last = jnp.take_along_axis(out.final_hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     ends = (lengths > taken)[:, None]
     hidden = state.hidden.at[:, 0].set(jnp.where(ends, last.astype(state.hidden.dtype), state.hidden[:, 0]))
-    return *finish(out.logits, out.cache), EagleState(own, hidden)
+    return *finish(out.logits, out.cache), EagleState(own, hidden).placed()
 
 
 PREFILL = jax.jit(prefill_with_head, static_argnames=("cfg", "kernels"), donate_argnames=("cache", "state"))

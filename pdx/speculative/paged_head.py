@@ -80,7 +80,9 @@ class HeadPages:
         cache, rows = self.pages.cache, self.pages.one_each(lengths)
         embedded = embed(params["embed"], tokens.T, cfg.embed_scale, cache.mesh)
         x, cache = predict(params, cfg, embedded, self.hidden[None], rows, cache, kernels=kernels)
-        return own_logits(params, cfg, x[0]), HeadPages(self.pages.advanced(cache, lengths), x[0])
+        return own_logits(params, cfg, x[0]), HeadPages(
+            self.pages.advanced(cache, lengths), x[0].astype(self.hidden.dtype)
+        )
 
 
 @dataclass(frozen=True)
