@@ -234,10 +234,15 @@ def _part_specs(spec: ArraySpec, groups: int, bits: int) -> tuple[ArraySpec, Arr
     return replace(spec, dtype=DTYPES[bits], units=(rows, pieces)), scales
 
 
+def declared_parts(w: QuantArray, spec: ArraySpec) -> QuantArray:
+    """The declarations of the parts of `w`, a matrix that `spec` declares."""
+    values, scales = (cast(Any, x) for x in _part_specs(spec, w.groups, w.bits))
+    return replace(w, values=values, scales=scales, offsets=None if w.offsets is None else scales)
+
+
 def _parts(w: QuantArray, spec: ArraySpec, mesh: Mesh) -> QuantArray:
     """The placement of the parts of `w` on `mesh`."""
-    values, scales = (cast(Any, s.partition(mesh)) for s in _part_specs(spec, w.groups, w.bits))
-    return replace(w, values=values, scales=scales, offsets=None if w.offsets is None else scales)
+    return jax.tree.map(lambda x: x.partition(mesh), declared_parts(w, spec), is_leaf=is_spec)
 
 
 @partial(jax.jit, static_argnames=("kind", "dtype"))

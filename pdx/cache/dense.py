@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.layouts import Layout
 from pdx.arguments import integer
@@ -120,6 +120,10 @@ class DenseCache:
         if not any(isinstance(x, jax.core.Tracer) for x in (keep, self.lengths, self.written)):
             self._check_held(np.asarray(kept))
         return replace(self, lengths=kept, written=jnp.where(kept == 0, 0, self.written))
+
+    def emptied(self, rows: Bool[Array, " B"]) -> DenseCache:
+        """The cache in which these rows are empty, for other requests."""
+        return self.truncate(jnp.where(rows, 0, self.lengths))
 
     def first_layers(self, count: int) -> DenseCache:
         """The cache of the first `count` layers."""

@@ -102,6 +102,14 @@ class PagedCache:
         """The cache with the pages of `first`, the cache of its first layers."""
         return replace(self, layers=(*first.layers, *self.layers[len(first.layers) :]))
 
+    def last_layer(self) -> PagedCache:
+        """The pages of the last layer."""
+        return replace(self, layers=self.layers[-1:], group_of_layer=self.group_of_layer[-1:])
+
+    def with_last(self, last: PagedCache) -> PagedCache:
+        """The cache with the pages of `last`, the cache of its last layer."""
+        return replace(self, layers=(*self.layers[:-1], *last.layers))
+
     def advance(self, rows: PackedRows, layers: tuple[LayerCache, ...]) -> PagedCache:
         """The cache with `layers`, to which the tokens of `rows` were appended."""
         return replace(self, layers=layers).placed()

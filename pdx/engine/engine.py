@@ -40,7 +40,7 @@ from pdx.engine.request import EngineRequest
 from pdx.engine.runner import Runner
 from pdx.engine.scheduler import Scheduler
 from pdx.engine.sizing import fill_in
-from pdx.engine.speculative_runner import SpeculativeRunner, check_proposer
+from pdx.engine.speculative_runner import SpeculativeRunner
 from pdx.engine.stream import RequestStream, StreamOutput
 from pdx.errors import EngineError, QueueFullError, RequestError
 from pdx.generation.completion import Completion
@@ -80,7 +80,6 @@ class Engine:
         kv_dtype = cache_dtype(config.kv_dtype, model)
         draft = None
         if config.speculate is not None:
-            check_proposer(config.speculate)
             loaded = with_draft(config.speculate, model)
             config, draft = dataclasses.replace(config, speculate=loaded), loaded.model
         self.model, self.config = model, fill_in(config, model, kv_dtype, cast(Model | None, draft))

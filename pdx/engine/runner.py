@@ -26,6 +26,7 @@ from pdx.layers.kernels import as_kernels, explain_mixed, layout_for
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import NO_TOKEN, SampleOutput, SamplingState, sample
 from pdx.sharding import constrain_rows, place_rows
+from pdx.speculative.paged_head import paged_layers
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 
@@ -64,7 +65,7 @@ class Runner:
         self._programs = Programs()
         self._make_cache = partial(
             init_paged_cache,
-            model.config,
+            paged_layers(model.config, config.speculate),
             config.pages,
             page_size=config.page_size,
             dtype=kv_dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from pdx.errors import RequestError
 from pdx.layers.kernels import layout_for
 from pdx.quant import Policy
 from pdx.sharding import is_spec
+from pdx.speculative.options import Speculation
+from pdx.speculative.paged_head import paged_layers
 from pdx.weights.load import Model
 
 # The cost model needs a chip in the table. A CPU has none, and reaches its prefill rate with few tokens.
@@ -32,7 +35,7 @@ HOST_SHARE = 1 / 8
 def fill_in(config: EngineConfig, model: Model, kv_dtype, draft: Model | None = None) -> EngineConfig:
     """Fill in what the configuration leaves open: context, page size, token budget, and pages of each page group.
 
-    `draft`: a draft model, loaded, whose dense cache needs memory too.
+    `draft`: a draft model, whose dense cache needs memory too, or a head, whose layer lies in the pages; loaded.
 
     Raises RequestError where the memory does not suffice for one request of `max_context` tokens.
     """
@@ -63,19 +66,21 @@ def budget(model: Model, config: EngineConfig, kv_dtype) -> int:
 
 
 def pages(model: Model, config: EngineConfig, kv_dtype, draft: Model | None = None) -> tuple[int, ...]:
-    """Pages of each page group. Window groups get twice what their slots need, so that cached prefixes survive. Full
-    groups get the rest of the memory, up to what `slots` requests of `max_context` tokens need."""
-    groups = page_groups(model.config)
+    """Pages of each page group; a head's layer is one of its group. Window groups get twice what their slots need, so
+    that cached prefixes survive. Full groups get the rest of the memory, up to what `slots` requests of `max_context`
+    tokens need."""
+    held = paged_layers(model.config, config.speculate)
+    groups = page_groups(held)
     if config.pages is not None:
         return (config.pages,) * len(groups)
     one = paged_cache_specs(
-        model.config, 1, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh, layout=layout_for(config.kernels)
+        held, 1, page_size=config.page_size, dtype=kv_dtype, mesh=model.mesh, layout=layout_for(config.kernels)
     )
     most = config.most_unread(config.max_context)
     alone = [demand(w, config.page_size, config.max_context, most) for w in groups]
     counts = [n * config.slots * (1 if w is None else 2) for n, w in zip(alone, groups, strict=True)]
     room = free_bytes(model) * config.memory_share
-    if draft is not None:
+    if draft is not None and cast(Speculation, config.speculate).proposer == "draft":
         specs = cache_specs(draft.config, config.slots, config.max_context, dtype=kv_dtype, mesh=model.mesh)
         room -= sum(spec.held_bytes(model.mesh) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
     return _within(room, counts, alone, groups, one)

@@ -9,27 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pdx.cache.dense import init_cache
+from pdx.engine import speculative_programs as programs
 from pdx.engine.config import EngineConfig
 from pdx.engine.plan import StepPlan
+from pdx.engine.request import Sequence
 from pdx.engine.runner import Emitted, Runner, empty_plan
 from pdx.generation.speculation import choose_proposer
 from pdx.layers.kernels import layout_for
 from pdx.metrics import SpeculationCounts
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
-from pdx.sharding import ArraySpec, constrain, constrain_rows, place_rows
+from pdx.sharding import place_rows
+from pdx.speculative.eagle import Eagle
 from pdx.speculative.options import Speculation
-from pdx.speculative.proposers import DraftModel, Proposer, SelfDraft
+from pdx.speculative.paged_head import HeadState, PagedEagle
+from pdx.speculative.proposers import DraftModel, SelfDraft
 from pdx.speculative.shares import Record, StepCosts
-from pdx.speculative.slots import Emission, Scored, SlotState, StepRows, emit, score
+from pdx.speculative.slots import Emission, Scored, SlotState
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 
@@ -37,10 +39,6 @@ from pdx.weights.progress import Report, silent
 TIMED = 3
 # Tokens of a prompt that a draft model reads at a time.
 CATCH_UP = 64
-# Proposers that need no more than tokens, or layers of the target.
-OVER_PAGES = ("ngram", "draft", "self", "synthetic")
-# The numbers that `Emission` has for each slot, in the order in which they are fetched.
-NUMBERS = ("counts", "drafted", "kept", "confidence", "tried", "accepted", "available", "next_confidence")
 
 
 @dataclass
@@ -74,6 +72,9 @@ class SpeculativeRunner(Runner):
         self.most = config.most_drafts
         speculation = cast(Speculation, config.drafts)
         self.proposer, self.draft = choose_proposer(model, speculation, catch_up=CATCH_UP)
+        if isinstance(self.proposer, Eagle):
+            self.proposer = PagedEagle(self.proposer.cfg)
+        self._unread: set[int] = set()
         self._kv_dtype = kv_dtype
         self.costs: StepCosts | None = None
         super().__init__(model, config, kv_dtype)
@@ -81,23 +82,32 @@ class SpeculativeRunner(Runner):
     def reset(self) -> None:
         super().reset()
         self.slots = None  # freed before the new one is made
-        own = None
-        if self.draft is not None:
-            own = init_cache(
-                self.draft.config,
-                self.config.slots,
-                cast(int, self.config.max_context),
-                chunk=CATCH_UP,
-                dtype=self._kv_dtype,
-                mesh=self.model.mesh,
-                layout=layout_for(self.kernels),
-            )
+        self._unread.clear()
+        own = self._empty_state()
         made = SlotState.empty(self.config.slots, cast(int, self.config.max_context), self.proposer, self.most)
         made = place_rows(made, self.model.mesh)
         self.slots = made if own is None else made.replace(proposer=own)
 
+    def _empty_state(self) -> Any:
+        """The proposer's state without requests; None where it has none."""
+        if isinstance(self.proposer, PagedEagle):
+            return HeadState.create(self.config.slots, self.model.config.d_model, self.model.dtype, self.model.mesh)
+        if self.draft is None:
+            return None
+        return init_cache(
+            self.draft.config,
+            self.config.slots,
+            cast(int, self.config.max_context),
+            chunk=CATCH_UP,
+            dtype=self._kv_dtype,
+            mesh=self.model.mesh,
+            layout=layout_for(self.kernels),
+        )
+
     def warmup(self, report: Report = silent) -> None:
         super().warmup(report)
+        if isinstance(self.proposer, DraftModel):
+            self._read_prompts(np.zeros(self.config.slots, bool))
         groups = len(self.cache.groups)
         plans = [empty_plan(self.config, size, groups, is_mixed=True) for size in self.config.draft_ladder]
         for done, plan in enumerate(plans, 1):
@@ -118,6 +128,7 @@ class SpeculativeRunner(Runner):
     def forward(self, plan: StepPlan) -> Scored:
         if plan.copies:
             self._copy(plan.copies)
+        self._read_ended(plan)
         rows, slots = len(plan.lengths), self.config.slots
         counts = np.diff(plan.query_starts)
         rounds = plan.samples & (plan.logit_rows == np.arange(slots))
@@ -126,7 +137,7 @@ class SpeculativeRunner(Runner):
         most = self.most_drafts(plan)
         scored, self.cache, self.slots = self._programs.call(
             ("step", plan.shape, rows, most),
-            _score,
+            programs.score_step,
             params=self.model.params,
             cache=self.cache,
             slots=self.slots,
@@ -150,7 +161,7 @@ class SpeculativeRunner(Runner):
         masked = {} if allowed is None else {"allowed": allowed}
         told, numbers, self.slots, self.sampling = self._programs.call(
             ("sample", logits.at.shape, allowed is not None),
-            _emit,
+            programs.emit_step,
             scored=logits,
             slots=self.slots,
             sampling=self.sampling,
@@ -172,8 +183,8 @@ class SpeculativeRunner(Runner):
     def fetch(self, drawn: tuple[Emission, jax.Array], *, logprobs: bool) -> Speculated:
         told, packed = drawn
         found = np.asarray(packed)
-        numbers = {name: found[:, i] for i, name in enumerate(NUMBERS)}
-        got = Speculated(found[:, len(NUMBERS) :], counts=numbers["counts"], numbers=numbers)
+        numbers = {name: found[:, i] for i, name in enumerate(programs.NUMBERS)}
+        got = Speculated(found[:, len(programs.NUMBERS) :], counts=numbers["counts"], numbers=numbers)
         if logprobs:
             got.logprob, got.top_ids, got.top_logprobs = jax.device_get(
                 (told.emitted.logprob, told.emitted.top_ids, told.emitted.top_logprobs)
@@ -187,7 +198,7 @@ class SpeculativeRunner(Runner):
         tokens[:held] = [*prompt, *outputs]
         self.sampling, self.slots = self._programs.call(
             "join",
-            _join,
+            programs.join_slot,
             sampling=self.sampling,
             slots=self.slots,
             slot=np.int32(slot),
@@ -195,6 +206,28 @@ class SpeculativeRunner(Runner):
             tokens=tokens,
             held=np.int32(held),
             static={"mesh": self.model.mesh},
+        )
+
+    def join_all(self, joins: tuple[tuple[int, Sequence], ...]) -> None:
+        super().join_all(joins)
+        if isinstance(self.proposer, DraftModel):
+            self._unread.difference_update(slot for slot, _ in joins)
+            self._unread.update(slot for slot, seq in joins if seq.record is not None)
+
+    def _read_ended(self, plan: StepPlan) -> None:
+        """Let the draft model read the prompts that end in this step: that time belongs to their first token."""
+        if ended := {c.slot for c in plan.chunks if c.samples} & self._unread:
+            self._unread -= ended
+            self._read_prompts(np.isin(np.arange(self.config.slots), list(ended)))
+
+    def _read_prompts(self, whose: np.ndarray) -> None:
+        self.slots = self._programs.call(
+            "read prompts",
+            programs.read_prompts,
+            slots=self.slots,
+            whose=whose,
+            draft_params=cast(Model, self.draft).params,
+            static={"proposer": self.proposer, "mesh": self.model.mesh, "kernels": self.kernels},
         )
 
     def _once(self, plan: StepPlan, *, masked: bool = False) -> None:
@@ -221,20 +254,11 @@ class SpeculativeRunner(Runner):
             plan.drafts[:] = 0
             plan.drafts[0] = 1
             drafted[plan.shape] = _fastest(lambda plan=plan: self._once(plan))
-        if isinstance(self.proposer, DraftModel | SelfDraft):
+        if isinstance(self.proposer, DraftModel | PagedEagle | SelfDraft):
             plan = plans[0]
             plan.drafts[:] = self.most
             draft_s = (_fastest(lambda: self._once(plan)) - drafted[plan.shape]) / max(1, self.most - 1)
         return StepCosts(plain, drafted, max(0.0, draft_s))
-
-
-def check_proposer(speculation: Speculation) -> None:
-    """Raise NotImplementedError for a proposer that cannot draft over pages."""
-    if speculation.proposer not in OVER_PAGES:
-        raise NotImplementedError(
-            f"speculate {speculation.proposer!r}: an engine drafts with {', '.join(OVER_PAGES)}; a head needs the "
-            "hidden states of whole prompts, which only `pdx generate` keeps"
-        )
 
 
 def _fastest(run: Callable[[], None]) -> float:
@@ -245,55 +269,3 @@ def _fastest(run: Callable[[], None]) -> float:
         run()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
-
-
-@partial(
-    jax.jit,
-    static_argnames=("cfg", "shape", "tokens", "most", "proposer", "as_plain", "mesh", "kernels"),
-    donate_argnames=("cache", "slots"),
-)
-def _score(
-    params, cache, slots, sampling, host, draft_params, cfg, shape, tokens, most, proposer, as_plain, mesh, kernels
-):
-    """The forward pass. The host's inputs come packed in one array, since each array costs a transfer."""
-    r, s, groups = shape
-    counts, starts, slot_of, logit_rows, drafts, rounds, tables = jnp.split(host, np.cumsum([r, r, r, s, s, s]))
-    step = StepRows(tables.reshape(groups, r, -1), counts, starts, slot_of, logit_rows, drafts, rounds > 0)
-    scored, cache, slots = score(
-        params,
-        cfg,
-        cache,
-        slots,
-        sampling,
-        step,
-        tokens=tokens,
-        most=most,
-        proposer=proposer,
-        draft_params=draft_params,
-        as_plain=as_plain,
-        kernels=kernels,
-    )
-    logits = constrain(scored.logits, ArraySpec(scored.logits.shape, (None, "vocab"), scored.logits.dtype), mesh)
-    at, drafted, rounds = constrain_rows((scored.at, scored.drafted, scored.rounds), mesh)
-    return Scored(logits, at, drafted, rounds), cache, _placed(slots, mesh)
-
-
-@partial(jax.jit, static_argnames=("proposer", "most", "num_logprobs", "mesh"), donate_argnames=("slots", "sampling"))
-def _emit(scored, slots, sampling, samples, proposer: Proposer, most, num_logprobs, mesh, allowed=None):
-    told, slots, sampling = emit(
-        scored, slots, sampling, samples, proposer=proposer, most=most, num_logprobs=num_logprobs, allowed=allowed
-    )
-    numbers = jnp.stack([getattr(told, name) for name in NUMBERS], axis=1)
-    packed = jnp.concatenate([numbers, told.emitted.tokens], axis=1).astype(jnp.int32)
-    return told, packed, _placed(slots, mesh), constrain_rows(sampling, mesh)
-
-
-def _placed(slots: SlotState, mesh) -> SlotState:
-    """The slots constrained to their placement; a program must return them so, or the next one is not for them."""
-    own, slots = slots.proposer, constrain_rows(slots.replace(proposer=None), mesh)
-    return slots.replace(proposer=None if own is None else own.placed())
-
-
-@partial(jax.jit, static_argnames="mesh", donate_argnames=("sampling", "slots"))
-def _join(sampling, slots, slot, one, tokens, held, mesh):
-    return constrain_rows(sampling.put(slot, one), mesh), _placed(slots.join(slot, tokens, held), mesh)

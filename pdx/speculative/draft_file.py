@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from pallas_kernels import QuantArray
 from pdx.config import ModelConfig
 from pdx.errors import ModelFileError, RequestError
+from pdx.meshes import as_mesh
 from pdx.model import Params, param_specs
-from pdx.quant import name_of
+from pdx.quant import declared_parts, name_of
 from pdx.sharding import ArraySpec, is_spec
 from pdx.speculative.eagle import head_config, head_specs
 from pdx.weights.checkpoint import CheckpointFile
@@ -44,15 +47,12 @@ def load_draft(path: str | Path, kind: str, *, dtype: Any = jnp.float32, mesh: A
 
     Args:
       dtype: in which it computes, as the target's.
+      mesh: the target's.
 
     Raises:
       ModelFileError: the folder holds none of this kind.
-      NotImplementedError: a mesh.
     """
-    if mesh is not None:
-        raise NotImplementedError(
-            f"what pdx distill made runs on one device so far: load {path}'s target without a mesh"
-        )
+    mesh = as_mesh(mesh)
     path = Path(path).expanduser()
     file = CheckpointFile(path)
     there = set(file.names())
@@ -67,8 +67,16 @@ def load_draft(path: str | Path, kind: str, *, dtype: Any = jnp.float32, mesh: A
         if name not in there or file.shape(name) != spec.shape:
             raise ModelFileError(f"{path}: parameter {name} is missing, or not of shape {list(spec.shape)}")
         read = file.read if file.stored_kind(name) is None else file.read_stored
-        leaves.append(jax.device_put(read(name, spec.dtype)))
-    return Model(jax.tree.unflatten(tree, leaves), file.config, path.name, path, jnp.dtype(dtype))
+        leaves.append(_placed(read(name, spec.dtype), spec, mesh))
+    return Model(jax.tree.unflatten(tree, leaves), file.config, path.name, path, jnp.dtype(dtype), mesh=mesh)
+
+
+def _placed(array: Any, spec: ArraySpec, mesh: Mesh | None) -> Any:
+    """A parameter on a mesh, or on the default device."""
+    if mesh is None:
+        return jax.device_put(array)
+    specs = declared_parts(array, spec) if isinstance(array, QuantArray) else spec
+    return jax.tree.map(lambda s, x: jax.device_put(x, s.sharding(mesh)), specs, array, is_leaf=is_spec)
 
 
 def check_head(head: Model, target: Model) -> None:

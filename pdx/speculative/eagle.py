@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pdx.cache.dense import DenseCache
-from pdx.cache.rows import TokenRows
+from pdx.cache.paged import PagedCache
+from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.layers.kernels import Kernels
 from pdx.layers.linear import embed, linear, unembed
 from pdx.layers.rope import rotation
 from pdx.meshes import ANY_DEVICES, Devices
 from pdx.model import Params, forward, layer, param_specs
-from pdx.sharding import ArraySpec
+from pdx.sharding import ArraySpec, constrain_rows, place_rows
 from pdx.speculative.acceptance import DRAFT, Drafted, apart
 from pdx.speculative.options import LONGEST_DRAFT
 from pdx.speculative.proposers import Prepared, Rows, always_available, draw_draft, over_all_tokens
@@ -60,17 +61,18 @@ def predict(
     cfg: ModelConfig,
     embedded: Float[Array, "B T D"],
     hidden: Float[Array, "B T D"],
-    rows: TokenRows,
-    cache: DenseCache | None = None,
+    rows: TokenRows | PackedRows,
+    cache: DenseCache | PagedCache | None = None,
     *,
     kernels: Kernels = "auto",
-) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+) -> tuple[Float[Array, "B T D"], Any]:
     """The hidden states that follow, and the cache with these entries.
 
     Args:
       cfg: as `head_config`.
       embedded: the embedding of each entry's token, the one behind `hidden`.
-      rows: from the cache; without one, the entries attend to each other, and the result can be differentiated.
+      rows: of the cache; without one, the entries attend to each other, and the result can be differentiated.
+      cache: of the head's one layer, dense or paged.
     """
     mesh: Devices = ANY_DEVICES if cache is None else cache.mesh
     x = linear(jnp.concatenate([embedded, hidden.astype(embedded.dtype)], axis=-1), head["fc"])
@@ -78,14 +80,14 @@ def predict(
         head["layers"][0],
         x,
         None if cache is None else cache.layers[0],
-        rows,
+        rows if cache is None else cache.layer_rows(cast(Any, rows))[0],
         rotation(cfg.rope, cfg.head_dim, rows.positions),
         cfg=cfg,
         window=None,
         mesh=mesh,
         kernels=kernels,
     )
-    return x, None if cache is None or own is None else cache.advance(rows, (own,))
+    return x, None if cache is None else cache.advance(cast(Any, rows), (own,))
 
 
 def own_logits(head: Params, cfg: ModelConfig, hidden: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
@@ -108,11 +110,16 @@ class EagleState:
     @classmethod
     def create(cls, cache: DenseCache, width: int, dtype) -> EagleState:
         """Behind nothing. `width`: of a hidden state."""
-        return cls(cache, jnp.zeros((cache.batch, CATCH_UP + LONGEST_DRAFT + 1, width), dtype))
+        hidden = jnp.zeros((cache.batch, CATCH_UP + LONGEST_DRAFT + 1, width), dtype)
+        return cls(cache, place_rows(hidden, cache.mesh))
 
     def holding(self, tokens: int) -> EagleState:
         """The state as if the target's rows held `tokens` tokens, whatever lies in it: to measure what a step costs."""
         return self.replace(cache=self.cache.holding(tokens - 1))
+
+    def placed(self) -> EagleState:
+        """The state constrained to its placement on the mesh."""
+        return EagleState(self.cache.placed(), constrain_rows(self.hidden, self.cache.mesh))
 
 
 @dataclass(frozen=True)
@@ -187,9 +194,7 @@ class Eagle:
     def _predict(self, rows: Rows, tokens, hidden, cache: DenseCache, new, cfg: ModelConfig, kernels: Any):
         embedded = embed(rows.params["embed"], tokens, cfg.embed_scale, cache.mesh)
         entries = cache.rows(new, *tokens.shape)
-        x, after = predict(rows.draft_params, self.cfg, embedded, hidden, entries, cache, kernels=kernels)
-        assert after is not None  # there is a cache
-        return x, after
+        return predict(rows.draft_params, self.cfg, embedded, hidden, entries, cache, kernels=kernels)
 
     def _logits(self, head: Params, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         return over_all_tokens(own_logits(head, self.cfg, hidden), head["vocabulary"], self.cfg.vocab_size)
@@ -212,7 +217,7 @@ def prefill_with_head(params, head, tokens, following, lengths, taken, cache, st
     last = jnp.take_along_axis(out.final_hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     ends = (lengths > taken)[:, None]
     hidden = state.hidden.at[:, 0].set(jnp.where(ends, last.astype(state.hidden.dtype), state.hidden[:, 0]))
-    return *finish(out.logits, out.cache), EagleState(own, hidden)
+    return *finish(out.logits, out.cache), EagleState(own, hidden).placed()
 
 
 PREFILL = jax.jit(prefill_with_head, static_argnames=("cfg", "kernels"), donate_argnames=("cache", "state"))

@@ -6,6 +6,9 @@ A proposer is static and hashable; what it remembers is a pytree, its state. A r
 2. `draft`, if the round's level is above 0: the tokens.
 3. `observe`, after the verification: the target's hidden states of the tokens that stay.
 
+In an engine a `pdx.speculative.reading.Reader` sees the hidden states of prompts and plain steps too. It has methods of
+its own in place of `observe`.
+
 The tokens of a row are `history[b, :held[b]]`; the last one is the newest, and the target's cache holds all the others.
 A proposer with a cache of its own drops what was rejected when it is next called.
 """
@@ -187,7 +190,7 @@ class SelfDraft(_Blind):
         params = rows.params | {"layers": rows.params["layers"][:k]}
         part = dataclasses.replace(cfg, num_layers=k, windows=cfg.windows[:k])
         feed = rows.newest[:, None], rows.active.astype(jnp.int32)
-        drafted, first = _decode(params, part, cache.first_layers(k), feed, rows, prepared, length, kernels)
+        drafted, first = draft_tokens(params, part, cache.first_layers(k), feed, rows, prepared, length, kernels)
         return drafted, cache.with_first(first), state
 
 
@@ -212,25 +215,30 @@ class DraftModel(_Blind):
         return always_available(rows, most)
 
     def draft(self, rows: Rows, state: DenseCache, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
-        params = rows.draft_params
+        cache = self.caught_up(rows, state, kernels)
+        feed = self._missing(rows, cache, self.BEHIND)
+        drafted, cache = draft_tokens(rows.draft_params, self.cfg, cache, feed, rows, prepared, length, kernels)
+        return drafted, rows.cache, cache
 
-        def missing(cache: DenseCache, width: int):
-            """The next tokens that the cache lacks, [B, width], and how many they are: all but the newest one."""
-            at = cache.lengths[:, None] + jnp.arange(width)
-            tokens = jnp.take_along_axis(rows.history, jnp.minimum(at, rows.history.shape[1] - 1), axis=1)
-            return tokens, jnp.where(rows.active, rows.held - cache.lengths, 0)
+    def caught_up(self, rows: Rows, state: DenseCache, kernels: Any) -> DenseCache:
+        """The cache without what was rejected, and with all tokens of the active rows but the last `BEHIND`: a prompt,
+        and what rounds without a draft left behind."""
 
         def catch_up(cache: DenseCache) -> DenseCache:
-            tokens, count = missing(cache, self.catch_up)
+            tokens, count = self._missing(rows, cache, self.catch_up)
             new = jnp.clip(count - self.BEHIND, 0, self.catch_up)
-            return forward(params, self.cfg, tokens, cache, lengths=new, logits="none", kernels=kernels).cache
+            return forward(
+                rows.draft_params, self.cfg, tokens, cache, lengths=new, logits="none", kernels=kernels
+            ).cache
 
-        # What rounds without a draft left behind.
         kept = state.truncate(jnp.maximum(rows.held - 1, 0))
-        cache = lax.while_loop(lambda cache: jnp.any(missing(cache, 1)[1] > self.BEHIND), catch_up, kept)
-        feed = missing(cache, self.BEHIND)
-        drafted, cache = _decode(params, self.cfg, cache, feed, rows, prepared, length, kernels)
-        return drafted, rows.cache, cache
+        return lax.while_loop(lambda cache: jnp.any(self._missing(rows, cache, 1)[1] > self.BEHIND), catch_up, kept)
+
+    def _missing(self, rows: Rows, cache: DenseCache, width: int):
+        """The next tokens that the cache lacks, [B, width], and how many they are, the newest one included."""
+        at = cache.lengths[:, None] + jnp.arange(width)
+        tokens = jnp.take_along_axis(rows.history, jnp.minimum(at, rows.history.shape[1] - 1), axis=1)
+        return tokens, jnp.where(rows.active, rows.held - cache.lengths, 0)
 
 
 def always_available(rows: Rows, most: int) -> Prepared:
@@ -243,7 +251,7 @@ def tokens_at(history: Int[Array, "B S"], at: Int[Array, " B"]) -> Int[Array, " 
     return jnp.take_along_axis(history, jnp.clip(at, 0, history.shape[1] - 1)[:, None], axis=1)[:, 0]
 
 
-def _decode(params: Params, cfg: ModelConfig, cache: DenseCache, feed, rows: Rows, prepared, length: int, kernels):
+def draft_tokens(params: Params, cfg: ModelConfig, cache: Any, feed, rows: Rows, prepared, length: int, kernels):
     """Draft `length` tokens. Returns them, and the cache, which then holds all but the last of them.
 
     `feed`: tokens [B, w] to append first, and how many of them are real, [B]. Tokens are drawn by the target's settings

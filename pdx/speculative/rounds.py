@@ -157,9 +157,9 @@ def speculate_many(
         (out.sampling, out.emitted, out.state.history, (out.counts, out.rounds, out.drafted, out.kept)), cache.mesh
     )
     counts, rounds, drafted, kept = counted
-    return Speculated(
-        emitted, counts, rounds, drafted, kept, out.cache.placed(), sampling, out.state.replace(history=history)
-    )
+    own = out.state.proposer
+    state = out.state.replace(history=history, proposer=None if own is None else own.placed())
+    return Speculated(emitted, counts, rounds, drafted, kept, out.cache.placed(), sampling, state)
 
 
 class _Model:

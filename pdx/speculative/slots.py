@@ -12,7 +12,7 @@ device knows where each row stands.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from pdx.model import Params
 from pdx.sampling.sampler import SampleOutput, SamplingState
 from pdx.speculative.acceptance import Drafted, accept
 from pdx.speculative.proposers import Prepared, Proposer, Rows
+from pdx.speculative.reading import Reader, ReadTokens
 from pdx.speculative.rounds import put
-from pdx.steps.packed import mixed
+from pdx.steps.packed import mixed, mixed_output
 
 
 @struct.dataclass
@@ -55,9 +56,7 @@ class SlotState:
     def join(self, slot: Int[Array, ""], tokens: Int[Array, " C"], held: Int[Array, ""]) -> SlotState:
         """With a new request in `slot`, which has `held` tokens."""
         mine = jnp.arange(self.held.shape[0]) == slot
-        own = self.proposer
-        if own is not None:  # the draft model's cache of the slot
-            own = own.truncate(jnp.where(mine, 0, own.lengths))
+        own = None if self.proposer is None else self.proposer.emptied(mine)
         prepared = self.prepared.replace(available=jnp.where(mine, 0, self.prepared.available))
         return SlotState(self.history.at[slot].set(tokens), jnp.where(mine, held, self.held), prepared, own)
 
@@ -86,12 +85,18 @@ class StepRows:
 
 @struct.dataclass
 class Scored:
-    """What `score` returns: W packed logits, where each slot's lie, and the drafts; g1 is the longest draft and one."""
+    """What `score` returns; g1 is the longest draft and one.
+
+    Attributes:
+      logits: packed; those of each slot lie `at`.
+      hidden: the target's hidden states behind which each slot's tokens are sampled, for a `Reader`.
+    """
 
     logits: Float[Array, "W V"]
     at: Int[Array, "S g1"]
     drafted: Drafted
     rounds: Bool[Array, " S"]
+    hidden: Float[Array, "S g1 D"] | None = None
 
 
 @struct.dataclass
@@ -138,11 +143,18 @@ class SlotPages:
 
     def append(self, params: Params, cfg: ModelConfig, tokens: Int[Array, "S 1"], lengths: Int[Array, " S"], kernels):
         """Append one token to the slots of length 1; returns the logits behind it and the pages."""
+        logits, cache = mixed(params, cfg, tokens[:, 0], self.one_each(lengths), self.cache, kernels)
+        return logits, self.advanced(cache, lengths)
+
+    def one_each(self, lengths: Int[Array, " S"]) -> PackedRows:
+        """The rows of one new token in each slot of length 1."""
         slots = lengths.shape[0]
         held = jnp.where(lengths > 0, self.lengths + lengths, 0)
-        rows = PackedRows.packed(slots, self.block_tables, held, jnp.arange(slots + 1, dtype=jnp.int32), slots, 1)
-        logits, cache = mixed(params, cfg, tokens[:, 0], rows, self.cache, kernels)
-        return logits, self.replace(cache=cache, lengths=self.lengths + lengths)
+        return PackedRows.packed(slots, self.block_tables, held, jnp.arange(slots + 1, dtype=jnp.int32), slots, 1)
+
+    def advanced(self, cache: PagedCache, lengths: Int[Array, " S"]) -> SlotPages:
+        """With `cache`, to which `lengths` tokens were appended."""
+        return self.replace(cache=cache, lengths=self.lengths + lengths)
 
 
 def score(
@@ -182,7 +194,7 @@ def score(
         cache, slots = pages.cache, slots.replace(proposer=own)
         history = put(history, drafted.tokens, held, drafted.lengths)
     rows = _packed(slots, step, drafted, tokens, most)
-    at = _places(step, rows, most)
+    at = places = _places(step, rows, most)
     if most and tokens > at.size:  # not all tokens' logits are wanted
         rows = rows.replace(wanted_tokens=at.reshape(-1))
         at = jnp.arange(at.size, dtype=jnp.int32).reshape(at.shape)
@@ -193,10 +205,15 @@ def score(
         at = jnp.arange(count, dtype=jnp.int32)[:, None]
     positions = jnp.clip(rows.positions[0], 0, history.shape[1] - 1)
     packed = history[step.slot_of[rows.owner[0]], positions]
-    logits, cache = mixed(params, cfg, packed, rows, cache, kernels)
+    out = mixed_output(params, cfg, packed, rows, cache.first_layers(cfg.num_layers), kernels)
+    cache, logits, hidden = cache.with_first(cast(PagedCache, out.cache)), cast(Array, out.logits), None
+    if isinstance(proposer, Reader):
+        read = ReadTokens(packed, out.final_hidden[0], rows, step.slot_of)
+        cache = proposer.read(read, slots.proposer, cache, params, draft_params, cfg, kernels)
+        hidden = proposer.hidden_at(read, slots.proposer, places, step.counts[step.logit_rows] > 0)
     if most:  # of one shape for all sizes, so that `emit` is compiled once for them
         logits = jnp.pad(logits, ((0, at.size - logits.shape[0]), (0, 0)))
-    return Scored(logits, at, drafted, step.rounds), cache, slots
+    return Scored(logits, at, drafted, step.rounds, hidden), cache, slots
 
 
 def emit(
@@ -229,8 +246,11 @@ def emit(
         accepted = jnp.where(plain, done.emitted.tokens[:, 0] == before.tokens[:, 0], accepted)
     learns = samples & scored.rounds
     history, held = put(slots.history, done.emitted.tokens, held, counts), held + counts
-    prepared = _prepare(proposer, history, held, slots.proposer, most)
-    after = slots.replace(history=history, held=held, prepared=prepared)
+    own = slots.proposer
+    if isinstance(proposer, Reader):
+        own = proposer.keep(own, cast(Array, scored.hidden), counts)
+    prepared = _prepare(proposer, history, held, own, most)
+    after = slots.replace(history=history, held=held, prepared=prepared, proposer=own)
     told = Emission(
         emitted=done.emitted,
         counts=counts,

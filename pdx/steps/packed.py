@@ -17,7 +17,7 @@ from pdx.cache.rows import PackedRows
 from pdx.config import ModelConfig
 from pdx.layers.kernels import Kernels, as_kernels
 from pdx.meshes import check_mesh, on_own_mesh
-from pdx.model import Params, forward
+from pdx.model import ForwardOutput, Params, forward
 from pdx.sharding import ArraySpec, constrain
 
 
@@ -84,12 +84,19 @@ def mixed_step(
 
 def mixed(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels):
     """`mixed_step`, to be traced inside a larger program."""
+    out = mixed_output(params, cfg, tokens, rows, cache, kernels)
+    return out.logits, out.cache
+
+
+def mixed_output(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kernels) -> ForwardOutput:
+    """`mixed`, with the final hidden states of the packed tokens, [1, T, D]."""
     out = forward(params, cfg, tokens[None], cache, rows=rows, logits="last", kernels=kernels)
     full = rows.held_lengths > rows.block_tables.shape[-1] * cache.page_size
     if rows.wanted_tokens is not None:
         full = full[rows.owner[0, rows.wanted_tokens]]
     logits = jnp.where(full[:, None], jnp.nan, cast(Array, out.logits))
-    return constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh), out.cache
+    logits = constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh)
+    return out.replace(logits=logits)
 
 
 @partial(jax.jit, static_argnames=("cfg", "decode_rows", "max_queries", "kernels"), donate_argnames="cache")

@@ -19,7 +19,7 @@ from pdx.sampling.sampler import SamplingState, filtered_logits
 from pdx.speculative import acceptance
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import NGram
-from tests.support import tiny_model
+from tests.support import heads, tiny_model
 from tests.support.random_requests import random_requests, same
 
 REPEATS = "ab cd ab cd ab cd ab"  # its n-grams draft from the first token on
@@ -42,9 +42,23 @@ def draft(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(model):
-    with Engine(model, pdx.EngineConfig(**TIGHT, **NGRAM)) as engine:
+def engine(model, request):
+    """One that drafts with n-grams, or as a test names it."""
+    speculate = asked(getattr(request, "param", "ngram"), model)
+    with Engine(model, pdx.EngineConfig(**TIGHT | NGRAM | {"speculate": speculate})) as engine:
         yield engine
+
+
+def asked(proposer, model, draft=None):
+    """`speculate` of an engine; a head and a draft model have random weights."""
+    if proposer == "eagle":
+        return Speculation("eagle", model=heads.make(model))
+    return Speculation("draft", model=draft) if proposer == "draft" else proposer
+
+
+with_a_head_too = pytest.mark.parametrize(
+    "engine", ["ngram", pytest.param("eagle", marks=pytest.mark.slow)], indirect=True
+)
 
 
 def check_all(engine, prompts, options, expected):
@@ -66,6 +80,7 @@ def test_requests_get_what_they_get_alone(model, engine):
     assert metrics.hit_tokens > 0 < metrics.preemptions
 
 
+@with_a_head_too
 def test_a_request_can_opt_out_and_each_is_counted(engine):
     options = SamplingOptions(max_tokens=40, ignore_eos=True)
     ids = tuple(engine.model.tokenizer.encode(REPEATS))
@@ -91,6 +106,7 @@ def test_drafts_make_steps_fewer(engine):
     assert steps(True) < 0.7 * steps(False)
 
 
+@with_a_head_too
 def test_stop_strings_and_stop_tokens_end_inside_a_round(engine):
     plain = engine.generate([REPEATS], max_tokens=40, ignore_eos=True)[0]
     for settings in ({"stop": plain.text[20:22]}, {"stop_token_ids": (plain.token_ids[18],)}, {"max_tokens": 17}):
@@ -98,6 +114,7 @@ def test_stop_strings_and_stop_tokens_end_inside_a_round(engine):
         same(engine.generate([REPEATS], **settings)[0], pdx.generate(engine.model, [REPEATS], **settings)[0])
 
 
+@with_a_head_too
 def test_masks_apply_to_every_drafted_position(engine):
     """Only even ids: a mask for each drafted token, up to the first one that it forbids."""
     vocab, seen = engine.model.config.vocab_size, []
@@ -107,7 +124,7 @@ def test_masks_apply_to_every_drafted_position(engine):
         return np.arange(vocab) % 2 == 0
 
     ids = tuple(engine.model.tokenizer.encode(REPEATS))
-    for temperature in (0.0, 1.0):
+    for temperature in (0.0, 1.0)[: 2 if engine.config.speculate.proposer == "ngram" else 1]:
         options = SamplingOptions(max_tokens=30, ignore_eos=True, temperature=temperature, seed=5)
         want = engine.submit(EngineRequest(ids, options, mask=mask, speculate=False)).result(60)
         seen.clear()
@@ -127,6 +144,7 @@ def test_a_mask_that_fails_behind_a_draft_fails_its_request_alone(engine):
     same(neighbour.result(60), pdx.generate(engine.model, [REPEATS], max_tokens=20, ignore_eos=True)[0])
 
 
+@with_a_head_too
 def test_nan_logits_behind_a_draft_fail_their_request_alone(engine, monkeypatch):
     sample = engine.runner.sample
 
@@ -141,6 +159,7 @@ def test_nan_logits_behind_a_draft_fail_their_request_alone(engine, monkeypatch)
     assert len(engine.submit(REPEATS, max_tokens=9, ignore_eos=True).result(60).token_ids) == 9
 
 
+@with_a_head_too
 def test_a_failed_step_is_recovered_from(engine, monkeypatch):
     real, calls = engine.runner.fetch, iter(range(1000))
 
@@ -156,6 +175,7 @@ def test_a_failed_step_is_recovered_from(engine, monkeypatch):
     same(engine.generate([REPEATS], max_tokens=20, ignore_eos=True)[0], want)
 
 
+@with_a_head_too
 def test_a_request_that_is_cancelled_before_it_joins_harms_nobody(engine, monkeypatch):
     """Neither the slot that is counted last, nor a later request with the same prompt."""
     victim = tuple(engine.model.tokenizer.encode("the victim's own words, more than a page of them"))
@@ -211,6 +231,9 @@ SETTINGS = [
     {"speculate": "self:1"},
     {"speculate": "draft"},
     {"speculate": "draft", "draft_length": "auto", "overlap": False},
+    {"speculate": "eagle"},
+    {"speculate": "eagle", "kv_dtype": "int8", "overlap": False},
+    {"speculate": "eagle", "draft_length": "auto", "chunked_prefill": False},
 ]
 
 
@@ -222,17 +245,16 @@ def test_every_setting_gives_the_tokens_of_plain_decoding(model, draft, settings
     kv_dtype, settings = settings.get("kv_dtype"), dict(settings)
     if settings.get("speculate", "ngram") != "ngram":
         options = [dataclasses.replace(o, temperature=0.0) for o in options]
-    if settings.get("speculate") == "draft":
-        settings["speculate"] = Speculation("draft", model=draft)
+    settings["speculate"] = asked(settings.get("speculate", "ngram"), model, draft)
     expected = pdx.generate(model, prompts, options, kv_dtype=kv_dtype)
     with Engine(model, pdx.EngineConfig(**TIGHT | NGRAM | settings)) as engine:
         metrics = check_all(engine, prompts, options, expected)
-        is_chosen = engine.config.drafts.draft_length == "auto"  # then a draft as large as its target never pays
-        assert metrics.speculation.drafted > 0 or (is_chosen and engine.config.speculate.proposer == "draft")
+        is_chosen = engine.config.drafts.draft_length == "auto"  # then a draft that large never pays
+        assert metrics.speculation.drafted > 0 or (is_chosen and engine.config.speculate.proposer != "ngram")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proposer", ["ngram", "self:1"])
+@pytest.mark.parametrize("proposer", ["ngram", "self:1", "eagle"])
 def test_deterministic_results_do_not_depend_on_drafts_bit_for_bit(model, proposer):
     """With and without drafts, alone and under load: the same tokens and log-probabilities, at any temperature."""
     rng = random.Random(5)
@@ -240,9 +262,8 @@ def test_deterministic_results_do_not_depend_on_drafts_bit_for_bit(model, propos
     prompts = [model.tokenizer.encode(REPEATS + p if rng.random() < 0.5 else p) for p in prompts]
     options = [dataclasses.replace(o, logprobs=2) for o in options]
     requests = [(tuple(p), o) for p, o in zip(prompts, options, strict=True)]
-    with Engine(
-        model, pdx.EngineConfig(**TIGHT | NGRAM | {"token_budget": 24, "deterministic": True, "speculate": proposer})
-    ) as engine:
+    settings = {"token_budget": 24, "deterministic": True, "speculate": asked(proposer, model)}
+    with Engine(model, pdx.EngineConfig(**TIGHT | NGRAM | settings)) as engine:
         alone = [engine.submit(EngineRequest(p, o, speculate=False)).result(120) for p, o in requests]
         streams = [engine.submit(EngineRequest(p, o)) for p, o in requests]
         for stream, want in zip(streams, alone, strict=True):
@@ -252,15 +273,18 @@ def test_deterministic_results_do_not_depend_on_drafts_bit_for_bit(model, propos
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proposer", ["ngram", "self:1"])
+@pytest.mark.parametrize("proposer", ["ngram", "self:1", "eagle"])
 def test_mesh(tmp_path, proposer):
     """Over two devices; the window is no part of it."""
     prompts, options = random_requests(random.Random(6), 6, tokens=40)
     prompts = [REPEATS + p for p in prompts]
     options = [dataclasses.replace(o, temperature=0.0) for o in options]
     files = tiny_model.make(tmp_path)
+    model = pdx.load(files, mesh="model=2")
+    if proposer == "eagle":
+        proposer = f"eagle:{pdx.save(heads.make(pdx.load(files)), tmp_path / 'head')}"
     config = pdx.EngineConfig(**TIGHT | {"speculate": proposer, "draft_length": 3})
-    with Engine(pdx.load(files, mesh="model=2"), config) as engine:
+    with Engine(model, config) as engine:
         got = engine.generate(prompts, options)
         assert engine.metrics().compiles == 0
         assert engine.metrics().speculation.drafted > 0
@@ -270,15 +294,17 @@ def test_mesh(tmp_path, proposer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["right", "wrong"])
-@pytest.mark.parametrize("proposer", ["draft", "self:1"])
+@pytest.mark.parametrize("proposer", ["draft", "self:1", "eagle"])
 def test_drawn_drafts_leave_the_distribution_as_it_is(model, draft, proposer, rule, monkeypatch):
     """Chi-square over many seeds at temperature 1. A rule that keeps every draft fails it."""
     if rule == "wrong":
         monkeypatch.setattr(acceptance, "_by_rejection", lambda logits, token, q, sampling, positions: token)
         jax.clear_caches()
-    speculate = Speculation("draft", 2, model=draft) if proposer == "draft" else Speculation.parse(proposer, 2)
+    speculate = asked(proposer, model, draft)
     ids, settings = (40, 41, 42), {"max_tokens": 3, "ignore_eos": True, "temperature": 1.0, "top_k": 3}
-    config = pdx.EngineConfig(slots=8, token_budget=32, max_context=64, speculate=speculate, prefix_cache=False)
+    config = pdx.EngineConfig(
+        slots=8, token_budget=32, max_context=64, speculate=speculate, draft_length=2, prefix_cache=False
+    )
     with Engine(model, config) as engine:
         requests = [EngineRequest(ids, SamplingOptions(seed=i, **settings)) for i in range(1200)]
         answers = Counter(tuple(c.token_ids) for c in engine.generate(requests))
@@ -314,7 +340,7 @@ def test_what_makes_no_sense_is_said(model, draft):
             pdx.EngineConfig(**TIGHT, **settings)
     with pytest.raises(RequestError, match="self:2"):
         Engine(model, pdx.EngineConfig(**TIGHT, speculate="self:2"))
-    with pytest.raises(NotImplementedError, match="hidden states"):
+    with pytest.raises(RequestError, match="none comes with pdx"):
         Engine(model, pdx.EngineConfig(**TIGHT, speculate=Speculation("eagle")))
     with pytest.raises(RequestError, match="speculate"):
         EngineRequest((5,), speculate="ngram")
