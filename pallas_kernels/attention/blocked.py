@@ -100,7 +100,7 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
             jnp.zeros((b, kv_heads, m), jnp.float32),
             jnp.zeros((b, kv_heads, m, value_dim), jnp.float32),
         )
-        begin, end = _span(positions, lengths, call, bs)
+        begin, end = _span(positions, lengths, starts, call, bs)
         sink = None
         if sinks is not None:
             sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
@@ -119,7 +119,7 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
     return out, lse.transpose(1, 0, 4, 2, 3).reshape(b, blocks * bq, n)[:, :t]
 
 
-def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, block: int):
+def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], starts: Int[Array, " B"], call: Call, block: int):
     """The first block of positions that these queries see, and one past the last.
 
     Padding queries, and those of inactive rows, are outside of their row: no block is read for them.
@@ -131,7 +131,9 @@ def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, b
     last = jnp.max(jnp.where(real, ends, -1))
     first = jnp.zeros((), jnp.int32)
     if call.window is not None:
-        earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
+        # A token of a tree may lie less deep than its place in the chunk says.
+        least = jnp.broadcast_to(starts[:, None], positions.shape) if call.tree else positions
+        earliest = jnp.min(jnp.where(real, least, jnp.iinfo(jnp.int32).max))
         first = jnp.maximum(earliest - (call.window - 1), 0) // block
     return first, last // block + 1
 
