@@ -29,7 +29,8 @@ from tests.support.models import GEMMA, LLAMA, params
 
 TREE = Tree.of((3, 2, 1))
 UNLIKELY = 1e-5  # a statistic that a right rule exceeds once in a hundred thousand runs; the seeds are fixed
-VOCAB, ROWS = 6, 8000
+VOCAB, ROWS = 6, 4000
+OFFERS = Tree.of((3, 2))
 
 # --- the rule
 
@@ -62,7 +63,7 @@ def drafted_from(sampling, tree):
     return grow(tree, rows, jnp.full(ROWS, tree.depth), None, logits_behind)[0]
 
 
-def accepted(settings, tree=TREE):
+def accepted(settings, tree=OFFERS):
     """The tokens of ROWS rows of one round, [ROWS, depth + 1], how many they are, and the drafts."""
     sampling = SamplingState.create([SamplingOptions(seed=i, **settings) for i in range(ROWS)], VOCAB)
     drafted = jax.jit(drafted_from, static_argnums=1)(sampling, tree)
@@ -95,7 +96,7 @@ def is_drawn_from(tokens, p):
 def test_what_is_emitted_has_the_distribution_of_plain_sampling(settings):
     """The first token; and the second behind each first one that was kept."""
     tokens, counts, *_ = accepted(settings)
-    assert {1, 2, 3, 4} <= set(counts.tolist())
+    assert set(counts.tolist()) == {1, 2, 3}
     assert is_drawn_from(tokens[:, 0], plain_distribution(FIRST, settings))
     total, freedom = 0.0, 0
     for first in range(VOCAB):
@@ -114,8 +115,8 @@ def test_the_drafts_of_a_node_differ_and_are_drawn_from_q():
     assert is_drawn_from(tokens[:, 0], q)
     second = sum(q[x] * np.where(np.arange(VOCAB) == x, 0, q) / (1 - q[x]) for x in range(VOCAB))
     assert is_drawn_from(tokens[:, 1], second)
-    for nodes in TREE.children:
-        each = tokens[:, [node - 1 for node in nodes]]
+    for nodes in OFFERS.children:
+        each = tokens[:, np.array(nodes, int) - 1]
         assert all(len(set(row)) == len(nodes) for row in each.tolist())
 
 
@@ -149,14 +150,14 @@ def test_a_wrong_rule_fails_the_same_test(rule):
 
 
 def test_a_tree_keeps_more_than_a_chain():
-    (_, tree, *_), (_, chain, *_) = (accepted(SETTINGS["plain"], t) for t in (TREE, Tree.of((1, 1, 1))))
+    (_, tree, *_), (_, chain, *_) = (accepted(SETTINGS["plain"], t) for t in (OFFERS, Tree.of((1, 1))))
     assert tree.mean() > chain.mean() + 0.3
 
 
 def test_a_greedy_row_goes_down_the_nodes_that_plain_decoding_takes():
     tokens, counts, drafted, path = accepted({"temperature": 0.0})
     expected = [int(FIRST.argmax())]
-    for _ in range(TREE.depth):
+    for _ in range(OFFERS.depth):
         expected.append(int(NEXT[expected[-1]].argmax()))
     for row in (0, ROWS - 1):
         assert tokens[row, : counts[row]].tolist() == expected[: counts[row]]
