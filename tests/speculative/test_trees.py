@@ -10,6 +10,7 @@ import pytest
 
 from pdx.cache.dense import init_cache
 from pdx.cache.layer import LayerCache
+from pdx.cache.rows import TokenRows
 from pdx.errors import RequestError
 from pdx.meshes import make_mesh
 from pdx.model import forward, param_specs
@@ -109,8 +110,6 @@ def test_a_tree_has_the_logits_of_each_of_its_paths(cfg, dtype, tree):
 
 
 def test_without_a_cache_a_tree_has_the_logits_of_its_paths_too():
-    from pdx.cache.rows import TokenRows
-
     nodes = np.random.default_rng(1).integers(0, 96, (2, TREE.size)).astype(np.int32)
     rows = TokenRows.behind(jnp.zeros(2, jnp.int32), jnp.full(2, TREE.size), TREE.size).as_tree(np.array(TREE.mask))
     logits = forward(params(LLAMA), LLAMA, nodes, rows=rows).logits
@@ -149,6 +148,7 @@ PATHS = np.array([TREE.path(15), TREE.path(10), TREE.path(12), TREE.path(13)])
 COUNTS = np.array([4, 2, 1, 3])
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("layout", ["heads_first", "folded", "heads_last"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["f32", "int8"])
 @pytest.mark.parametrize("cfg", [LLAMA, GEMMA], ids=["llama", "windows"])
