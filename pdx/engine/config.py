@@ -179,7 +179,7 @@ class EngineConfig:
         if self.drafts is None:
             return 0
         length = self.drafts.draft_length
-        return LONGEST_CHOSEN if length == "auto" else int(length)
+        return length if isinstance(length, int) else LONGEST_CHOSEN
 
     def most_unread(self, max_context: int) -> int:
         """The most tokens of one request in a step, or in two with drafts: one is planned while the other runs."""

@@ -25,7 +25,7 @@ from pdx.speculative.trees import Tree
 from tests.speculative import test_eagle, test_rounds
 from tests.speculative.test_rounds import DRAWN, GREEDY, OTHER, PENALIZED, TEXTS, N, plain, speculated
 from tests.support import tiny_model
-from tests.support.models import GEMMA, LLAMA, params
+from tests.support.models import GEMMA, LLAMA, params, whole
 
 TREE = Tree.of((3, 2, 1))
 UNLIKELY = 1e-5  # a statistic that a right rule exceeds once in a hundred thousand runs; the seeds are fixed
@@ -269,10 +269,13 @@ def test_no_row_gets_more_than_its_limit_or_than_its_cache_holds():
     )
     assert out.counts.tolist() == limits.tolist()
     assert out.cache.lengths.tolist() == [128, 128, 113]
+    texts = np.pad(ids, ((0, 0), (0, 8)))
     for row, (n, limit) in enumerate(zip(held, limits, strict=True)):
-        text = [*ids[row, : n + 1], *np.asarray(out.emitted.tokens)[row, :limit]]
-        logits = np.asarray(forward(weights, cfg, jnp.array([text])).logits[0, n:-1])
-        assert (logits.max(-1) - logits[np.arange(limit), text[n + 1 :]] < 1e-3).all()
+        texts[row, n + 1 : n + 1 + limit] = np.asarray(out.emitted.tokens)[row, :limit]
+    logits = np.asarray(whole(weights, cfg, texts).logits)
+    for row, (n, limit) in enumerate(zip(held, limits, strict=True)):
+        at = n + np.arange(limit)
+        assert (logits[row, at].max(-1) - logits[row, at, texts[row, at + 1]] < 1e-3).all()
 
 
 def test_sampled_rounds_keep_the_distribution():
