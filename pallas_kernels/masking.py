@@ -25,20 +25,37 @@ def visible(
     """Which keys each query sees: the causal mask, the window and the tree, each if given.
 
     A key position below zero marks a slot that holds nothing of this row. The tree masks the chunk's own tokens only,
-    the C positions from `starts` on.
+    the C positions from `starts` on; the window masks only what came before them, by the depth of each query.
     """
     q, k = query_positions[:, :, None], key_positions[:, None, :]
     mask = k >= 0
     if causal:
         mask &= k <= q
+    if tree is None:
+        return mask if window is None else mask & (k > q - window)
+    before = cast(Array, starts)[:, None]
+    place = key_positions - before
+    own = ((place >= 0) & (place < tree.shape[2]))[:, None, :]
     if window is not None:
-        mask &= k > q - window
-    if tree is not None:
-        place = key_positions - cast(Array, starts)[:, None]
-        own = (place >= 0) & (place < tree.shape[2])
-        place = jnp.broadcast_to(jnp.clip(place, 0, tree.shape[2] - 1)[:, None, :], mask.shape)
-        mask &= ~own[:, None, :] | jnp.take_along_axis(tree, place, axis=2)
-    return mask
+        depths = tree_depths(tree, query_positions - before)
+        mask &= own | (k > (before + depths)[:, :, None] - window)
+    place = jnp.broadcast_to(jnp.clip(place, 0, tree.shape[2] - 1)[:, None, :], mask.shape)
+    return mask & (~own | jnp.take_along_axis(tree, place, axis=2))
+
+
+def tree_depths(tree: Bool[Array, "B T C"], index: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
+    """How deep each query lies in the tree: the earlier tokens of the chunk that it sees.
+
+    `index`: which of the C tokens each query is; None: the first T.
+    """
+    if index is None:
+        index = jnp.broadcast_to(jnp.arange(tree.shape[1]), tree.shape[:2])
+    return (tree & (jnp.arange(tree.shape[2]) < index[:, :, None])).sum(2, dtype=jnp.int32)
+
+
+def tree_bits(tree: Bool[Array, "B T T"]) -> Int[Array, "B T"]:
+    """The tree of up to 16 tokens for a kernel: bit j, whether a query sees token j; from bit 16 on, its depth."""
+    return (tree.astype(jnp.int32) << jnp.arange(tree.shape[2])).sum(2, dtype=jnp.int32) + (tree_depths(tree) << 16)
 
 
 def soft_cap(logits: Float[Array, ...], cap: float | None) -> Float[Array, ...]:

@@ -31,7 +31,8 @@ class RequestTiming:
 class SpeculationCounts:
     """What speculation did for a request.
 
-    by_length: the rounds that its tokens took, by the most tokens that a round drafted; 0 is a plain step.
+    by_length: the rounds that its tokens took, by the most tokens that a round drafted; 0 is a plain step, and a token
+    tree counts by its depth.
     drafted, kept: tokens that were verified, and those of them that were kept.
     """
 

@@ -136,7 +136,7 @@ def _attend(cache: _Cache, rows: Float[Array, "B K G t H"], positions: Int[Array
         jnp.zeros((b, kv_heads, m), jnp.float32),
         jnp.zeros((b, kv_heads, m, call.value_dim), jnp.float32),
     )
-    begin, end = _span(positions, cache.lengths, call, cache.size)
+    begin, end = _span(positions, cache.lengths, cache.arrays["starts"], call, cache.size)
     sinks = cache.arrays.get("sinks")
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
@@ -145,7 +145,7 @@ def _attend(cache: _Cache, rows: Float[Array, "B K G t H"], positions: Int[Array
     return out, lse.reshape(b, kv_heads, group, bq) if call.return_lse else None
 
 
-def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, block: int):
+def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], starts: Int[Array, " B"], call: Call, block: int):
     """The first block of positions that these queries see, and one past the last.
 
     Padding queries, and those of inactive rows, are outside of their row: no block is read for them.
@@ -157,7 +157,9 @@ def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], call: Call, b
     last = jnp.max(jnp.where(real, ends, -1))
     first = jnp.zeros((), jnp.int32)
     if call.window is not None:
-        earliest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
+        # A token of a tree may lie less deep than its place in the chunk says.
+        least = jnp.broadcast_to(starts[:, None], positions.shape) if call.tree else positions
+        earliest = jnp.min(jnp.where(real, least, jnp.iinfo(jnp.int32).max))
         first = jnp.maximum(earliest - (call.window - 1), 0) // block
     return first, last // block + 1
 

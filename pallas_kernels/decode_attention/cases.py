@@ -31,6 +31,7 @@ FEATURES = (
     Case("attention sinks", (60, 2), (2, 1), 2, 128, sinks=True, group=3),
     Case("attention sinks and a window, nobody in row one", (200, 9, 0), (1, 0, 1), 1, 256, sinks=True, window=30),
     Case("token tree", (60, 0, 120), (6, 4, 5), 6, 256, tree=True, group=3),
+    Case("token tree in a ring that wrapped", (600, 3, 130), (16, 9, 16), 16, 128, tree=True, window=40, group=3),
     Case("values of another size", (60, 2), (2, 1), 2, 128, head_dim=24, value_dim=16),
     Case("everything that is held, not only what came before", (60, 2), (3, 2), 3, 128, causal=False),
     Case(

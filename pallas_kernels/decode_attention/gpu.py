@@ -18,6 +18,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body, padded
 from pallas_kernels.hardware import Chip
+from pallas_kernels.masking import tree_bits
 
 NAME = "gpu"
 PLATFORM = "gpu"
@@ -141,7 +142,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
     plan = plan_for(call, config)
     q, tree = arrays["q"], arrays.get("tree")
     b, t, n, _ = q.shape
-    bits = None if tree is None else (tree.astype(jnp.int32) << jnp.arange(t)).sum(2, dtype=jnp.int32)
+    bits = None if tree is None else tree_bits(tree)
     names = ("starts", "lengths", "bits", "q", "k", "v", "k_scale", "v_scale", "sinks")
     inputs = {name: x for name, x in {**arrays, "bits": bits}.items() if name in names and x is not None}
     partial = config.splits > 1

@@ -83,15 +83,18 @@ def _part(plan: Plan, low, high, split):
 
 
 def _seen(plan: Plan, keys, queries, start, low, high, bits):
-    """[rows, keys]: the mask; `bits` holds each query's row of the tree."""
+    """[rows, keys]: the mask; `bits` holds each query's row of the tree, and its depth (`masking.tree_bits`)."""
     seen = ((keys >= low) & (keys < high))[None, :]
     position = (start + queries)[:, None]
     if plan.call.causal:
         seen = seen & (keys[None, :] <= position)
-    if plan.call.window:
+    if plan.call.window and not plan.call.tree:
         seen = seen & (keys[None, :] > position - plan.call.window)
     if plan.call.tree:
         among = keys - start
+        if plan.call.window:
+            depth = lax.shift_right_logical(bits, jnp.full_like(bits, 16))[:, None]
+            seen = seen & ((among >= 0)[None, :] | (among[None, :] > depth - plan.call.window))
         chosen = (
             lax.shift_right_logical(
                 jnp.broadcast_to(bits[:, None], (bits.shape[0], keys.shape[0])),

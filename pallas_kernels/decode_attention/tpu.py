@@ -19,6 +19,7 @@ from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, fold, folded_width, round_up, unfold
+from pallas_kernels.masking import tree_bits
 
 NAME = "tpu"
 PLATFORM = "tpu"
@@ -139,7 +140,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
     folded = fold(q.reshape(b, t, heads, group, h).swapaxes(2, 3)).reshape(b, rows, width)
     scalars = {name: arrays[name] for name in ("starts", "lengths") if name in arrays}
     if tree is not None:
-        scalars["bits"] = (tree.astype(jnp.int32) << jnp.arange(t)).sum(2, dtype=jnp.int32)
+        scalars["bits"] = tree_bits(tree)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     inputs = {"q": (folded, pl.BlockSpec((1, rows, width), lambda s, b, *_: (b, 0, 0))), "k": (k, hbm), "v": (v, hbm)}
     inputs |= {name: (arrays[name], hbm) for name in ("k_scale", "v_scale") if name in arrays}

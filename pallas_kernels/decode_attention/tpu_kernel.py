@@ -222,13 +222,16 @@ def _mask(plan: Plan, refs: Refs, row, low, high, position):
         query = query + (line >= t * call.group).astype(jnp.int32)
     if call.causal:
         seen = seen & (key <= start + query)
-    if call.window:
+    if call.window and not call.tree:
         seen = seen & (key > start + query - call.window)
     if call.tree:
         bits = jnp.full(shape, refs.bits[row, 0], jnp.int32)
         for t in range(1, call.queries):
             bits = jnp.where(query == t, refs.bits[row, t], bits)
         among = key - start
+        if call.window:
+            depth = lax.shift_right_logical(bits, 16)
+            seen = seen & ((among >= 0) | (among > depth - call.window))
         chosen = lax.shift_right_logical(bits, jnp.clip(among, 0, 31)) & 1
         seen = seen & ((among < 0) | (among >= call.queries) | (chosen == 1))
     return seen.astype(jnp.int32)

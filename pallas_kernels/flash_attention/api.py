@@ -63,7 +63,8 @@ def flash_attention(
         infinity: the head's results are NaN.
       k_scale, v_scale: f32 scales of int8 keys and values, one per token and head. k_scale multiplies the logits,
         v_scale the probabilities.
-      tree: among the chunk's own tokens, query i sees key j only where tree[b, i, j].
+      tree: among the chunk's own tokens, query i sees key j only where tree[b, i, j], whatever the window. The window
+        then counts from a query's depth: position starts + the number of earlier tokens of the chunk that it sees.
       kv_heads, value_dim: KV heads, and the head size of v (None: that of q). A folded array does not show them.
       return_lse: also return the log-sum-exp of the logits, in f32. Where a query sees nothing it is -inf, or the sink.
       implementation: see `pallas_kernels.dispatch`.

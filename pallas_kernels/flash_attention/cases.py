@@ -23,6 +23,7 @@ CHUNKS = (
 FEATURES = (
     Case("attention sinks", (60, 0), (40, 17), 40, 128, sinks=True, group=3),
     Case("token tree", (60, 0), (40, 17), 40, 128, tree=True),
+    Case("token tree in a ring", (200, 0), (40, 17), 40, 128, tree=True, window=60),
     Case("values of another size", (60, 0), (40, 17), 40, 128, head_dim=24, value_dim=16),
     Case("everything that is held, not only what came before", (60, 0), (40, 17), 40, 128, causal=False),
     Case("every slot held, no mask", (88, 120), (40, 8), 40, 128, causal=False, full=True),

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.attention.call import Call
 from pallas_kernels.flash_attention.gpu_kernel import Plan, Refs, body
 from pallas_kernels.hardware import Chip, chip
+from pallas_kernels.masking import tree_depths
 
 NAME = "gpu"
 PLATFORM = "gpu"
@@ -127,6 +128,8 @@ def run(arrays, call: Call, config: Config, interpret=False):
     inputs = {name: arrays[name] for name in order if name in arrays}
     if call.tree:
         inputs["tree"] = inputs["tree"].astype(jnp.int8)
+        if call.window is not None:
+            inputs["depths"] = tree_depths(arrays["tree"])
     q = inputs["q"]
     outputs = {"out": jax.ShapeDtypeStruct((*q.shape[:3], call.value_dim), q.dtype)}
     if call.return_lse:

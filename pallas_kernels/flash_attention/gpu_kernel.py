@@ -52,6 +52,7 @@ class Refs:
     v_scale: object
     sinks: object
     tree: object
+    depths: object
     out: object
     lse: object
 
@@ -79,7 +80,8 @@ def spans(plan: Plan, block: Block, first, last):
         end = jnp.minimum(end, block.start + last + 1)
         edge = jnp.minimum(edge, block.start + first + 1)
     if call.window is not None:
-        begin = jnp.maximum(begin, block.start + first - call.window + 1)
+        # A token of a tree may lie less deep than its place in the chunk says.
+        begin = jnp.maximum(begin, block.start + (0 if call.tree else first) - call.window + 1)
         clean = jnp.maximum(clean, block.start + last - call.window + 1)
     if call.tree:
         edge = jnp.minimum(edge, block.start)
@@ -176,7 +178,11 @@ def seen(plan: Plan, refs: Refs, block: Block, keys, held):
     if call.causal:
         mask = mask & (keys[None, :] <= position)
     if call.window is not None:
-        mask = mask & (keys[None, :] > position - call.window)
+        if call.tree:
+            depths = plgpu.load(refs.depths.at[block.row, block.queries], mask=block.real, other=0)
+            position = (block.start + depths)[:, None]
+        inside = keys[None, :] > position - call.window
+        mask = mask & (inside | (keys >= block.start)[None, :] if call.tree else inside)
     if call.tree:
         among = keys - block.start
         own = (among >= 0) & (among < call.queries)

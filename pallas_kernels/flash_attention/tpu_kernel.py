@@ -61,6 +61,8 @@ class Plan:
         last = jnp.maximum(last, 0) // self.config.block_k
         if self.call.window is None:
             return 0, jnp.where(length > self.call.slots, every, last), live
+        if self.tree:  # its tokens may lie less deep than their place in the chunk says
+            low = start
         first = jnp.maximum(low - (self.call.window - 1), jnp.maximum(length - self.call.slots, 0))
         return jnp.minimum(first // self.config.block_k, last), last, live
 
@@ -155,7 +157,8 @@ class Step:
         if self.call.window is None:
             end = jnp.where(self.length > self.call.slots, self.call.slots, end)
         else:
-            begin = jnp.maximum(self.length - self.call.slots, self.low - (self.call.window - 1))
+            low = self.start if self.plan.tree else self.low
+            begin = jnp.maximum(self.length - self.call.slots, low - (self.call.window - 1))
             begin = jnp.maximum(begin - self.key, 0)
         end = jnp.minimum(end, self.key + self.tiles.block_k)
         return begin // self.tiles.tile_k, (end - self.key + self.tiles.tile_k - 1) // self.tiles.tile_k
@@ -190,8 +193,12 @@ class Step:
         query = self.low + lax.broadcasted_iota(jnp.int32, (self.tiles.block_q, 1), 0)
         place_or_never = jnp.where(held, place, jnp.iinfo(jnp.int32).max)
         mask = place_or_never <= query
-        if self.call.window is not None:
+        if self.call.window is not None and not plan.tree:
             mask &= place > query - self.call.window
+        if plan.tree and self.call.window is not None:
+            earlier = lax.broadcasted_iota(jnp.int32, (1, plan.tree), 1) < query - self.start
+            depth = jnp.where(earlier, self.refs["tree"][0].astype(jnp.float32), 0.0).sum(axis=1, keepdims=True)
+            mask &= (place >= self.start) | (place > self.start + depth.astype(jnp.int32) - self.call.window)
         if plan.tree:
             # Each key takes the tree's column place - start: a product with a one-hot matrix picks it.
             column = lax.broadcasted_iota(jnp.int32, (plan.tree, self.tiles.tile_k), 0)

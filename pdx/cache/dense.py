@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
@@ -25,9 +25,9 @@ from pdx.cache.layer import LayerCache, cache_dtype, default_layout, layer_specs
 from pdx.cache.rows import TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import ContextLengthError, RequestError
-from pdx.meshes import as_mesh, on_own_mesh
+from pdx.meshes import as_mesh, on_own_mesh, on_several_devices
 from pdx.shapes import DEFAULT_CHUNK, SLOT_MULTIPLE, layer_slots, round_up
-from pdx.sharding import ArraySpec, constrain, is_spec, place_rows, row_spec
+from pdx.sharding import ArraySpec, constrain, is_spec, mesh_axis, place_rows, row_spec
 
 
 @struct.dataclass
@@ -124,6 +124,37 @@ class DenseCache:
     def emptied(self, rows: Bool[Array, " B"]) -> DenseCache:
         """The cache in which these rows are empty, for other requests."""
         return self.truncate(jnp.where(rows, 0, self.lengths))
+
+    def keep_path(
+        self, starts: Int[Array, " B"], path: Int[Array, "B M"], counts: Int[Array, " B"], head_dim: int
+    ) -> DenseCache:
+        """Close up one path of a token tree: of its nodes, which lie from position `starts` on, the first `counts` [B]
+        of `path` move to the positions behind one another. `truncate` then drops the rest.
+
+        Node 0 stays where it is. A path never descends, so no node is overwritten before it is read.
+        """
+        steps = jnp.arange(1, path.shape[1])
+        source, target = starts[:, None] + path[:, 1:], starts[:, None] + steps
+        real = (steps < counts[:, None]) & (source != target)
+
+        def moved(layer: LayerCache) -> LayerCache:
+            mesh = self.mesh
+            if not on_several_devices(mesh):
+                return layer.move(source, target, layer.kv_heads, head_dim, real)
+            specs = layer.specs()
+            axis, row = mesh_axis("kv_heads", layer.kv_heads, mesh), PartitionSpec(mesh_axis("batch", self.batch, mesh))
+            heads = layer.kv_heads // (mesh.shape[axis] if axis else 1)
+            stored = jax.tree.map(lambda spec: spec.partition(mesh), specs, is_leaf=is_spec)
+            run = jax.shard_map(
+                lambda layer, source, target, real: layer.move(source, target, heads, head_dim, real),
+                mesh=mesh,
+                in_specs=(stored, row, row, row),
+                out_specs=stored,
+                check_vma=False,
+            )
+            return run(layer, source, target, real)
+
+        return replace(self, layers=tuple(map(moved, self.layers)))
 
     def first_layers(self, count: int) -> DenseCache:
         """The cache of the first `count` layers."""

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantize_kv, write_pages
-from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis
+from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, slot_axis, unfold
 from pdx.cache.rows import PackedRows, TokenRows
 from pdx.config import ModelConfig
 from pdx.errors import RequestError
@@ -91,6 +91,28 @@ class LayerCache:
             implementation=implementation,
             interpret=interpret,
         )
+        return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
+
+    def move(
+        self, source: Int[Array, "B M"], target: Int[Array, "B M"], heads: int, head_dim: int, real: Bool[Array, "B M"]
+    ) -> LayerCache:
+        """Copy the tokens at positions `source` of each row of a dense cache to positions `target`, where `real`.
+
+        They are moved as stored, without rounding. `heads`, `head_dim`: of what this device holds.
+        """
+        batch, m = source.shape
+        row = jnp.arange(batch)[:, None]
+
+        def at(x: Array, heads_axis: bool) -> Array:
+            found = x[row, :, source % self.slots] if heads_axis else x[row, source % self.slots]
+            return found.reshape(batch * m, *found.shape[2:])
+
+        k, v = (at(x, self.layout == "heads_first") for x in (self.k, self.v))
+        if self.layout == "folded":
+            k, v = (unfold(x, heads, head_dim) for x in (k, v))
+        scales = {f"new_{name}": at(x, True)[:, :heads] for name, x in self.scales.items()}
+        slots = jnp.where(real, row * self.slots + target % self.slots, -1).reshape(-1)
+        written = write_pages(self.k, self.v, k, v, slots=slots, layout=self.layout, **self.scales, **scales)
         return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 
@@ -20,12 +21,15 @@ class TokenRows:
       held_lengths: tokens that each row holds, this call's included; 0 for a row that takes no part.
       positions: the position of each token in its row.
       real: False for padding and for tokens past the end of the cache, which are neither written nor attended to.
+      tree: of a token tree, which of the T tokens each one sees: its ancestors and itself. Then a token's position is
+        counted by its depth, and its slot by its index. None: the tokens are a chain.
     """
 
     new_lengths: Int[Array, " B"]
     held_lengths: Int[Array, " B"]
     positions: Int[Array, "B T"]
     real: Bool[Array, "B T"]
+    tree: Bool[Array, "B T T"] | None = None
 
     @classmethod
     def behind(cls, before: Int[Array, " B"], new_lengths: Int[Array, " B"], tokens: int) -> TokenRows:
@@ -34,6 +38,21 @@ class TokenRows:
         held = jnp.where(new_lengths > 0, before + new_lengths, 0)
         return cls(new_lengths, held, before[:, None] + offsets, offsets < new_lengths[:, None])
 
+    def as_tree(self, mask: Bool[ArrayLike, "T T"]) -> TokenRows:
+        """The same tokens as the nodes of a tree, or of several: `mask[i, j]`, whether token i sees token j.
+
+        A token comes behind its ancestors. The depth of a token is how many of them are among these T.
+        """
+        mask = jnp.asarray(mask)
+        depths = mask.sum(1, dtype=jnp.int32) - 1
+        tree = jnp.broadcast_to(mask, (self.positions.shape[0], *mask.shape))
+        return self.replace(positions=self.starts[:, None] + depths, tree=tree)
+
+    @property
+    def starts(self) -> Int[Array, " B"]:
+        """The position of each row's first token."""
+        return self.positions[:, 0]
+
     @property
     def wanted(self) -> Int[Array, "B 1"]:
         """The last token of each row, whose logits a step returns."""
@@ -41,8 +60,9 @@ class TokenRows:
 
     def slots(self, size: int) -> Int[Array, " B*T"]:
         """The slot mapping: the slot that each token is written to, row * size + slot in the row; -1: not written."""
-        rows = jnp.arange(self.positions.shape[0])[:, None]
-        return jnp.where(self.real, rows * size + self.positions % size, -1).reshape(-1)
+        b, t = self.positions.shape
+        places = self.starts[:, None] + jnp.arange(t)
+        return jnp.where(self.real, jnp.arange(b)[:, None] * size + places % size, -1).reshape(-1)
 
 
 @struct.dataclass

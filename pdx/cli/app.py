@@ -63,7 +63,10 @@ SpeculateOption = Annotated[
     typer.Option(help="Draft tokens, verify them together: none, ngram, draft[:MODEL], eagle[:PATH], self:LAYERS."),
 ]
 DraftLengthOption = Annotated[
-    str, typer.Option(help="The most drafted tokens of a step; auto: as many as pay, by step.")
+    str,
+    typer.Option(
+        help="The most drafted tokens of a step; auto: as many as pay, by step. Or a token tree, such as 3x2x1."
+    ),
 ]
 MeshOption = Annotated[str | None, typer.Option(help="Mesh of devices, such as data=2,model=4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

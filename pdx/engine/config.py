@@ -24,6 +24,7 @@ from pdx.sampling.options import MAX_LOGPROBS
 from pdx.shapes import round_up
 from pdx.speculative.options import Speculation, as_length, asked
 from pdx.speculative.shares import LONGEST_CHOSEN
+from pdx.speculative.trees import Tree
 
 SMALLEST_MIXED = 16
 SMALLEST_DRAFTED = 2  # as a power of two
@@ -104,6 +105,11 @@ class EngineConfig:
             object.__setattr__(self, "draft_length", as_length(self.draft_length))
         for declared in dataclasses.fields(self):
             object.__setattr__(self, declared.name, _checked(declared, getattr(self, declared.name)))
+        if self.drafts is not None and isinstance(self.drafts.draft_length, Tree):
+            raise NotImplementedError(
+                f"draft_length {self.drafts.draft_length}: an engine's pages take no token tree; give a number of "
+                "tokens or auto, or use `pdx generate`"
+            )
         if self.token_budget is not None and self.token_budget <= self.slots:
             raise RequestError(
                 f"token_budget is {self.token_budget}: {self.slots} slots decode first, it must be above {self.slots}"
@@ -173,7 +179,7 @@ class EngineConfig:
         if self.drafts is None:
             return 0
         length = self.drafts.draft_length
-        return LONGEST_CHOSEN if length == "auto" else int(length)
+        return length if isinstance(length, int) else LONGEST_CHOSEN
 
     def most_unread(self, max_context: int) -> int:
         """The most tokens of one request in a step, or in two with drafts: one is planned while the other runs."""

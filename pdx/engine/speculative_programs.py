@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdx.sharding import ArraySpec, constrain, constrain_rows
-from pdx.speculative.proposers import DraftModel, Proposer, Rows
+from pdx.speculative.drawing import Rows
+from pdx.speculative.proposers import DraftModel, Proposer
 from pdx.speculative.slots import Scored, SlotState, StepRows, emit, score
 
 # The numbers that `Emission` has for each slot, in the order in which they are fetched.

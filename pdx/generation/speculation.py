@@ -24,6 +24,7 @@ from pdx.speculative.lengths import LEVELS, NEVER, always
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import DraftModel, NGram, Proposer, SelfDraft, Synthetic
 from pdx.speculative.rounds import Speculated, SpeculationState, speculate_many
+from pdx.speculative.trees import Tree, depth_of
 from pdx.weights.load import Model
 
 # To find what a round costs: tokens that a row may emit, and how often; the fastest time counts.
@@ -40,6 +41,7 @@ class SpeculativeGenerator(Generator):
 
     Raises:
       RequestError: a draft model of another vocabulary, or more layers than the model has.
+      NotImplementedError: a token tree that is deeper than the window of a layer.
     """
 
     def __init__(self, model: Model, *, speculation: Speculation, kv_dtype=None, **settings):
@@ -51,10 +53,13 @@ class SpeculativeGenerator(Generator):
             self.draft = Generator(
                 draft, rows=self.rows, capacity=self.capacity, kernels=self.kernels, kv_dtype=kv_dtype, chunk=self.chunk
             )
-        self.levels: tuple[int, ...] = LEVELS
+        self.levels: tuple[int | Tree, ...] = LEVELS
         self.costs: np.ndarray | None = None  # not measured yet
-        if speculation.draft_length != "auto":
-            self.levels, self.costs = always(int(speculation.draft_length))
+        length = speculation.draft_length
+        if not isinstance(length, str):
+            self.levels, self.costs = always(length)
+        if isinstance(length, Tree):
+            _check_windows(length, model, draft)
 
     def empty_state(self) -> Any:
         """The proposer's state behind nothing; None where it has none."""
@@ -190,7 +195,7 @@ class _Speculating(Decoding):
         self._state = out.state
         got, counts, rounds, *tokens = jax.device_get((out.emitted, out.counts, out.rounds, out.drafted, out.kept))
         for row, request in enumerate(requests):
-            by_length = dict(zip(run.levels, rounds[row].tolist(), strict=True))
+            by_length = dict(zip(map(depth_of, run.levels), rounds[row].tolist(), strict=True))
             seen = SpeculationCounts(by_length, *(int(x[row]) for x in tokens))
             request.speculation = (request.speculation or SpeculationCounts()) + seen
         return got, counts, out.cache, out.sampling
@@ -221,6 +226,17 @@ def choose_proposer(model: Model, speculation: Speculation, **settings: Any) -> 
         check_head(draft, model)
         return Eagle(draft.config), draft
     return DraftModel(draft.config, **settings), draft
+
+
+def _check_windows(tree: Tree, *models: Model | None) -> None:
+    """Raise NotImplementedError where a layer's window is shorter than the tree is deep."""
+    for model in models:
+        shortest = min((w for w in model.config.windows if w is not None), default=None) if model else None
+        if model and shortest is not None and shortest <= tree.depth:
+            raise NotImplementedError(
+                f"draft_length {tree}: a token tree must not be deeper than a window, and {model.name} has a window of "
+                f"{shortest} tokens"
+            )
 
 
 def _check_tokens(draft: Model, target: Model) -> None:

@@ -54,9 +54,7 @@ def attention(
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     settings = {"scale": cfg.attn_scale, "window": window, "softcap": cfg.attn_softcap}
     if cache is None:
-        out = reference_attention(
-            q, k, v, starts=rows.positions[:, 0], lengths=rows.held_lengths, layout="heads_last", **settings
-        )
+        out = reference_attention(q, k, v, **_asked(rows, q)[2], layout="heads_last", **settings)
     else:
         run = partial(_append_and_attend, kernels=kernels, **settings)
         if on_several_devices(mesh):
@@ -92,7 +90,8 @@ def _asked(rows, q: Float[Array, "B T N H"]) -> tuple[Callable, Array, dict]:
 @_asked.register
 def _(rows: TokenRows, q):
     op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
-    return op, q, {"starts": rows.positions[:, 0], "lengths": rows.held_lengths}
+    tree = {} if rows.tree is None else {"tree": rows.tree}
+    return op, q, {"starts": rows.starts, "lengths": rows.held_lengths} | tree
 
 
 @_asked.register

@@ -12,7 +12,8 @@ from pdx.errors import RequestError
 from pdx.io.tables import Table
 from pdx.plan import published
 from pdx.plan.figures import Plan
-from pdx.speculative.options import LONGEST_DRAFT, Speculation
+from pdx.speculative.options import Speculation
+from pdx.speculative.trees import LONGEST_DRAFT, Tree
 
 # Acceptances that are shown where none is given.
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -50,13 +51,14 @@ def predict(plan: Plan, speculation: Speculation, acceptances: Sequence[float] =
       speculation: by n-grams, whose drafts cost nothing, or with a draft model, a shape of `configs/` or a model.
 
     Raises:
-      RequestError: an acceptance outside of 0 to 1, or another proposer.
+      RequestError: an acceptance outside of 0 to 1, another proposer, or a token tree.
     """
     asked = [number("acceptance", a, 0, 1) for a in acceptances] or list(ACCEPTANCES)
     token_s, prompt_s = _draft_costs(plan, speculation)
-    lengths = range(1, LONGEST_DRAFT + 1)
-    if speculation.draft_length != "auto":
-        lengths = range(int(speculation.draft_length), int(speculation.draft_length) + 1)
+    length = speculation.draft_length
+    if isinstance(length, Tree):
+        raise RequestError(f"draft_length {length}: a plan predicts chains of tokens; give a number of them, or auto")
+    lengths = range(1, LONGEST_DRAFT + 1) if isinstance(length, str) else (length,)
     verify = {g: plan.setup.verify(plan.batch, plan.context, g).seconds(plan.chip, plan.chips) for g in lengths}
     found = []
     for a in asked:

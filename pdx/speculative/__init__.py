@@ -7,6 +7,7 @@ Chen et al. 2023.
    layers.
 2. The target scores the newest token and the draft in one `forward` (`rounds`).
 3. `acceptance` keeps what plain decoding would have emitted; the cache is truncated to it.
+   The draft may be a token tree (`trees`): then one path of it stays.
 4. `lengths` chooses each round how many tokens are drafted, by what the rows accepted so far and what a round costs: 0,
    a plain step, where drafting does not pay.
 """

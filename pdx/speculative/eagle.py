@@ -32,8 +32,9 @@ from pdx.meshes import ANY_DEVICES, Devices
 from pdx.model import Params, forward, layer, param_specs
 from pdx.sharding import ArraySpec, constrain_rows, place_rows
 from pdx.speculative.acceptance import DRAFT, Drafted, apart
-from pdx.speculative.options import LONGEST_DRAFT
-from pdx.speculative.proposers import Prepared, Rows, always_available, draw_draft, over_all_tokens
+from pdx.speculative.drawing import Prepared, Rows, drafted_nodes, draw_draft, grow, over_all_tokens
+from pdx.speculative.proposers import always_available
+from pdx.speculative.trees import LONGEST_DRAFT, Tree, depth_of
 from pdx.steps.dense import finish
 
 # Hidden states that are taken at once where more of them wait than a draft needs.
@@ -136,14 +137,23 @@ class Eagle:
     def prepare(self, rows: Rows, state: EagleState, most: int) -> Prepared:
         return always_available(rows, most)
 
-    def draft(self, rows: Rows, state: EagleState, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
-        # A round before this one leaves up to `length` + 1 hidden states; more only if it was longer, or a plain one.
-        width = length + 1
+    def draft(
+        self, rows: Rows, state: EagleState, prepared: Prepared, length: int | Tree, cfg: ModelConfig, kernels: Any
+    ):
+        # A round before this one leaves up to one hidden state more than it can keep; more only if it was longer, or a
+        # plain one.
+        width = depth_of(length) + 1
         state = self._caught_up(rows, state, cfg, kernels, width)
         tokens, waiting = self._waiting(rows, state, width)
-        x, cache = self._predict(rows, tokens, state.hidden[:, :width], state.cache, waiting, cfg, kernels)
-        entries = cache.lengths
+        new = state.cache.rows(waiting, *tokens.shape)
+        x, cache = self._predict(rows, tokens, state.hidden[:, :width], state.cache, new, cfg, kernels)
         last = jnp.take_along_axis(x, jnp.maximum(waiting - 1, 0)[:, None, None], axis=1)
+        draw = self._tree if isinstance(length, Tree) else self._chain
+        drafted, after = draw(rows, prepared, length, last, cache, cfg, kernels)
+        return drafted, rows.cache, state.replace(cache=after.truncate(cache.lengths))
+
+    def _chain(self, rows: Rows, prepared: Prepared, length: int, last, cache: DenseCache, cfg: ModelConfig, kernels):
+        """`length` tokens behind the predicted hidden state `last` [B, 1, D]."""
         sampling = rows.sampling.replace(seeds=apart(rows.sampling.seeds, DRAFT))
 
         def drawn(hidden, sampling, i):
@@ -153,7 +163,7 @@ class Eagle:
 
         def step(carry, i):
             cache, hidden, token, sampling = carry
-            new = rows.active.astype(jnp.int32)
+            new = cache.rows(rows.active.astype(jnp.int32), cache.batch, 1)
             hidden, cache = self._predict(rows, token[:, None], hidden, cache, new, cfg, kernels)
             token, probabilities, sampling = drawn(hidden, sampling, i)
             return (cache, hidden, token, sampling), (token, probabilities)
@@ -162,8 +172,23 @@ class Eagle:
         (cache, *_), (others, more) = lax.scan(step, (cache, last, first, sampling), jnp.arange(1, length))
         tokens = jnp.concatenate([first[:, None], others.T], axis=1)
         q = jnp.concatenate([q[:, None], more.swapaxes(0, 1)], axis=1)
-        state = state.replace(cache=cache.truncate(entries))
-        return Drafted(tokens, prepared.available, q), rows.cache, state
+        return Drafted(tokens, prepared.available, q), cache
+
+    def _tree(self, rows: Rows, prepared: Prepared, tree: Tree, last, cache: DenseCache, cfg: ModelConfig, kernels):
+        """A tree behind the predicted hidden state `last` [B, 1, D]."""
+
+        def logits_behind(state, depth: int, tokens: Int[Array, "B m"]):
+            cache, predicted = state  # `predicted`: behind the newest token, then behind each drafted one
+            if depth:
+                parents = jnp.array(tree.parents[: tokens.shape[1]])
+                nodes = drafted_nodes(tree, cache, rows, tokens.shape[1])
+                x, after = self._predict(rows, tokens, predicted[:, parents], cache, nodes, cfg, kernels)
+                cache, predicted = after.truncate(cache.lengths), jnp.concatenate([last, x], axis=1)
+            level = predicted[:, -len(tree.levels[depth]) :]
+            return self._logits(rows.draft_params, level), (cache, predicted)
+
+        drafted, (cache, _) = grow(tree, rows, prepared.available, (cache, last), logits_behind)
+        return drafted, cache
 
     def observe(self, rows: Rows, state: EagleState, hidden, counts: Int[Array, " B"], cfg: ModelConfig, kernels: Any):
         state = self._caught_up(rows, state, cfg, kernels, CATCH_UP)
@@ -184,19 +209,21 @@ class Eagle:
         def take(state: EagleState) -> EagleState:
             tokens, waiting = self._waiting(rows, state, CATCH_UP)
             new = jnp.clip(waiting - 1, 0, CATCH_UP)
-            _, cache = self._predict(rows, tokens, state.hidden[:, :CATCH_UP], state.cache, new, cfg, kernels)
+            entries = state.cache.rows(new, *tokens.shape)
+            _, cache = self._predict(rows, tokens, state.hidden[:, :CATCH_UP], state.cache, entries, cfg, kernels)
             at = new[:, None] + jnp.arange(state.hidden.shape[1])
             at = jnp.minimum(at, state.hidden.shape[1] - 1)[..., None]
             return EagleState(cache, jnp.take_along_axis(state.hidden, at, axis=1))
 
         return lax.while_loop(lambda s: jnp.any(self._waiting(rows, s, 1)[1] > most), take, state)
 
-    def _predict(self, rows: Rows, tokens, hidden, cache: DenseCache, new, cfg: ModelConfig, kernels: Any):
+    def _predict(
+        self, rows: Rows, tokens, hidden, cache: DenseCache, entries: TokenRows, cfg: ModelConfig, kernels: Any
+    ):
         embedded = embed(rows.params["embed"], tokens, cfg.embed_scale, cache.mesh)
-        entries = cache.rows(new, *tokens.shape)
         return predict(rows.draft_params, self.cfg, embedded, hidden, entries, cache, kernels=kernels)
 
-    def _logits(self, head: Params, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    def _logits(self, head: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         return over_all_tokens(own_logits(head, self.cfg, hidden), head["vocabulary"], self.cfg.vocab_size)
 
 

@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from pdx.speculative.shares import MARGIN, MEMORY, PRIOR_WEIGHT
+from pdx.speculative.trees import Tree
 
 # Draft lengths that rounds are compiled for; T = 1, 4 and 8 tokens a row.
 LEVELS = (0, 3, 7)
@@ -51,8 +52,8 @@ class Acceptance:
         )
 
 
-def always(length: int) -> tuple[tuple[int, ...], np.ndarray]:
-    """Levels and costs for which every round drafts `length` tokens, where there is a draft at all."""
+def always(length: int | Tree) -> tuple[tuple[int | Tree, ...], np.ndarray]:
+    """Levels and costs for which every round drafts `length` tokens, or a tree, where there is a draft at all."""
     return (0, length), np.array([NEVER, 1.0], np.float32)
 
 
@@ -72,7 +73,8 @@ def choose(
     """The index of the level at which the last row ends first.
 
     Args:
-      levels: draft lengths, ascending; the first is 0.
+      levels: draft lengths, ascending; the first is 0. Of a token tree, its depth: a is then the probability that one
+        of the tokens offered at a place is accepted.
       costs: seconds of a round at each level, or any other unit. A level that costs `NEVER` is not taken; but level 0
         is, whatever it costs, where no row has a draft.
       available: tokens that each row could have verified.

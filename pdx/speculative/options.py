@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdx.arguments import integer, number
 from pdx.errors import RequestError
+from pdx.speculative.trees import LONGEST_DRAFT, Tree
 
 if TYPE_CHECKING:
     from pdx.weights.loaded import Model
 
-# The most tokens of a draft: with the newest token they are what the attention op for decoding takes at once.
-LONGEST_DRAFT = 15
+# Who can draft a token tree: their logits tell the next best tokens.
+OF_TREES = ("draft", "eagle", "self")
 CHOICES = "none, ngram, draft[:MODEL], eagle[:PATH], self:LAYERS, synthetic:ACCEPTANCE"
 
 
@@ -24,7 +26,9 @@ class Speculation:
       proposer: `ngram`: what followed the same words earlier in the text. `draft`: a smaller model of the same
         vocabulary. `eagle`: a head on the model's hidden states. `self`: the model's own first layers. `synthetic`:
         for benchmarks, accepts by chance; its answers mean nothing.
-      draft_length: the most tokens a round, 1 to 15; `auto`: chosen each round, 0 where drafting does not pay.
+      draft_length: the most tokens a round, 1 to 15; `auto`: chosen each round, 0 where drafting does not pay. Or a
+        token tree of up to 15 tokens, as a text such as `3x2x1` (the three best tokens, two behind each of them, one
+        behind each of those) or as a `pdx.speculative.trees.Tree`: of `draft`, `eagle` and `self`.
       model: of `draft`: what `pdx.load` returns, or a name or path for it. Of `eagle`: the folder of a head that `pdx
         distill` made, or what `pdx.speculative.draft_file.load_draft` returns. None: the one that comes with pdx for
         the model.
@@ -42,7 +46,7 @@ class Speculation:
     """
 
     proposer: str
-    draft_length: int | str = "auto"
+    draft_length: int | str | Tree = "auto"
     model: Model | str | None = None
     layers: int | None = None
     acceptance: float | None = None
@@ -57,8 +61,11 @@ class Speculation:
                 raise RequestError(f"{name} does not belong to speculation by {self.proposer}")
             if wanted and not given and name != "model":
                 raise RequestError(f"speculate {self.proposer!r} needs {name}: one of {CHOICES}")
-        if self.draft_length != "auto":
-            self._set("draft_length", integer("draft_length", self.draft_length, 1, LONGEST_DRAFT))
+        self._set("draft_length", as_length(self.draft_length))
+        if isinstance(self.draft_length, Tree) and self.proposer not in OF_TREES:
+            raise RequestError(
+                f"draft_length {self.draft_length}: {self.proposer} drafts no token trees, but {', '.join(OF_TREES)} do"
+            )
         if self.layers is not None:
             self._set("layers", integer("layers", self.layers, 1))
         if self.acceptance is not None:
@@ -68,7 +75,7 @@ class Speculation:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def parse(cls, text: str, draft_length: int | str = "auto") -> Speculation | None:
+    def parse(cls, text: str, draft_length: int | str | Tree = "auto") -> Speculation | None:
         """`none`, which is None, or `ngram`, `draft`, `draft:MODEL`, `eagle`, `eagle:PATH`, `self:LAYERS`,
         `synthetic:ACCEPTANCE`. Raises RequestError.
 
@@ -95,18 +102,22 @@ class Speculation:
         return cls(name, length, **settings)
 
 
-def as_length(draft_length: Any) -> int | str:
-    """`auto` or a number, which may be a text as on the command line. Raises RequestError."""
-    if draft_length == "auto":
-        return "auto"
+def as_length(draft_length: Any) -> int | str | Tree:
+    """`auto`, a number, or a tree; the last two may be texts as on the command line. Raises RequestError."""
+    if isinstance(draft_length, Tree) or draft_length == "auto":
+        return draft_length
     if isinstance(draft_length, str):
+        if re.fullmatch(r"\d+(x\d+)+", draft_length):
+            return Tree.parse(draft_length)
         if not draft_length.isdecimal():
-            raise RequestError(f"draft_length {draft_length!r} is not auto or a number of tokens")
+            raise RequestError(
+                f"draft_length {draft_length!r} is not auto, a number of tokens, or a token tree such as 3x2x1"
+            )
         draft_length = int(draft_length)
     return integer("draft_length", draft_length, 1, LONGEST_DRAFT)
 
 
-def asked(speculate: Speculation | str | None, draft_length: int | str = "auto") -> Speculation | None:
+def asked(speculate: Speculation | str | None, draft_length: int | str | Tree = "auto") -> Speculation | None:
     """What a caller asked for, in words or as an object. Raises RequestError."""
     if speculate is None or speculate == "none":
         if draft_length != "auto":

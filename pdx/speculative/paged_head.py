@@ -29,9 +29,10 @@ from pdx.config import ModelConfig
 from pdx.layers.linear import embed
 from pdx.model import Params
 from pdx.sharding import constrain_rows, place_rows
+from pdx.speculative.drawing import Prepared, Rows, decode
 from pdx.speculative.eagle import Eagle, own_logits, predict
 from pdx.speculative.options import Speculation
-from pdx.speculative.proposers import Prepared, Rows, always_available, draft_tokens
+from pdx.speculative.proposers import always_available
 from pdx.speculative.reading import Reader, ReadTokens
 from pdx.speculative.slots import SlotPages
 
@@ -105,7 +106,7 @@ class PagedEagle(Reader):
         own = HeadPages(pages.replace(cache=pages.cache.last_layer()), state.hidden)
         params = {**(rows.draft_params or {}), "embed": rows.params["embed"]}
         feed = rows.newest[:, None], rows.active.astype(jnp.int32)
-        drafted, own = draft_tokens(params, self.cfg, own, feed, rows, prepared, length, kernels)
+        drafted, own = decode(params, self.cfg, own, feed, rows, prepared, length, kernels)
         return drafted, pages.replace(cache=pages.cache.with_last(own.pages.cache)), state
 
     def read(

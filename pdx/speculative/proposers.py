@@ -21,55 +21,16 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pdx.cache.dense import DenseCache
 from pdx.config import ModelConfig
-from pdx.model import Params, forward
-from pdx.sampling.filters import best, draw, pad, random_key
-from pdx.sampling.sampler import SamplingState, filtered_logits
+from pdx.model import forward
+from pdx.sampling.filters import random_key
 from pdx.speculative.acceptance import DRAFT, Drafted, apart
-
-# The logit of a token that a model cannot draft. Finite: where a bias bans all others there still is a distribution.
-OUTSIDE = -1e30
-
-
-@struct.dataclass
-class Rows:
-    """What a proposer sees of the rows.
-
-    Attributes:
-      history: the tokens of each row, prompt and answer.
-      held: how many they are.
-      cache: the target's, which holds all tokens but the newest: dense, or the pages of an engine's slots.
-      params, draft_params: of the target, and of the draft model if there is one.
-      steps: the longest draft that a row needs in this round; None: the round's length.
-    """
-
-    history: Int[Array, "B S"]
-    held: Int[Array, " B"]
-    active: Bool[Array, " B"]
-    cache: DenseCache | Any
-    sampling: SamplingState
-    params: Params
-    draft_params: Params | None = None
-    steps: Int[Array, ""] | None = None
-
-    @property
-    def newest(self) -> Int[Array, " B"]:
-        return tokens_at(self.history, self.held - 1)
-
-
-@struct.dataclass
-class Prepared:
-    """What a proposer could draft: `available` tokens a row, of which confidence class; `tokens` where it knows them
-    already."""
-
-    available: Int[Array, " B"]
-    confidence: Int[Array, " B"]
-    tokens: Int[Array, "B g"] | None = None
+from pdx.speculative.drawing import Prepared, Rows, decode, decode_tree, tokens_at
+from pdx.speculative.trees import Tree
 
 
 class Proposer(Protocol):
@@ -87,9 +48,9 @@ class Proposer(Protocol):
         ...
 
     def draft(
-        self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any
+        self, rows: Rows, state: Any, prepared: Prepared, length: int | Tree, cfg: ModelConfig, kernels: Any
     ) -> tuple[Drafted, DenseCache, Any]:
-        """Draft `length` tokens a row; returns them, the target's cache and the state."""
+        """Draft `length` tokens a row, or a tree; returns them, the target's cache and the state."""
         ...
 
     def observe(
@@ -185,12 +146,12 @@ class SelfDraft(_Blind):
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
         return always_available(rows, most)
 
-    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int | Tree, cfg: ModelConfig, kernels: Any):
         k, cache = self.layers, rows.cache
         params = rows.params | {"layers": rows.params["layers"][:k]}
         part = dataclasses.replace(cfg, num_layers=k, windows=cfg.windows[:k])
         feed = rows.newest[:, None], rows.active.astype(jnp.int32)
-        drafted, first = draft_tokens(params, part, cache.first_layers(k), feed, rows, prepared, length, kernels)
+        drafted, first = _drawn(params, part, cache.first_layers(k), feed, rows, prepared, length, kernels)
         return drafted, cache.with_first(first), state
 
 
@@ -214,25 +175,29 @@ class DraftModel(_Blind):
     def prepare(self, rows: Rows, state: DenseCache, most: int) -> Prepared:
         return always_available(rows, most)
 
-    def draft(self, rows: Rows, state: DenseCache, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
-        cache = self.caught_up(rows, state, kernels)
-        feed = self._missing(rows, cache, self.BEHIND)
-        drafted, cache = draft_tokens(rows.draft_params, self.cfg, cache, feed, rows, prepared, length, kernels)
+    def draft(
+        self, rows: Rows, state: DenseCache, prepared: Prepared, length: int | Tree, cfg: ModelConfig, kernels: Any
+    ):
+        # Of a tree the cache keeps nothing, so it lacks all that a round kept.
+        behind = length.depth + 1 if isinstance(length, Tree) else self.BEHIND
+        cache = self.caught_up(rows, state, kernels, behind)
+        feed = self._missing(rows, cache, behind)
+        drafted, cache = _drawn(rows.draft_params, self.cfg, cache, feed, rows, prepared, length, kernels)
         return drafted, rows.cache, cache
 
-    def caught_up(self, rows: Rows, state: DenseCache, kernels: Any) -> DenseCache:
-        """The cache without what was rejected, and with all tokens of the active rows but the last `BEHIND`: a prompt,
+    def caught_up(self, rows: Rows, state: DenseCache, kernels: Any, behind: int = BEHIND) -> DenseCache:
+        """The cache without what was rejected, and with all tokens of the active rows but the last `behind`: a prompt,
         and what rounds without a draft left behind."""
 
         def catch_up(cache: DenseCache) -> DenseCache:
             tokens, count = self._missing(rows, cache, self.catch_up)
-            new = jnp.clip(count - self.BEHIND, 0, self.catch_up)
+            new = jnp.clip(count - behind, 0, self.catch_up)
             return forward(
                 rows.draft_params, self.cfg, tokens, cache, lengths=new, logits="none", kernels=kernels
             ).cache
 
         kept = state.truncate(jnp.maximum(rows.held - 1, 0))
-        return lax.while_loop(lambda cache: jnp.any(self._missing(rows, cache, 1)[1] > self.BEHIND), catch_up, kept)
+        return lax.while_loop(lambda cache: jnp.any(self._missing(rows, cache, 1)[1] > behind), catch_up, kept)
 
     def _missing(self, rows: Rows, cache: DenseCache, width: int):
         """The next tokens that the cache lacks, [B, width], and how many they are, the newest one included."""
@@ -246,66 +211,8 @@ def always_available(rows: Rows, most: int) -> Prepared:
     return Prepared(jnp.full_like(rows.held, most), jnp.zeros_like(rows.held))
 
 
-def tokens_at(history: Int[Array, "B S"], at: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The token of each row at a position; outside of the row, the nearest one."""
-    return jnp.take_along_axis(history, jnp.clip(at, 0, history.shape[1] - 1)[:, None], axis=1)[:, 0]
-
-
-def draft_tokens(params: Params, cfg: ModelConfig, cache: Any, feed, rows: Rows, prepared, length: int, kernels):
-    """Draft `length` tokens. Returns them, and the cache, which then holds all but the last of them.
-
-    `feed`: tokens [B, w] to append first, and how many of them are real, [B]. Tokens are drawn by the target's settings
-    and penalties, with other randomness.
-    """
-    width, vocab = feed[0].shape[1], rows.sampling.output_counts.shape[1]
-    sampling = rows.sampling.replace(seeds=apart(rows.sampling.seeds, DRAFT))
-    batch = rows.held.shape[0]
-    found = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length, vocab))
-
-    def step(i, carry):
-        cache, sampling, (tokens, lengths), (drafted, probabilities) = carry
-        logits, cache = append(cache, params, cfg, tokens, lengths, kernels)
-        logits = over_all_tokens(logits, params.get("vocabulary"), vocab)
-        drawn, q = draw_draft(logits, sampling, rows.held + i)
-        # A row that needs no more tokens appends none: an engine has no page for them.
-        more = rows.active & (i + 1 < prepared.available)
-        feed = jnp.pad(drawn[:, None], ((0, 0), (0, width - 1))), more.astype(jnp.int32)
-        found = drafted.at[:, i].set(drawn), probabilities.at[:, i].set(q)
-        return cache, sampling.observe(drawn, rows.active), feed, found
-
-    steps = length if rows.steps is None else jnp.minimum(rows.steps, length)
-    cache, _, _, found = lax.fori_loop(0, steps, step, (cache, sampling, feed, found))
-    return Drafted(found[0], jnp.minimum(prepared.available, steps), found[1]), cache
-
-
-def append(cache: Any, params: Params, cfg: ModelConfig, tokens: Int[Array, "B w"], lengths: Int[Array, " B"], kernels):
-    """Append tokens; returns the logits behind the last one of each row, and the cache, dense or of an engine."""
-    if not isinstance(cache, DenseCache):
-        return cache.append(params, cfg, tokens, lengths, kernels)
-    out = forward(params, cfg, tokens, cache, lengths=lengths, logits="last", kernels=kernels)
-    return out.logits, out.cache
-
-
-def over_all_tokens(
-    logits: Float[Array, "B v"], vocabulary: Int[Array, " v"] | None, count: int
-) -> Float[Array, "B V"]:
-    """Logits over all `count` tokens of a model that can only draft those of `vocabulary`; None: it can draft all."""
-    if vocabulary is None:
-        return logits
-    return jnp.full((logits.shape[0], count), OUTSIDE, jnp.float32).at[:, vocabulary].set(logits)
-
-
-def draw_draft(
-    logits: Float[Array, "B V"], sampling: SamplingState, positions: Int[Array, " B"]
-) -> tuple[Int[Array, " B"], Float[Array, "B V"]]:
-    """A token of each row, of a greedy row the one token that is left, and the distribution that it was drawn from."""
-    kept = filtered_logits(logits, sampling)
-    probabilities = jax.nn.softmax(kept, axis=-1)
-    top = best(pad(kept))[1]
-    is_drawn = sampling.temperature > 0
-
-    def drawn():
-        return jnp.where(is_drawn, draw(pad(probabilities, 0.0), sampling.seeds, positions), top)
-
-    tokens = lax.cond(jnp.any(is_drawn), drawn, lambda: top)
-    return jnp.minimum(tokens, kept.shape[1] - 1).astype(jnp.int32), probabilities
+def _drawn(params, cfg: ModelConfig, cache, feed, rows: Rows, prepared: Prepared, length: int | Tree, kernels: Any):
+    """A chain or a tree from a model's logits: see `drawing.decode` and `decode_tree`."""
+    if isinstance(length, Tree):
+        return decode_tree(params, cfg, cache, feed, rows, prepared, length, kernels)
+    return decode(params, cfg, cache, feed, rows, prepared, length, kernels)

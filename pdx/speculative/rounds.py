@@ -4,6 +4,9 @@
 2. The proposer drafts; one `forward` scores the newest token and the draft (T = g + 1).
 3. `accept` keeps what plain decoding would have emitted; `truncate` drops the rest from the cache.
 
+A level may also be a token tree: `accept_tree` goes down it, and `keep_path` closes up the nodes that stay before
+`truncate` drops the others.
+
 Each level has a loop of its own, which runs as long as its level is chosen: the cache is updated in place, as in
 `decode_many`, where branches of a condition would copy it.
 """
@@ -27,9 +30,11 @@ from pdx.layers.kernels import Kernels
 from pdx.model import Params, forward
 from pdx.sampling.sampler import SampleOutput, SamplingState
 from pdx.sharding import constrain_rows
-from pdx.speculative.acceptance import Drafted, accept
+from pdx.speculative.acceptance import Accepted, Drafted, accept, accept_tree
+from pdx.speculative.drawing import Prepared, Rows
 from pdx.speculative.lengths import Acceptance, choose
-from pdx.speculative.proposers import Prepared, Proposer, Rows
+from pdx.speculative.proposers import Proposer
+from pdx.speculative.trees import Tree, depth_of
 from pdx.steps.dense import finish
 
 
@@ -105,7 +110,7 @@ def speculate_many(
     limits: Int[Array, " B"],
     costs: Float[Array, " levels"],
     proposer: Proposer,
-    levels: tuple[int, ...],
+    levels: tuple[int | Tree, ...],
     draft_params: Params | None = None,
     num_logprobs: int = 0,
     kernels: Kernels = "auto",
@@ -113,14 +118,15 @@ def speculate_many(
     """Rounds until a row has n new tokens, or every row has as many as it may.
 
     Args:
-      n: static; a row gets at most n + g tokens, where g is the largest level.
+      n: static; a row gets at most n + g tokens, where g is the largest level (of a tree, its depth).
       active: rows that take part.
       limits: the most new tokens of each row; the cache has room for them.
       costs: seconds of a round at each level; see `pdx.speculative.lengths.choose`.
-      levels: draft lengths, ascending, the first 0.
+      levels: draft lengths, ascending, the first 0; or a token tree in place of a length.
       draft_params: of the draft model, for a proposer that has one.
     """
-    most, rows = levels[-1], cache.batch
+    depths, rows = tuple(map(depth_of, levels)), cache.batch
+    most = depths[-1]
     logprobs = jnp.zeros((rows, n + most, num_logprobs))
     tokens = jnp.zeros((rows, n + most), jnp.int32)
     none = jnp.zeros(rows, jnp.int32)
@@ -138,7 +144,7 @@ def speculate_many(
         found = found.replace(available=jnp.clip(limits - out.counts - 1, 0, found.available))
         acceptance = out.state.acceptance.of(found.confidence)
         left = jnp.where(rows.active, limits - out.counts, 0)
-        return _Carry(out, found, choose(levels, costs, acceptance, found.available, left))
+        return _Carry(out, found, choose(depths, costs, acceptance, found.available, left))
 
     def goes_on(carry: _Carry):
         return jnp.any(takes_part(carry.out)) & (carry.out.counts.max() < n)
@@ -174,26 +180,23 @@ class _Model:
         return Rows(out.state.history, held, active, out.cache, out.sampling, self.params, self.draft_params)
 
     def round(self, index: int, carry: _Carry, active: Bool[Array, " B"]) -> Speculated:
-        """A round of the level at `index`: each row verifies up to so many tokens."""
+        """A round of the level at `index`: each row verifies up to so many tokens, or a tree."""
         out, prepared, level = carry.out, carry.prepared, self.levels[index]
         rows, state = self.rows(out, active), out.state
         held = rows.held
         if level:
             drafted, cache, own = self.proposer.draft(rows, state.proposer, prepared, level, self.cfg, self.kernels)
-            drafted = drafted.replace(lengths=jnp.minimum(drafted.lengths, level))
+            drafted = drafted.replace(lengths=jnp.minimum(drafted.lengths, drafted.tokens.shape[1]))
         else:
             drafted = Drafted(jnp.zeros((held.shape[0], 0), jnp.int32), jnp.zeros_like(held))
             cache, own = out.cache, state.proposer
-        new = jnp.where(active, drafted.lengths + 1, 0)
-        tokens = jnp.concatenate([rows.newest[:, None], drafted.tokens], axis=1)
-        scored = forward(self.params, self.cfg, tokens, cache, lengths=new, logits="all", kernels=self.kernels)
-        logits, cache = finish(scored.logits, scored.cache)
-        done = accept(logits, drafted, out.sampling, held, active, num_logprobs=self.num_logprobs)
-        # The newest token and the kept ones stay.
-        cache = cache.truncate(jnp.where(active, held - 1 + done.counts, cache.lengths))
-        own = self.proposer.observe(rows, own, scored.final_hidden, done.counts, self.cfg, self.kernels)
+        done, hidden, cache = self.verify(rows, drafted, level, cache)
+        own = self.proposer.observe(rows, own, hidden, done.counts, self.cfg, self.kernels)
         kept = jnp.where(active, done.counts - 1, 0)
-        tried = jnp.minimum(kept + 1, drafted.lengths)
+        reached = drafted.lengths
+        if isinstance(level, Tree):
+            reached = jnp.array(level.depths)[drafted.lengths]
+        tried = jnp.minimum(kept + 1, reached)
         accepted = kept
         if not level and prepared.tokens is not None:  # a plain step shows what the draft would have been worth
             tried = prepared.available > 0
@@ -213,6 +216,28 @@ class _Model:
                 history=put(state.history, done.emitted.tokens, held, done.counts), acceptance=acceptance, proposer=own
             ),
         )
+
+    def verify(
+        self, rows: Rows, drafted: Drafted, level: int | Tree, cache: DenseCache
+    ) -> tuple[Accepted, Float[Array, "B T D"], DenseCache]:
+        """Score a draft and accept. Returns what stays: the tokens, the hidden states from the newest token on, and the
+        cache."""
+        held, active = rows.held, rows.active
+        tokens = jnp.concatenate([rows.newest[:, None], drafted.tokens], axis=1)
+        where = cache.rows(jnp.where(active, drafted.lengths + 1, 0), *tokens.shape)
+        if isinstance(level, Tree):
+            where = where.as_tree(np.array(level.mask))
+        scored = forward(self.params, self.cfg, tokens, cache, rows=where, logits="all", kernels=self.kernels)
+        logits, cache = finish(scored.logits, scored.cache)
+        settings, hidden = {"num_logprobs": self.num_logprobs}, scored.final_hidden
+        if isinstance(level, Tree):
+            done, path = accept_tree(logits, drafted, level, rows.sampling, held, active, **settings)
+            cache = cache.keep_path(held - 1, path, done.counts, self.cfg.head_dim)
+            hidden = jnp.take_along_axis(hidden, path[..., None], axis=1)
+        else:
+            done = accept(logits, drafted, rows.sampling, held, active, **settings)
+        # The newest token and the kept ones stay.
+        return done, hidden, cache.truncate(jnp.where(active, held - 1 + done.counts, cache.lengths))
 
 
 def put(into: Array, new: Array, at: Int[Array, " B"], counts: Int[Array, " B"]) -> Array:

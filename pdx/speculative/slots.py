@@ -25,7 +25,8 @@ from pdx.config import ModelConfig
 from pdx.model import Params
 from pdx.sampling.sampler import SampleOutput, SamplingState
 from pdx.speculative.acceptance import Drafted, accept
-from pdx.speculative.proposers import Prepared, Proposer, Rows
+from pdx.speculative.drawing import Prepared, Rows
+from pdx.speculative.proposers import Proposer
 from pdx.speculative.reading import Reader, ReadTokens
 from pdx.speculative.rounds import put
 from pdx.steps.packed import mixed, mixed_output

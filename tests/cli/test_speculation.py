@@ -85,3 +85,23 @@ def test_what_makes_no_sense_is_said_before_a_model_is_loaded(command, tmp_path)
         result = run(*command.split(), *needed, "-m", "no-such-model", *more)
         assert isinstance(result.exception, RequestError)
         assert says in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["chat", "bench load"])
+def test_engines_refuse_token_trees_before_a_model_is_loaded(command):
+    needed = ("--rate", "1") if command == "bench load" else ()
+    result = run(*command.split(), *needed, "-m", "no-such-model", "--speculate", "draft", "--draft-length", "3x2x1")
+    assert isinstance(result.exception, NotImplementedError)
+    assert "take no token tree" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_generate_verifies_a_token_tree(directory):
+    asked = ("generate", REPEATS, "-m", directory, "--max-tokens", 12, "--ignore-eos", "--json")
+    plain, drafted = (
+        json.loads(run(*asked, *more).stdout) for more in ((), ("--speculate", "self:1", "--draft-length", "3x2"))
+    )
+    assert drafted["token_ids"] == plain["token_ids"]
+    counts = drafted["speculation"]
+    assert counts["rounds_by_draft_length"]["2"] > 0
+    assert counts["drafted"] > 3 * counts["kept"]

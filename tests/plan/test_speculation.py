@@ -80,3 +80,8 @@ def test_the_command_prints_it():
         result = CliRunner().invoke(app, [*asked, *wrong])
         assert isinstance(result.exception, RequestError)
         assert says in str(result.exception)
+
+
+def test_a_plan_knows_no_token_trees():
+    with pytest.raises(RequestError, match="3x2x1: a plan predicts chains"):
+        speculation.predict(plan(batch=1, context=1024), Speculation("self", "3x2x1", layers=4), [0.8])

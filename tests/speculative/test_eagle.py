@@ -13,9 +13,9 @@ from pdx.layers.linear import embed
 from pdx.model import forward
 from pdx.sampling.sampler import SamplingOptions, SamplingState
 from pdx.sharding import is_spec
+from pdx.speculative.drawing import Rows
 from pdx.speculative.eagle import PREFILL, Eagle, EagleState, head_config, head_specs, own_logits, predict
 from pdx.speculative.lengths import NEVER
-from pdx.speculative.proposers import Rows
 from pdx.speculative.rounds import SpeculationState, speculate_many
 from tests.support.models import GEMMA, LLAMA, params
 

@@ -9,7 +9,8 @@ from pdx import steps
 from pdx.cache.dense import init_cache
 from pdx.model import init_params
 from pdx.sampling.sampler import SamplingOptions, SamplingState
-from pdx.speculative.proposers import DraftModel, NGram, Rows, SelfDraft, Synthetic
+from pdx.speculative.drawing import Rows
+from pdx.speculative.proposers import DraftModel, NGram, SelfDraft, Synthetic
 from pdx.speculative.rounds import SpeculationState, speculate_many
 from tests.support.models import GEMMA, LLAMA, params
 
@@ -40,14 +41,17 @@ def plain(cfg, options, dtype=jnp.float32):
     return np.asarray(out.tokens), out.cache
 
 
-def speculated(cfg, options, proposer, dtype=jnp.float32, draft_params=None, n=8, limit=N):
+def speculated(
+    cfg, options, proposer, dtype=jnp.float32, draft_params=None, n=8, limit=N, levels=LEVELS, costs=COSTS, own=None
+):
     """All rounds until each row has `limit` tokens: those, the cache, and rounds, drafted and kept by row."""
     first, cache = prefilled(cfg, params(cfg), dtype)
-    own = None if draft_params is None else prefilled(proposer.cfg, draft_params)[1]
+    if own is None and draft_params is not None:
+        own = prefilled(proposer.cfg, draft_params)[1]
     texts = [[*text, int(token)] for text, token in zip(TEXTS, first, strict=True)]
     state, sampling = SpeculationState.create(texts, 3, CAPACITY, proposer, own), sampling_of(options)
     got: list[list[int]] = [[], [], []]
-    seen = np.zeros((3, 3), int)
+    seen = np.zeros((3, 3), int)  # rounds, drafted and kept, by row
     while min(map(len, got)) < limit:
         left = np.array([limit - len(g) for g in got], np.int32)
         out = speculate_many(
@@ -59,9 +63,9 @@ def speculated(cfg, options, proposer, dtype=jnp.float32, draft_params=None, n=8
             n,
             active=left > 0,
             limits=left,
-            costs=COSTS,
+            costs=costs,
             proposer=proposer,
-            levels=LEVELS,
+            levels=levels,
             draft_params=draft_params,
         )
         cache, sampling, state = out.cache, out.sampling, out.state

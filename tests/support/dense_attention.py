@@ -10,10 +10,23 @@ import numpy as np
 
 
 def attend(
-    q, keys, values, positions, lengths, *, scale, window=None, softcap=None, sinks=None, tree=None, causal=True
+    q,
+    keys,
+    values,
+    positions,
+    lengths,
+    *,
+    scale,
+    window=None,
+    softcap=None,
+    sinks=None,
+    tree=None,
+    causal=True,
+    is_chain=False,
 ):
     """Attention of q [B, T, N, H] over histories [B, length, K, H], in float64.
 
+    `is_chain`: wrongly, a window counts from a token's place in the chunk, and not from its depth in the tree.
     Returns [B, T, N, Hv] and the log-sum-exp [B, T, N]; zeros and -inf for queries outside a row.
     """
     q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
@@ -28,7 +41,10 @@ def attend(
         seen = np.arange(first, p + 1 if causal else lengths[b])
         if tree is not None:
             start = int(positions[b, 0])
-            seen = np.array([s for s in seen if s < start or tree[b, t, s - start]])
+            own = [s for s in range(start, p + 1) if tree[b, t, s - start]]
+            depth = t if is_chain else len([s for s in own if s < p])
+            oldest = 0 if window is None else start + depth - window + 1
+            seen = np.array([*range(max(0, oldest), start), *own], int)
         for n in range(q.shape[2]):
             logits = keys[b, seen, n // group] @ q[b, t, n] * scale
             if softcap is not None:

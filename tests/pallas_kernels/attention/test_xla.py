@@ -108,6 +108,11 @@ def no_tree(problem):
     return problem.float64(tree=None)[0]
 
 
+def window_by_place(problem):
+    """As if the tokens of a tree lay one behind the other: they see too little of what came before."""
+    return problem.float64(is_chain=True)[0]
+
+
 def only_causal(problem):
     return problem.float64(causal=True)[0]
 
@@ -146,6 +151,7 @@ WRONG = [
     (no_scale, some(lambda c, h, n: h + n > 1 and c.window != 1)),
     (no_sinks, [c for c in RARE if c.sinks and c.dtype == "float32"]),
     (no_tree, [c for c in RARE if c.tree]),
+    (window_by_place, [c for c in RARE if c.tree and c.window]),
     (only_causal, [c for c in RARE if not c.causal]),
     (no_key_scales, [c for c in RARE if c.quantized]),
     (no_value_scales, [c for c in RARE if c.quantized]),

@@ -23,6 +23,7 @@ RING = Case("ring", (900, 40, 385, 2, 130), (5, 5, 2, 0, 1), 5, 384, window=300,
 LONG = Case("long", (600, 0, 20, 300), (1, 0, 1, 1), 1, 640, head_dim=64, dtype="bfloat16")
 INT8 = Case("int8", (300, 0, 20), (1, 0, 1), 1, 384, head_dim=64, kv_dtype="int8", sinks=True)
 TREE = Case("tree", (200, 7, 380), (6, 6, 4), 6, 512, group=3, tree=True, softcap=9.0, sinks=True)
+TREE_RING = Case("tree in a ring", (900, 7, 380), (16, 9, 16), 16, 384, group=3, tree=True, window=130)
 SMALL, WIDE, SPLIT = tpu.Config(128, 128), tpu.Config(384, 128), tpu.Config(128, 128, 2)
 ON_TPU, ON_GPU = (partial(decode_attention, implementation=name) for name in ("tpu", "gpu"))
 KERNELS = {
@@ -33,7 +34,7 @@ RUNS = [
     (name, case, config)
     for name, (_, _, configs) in KERNELS.items()
     for config in configs
-    for case in (RING, LONG, INT8, TREE)
+    for case in (RING, LONG, INT8, TREE, TREE_RING)
 ]
 
 
