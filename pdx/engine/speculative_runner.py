@@ -6,6 +6,7 @@ step before it. A step with drafts is a program of its own, one for each size of
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from pallas_kernels.hardware import platform_of
 from pdx.cache.dense import init_cache
 from pdx.engine import speculative_programs as programs
 from pdx.engine.config import EngineConfig
@@ -28,7 +30,7 @@ from pdx.sampling.sampler import SamplingState
 from pdx.sharding import place_rows
 from pdx.speculative.eagle import Eagle
 from pdx.speculative.options import Speculation
-from pdx.speculative.paged_head import HeadState, PagedEagle
+from pdx.speculative.paged_head import HeadState, PagedEagle, with_float_entries
 from pdx.speculative.proposers import DraftModel, SelfDraft
 from pdx.speculative.shares import Record, StepCosts
 from pdx.speculative.slots import Emission, Scored, SlotState
@@ -73,7 +75,9 @@ class SpeculativeRunner(Runner):
         speculation = cast(Speculation, config.drafts)
         self.proposer, self.draft = choose_proposer(model, speculation, catch_up=CATCH_UP)
         if isinstance(self.proposer, Eagle):
-            self.proposer = PagedEagle(self.proposer.cfg)
+            self.proposer, head = PagedEagle(self.proposer.cfg), cast(Model, self.draft)
+            if model.mesh is None and platform_of() == "cpu":
+                self.draft = dataclasses.replace(head, params=with_float_entries(head.params))
         self._unread: set[int] = set()
         self._kv_dtype = kv_dtype
         self.costs: StepCosts | None = None

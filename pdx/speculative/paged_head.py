@@ -24,6 +24,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import QuantArray
+from pallas_kernels.quant_array import dequantize
 from pdx.cache.paged import PagedCache
 from pdx.config import ModelConfig
 from pdx.layers.linear import embed
@@ -45,6 +47,21 @@ def paged_layers(cfg: ModelConfig, speculation: Speculation | None) -> ModelConf
     if speculation is None or speculation.proposer != "eagle":
         return cfg
     return dataclasses.replace(cfg, num_layers=cfg.num_layers + 1, windows=(*cfg.windows, None))
+
+
+def with_float_entries(head: Params) -> Params:
+    """The head with floats for the matrices that every step multiplies.
+
+    They are small. On two cores of an AMD EPYC the entries of 8 rows took 1.0 ms from int8 matrices, 0.4 ms from
+    floats.
+    """
+    layer = dict(head["layers"][0])
+    layer |= {name: _as_float(layer[name]) for name in ("k_proj", "v_proj")}
+    return head | {"fc": _as_float(head["fc"]), "layers": [layer]}
+
+
+def _as_float(w: Any) -> Any:
+    return dequantize(w) if isinstance(w, QuantArray) else w
 
 
 @struct.dataclass
@@ -81,9 +98,8 @@ class HeadPages:
         cache, rows = self.pages.cache, self.pages.one_each(lengths)
         embedded = embed(params["embed"], tokens.T, cfg.embed_scale, cache.mesh)
         x, cache = predict(params, cfg, embedded, self.hidden[None], rows, cache, kernels=kernels)
-        return own_logits(params, cfg, x[0]), HeadPages(
-            self.pages.advanced(cache, lengths), x[0].astype(self.hidden.dtype)
-        )
+        after = HeadPages(self.pages.advanced(cache, lengths), x[0].astype(self.hidden.dtype))
+        return own_logits(params, cfg, x[0]), after
 
 
 @dataclass(frozen=True)

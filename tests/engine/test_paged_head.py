@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 import pdx
+from pallas_kernels.quant_array import dequantize
 from pdx.cache.dense import init_cache
 from pdx.cache.paged import init_paged_cache, paged_cache_specs
 from pdx.engine import speculative_programs
 from pdx.engine.engine import Engine
 from pdx.engine.request import EngineRequest
 from pdx.engine.sizing import fill_in
+from pdx.quant import Kind, quantized
 from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 from pdx.speculative.eagle import predict
 from pdx.speculative.options import Speculation
-from pdx.speculative.paged_head import HeadState, PagedEagle, paged_layers
+from pdx.speculative.paged_head import HeadState, PagedEagle, paged_layers, with_float_entries
 from pdx.speculative.proposers import NGram
 from pdx.speculative.slots import SlotState
 from tests.support import heads, tiny_model
@@ -169,6 +171,16 @@ def test_a_plain_step_makes_the_heads_entries_and_no_more():
     products = 2 * rows * (2 * d * d + 2 * d * kv)
     whole_layer = 2 * rows * (2 * d * d + 2 * d * kv + 2 * d * d + 3 * d * cfg.d_ff)
     assert 0.9 * products < with_head - without < 1.5 * products < whole_layer
+
+
+def test_on_a_cpu_what_every_step_multiplies_is_float(head):
+    """And it is the same, but for rounding; what only drafts need stays as it is stored."""
+    params = head.params | {"fc": quantized(head.params["fc"], Kind(8), "float32")}
+    params["lm_head"] = quantized(params["lm_head"], Kind(8), "float32")
+    made = with_float_entries(params)
+    np.testing.assert_allclose(made["fc"], dequantize(params["fc"]))
+    assert made["lm_head"] is params["lm_head"]
+    assert jax.tree.structure(made["layers"]) == jax.tree.structure(head.params["layers"])
 
 
 def layers(cfg):
