@@ -44,7 +44,7 @@ DRAFT_FIRST, DRAFT_NEXT = distribution(3), distribution(4, VOCAB)
 SETTINGS = {
     "plain": {"temperature": 1.0},
     "cold": {"temperature": 0.6},
-    "top-k": {"temperature": 1.0, "top_k": 2},  # fewer tokens than the tree has children
+    "top-k": {"temperature": 1.0, "top_k": 4},
     "top-p": {"temperature": 1.2, "top_p": 0.8},
     "bias": {"temperature": 1.0, "logit_bias": {3: 2.0, 5: -100.0}},
     "penalty": {"temperature": 1.0, "presence_penalty": 1.5},
@@ -118,6 +118,14 @@ def test_the_drafts_of_a_node_differ_and_are_drawn_from_q():
     for nodes in OFFERS.children:
         each = tokens[:, np.array(nodes, int) - 1]
         assert all(len(set(row)) == len(nodes) for row in each.tolist())
+
+
+def test_a_node_with_fewer_tokens_than_children_offers_what_it_has():
+    settings = {"temperature": 1.0, "top_k": 2}
+    tokens, *_, drafted, _ = accepted(settings)
+    assert (np.asarray(drafted.tokens)[:, :2] >= 0).all()
+    assert (np.asarray(drafted.tokens)[:, 2] == -1).all()
+    assert is_drawn_from(tokens[:, 0], plain_distribution(FIRST, settings))
 
 
 def whole_distribution_again(p, q, offered, rng):
