@@ -49,7 +49,8 @@ def test_greedy_rounds_emit_the_tokens_of_plain_decoding(cfg, name, options):
     np.testing.assert_array_equal(got, plain(cfg, options)[0])
     assert cache.lengths.tolist() == [len(text) + N for text in TEXTS]
     assert (rounds + kept == N).all()
-    assert (drafted > 10 * kept).all()  # of 15 tokens at most 3 are kept
+    assert (drafted >= 5 * kept).all()  # of 15 tokens at most 3 are kept
+    assert (drafted > 0).all()
 
 
 def test_greedy_rounds_of_a_head_emit_the_tokens_of_plain_decoding():
