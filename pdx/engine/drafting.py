@@ -18,7 +18,8 @@ class Drafting:
     """The draft lengths of an engine.
 
     Attributes:
-      prior: the proposer's acceptance by confidence class, before anything was seen.
+      prior: the proposer's acceptance by confidence class, before anything was seen. A new request begins with what all
+        requests before it saw, so drafts that do not pay cost the first ones only.
       always: whether the proposer can draft behind any token.
       costs: of a step, as measured; None: each row drafts what it can.
     """
@@ -30,12 +31,14 @@ class Drafting:
 
     def __post_init__(self):
         self.ladder = self.config.draft_ladder
+        self._every = Record(self.prior)
 
     def record(self, request: EngineRequest) -> Record | None:
         """A new request's record; None: nothing is drafted for it."""
         if not request.speculate:
             return None
-        return Record(self.prior, available=self.config.most_drafts if self.always else 0)
+        self._every.fade()
+        return Record(self._every.by_class, self.config.most_drafts if self.always else 0, every=self._every)
 
     def extend(self, step: StepBuilder, memory: PagedMemory, plain_size: int) -> None:
         """Draft tokens behind the step's decode rows, as many as pay. Drafts leave a free page for each row.

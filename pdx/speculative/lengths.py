@@ -23,9 +23,11 @@ NEVER = float("inf")
 
 @struct.dataclass
 class Acceptance:
-    """Tokens tried and accepted, by row and by the proposer's confidence; old ones count less and less.
+    """Tokens tried and accepted, by row and by the proposer's confidence class; old ones count less and less.
 
-    A plain step teaches too, if the proposer knows for free what it would have drafted.
+    Classes ascend: where one is right, a surer one would have been, and where one is wrong, a less sure one too. So
+    accepted tokens also count for the classes above, and rejected ones for those below. A plain step teaches too, if
+    the proposer knows for free what it would have drafted.
     """
 
     tried: Float[Array, "B C"]
@@ -44,12 +46,12 @@ class Acceptance:
 
     def observe(self, confidence: Int[Array, " B"], tried: Int[Array, " B"], accepted: Int[Array, " B"]) -> Acceptance:
         """With `tried` tokens more, of which `accepted` were accepted; a token behind a rejected one was not tried."""
-        rows = jnp.arange(confidence.shape[0])
-        keep = jnp.exp(-tried / MEMORY)
-        return Acceptance(
-            self.tried.at[rows, confidence].multiply(keep).at[rows, confidence].add(tried),
-            self.accepted.at[rows, confidence].multiply(keep).at[rows, confidence].add(accepted),
-        )
+        classes = jnp.arange(self.tried.shape[1])
+        confidence, tried, accepted = (x[:, None] for x in (confidence, tried, accepted))
+        hits = jnp.where(classes >= confidence, accepted, 0)
+        misses = jnp.where(classes <= confidence, tried - accepted, 0)
+        keep = jnp.exp(-(hits + misses) / MEMORY)
+        return Acceptance(self.tried * keep + hits + misses, self.accepted * keep + hits)
 
 
 def always(length: int | Tree) -> tuple[tuple[int | Tree, ...], np.ndarray]:

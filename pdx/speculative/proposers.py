@@ -79,8 +79,8 @@ class NGram(_Blind):
     """
 
     longest: int = 8
-    # Low for short matches: plain steps show for free what a draft would have been worth.
-    prior: ClassVar[tuple[float, ...]] = (0.02, 0.1, 0.25, 0.4, 0.55, 0.65, 0.75, 0.8)
+    # Low: plain steps show for free what a draft would have been worth.
+    prior: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
         history, held = rows.history, rows.held

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 MARGIN = 1.1
 # Tokens that the prior counts for, and how long what was seen is remembered, in tokens.
 PRIOR_WEIGHT, MEMORY = 3.0, 64.0
+# What is left of an engine's record with each new request: drafts that did not pay are tried again after some dozens.
+KEPT = 0.95
 # The most tokens that a row drafts where the length is chosen.
 LONGEST_CHOSEN = 7
 
@@ -23,14 +25,18 @@ LONGEST_CHOSEN = 7
 class Record:
     """How the drafts of one request did, by the proposer's confidence class; old ones count less and less.
 
+    Accepted tokens count for surer classes too, rejected ones for less sure ones (`lengths.Acceptance`).
+
     Attributes:
       prior: the acceptance to assume of each class before anything was seen.
       available, confidence: what the proposer could draft behind the newest token that the host knows.
+      every: the record of all requests, which sees what this one sees.
     """
 
     prior: tuple[float, ...]
     available: int = 0
     confidence: int = 0
+    every: Record | None = None
     tried: list[float] = field(init=False)
     accepted: list[float] = field(init=False)
 
@@ -39,15 +45,32 @@ class Record:
         self.accepted = [PRIOR_WEIGHT * a for a in self.prior]
 
     @property
+    def by_class(self) -> tuple[float, ...]:
+        """The probability that a drafted token is accepted."""
+        return tuple(a / t for a, t in zip(self.accepted, self.tried, strict=True))
+
+    @property
     def acceptance(self) -> float:
         """The probability that the next drafted token is accepted."""
         return self.accepted[self.confidence] / self.tried[self.confidence]
 
+    def fade(self) -> None:
+        """Go back a little towards the prior."""
+        self.tried = [t * KEPT + PRIOR_WEIGHT * (1 - KEPT) for t in self.tried]
+        self.accepted = [
+            a * KEPT + PRIOR_WEIGHT * (1 - KEPT) * p for a, p in zip(self.accepted, self.prior, strict=True)
+        ]
+
     def observe(self, confidence: int, tried: int, accepted: int) -> None:
         """Add `tried` tokens, of which `accepted` were accepted; a token behind a rejected one was not tried."""
-        keep = math.exp(-tried / MEMORY)
-        self.tried[confidence] = self.tried[confidence] * keep + tried
-        self.accepted[confidence] = self.accepted[confidence] * keep + accepted
+        for at in range(len(self.prior)):
+            hits = accepted if at >= confidence else 0
+            misses = tried - accepted if at <= confidence else 0
+            keep = math.exp(-(hits + misses) / MEMORY)
+            self.tried[at] = self.tried[at] * keep + hits + misses
+            self.accepted[at] = self.accepted[at] * keep + hits
+        if self.every is not None:
+            self.every.observe(confidence, tried, accepted)
 
 
 @dataclass(frozen=True)

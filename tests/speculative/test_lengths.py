@@ -7,6 +7,7 @@ import pytest
 
 from pdx.cost import tradeoffs
 from pdx.speculative.lengths import MARGIN, PRIOR_WEIGHT, Acceptance, choose, expected_tokens
+from pdx.speculative.shares import Record
 
 LEVELS = (0, 3, 7)
 
@@ -62,12 +63,45 @@ def test_tokens_of_a_round():
     )
 
 
-def test_acceptance_forgets_its_prior_and_keeps_rows_and_classes_apart():
+def test_acceptance_forgets_its_prior_and_keeps_rows_apart():
     seen = jax.tree.map(jnp.asarray, Acceptance.none(2, (0.2, 0.8)))
     assert seen.of(jnp.array([0, 1])).tolist() == pytest.approx([0.2, 0.8])
     for _ in range(200):
         seen = seen.observe(jnp.array([1, 1]), jnp.array([4, 0]), jnp.array([1, 0]))
     assert seen.of(jnp.array([1, 1])).tolist() == pytest.approx([0.25, 0.8], abs=0.01)
-    assert seen.of(jnp.array([0, 0])).tolist() == pytest.approx([0.2, 0.2])
+    assert float(seen.of(jnp.array([0, 0]))[1]) == pytest.approx(0.2)
     one = jax.tree.map(jnp.asarray, Acceptance.none(1, (0.5,))).observe(jnp.array([0]), jnp.array([2]), jnp.array([2]))
     assert float(one.of(jnp.array([0]))[0]) == pytest.approx((0.5 * PRIOR_WEIGHT + 2) / (PRIOR_WEIGHT + 2), abs=0.01)
+
+
+def test_a_class_learns_from_surer_and_less_sure_ones():
+    """A miss counts for the classes below it, a hit for those above; host and device count alike."""
+    prior = (0.2, 0.5, 0.8)
+    device, host = jax.tree.map(jnp.asarray, Acceptance.none(1, prior)), Record(prior)
+
+    def both(confidence, tried, accepted):
+        nonlocal device
+        device = device.observe(*(jnp.array([x]) for x in (confidence, tried, accepted)))
+        host.observe(confidence, tried, accepted)
+        found = [float(device.of(jnp.array([at]))[0]) for at in range(3)]
+        assert found == pytest.approx(host.by_class, abs=1e-5)
+        return found
+
+    less, mine, more = both(1, 4, 0)
+    assert less < 0.2
+    assert mine < 0.5
+    assert more == pytest.approx(0.8)
+    again = both(1, 4, 4)  # the hits are remembered, and what came before fades
+    assert again[0] == pytest.approx(less)
+    assert again[1] > mine
+    assert again[2] > more
+
+
+def test_a_record_of_all_requests_sees_each_and_goes_back_to_its_prior():
+    every = Record((0.6,))
+    for _ in range(5):
+        Record(every.by_class, every=every).observe(0, 10, 1)
+    assert every.by_class[0] < 0.2
+    for _ in range(200):
+        every.fade()
+    assert every.by_class[0] == pytest.approx(0.6, abs=0.01)
