@@ -41,7 +41,7 @@ class SpeculativeGenerator(Generator):
 
     Raises:
       RequestError: a draft model of another vocabulary, or more layers than the model has.
-      NotImplementedError: a token tree that is deeper than the window of a layer.
+      NotImplementedError: a token tree that is deeper than the window of a layer; what `pdx distill` made, on a mesh.
     """
 
     def __init__(self, model: Model, *, speculation: Speculation, kv_dtype=None, **settings):
@@ -49,6 +49,11 @@ class SpeculativeGenerator(Generator):
         self._dtype = model.dtype
         self.draft: Generator | None = None  # runs the draft model, or holds the head's cache
         self.proposer, draft = choose_proposer(model, speculation)
+        if draft is not None and model.mesh is not None and "vocabulary" in draft.params:
+            raise NotImplementedError(
+                f"{draft.path}, which `pdx distill` made, drafts on a mesh in an engine only so far: load "
+                f"{model.name} without a mesh, or use pdx.Engine"
+            )
         if draft is not None:
             self.draft = Generator(
                 draft, rows=self.rows, capacity=self.capacity, kernels=self.kernels, kv_dtype=kv_dtype, chunk=self.chunk

@@ -19,6 +19,7 @@ from pdx.sampling.sampler import SamplingState, filtered_logits
 from pdx.speculative import acceptance
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import NGram
+from pdx.weights.checkpoint import save
 from tests.support import heads, tiny_model
 from tests.support.random_requests import random_requests, same
 
@@ -282,7 +283,7 @@ def test_mesh(tmp_path, proposer):
     files = tiny_model.make(tmp_path)
     model = pdx.load(files, mesh="model=2")
     if proposer == "eagle":
-        proposer = f"eagle:{pdx.save(heads.make(pdx.load(files)), tmp_path / 'head')}"
+        proposer = f"eagle:{save(heads.make(pdx.load(files)), tmp_path / 'head')}"
     config = pdx.EngineConfig(**TIGHT | {"speculate": proposer, "draft_length": 3})
     with Engine(model, config) as engine:
         got = engine.generate(prompts, options)
