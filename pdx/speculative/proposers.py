@@ -104,7 +104,7 @@ class NGram(_Blind):
             jnp.where(found, most, 0), jnp.clip(length, 1, len(self.prior)) - 1, jnp.where(found[:, None], tokens, 0)
         )
 
-    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: Any, cfg: ModelConfig, kernels: Any):
         return Drafted(prepared.tokens[:, :length], prepared.available), rows.cache, state
 
 
@@ -124,7 +124,7 @@ class Synthetic(_Blind):
     def prepare(self, rows: Rows, state: Any, most: int) -> Prepared:
         return always_available(rows, most)
 
-    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: int, cfg: ModelConfig, kernels: Any):
+    def draft(self, rows: Rows, state: Any, prepared: Prepared, length: Any, cfg: ModelConfig, kernels: Any):
         def chances(*of):
             return jax.random.uniform(random_key(*of), (length,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -96,7 +97,7 @@ def mixed_output(params, cfg, tokens, rows: PackedRows, cache: PagedCache, kerne
         full = full[rows.owner[0, rows.wanted_tokens]]
     logits = jnp.where(full[:, None], jnp.nan, cast(Array, out.logits))
     logits = constrain(logits, ArraySpec(logits.shape, (None, "vocab"), logits.dtype), cache.mesh)
-    return out.replace(logits=logits)
+    return replace(out, logits=logits)
 
 
 @partial(jax.jit, static_argnames=("cfg", "decode_rows", "max_queries", "kernels"), donate_argnames="cache")
