@@ -35,7 +35,7 @@ PROPOSERS = {"self": (SelfDraft(1), None), "draft": (DraftModel(OTHER), init_par
     ("cfg", "name", "options"),
     [
         (LLAMA, "draft", GREEDY),
-        (GEMMA, "draft", PENALIZED),
+        pytest.param(GEMMA, "draft", PENALIZED, marks=pytest.mark.slow),
         pytest.param(LLAMA, "self", PENALIZED, marks=pytest.mark.slow),
         pytest.param(GEMMA, "self", GREEDY, marks=pytest.mark.slow),
     ],
@@ -53,6 +53,7 @@ def test_greedy_rounds_emit_the_tokens_of_plain_decoding(cfg, name, options):
     assert (drafted > 0).all()
 
 
+@pytest.mark.slow
 def test_greedy_rounds_of_a_head_emit_the_tokens_of_plain_decoding():
     cfg, proposer = LLAMA, Eagle(head_config(LLAMA))
     texts, cache, sampling, state = test_eagle.begun(cfg, GREEDY)
@@ -100,6 +101,7 @@ def test_rejected_nodes_leave_no_trace_in_the_next_logits(dtype):
     np.testing.assert_allclose(a, b, atol=2e-4 if dtype == jnp.float32 else 2e-2)
 
 
+@pytest.mark.slow
 def test_no_row_gets_more_than_its_limit_or_than_its_cache_holds():
     """Rows that stand 1, 6 and 20 tokens before the end of a cache of 128, of which a tree takes up to 16."""
     cfg, weights = LLAMA, params(LLAMA)
@@ -136,6 +138,7 @@ def test_no_row_gets_more_than_its_limit_or_than_its_cache_holds():
         assert (logits[row, at].max(-1) - logits[row, at, texts[row, at + 1]] < 1e-3).all()
 
 
+@pytest.mark.slow
 def test_sampled_rounds_keep_the_distribution():
     """The first token of a round over many seeds, by chi-square; the first draft alone fails."""
     count, text, options = 3000, [3, 1, 4, 1, 5], {"temperature": 1.5}
