@@ -299,7 +299,7 @@ def test_mesh(tmp_path, proposer):
 def test_drawn_drafts_leave_the_distribution_as_it_is(model, draft, proposer, rule, monkeypatch):
     """Chi-square over many seeds at temperature 1. A rule that keeps every draft fails it."""
     if rule == "wrong":
-        monkeypatch.setattr(acceptance, "_by_rejection", lambda logits, token, q, sampling, positions: token)
+        monkeypatch.setattr(acceptance, "_by_rejection", lambda logits, offered, *others: offered[:, 0])
         jax.clear_caches()
     speculate = asked(proposer, model, draft)
     ids, settings = (40, 41, 42), {"max_tokens": 3, "ignore_eos": True, "temperature": 1.0, "top_k": 3}
