@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def windowed(model):
     """The same with a window on its second layer: two page groups."""
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(None, 20)))
+    return tiny_model.with_window(model)
 
 
 TINY = {"slots": 4, "token_budget": 16, "page_size": 8, "max_context": 160, "num_logprobs": 2}

@@ -35,8 +35,7 @@ ALL_WINDOWS = dataclasses.replace(LLAMA, windows=(20, 20))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model = pdx.load(tiny_model.make(tmp_path_factory.mktemp("model")))
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(None, 20)))
+    return tiny_model.with_window(pdx.load(tiny_model.make(tmp_path_factory.mktemp("model"))))
 
 
 @pytest.fixture(scope="module")

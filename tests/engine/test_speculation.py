@@ -33,8 +33,7 @@ UNLIKELY = 1e-4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """With a window on its second layer: two page groups."""
-    model = pdx.load(tiny_model.make(tmp_path_factory.mktemp("model")))
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(None, 20)))
+    return tiny_model.with_window(pdx.load(tiny_model.make(tmp_path_factory.mktemp("model"))))
 
 
 @pytest.fixture(scope="module")

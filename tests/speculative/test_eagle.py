@@ -18,6 +18,7 @@ from pdx.speculative.eagle import PREFILL, Eagle, EagleState, head_config, head_
 from pdx.speculative.lengths import NEVER
 from pdx.speculative.rounds import SpeculationState, speculate_many
 from tests.support.models import GEMMA, LLAMA, params
+from tests.support.rounds import until
 
 CAPACITY, CHUNK, OWN = 256, 32, 50
 TEXTS = [[3, 1, 4, 1, 5] * 4, np.random.default_rng(0).integers(0, 96, 11).tolist(), [9] * 7]
@@ -61,27 +62,21 @@ def rounds(cfg, world, options, n, level=None):
     """Rounds until each row has `n` more tokens, of one level or the one that pays."""
     texts, cache, sampling, state = world
     costs = np.array([1.0, 1.2, 1.4]) if level is None else np.where(np.array(LEVELS) == level, 1.0, NEVER)
-    got = [list(text) for text in texts]
-    while min(len(g) - len(t) for g, t in zip(got, texts, strict=True)) < n:
-        left = np.array([n - len(g) + len(t) for g, t in zip(got, texts, strict=True)], np.int32)
-        out = speculate_many(
-            params(cfg),
-            cfg,
-            cache,
-            sampling,
-            state,
-            8,
-            active=left > 0,
-            limits=left,
-            costs=costs.astype(np.float32),
-            proposer=Eagle(head_config(cfg)),
-            levels=LEVELS,
-            draft_params=head(cfg),
-        )
-        cache, sampling, state = out.cache, out.sampling, out.state
-        for row, tokens in enumerate(got):
-            tokens += np.asarray(out.emitted.tokens)[row, : int(out.counts[row])].tolist()
-    return got, cache, sampling, state
+    got, calls = until(
+        n,
+        params(cfg),
+        cfg,
+        cache,
+        sampling,
+        state,
+        costs=costs.astype(np.float32),
+        proposer=Eagle(head_config(cfg)),
+        levels=LEVELS,
+        draft_params=head(cfg),
+    )
+    if calls:
+        cache, sampling, state = calls[-1].cache, calls[-1].sampling, calls[-1].state
+    return [[*text, *new] for text, new in zip(texts, got, strict=True)], cache, sampling, state
 
 
 def begun(cfg, options, chunk=CHUNK):

@@ -13,6 +13,7 @@ from pdx.speculative.drawing import Rows
 from pdx.speculative.proposers import DraftModel, NGram, SelfDraft, Synthetic
 from pdx.speculative.rounds import SpeculationState, speculate_many
 from tests.support.models import GEMMA, LLAMA, params
+from tests.support.rounds import until
 
 N, CAPACITY, CHUNK = 40, 256, 32
 # Repetitive, random, and constant.
@@ -50,29 +51,21 @@ def speculated(
         own = prefilled(proposer.cfg, draft_params)[1]
     texts = [[*text, int(token)] for text, token in zip(TEXTS, first, strict=True)]
     state, sampling = SpeculationState.create(texts, 3, CAPACITY, proposer, own), sampling_of(options)
-    got: list[list[int]] = [[], [], []]
-    seen = np.zeros((3, 3), int)  # rounds, drafted and kept, by row
-    while min(map(len, got)) < limit:
-        left = np.array([limit - len(g) for g in got], np.int32)
-        out = speculate_many(
-            params(cfg),
-            cfg,
-            cache,
-            sampling,
-            state,
-            n,
-            active=left > 0,
-            limits=left,
-            costs=costs,
-            proposer=proposer,
-            levels=levels,
-            draft_params=draft_params,
-        )
-        cache, sampling, state = out.cache, out.sampling, out.state
-        for row, tokens in enumerate(got):
-            tokens += np.asarray(out.emitted.tokens)[row, : int(out.counts[row])].tolist()
-        seen += np.stack([out.rounds.sum(axis=1), out.drafted, out.kept])
-    return np.array(got), cache, seen
+    got, calls = until(
+        limit,
+        params(cfg),
+        cfg,
+        cache,
+        sampling,
+        state,
+        n,
+        costs=costs,
+        proposer=proposer,
+        levels=levels,
+        draft_params=draft_params,
+    )
+    seen = sum(np.stack([out.rounds.sum(axis=1), out.drafted, out.kept]) for out in calls)  # by row
+    return np.array(got), calls[-1].cache, seen
 
 
 GREEDY, PENALIZED = SamplingOptions(), SamplingOptions(repetition_penalty=1.2, frequency_penalty=0.2)

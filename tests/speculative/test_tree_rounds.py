@@ -21,7 +21,7 @@ from pdx.speculative.rounds import SpeculationState, speculate_many
 from pdx.speculative.trees import Tree
 from tests.speculative import test_eagle, test_rounds
 from tests.speculative.test_rounds import DRAWN, GREEDY, OTHER, PENALIZED, TEXTS, N, plain, speculated
-from tests.support import tiny_model
+from tests.support import rounds, tiny_model
 from tests.support.models import GEMMA, LLAMA, params, whole
 
 TREE = Tree.of((3, 2, 1))
@@ -56,27 +56,19 @@ def test_greedy_rounds_emit_the_tokens_of_plain_decoding(cfg, name, options):
 @pytest.mark.slow
 def test_greedy_rounds_of_a_head_emit_the_tokens_of_plain_decoding():
     cfg, proposer = LLAMA, Eagle(head_config(LLAMA))
-    texts, cache, sampling, state = test_eagle.begun(cfg, GREEDY)
-    got, left = [[] for _ in texts], np.full(len(texts), 24, np.int32)
-    while left.any():
-        out = speculate_many(
-            params(cfg),
-            cfg,
-            cache,
-            sampling,
-            state,
-            8,
-            active=left > 0,
-            limits=left,
-            costs=COSTS,
-            proposer=proposer,
-            levels=LEVELS,
-            draft_params=test_eagle.head(cfg),
-        )
-        cache, sampling, state = out.cache, out.sampling, out.state
-        for row, tokens in enumerate(got):
-            tokens += np.asarray(out.emitted.tokens)[row, : int(out.counts[row])].tolist()
-        left = left - np.asarray(out.counts)
+    _, cache, sampling, state = test_eagle.begun(cfg, GREEDY)
+    got, _ = rounds.until(
+        24,
+        params(cfg),
+        cfg,
+        cache,
+        sampling,
+        state,
+        costs=COSTS,
+        proposer=proposer,
+        levels=LEVELS,
+        draft_params=test_eagle.head(cfg),
+    )
     np.testing.assert_array_equal(got, test_eagle.plain(cfg, GREEDY, 24))
 
 

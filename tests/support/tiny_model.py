@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -79,6 +80,11 @@ def _weights(vocab: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         }
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
     return tensors
+
+
+def with_window(model):
+    """The loaded model with a window on its second layer: an engine has two page groups for it."""
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(None, 20)))
 
 
 def _write(path: Path, content: dict) -> None:
