@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,19 +79,9 @@ class LayerCache:
         scales = {}
         if self.scales:
             (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
-            scales = self.scales | {"new_k_scale": k_scale, "new_v_scale": v_scale}
-        written = write_pages(
-            self.k,
-            self.v,
-            k.astype(self.k.dtype),
-            v.astype(self.v.dtype),
-            slots=rows.slots(self.slots),
-            layout=self.layout,
-            **scales,
-            implementation=implementation,
-            interpret=interpret,
-        )
-        return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
+            scales = {"k_scale": k_scale, "v_scale": v_scale}
+        slots = rows.slots(self.slots)
+        return self._written(k, v, scales, slots=slots, implementation=implementation, interpret=interpret)
 
     def move(
         self, source: Int[Array, "B M"], target: Int[Array, "B M"], heads: int, head_dim: int, real: Bool[Array, "B M"]
@@ -110,9 +100,15 @@ class LayerCache:
         k, v = (at(x, self.layout == "heads_first") for x in (self.k, self.v))
         if self.layout == "folded":
             k, v = (unfold(x, heads, head_dim) for x in (k, v))
-        scales = {f"new_{name}": at(x, True)[:, :heads] for name, x in self.scales.items()}
+        scales = {name: at(x, True)[:, :heads] for name, x in self.scales.items()}
         slots = jnp.where(real, row * self.slots + target % self.slots, -1).reshape(-1)
-        written = write_pages(self.k, self.v, k, v, slots=slots, layout=self.layout, **self.scales, **scales)
+        return self._written(k, v, scales, slots=slots)
+
+    def _written(self, k: Array, v: Array, scales: dict[str, Array], **settings: Any) -> LayerCache:
+        """The cache with these tokens and their scales by name; `settings`: of `write_pages`."""
+        scales = self.scales | {f"new_{name}": x for name, x in scales.items()}
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
+        written = write_pages(self.k, self.v, k, v, layout=self.layout, **scales, **settings)
         return self.replace(**dict(zip(("k", "v", *self.scales), written, strict=True)))
 
 

@@ -52,14 +52,13 @@ class Record:
     @property
     def acceptance(self) -> float:
         """The probability that the next drafted token is accepted."""
-        return self.accepted[self.confidence] / self.tried[self.confidence]
+        return self.by_class[self.confidence]
 
     def fade(self) -> None:
         """Go back a little towards the prior."""
-        self.tried = [t * KEPT + PRIOR_WEIGHT * (1 - KEPT) for t in self.tried]
-        self.accepted = [
-            a * KEPT + PRIOR_WEIGHT * (1 - KEPT) * p for a, p in zip(self.accepted, self.prior, strict=True)
-        ]
+        back = PRIOR_WEIGHT * (1 - KEPT)
+        self.tried = [t * KEPT + back for t in self.tried]
+        self.accepted = [a * KEPT + back * p for a, p in zip(self.accepted, self.prior, strict=True)]
 
     def observe(self, confidence: int, tried: int, accepted: int) -> None:
         """Add `tried` tokens, of which `accepted` were accepted; a token behind a rejected one was not tried."""
