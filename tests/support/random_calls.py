@@ -104,11 +104,13 @@ def seen_by(row: Row, t: int, call: dict, oldest: int = 0, tree=None) -> np.ndar
     tokens = np.arange(oldest, row.length)
     if call["causal"]:
         tokens = tokens[tokens <= at]
-    if call["window"]:
-        tokens = tokens[at - tokens < call["window"]]
-    if tree is not None:
-        tokens = np.array([j for j in tokens if j < row.start or tree[t, j - row.start]], int)
-    return tokens
+    if tree is None:
+        return tokens if not call["window"] else tokens[at - tokens < call["window"]]
+    before, own = tokens[tokens < row.start], tokens[tokens >= row.start]
+    if call["window"]:  # it counts from where the query would stand if its ancestors alone came before it
+        at = row.start + np.count_nonzero(tree[t, :t])
+        before = before[at - before < call["window"]]
+    return np.concatenate([before, own[tree[t, own - row.start]]])
 
 
 # --- drawing
