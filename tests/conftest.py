@@ -31,6 +31,7 @@ def _add_xla_flag(name: str, value: str) -> None:
 
 def pytest_addoption(parser):
     parser.addoption("--thinner", type=int, default=1, help="keep this many times fewer cases of a `thin` test fast")
+    parser.addoption("--every", type=int, default=1, help="of a test's slow cases, if more than two, run every n-th")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
@@ -44,6 +45,19 @@ def pytest_collection_modifyitems(config, items):
             if seen[test] % (thin.args[0] * thinner):
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
+    _leave_out(config, items, config.getoption("every"))
+
+
+def _leave_out(config, items, every: int) -> None:
+    """All slow cases of a test but every n-th, where there are more than two; `--every`."""
+    slow = {}
+    for item in items if every > 1 else ():
+        if item.get_closest_marker("slow"):
+            slow.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    out = {item for cases in slow.values() if len(cases) > 2 for at, item in enumerate(cases) if at % every}
+    if out:
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
 
 
 def pytest_configure(config):

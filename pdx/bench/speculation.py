@@ -21,6 +21,7 @@ from pdx.io.tables import Table
 from pdx.metrics import SpeculationCounts
 from pdx.model import forward
 from pdx.speculative.options import Speculation
+from pdx.speculative.trees import depth_of
 from pdx.weights.load import Model
 from pdx.weights.progress import Report, silent
 
@@ -143,7 +144,7 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
         "drafted": partial(answer, speculate=speculation),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    counts, ties, faults = SpeculationCounts(), 0, 0
+    counts, rounds, ties, faults = SpeculationCounts(), [], 0, 0
     for group in groups:
         for way in ways.values():
             way(group, 2)  # compiles
@@ -151,8 +152,9 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
             done = {name: way(group) for name, way in ways.items()}
             for name, answers in done.items():
                 seconds[name].append(_tpot(answers))
+        rounds.append([answer.speculation or SpeculationCounts() for answer in done["drafted"]])
         for plain, drafted in zip(done["plain"], done["drafted"], strict=True):
-            counts += drafted.speculation or SpeculationCounts()
+            counts += rounds[-1][plain.index]
             gap = _gap_where_they_part(model, group[plain.index], plain, drafted)
             ties, faults = ties + (gap is not None and gap < TIE), faults + (gap is not None and gap >= TIE)
     return Row(
@@ -161,7 +163,7 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
         batch,
         float(np.mean(seconds["plain"])),
         float(np.mean(seconds["drafted"])),
-        _predicted(model, speculation, batch, longest, counts),
+        _predicted(model, speculation, batch, longest, rounds),
         counts.acceptance,
         counts.tokens_per_round,
         dict(counts.by_length),
@@ -177,15 +179,23 @@ def _tpot(answers: Sequence[Completion]) -> float:
 
 
 def _predicted(
-    model: Model, speculation: Speculation, batch: int, longest: int, counts: SpeculationCounts
+    model: Model, speculation: Speculation, batch: int, longest: int, groups: Sequence[Sequence[SpeculationCounts]]
 ) -> float | None:
-    """Plain decoding over the rounds that were run, at what a round costs by its draft length."""
+    """Plain decoding over the rounds that were run, at what a round costs by its draft length.
+
+    The rows of a batch run together until the last one has its tokens, and that row took part in every round.
+    """
     run = generator(model, rows=batch, tokens=longest, num_logprobs=0, kernels="auto", speculation=speculation)
     if not isinstance(run, SpeculativeGenerator) or run.costs is None or speculation.draft_length != "auto":
         return None
-    costs = dict(zip(run.levels, run.costs.tolist(), strict=True))
-    spent = sum(n * costs[length] for length, n in counts.by_length.items())
-    return (counts.rounds + counts.kept) * costs[0] / spent if spent else None
+    costs = dict(zip(map(depth_of, run.levels), run.costs.tolist(), strict=True))
+
+    def seconds(row: SpeculationCounts) -> float:
+        return sum(n * costs[length] for length, n in row.by_length.items())
+
+    spent = sum(max(map(seconds, rows)) for rows in groups)
+    plain = sum((rows[0].rounds + rows[0].kept) * costs[0] for rows in groups)  # each row has as many tokens
+    return plain / spent if spent else None
 
 
 def _gap_where_they_part(model: Model, prompt: str, plain: Completion, drafted: Completion) -> float | None:

@@ -8,9 +8,9 @@ from typing import cast
 
 from pdx.engine.config import EngineConfig
 from pdx.engine.memory import PagedMemory
-from pdx.engine.plan import StepBuilder
+from pdx.engine.plan import StepBuilder, StepPlan
 from pdx.engine.request import EngineRequest
-from pdx.speculative.shares import Record, StepCosts, fixed, shares
+from pdx.speculative.shares import ALLOWED, GAIN, Record, StepCosts, fixed, gained, shares
 
 
 @dataclass
@@ -22,12 +22,14 @@ class Drafting:
         requests before it saw, so drafts that do not pay cost the first ones only.
       always: whether the proposer can draft behind any token.
       costs: of a step, as measured; None: each row drafts what it can.
+      allowance: what drafts may lose, in plain steps (`pdx.speculative.shares.gained`).
     """
 
     config: EngineConfig
     prior: tuple[float, ...]
     always: bool
     costs: StepCosts | None = None
+    allowance: float = ALLOWED
 
     def __post_init__(self):
         self.ladder = self.config.draft_ladder
@@ -56,6 +58,19 @@ class Drafting:
             if count > 0 and memory.grow(seq, seq.computed + count, slide=False):
                 step.draft(chunk, count)
                 seq.computed, seq.pending, seq.unsure = seq.computed + count, seq.pending + count, seq.unsure + count
+        self._spend(step, plain_size)
+
+    def _spend(self, step: StepBuilder, plain_size: int) -> None:
+        """Take what the step costs from the allowance, as if nothing were kept."""
+        plain_s = self.costs.plain.get(plain_size) if self.costs is not None else None
+        if self.costs is not None and plain_s is not None:
+            longest = max((c.drafts for c in step.chunks), default=0)
+            ratio = self.costs.of(step.tokens, longest) / plain_s if longest else 1.0
+            self.allowance = min(self.allowance + gained(1.0, ratio), GAIN)
+
+    def settle(self, plan: StepPlan, kept: int) -> None:
+        """`kept` drafted tokens of a step were kept."""
+        self.allowance = min(self.allowance + gained(kept / sum(c.count for c in plan.chunks), 0.0), GAIN)
 
     def shares(self, records: Seq[Record], limits: Seq[int], taken: int, plain_size: int) -> list[int]:
         """Tokens to draft in each row.
@@ -73,4 +88,12 @@ class Drafting:
         plain_s = self.costs.plain.get(plain_size)
         if plain_s is None:  # larger than any step with drafts
             return [0] * len(limits)
-        return shares([r.acceptance for r in records], limits, taken, plain_s, self.costs)
+        return shares(
+            [r.acceptance for r in records],
+            limits,
+            taken,
+            plain_s,
+            self.costs,
+            at_worst=[r.at_worst for r in records],
+            allowance=self.allowance,
+        )

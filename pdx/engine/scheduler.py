@@ -149,6 +149,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, tokens: Seq[Seq[int]] | Mapping[int, Seq[int]], now: float) -> list[Output]:
         """Record the tokens that a step emitted, by slot. Plans are committed in the order in which they were made."""
         outputs: list[Output] = []
+        if self.drafting is not None:
+            self.drafting.settle(plan, sum(max(0, len(tokens[c.slot]) - 1) for c in plan.chunks if c.drafts))
         for chunk in plan.chunks:
             seq = chunk.sequence
             if not chunk.samples:

@@ -24,6 +24,7 @@ from pdx.speculative.lengths import LEVELS, NEVER, always
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import DraftModel, NGram, Proposer, SelfDraft, Synthetic
 from pdx.speculative.rounds import Speculated, SpeculationState, speculate_many
+from pdx.speculative.shares import ALLOWED
 from pdx.speculative.trees import Tree, depth_of
 from pdx.weights.load import Model
 
@@ -92,6 +93,7 @@ class SpeculativeGenerator(Generator):
         left: np.ndarray,
         costs: np.ndarray,
         clock: Clock,
+        allowance: float = ALLOWED,
     ) -> Speculated:
         """Dispatch rounds; each row may emit `left` tokens."""
         return self.programs.call(
@@ -104,6 +106,7 @@ class SpeculativeGenerator(Generator):
             active=left > 0,
             limits=left,
             costs=costs,
+            allowance=np.float32(allowance),
             draft_params=None if self.draft is None else self.draft.params,
             clock=clock,
             static={
@@ -142,7 +145,10 @@ class SpeculativeGenerator(Generator):
                 jax.block_until_ready((state, sampling, cache))
                 start = time.perf_counter()
                 out = jax.block_until_ready(self.speculate(cache, sampling, state, left, only, clock))
-                costs[level, at] = (time.perf_counter() - start) / int(out.rounds.sum(axis=1).max())
+                seconds, rounds = time.perf_counter() - start, np.asarray(out.rounds).max(axis=0)
+                if level:  # where nothing can be drafted, a round is a plain step
+                    seconds -= rounds[0] * costs[0].min()
+                costs[level, at] = seconds / rounds[level]
                 cache, own = out.cache, out.state.proposer
         self.costs = costs.min(axis=1).astype(np.float32)
         clock.compile_s = before + time.perf_counter() - begin
@@ -155,6 +161,7 @@ class _Speculating(Decoding):
     def __init__(self, generator: SpeculativeGenerator, own: Any):
         self._speculative, self._own = generator, own
         self._state: SpeculationState | None = None
+        self._allowance = ALLOWED
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], cache: DenseCache, clock: Clock
@@ -196,9 +203,12 @@ class _Speculating(Decoding):
         if self._state is None:  # now the first token is known
             self._state = run.state([r.prompt + r.token_ids for r in requests], self._own)
             self._own = None
-        out = run.speculate(cache, sampling, self._state, run.left(requests), cast(np.ndarray, run.costs), clock)
+        left, costs = run.left(requests), cast(np.ndarray, run.costs)
+        out = run.speculate(cache, sampling, self._state, left, costs, clock, self._allowance)
         self._state = out.state
-        got, counts, rounds, *tokens = jax.device_get((out.emitted, out.counts, out.rounds, out.drafted, out.kept))
+        got, counts, rounds, self._allowance, *tokens = jax.device_get(
+            (out.emitted, out.counts, out.rounds, out.allowance, out.drafted, out.kept)
+        )
         for row, request in enumerate(requests):
             by_length = dict(zip(map(depth_of, run.levels), rounds[row].tolist(), strict=True))
             seen = SpeculationCounts(by_length, *(int(x[row]) for x in tokens))

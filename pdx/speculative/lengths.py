@@ -2,7 +2,8 @@
 
 A round of level g verifies up to g drafted tokens a row. If each is accepted with probability a, it emits
 (1 - a^(g+1)) / (1 - a) tokens (Leviathan et al. 2023). The rows of a batch wait for the last one, so `choose` takes the
-level at which that one ends first; level 0, a plain decode step, where none pays.
+level at which that one ends first; level 0, a plain decode step, where none pays. What failed drafts cost is bounded
+(`shares.gained`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pdx.speculative.shares import MARGIN, MEMORY, PRIOR_WEIGHT
+from pdx.speculative.shares import MARGIN, MEMORY, PRIOR_WEIGHT, at_worst, gained
 from pdx.speculative.trees import Tree
 
 # Draft lengths that rounds are compiled for; T = 1, 4 and 8 tokens a row.
@@ -39,10 +40,10 @@ class Acceptance:
         weight = np.full((rows, len(prior)), PRIOR_WEIGHT, np.float32)
         return cls(weight, weight * np.asarray(prior, np.float32))
 
-    def of(self, confidence: Int[Array, " B"]) -> Float[Array, " B"]:
-        """The probability that a token is accepted."""
+    def of(self, confidence: Int[Array, " B"]) -> Float[Array, "2 B"]:
+        """The probability that a token is accepted, and what it is at worst."""
         tried, accepted = (jnp.take_along_axis(x, confidence[:, None], 1)[:, 0] for x in (self.tried, self.accepted))
-        return accepted / tried
+        return jnp.stack([accepted / tried, at_worst(accepted, tried)])
 
     def observe(self, confidence: Int[Array, " B"], tried: Int[Array, " B"], accepted: Int[Array, " B"]) -> Acceptance:
         """With `tried` tokens more, of which `accepted` were accepted; a token behind a rejected one was not tried."""
@@ -59,6 +60,11 @@ def always(length: int | Tree) -> tuple[tuple[int | Tree, ...], np.ndarray]:
     return (0, length), np.array([NEVER, 1.0], np.float32)
 
 
+def ratios(costs: Float[Array, " levels"]) -> Float[Array, " levels"]:
+    """The plain steps that take as long as a round of each level; 0 where plain steps are not chosen among."""
+    return jnp.where(jnp.isfinite(costs[0]), costs / costs[0], 0.0)
+
+
 def expected_tokens(acceptance: Float[Array, " B"], drafted: Int[Array, " B"]) -> Float[Array, " B"]:
     """Tokens that a round emits with `drafted` tokens a row."""
     a = jnp.clip(acceptance, 0.0, 0.9999)
@@ -68,23 +74,28 @@ def expected_tokens(acceptance: Float[Array, " B"], drafted: Int[Array, " B"]) -
 def choose(
     levels: tuple[int, ...],
     costs: Float[Array, " levels"],
-    acceptance: Float[Array, " B"],
+    acceptance: Float[Array, "2 B"],
     available: Int[Array, " B"],
     left: Int[Array, " B"],
+    allowance: Float[Array, ""] | float = NEVER,
 ) -> Int[Array, ""]:
-    """The index of the level at which the last row ends first.
+    """The index of the level at which the last row ends first, of those that the allowance covers.
 
     Args:
       levels: draft lengths, ascending; the first is 0. Of a token tree, its depth: a is then the probability that one
         of the tokens offered at a place is accepted.
       costs: seconds of a round at each level, or any other unit. A level that costs `NEVER` is not taken; but level 0
         is, whatever it costs, where no row has a draft.
+      acceptance: of each row, and what it is at worst.
       available: tokens that each row could have verified.
       left: tokens that each row still has to emit; 0: it takes no part.
+      allowance: what drafts may lose, in plain steps.
     """
     found = []
-    for level, cost in zip(levels, costs, strict=True):
-        found.append(cost * jnp.max(left / expected_tokens(acceptance, jnp.minimum(available, level))))
+    for level, cost, ratio in zip(levels, costs, ratios(costs), strict=True):
+        rounds, most = jnp.max(left / expected_tokens(acceptance, jnp.minimum(available, level)), axis=1)
+        is_covered = allowance + gained(jnp.max(left) / most, ratio) >= 0
+        found.append(jnp.where(is_covered | (level == 0), cost * rounds, NEVER))
     seconds = jnp.stack(found)
     best = jnp.argmin(seconds)
     has_draft = jnp.any((left > 0) & (available > 0))

@@ -32,8 +32,9 @@ from pdx.sampling.sampler import SampleOutput, SamplingState
 from pdx.sharding import constrain_rows
 from pdx.speculative.acceptance import Accepted, Drafted, accept, accept_tree
 from pdx.speculative.drawing import Prepared, Rows
-from pdx.speculative.lengths import Acceptance, choose
+from pdx.speculative.lengths import Acceptance, choose, ratios
 from pdx.speculative.proposers import Proposer
+from pdx.speculative.shares import ALLOWED, GAIN, gained
 from pdx.speculative.trees import Tree, depth_of
 from pdx.steps.dense import finish
 
@@ -74,6 +75,7 @@ class Speculated:
       emitted: tokens [B, W] and their log-probabilities; the first `counts` of a row are new.
       rounds: that each row took part in, by level.
       drafted, kept: tokens of each row that were verified, and those of them that were kept.
+      allowance: what drafts may lose from now on.
     """
 
     emitted: SampleOutput
@@ -81,6 +83,7 @@ class Speculated:
     rounds: Int[Array, "B levels"]
     drafted: Int[Array, " B"]
     kept: Int[Array, " B"]
+    allowance: Float[Array, ""]
     cache: DenseCache
     sampling: SamplingState
     state: SpeculationState
@@ -111,6 +114,7 @@ def speculate_many(
     costs: Float[Array, " levels"],
     proposer: Proposer,
     levels: tuple[int | Tree, ...],
+    allowance: Float[Array, ""] | float = ALLOWED,
     draft_params: Params | None = None,
     num_logprobs: int = 0,
     kernels: Kernels = "auto",
@@ -123,6 +127,8 @@ def speculate_many(
       limits: the most new tokens of each row; the cache has room for them.
       costs: seconds of a round at each level; see `pdx.speculative.lengths.choose`.
       levels: draft lengths, ascending, the first 0; or a token tree in place of a length.
+      allowance: what drafts may lose, in plain steps (`pdx.speculative.shares.gained`); of a later call, what the call
+        before left.
       draft_params: of the draft model, for a proposer that has one.
     """
     depths, rows = tuple(map(depth_of, levels)), cache.batch
@@ -131,11 +137,15 @@ def speculate_many(
     tokens = jnp.zeros((rows, n + most), jnp.int32)
     none = jnp.zeros(rows, jnp.int32)
     emitted = SampleOutput(tokens, tokens.astype(jnp.float32), logprobs.astype(jnp.int32), logprobs)
-    out = Speculated(emitted, none, jnp.zeros((rows, len(levels)), jnp.int32), none, none, cache, sampling, state)
+    rounds, allowance = jnp.zeros((rows, len(levels)), jnp.int32), jnp.asarray(allowance, jnp.float32)
+    out = Speculated(emitted, none, rounds, none, none, allowance, cache, sampling, state)
     model = _Model(params, draft_params, cfg, proposer, levels, num_logprobs, kernels)
 
     def takes_part(out: Speculated) -> Bool[Array, " B"]:
         return active & (out.counts < limits)
+
+    def left(out: Speculated) -> Int[Array, " B"]:
+        return jnp.where(takes_part(out), limits - out.counts, 0)
 
     def prepared(out: Speculated) -> _Carry:
         rows = model.rows(out, takes_part(out))
@@ -143,29 +153,30 @@ def speculate_many(
         # A round emits one token more than it keeps.
         found = found.replace(available=jnp.clip(limits - out.counts - 1, 0, found.available))
         acceptance = out.state.acceptance.of(found.confidence)
-        left = jnp.where(rows.active, limits - out.counts, 0)
-        return _Carry(out, found, choose(depths, costs, acceptance, found.available, left))
+        return _Carry(out, found, choose(depths, costs, acceptance, found.available, left(out), out.allowance))
+
+    def round(index: int, carry: _Carry) -> _Carry:
+        before = carry.out
+        out = model.round(index, carry, takes_part(before))
+        progress = left(before).max() - left(out).max()  # all rows wait for the last one
+        allowance = jnp.minimum(before.allowance + gained(progress, ratios(costs)[index]), GAIN)
+        return prepared(out.replace(allowance=allowance))
 
     def goes_on(carry: _Carry):
         return jnp.any(takes_part(carry.out)) & (carry.out.counts.max() < n)
 
     def every_level(carry: _Carry) -> _Carry:
         for index in range(len(levels)):
-            carry = lax.while_loop(
-                lambda c, index=index: goes_on(c) & (c.level == index),
-                lambda c, index=index: prepared(model.round(index, c, takes_part(c.out))),
-                carry,
-            )
+            carry = lax.while_loop(lambda c, index=index: goes_on(c) & (c.level == index), partial(round, index), carry)
         return carry
 
     out = lax.while_loop(goes_on, every_level, prepared(out)).out
     sampling, emitted, history, counted = constrain_rows(
         (out.sampling, out.emitted, out.state.history, (out.counts, out.rounds, out.drafted, out.kept)), cache.mesh
     )
-    counts, rounds, drafted, kept = counted
     own = out.state.proposer
     state = out.state.replace(history=history, proposer=None if own is None else own.placed())
-    return Speculated(emitted, counts, rounds, drafted, kept, out.cache.placed(), sampling, state)
+    return Speculated(emitted, *counted, out.allowance, out.cache.placed(), sampling, state)
 
 
 class _Model:

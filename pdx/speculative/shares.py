@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # What a step with drafts must promise over one without: the costs are measured, and not exactly.
 MARGIN = 1.1
@@ -19,6 +20,29 @@ PRIOR_WEIGHT, MEMORY = 3.0, 64.0
 KEPT = 0.95
 # The most tokens that a row drafts where the length is chosen.
 LONGEST_CHOSEN = 7
+# What drafts may lose, in plain steps: ALLOWED at once, and LOSS more with each token. Of what they gained, GAIN is the
+# most that they may lose again.
+ALLOWED, LOSS, GAIN = 0.3, 0.01, 8.0
+
+
+def gained(progress: Any, ratio: Any) -> Any:
+    """What a step adds to the allowance of the drafts, in plain steps.
+
+    Drafts are guesses, and a few that fail cost what it took many plain steps to gain. So a step may draft only while
+    the allowance covers what it is likely to lose at worst. Then the answer takes at most about `LOSS` longer than
+    without drafts, whatever the text.
+
+    Args:
+      progress: the plain steps that would have done as much.
+      ratio: the plain steps that would have taken as long.
+    """
+    return progress * (1 + LOSS) - ratio
+
+
+def at_worst(accepted: Any, tried: Any) -> Any:
+    """The probability that a token is accepted, less what it is uncertain by: a standard error of so many tokens."""
+    share = accepted / tried
+    return share - (share * (1 - share) / tried) ** 0.5
 
 
 @dataclass
@@ -54,6 +78,11 @@ class Record:
         """The probability that the next drafted token is accepted."""
         return self.by_class[self.confidence]
 
+    @property
+    def at_worst(self) -> float:
+        """The same, less what it is uncertain by."""
+        return at_worst(self.accepted[self.confidence], self.tried[self.confidence])
+
     def fade(self) -> None:
         """Go back a little towards the prior."""
         back = PRIOR_WEIGHT * (1 - KEPT)
@@ -86,9 +115,21 @@ class StepCosts:
     drafted: Mapping[int, float]
     draft_s: float = 0.0
 
+    def of(self, tokens: int, longest: int) -> float:
+        """Seconds of a step with drafts; it has `tokens` tokens, and the longest draft has `longest`."""
+        size = next(n for n in self.drafted if n >= tokens)
+        return self.drafted[size] + self.draft_s * (longest - 1)
+
 
 def shares(
-    acceptance: Sequence[float], limits: Sequence[int], taken: int, plain_s: float, costs: StepCosts
+    acceptance: Sequence[float],
+    limits: Sequence[int],
+    taken: int,
+    plain_s: float,
+    costs: StepCosts,
+    *,
+    at_worst: Sequence[float] = (),
+    allowance: float = math.inf,
 ) -> list[int]:
     """Tokens to draft in each row.
 
@@ -97,6 +138,8 @@ def shares(
       limits: the most tokens of each row.
       taken: tokens that the step has without drafts.
       plain_s: seconds of the step without drafts.
+      at_worst: the acceptance of each row at worst; none: `acceptance`.
+      allowance: what drafts may lose, in plain steps (`gained`).
 
     Example, two rows of which one copies a text; a step of 4 tokens costs little more than one of 2:
       >>> from pdx.speculative.shares import StepCosts, shares
@@ -116,11 +159,13 @@ def shares(
         count = min(size - taken, len(ordered))
         if count < 1:
             continue
-        longest = max(k for _, k, _ in ordered[:count])
-        seconds += costs.draft_s * (longest - 1)
-        rate = (taken + sum(gain for gain, _, _ in ordered[:count])) / seconds
+        taking = ordered[:count]
+        seconds += costs.draft_s * (max(k for _, k, _ in taking) - 1)
+        rate = (taken + sum(gain for gain, _, _ in taking)) / seconds
         margin = MARGIN if seconds > plain_s and not chosen else 1.0
-        if rate > best * margin:
+        least = sum((at_worst or acceptance)[row] ** k for _, k, row in taking)
+        is_covered = allowance + gained(1 + least / taken, seconds / plain_s) >= 0
+        if is_covered and rate > best * margin:
             best, chosen = rate, count
     return counted(ordered[:chosen], len(acceptance))
 

@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 
 def test_each_kind_and_batch_size_is_a_row(model, monkeypatch):
-    monkeypatch.setattr(speculation, "PROMPTS", {"copy": ("ab ab ab", "x"), "prose": ("hello",)})
+    monkeypatch.setattr(speculation, "PROMPTS", {"copy": ("ab ab ab", "x"), "prose": ("no no no",)})
     seen = []
     found = speculation.run(
         model,

@@ -208,6 +208,7 @@ def test_the_memory_plan_counts_its_layer(model, head, monkeypatch):
     assert held <= 4e5
 
 
+@pytest.mark.slow
 def test_a_draft_model_reads_a_prompt_before_the_first_token(model, tmp_path):
     draft = pdx.load(tiny_model.make(tmp_path, seed=1))
     ids = tuple(model.tokenizer.encode(TEXT * 2))

@@ -1,6 +1,7 @@
 """`generate(..., speculate=)`: the answers of plain decoding, what is counted, what is refused."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 import pdx
 from pdx.errors import RequestError
 from pdx.generation import kept
+from pdx.generation.programs import Clock
+from pdx.generation.speculation import SpeculativeGenerator
 from pdx.speculative.options import Speculation
 from tests.support import tiny_model
 
@@ -77,6 +80,26 @@ def test_ngrams_keep_the_tokens_of_a_seed(model):
     settings = {"max_tokens": 20, "temperature": 0.9, "seed": 3, "ignore_eos": True}
     plain, done = (pdx.generate(model, PROMPTS, **settings, **more) for more in ({}, {"speculate": "ngram"}))
     assert ids(plain) == ids(done)
+
+
+def test_what_a_round_costs_is_measured_apart_from_the_plain_steps_beside_it(model, monkeypatch):
+    """On a clock that a round of each level moves on by known seconds; where nothing matches, it is a plain step."""
+    now, true, seen = [0.0], np.array([1.0, 1.5, 3.0]), np.zeros(3, int)
+    speculate = SpeculativeGenerator.speculate
+
+    def timed(*arguments):
+        out = speculate(*arguments)
+        rounds = np.asarray(out.rounds).max(axis=0)
+        now[0] += float(rounds @ true)
+        seen[:] += rounds * (rounds[1:].sum() > 0)
+        return out
+
+    monkeypatch.setattr(SpeculativeGenerator, "speculate", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    run = SpeculativeGenerator(model, speculation=Speculation("ngram"), rows=2, capacity=64, decode_tokens=8)
+    run.begin([], run.new_cache(), Clock())
+    np.testing.assert_allclose(run.costs, true, rtol=1e-6)
+    assert (seen > 0).all(), "plain steps were among them"
 
 
 def test_after_the_first_call_nothing_is_compiled(model):

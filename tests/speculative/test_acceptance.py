@@ -51,11 +51,12 @@ SETTINGS = {
 }
 
 
+ACCEPT = jax.jit(accept, static_argnames="num_logprobs")  # compiled once for all settings
+
+
 def run(logits, drafted, sampling, **settings):
-    rows = jnp.ones(drafted.tokens.shape[0], bool)
-    return jax.jit(lambda *args: accept(*args, **settings))(
-        logits, drafted, sampling, jnp.full(drafted.tokens.shape[0], 7), rows
-    )
+    rows = drafted.tokens.shape[0]
+    return ACCEPT(logits, drafted, sampling, jnp.full(rows, 7), jnp.ones(rows, bool), **settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -125,6 +125,7 @@ def first_draft(cfg, text):
     return own_logits(head(cfg), cfg, x[0, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [CHUNK, 8], ids=["one chunk", "chunks"])
 def test_after_any_rounds_the_head_drafts_as_if_it_read_the_whole_text(chunk):
     """Behind the prompt, behind plain rounds (more than wait at once), behind short and long drafts."""
@@ -143,6 +144,7 @@ def test_after_any_rounds_the_head_drafts_as_if_it_read_the_whole_text(chunk):
             assert (drafted.tokens[row] % 2 == 0).all()
 
 
+@pytest.mark.slow
 def test_sampled_rounds_keep_the_distribution():
     """The first token of a round over many seeds, by chi-square; that of the drafts alone fails."""
     cfg, count, text = LLAMA, 4000, [3, 1, 4, 1, 5]

@@ -99,6 +99,7 @@ def test_ngrams_leave_sampled_tokens_as_they_are():
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_the_target_is_kept_whole():
     got, _, (rounds, drafted, kept) = speculated(LLAMA, GREEDY, DraftModel(LLAMA), draft_params=params(LLAMA))
     np.testing.assert_array_equal(got, plain(LLAMA, GREEDY)[0])

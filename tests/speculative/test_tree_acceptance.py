@@ -79,7 +79,7 @@ def is_drawn_from(tokens, p):
     return found < chi2.isf(UNLIKELY, max(freedom, 1))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_emitted_has_the_distribution_of_plain_sampling(name):
     """The first token; and the second behind each first one that was kept."""

@@ -72,7 +72,8 @@ def test_greedy_rounds_of_a_head_emit_the_tokens_of_plain_decoding():
     np.testing.assert_array_equal(got, test_eagle.plain(cfg, GREEDY, 24))
 
 
-@pytest.mark.parametrize("options", [GREEDY, pytest.param(DRAWN, marks=pytest.mark.slow)], ids=["greedy", "drawn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_draft_that_is_the_target_is_kept_to_the_last_level(options):
     proposer = DraftModel(LLAMA)
     _, _, (rounds, _, kept) = speculated(
@@ -83,7 +84,8 @@ def test_a_draft_that_is_the_target_is_kept_to_the_last_level(options):
     assert (kept > 2 * rounds).all()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.int8], ids=["f32", "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["f32", "int8"])
 def test_rejected_nodes_leave_no_trace_in_the_next_logits(dtype):
     proposer, weights = PROPOSERS["draft"]
     expected, clean = plain(GEMMA, GREEDY, dtype)

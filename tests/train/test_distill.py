@@ -34,7 +34,7 @@ def lessons(world):
     return data.make(model, config.data, folder / "out" / "data")
 
 
-@pytest.fixture(scope="module", params=["draft", "eagle"])
+@pytest.fixture(scope="module", params=["draft", pytest.param("eagle", marks=pytest.mark.slow)])
 def made(request, world, lessons):
     model, config, folder = world
     return distill(model, folder / "out", config, kind=request.param)
