@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from pdx.generation import generate
 from pdx.generation.completion import Completion
 from pdx.generation.kept import generator
+from pdx.generation.programs import Clock
 from pdx.generation.speculation import SpeculativeGenerator
 from pdx.io.tables import Table
 from pdx.metrics import SpeculationCounts
@@ -80,8 +82,7 @@ class Row:
     Attributes:
       plain_s, drafted_s: seconds a token after the first, without and with speculation.
       speed: plain / drafted.
-      predicted_speed: of the rounds that were run, from what a round of each draft length costs here; None where that
-        was not measured (a fixed draft length).
+      predicted_speed: of the rounds that were run, from what a round of each draft length costs here.
       acceptance, tokens_per_round: None where nothing was drafted.
       ties, faults: answers that part from the plain one where the two best logits are closer than 1e-3, and others.
     """
@@ -91,7 +92,7 @@ class Row:
     batch: int
     plain_s: float
     drafted_s: float
-    predicted_speed: float | None
+    predicted_speed: float
     acceptance: float | None
     tokens_per_round: float | None
     by_length: dict[int, int]
@@ -143,15 +144,18 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
         "plain": answer,
         "drafted": partial(answer, speculate=speculation),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}  # of each group
     counts, rounds, ties, faults = SpeculationCounts(), [], 0, 0
     for group in groups:
         for way in ways.values():
             way(group, 2)  # compiles
+        times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
             done = {name: way(group) for name, way in ways.items()}
             for name, answers in done.items():
-                seconds[name].append(_tpot(answers))
+                times[name].append(_tpot(answers))
+        for name in ways:
+            seconds[name].append(float(np.median(times[name])))
         rounds.append([answer.speculation or SpeculationCounts() for answer in done["drafted"]])
         for plain, drafted in zip(done["plain"], done["drafted"], strict=True):
             counts += rounds[-1][plain.index]
@@ -180,22 +184,24 @@ def _tpot(answers: Sequence[Completion]) -> float:
 
 def _predicted(
     model: Model, speculation: Speculation, batch: int, longest: int, groups: Sequence[Sequence[SpeculationCounts]]
-) -> float | None:
+) -> float:
     """Plain decoding over the rounds that were run, at what a round costs by its draft length.
 
     The rows of a batch run together until the last one has its tokens, and that row took part in every round.
     """
     run = generator(model, rows=batch, tokens=longest, num_logprobs=0, kernels="auto", speculation=speculation)
-    if not isinstance(run, SpeculativeGenerator) or run.costs is None or speculation.draft_length != "auto":
-        return None
-    costs = dict(zip(map(depth_of, run.levels), run.costs.tolist(), strict=True))
+    run = cast(SpeculativeGenerator, run)
+    measured = run.costs
+    if speculation.draft_length != "auto" or measured is None:  # then they were not needed
+        measured, _ = run.measured_costs(run.new_cache(), Clock())
+    costs = dict(zip(map(depth_of, run.levels), measured.tolist(), strict=True))
 
     def seconds(row: SpeculationCounts) -> float:
         return sum(n * costs[length] for length, n in row.by_length.items())
 
     spent = sum(max(map(seconds, rows)) for rows in groups)
     plain = sum((rows[0].rounds + rows[0].kept) * costs[0] for rows in groups)  # each row has as many tokens
-    return plain / spent if spent else None
+    return plain / spent
 
 
 def _gap_where_they_part(model: Model, prompt: str, plain: Completion, drafted: Completion) -> float | None:
@@ -235,7 +241,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{r.plain_s * 1e3:.1f}",
             f"{r.drafted_s * 1e3:.1f}",
             f"{r.speed:.2f}x",
-            "" if r.predicted_speed is None else f"{r.predicted_speed:.2f}x",
+            f"{r.predicted_speed:.2f}x",
             "" if r.acceptance is None else f"{r.acceptance:.0%}",
             "" if r.tokens_per_round is None else f"{r.tokens_per_round:.2f}",
             f"{r.ties}" + (f", {r.faults} FAULTS" if r.faults else ""),

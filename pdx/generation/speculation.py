@@ -82,7 +82,7 @@ class SpeculativeGenerator(Generator):
 
     def begin(self, requests: Sequence[Row], cache: DenseCache, clock: Clock) -> tuple[Decoding, DenseCache]:
         if self.costs is None:
-            cache = self._measure(cache, clock)
+            self.costs, cache = self.measured_costs(cache, clock)
         return _Speculating(self, self.empty_state()), cache
 
     def speculate(
@@ -125,34 +125,36 @@ class SpeculativeGenerator(Generator):
         history, acceptance = place_rows((made.history, made.acceptance), self.mesh)
         return SpeculationState(history, acceptance, own)
 
-    def _measure(self, cache: DenseCache, clock: Clock) -> DenseCache:
-        """Find what a round costs at each level, on this device and at this shape, with made-up rows.
+    def measured_costs(self, cache: DenseCache, clock: Clock) -> tuple[np.ndarray, DenseCache]:
+        """Seconds of a round at each level, on this device and at this shape, with made-up rows; and the cache.
 
-        It takes a few steps, once for a shape; they count as compilation.
+        It takes a few steps; they count as compilation.
         """
         begin, before = time.perf_counter(), clock.compile_s
         own = self.empty_state()
         left = np.full(self.rows, MEASURED_TOKENS, np.int32)
-        costs = np.full((len(self.levels), MEASURED_TIMES), np.inf)
+        seen: list[list[tuple[float, np.ndarray]]] = [[] for _ in self.levels]  # seconds, and rounds of each level
         texts = [[0] * MEASURED_HISTORY] * self.rows
 
-        for level in range(len(self.levels)):
-            only = np.where(np.arange(len(self.levels)) == level, 1.0, NEVER).astype(np.float32)
-            for at in range(MEASURED_TIMES):
+        for _ in range(MEASURED_TIMES):  # in turn, so that a disturbance affects all alike
+            for level in range(len(self.levels)):
+                only = np.where(np.arange(len(self.levels)) == level, 1.0, NEVER).astype(np.float32)
                 state = self.state(texts, None if own is None else own.holding(MEASURED_HISTORY - 1))
                 sampling = place_rows(SamplingState.create([], self.config.vocab_size, batch=self.rows), self.mesh)
                 cache = cache.holding(MEASURED_HISTORY - 1)
                 jax.block_until_ready((state, sampling, cache))
                 start = time.perf_counter()
                 out = jax.block_until_ready(self.speculate(cache, sampling, state, left, only, clock))
-                seconds, rounds = time.perf_counter() - start, np.asarray(out.rounds).max(axis=0)
-                if level:  # where nothing can be drafted, a round is a plain step
-                    seconds -= rounds[0] * costs[0].min()
-                costs[level, at] = seconds / rounds[level]
+                seen[level].append((time.perf_counter() - start, np.asarray(out.rounds).max(axis=0)))
                 cache, own = out.cache, out.state.proposer
-        self.costs = costs.min(axis=1).astype(np.float32)
         clock.compile_s = before + time.perf_counter() - begin
-        return cache
+        plain_s = min(seconds / rounds[0] for seconds, rounds in seen[0])
+        # Where nothing can be drafted, a round of another level is a plain step.
+        others = [
+            min((seconds - rounds[0] * plain_s) / rounds[level] for seconds, rounds in seen[level])
+            for level in range(1, len(self.levels))
+        ]
+        return np.array([plain_s, *others], np.float32), cache
 
 
 class _Speculating(Decoding):

@@ -58,7 +58,7 @@ def test_answers_that_part_are_told_apart_by_the_gap_of_the_logits(model):
 
 
 def test_faults_stand_in_the_table():
-    row = speculation.Row("ngram", "copy", 1, 0.02, 0.01, None, None, None, {0: 3}, 1, 2)
+    row = speculation.Row("ngram", "copy", 1, 0.02, 0.01, 1.5, None, None, {0: 3}, 1, 2)
     assert speculation.table([row]).rows[0][-1] == "1, 2 FAULTS"
     assert dataclasses.replace(row, faults=0).to_dict()["speed"] == 2
 
