@@ -159,7 +159,7 @@ def _row(model: Model, speculation: Speculation, kind: str, batch: int, tokens: 
         rounds.append([answer.speculation or SpeculationCounts() for answer in done["drafted"]])
         for plain, drafted in zip(done["plain"], done["drafted"], strict=True):
             counts += rounds[-1][plain.index]
-            gap = _gap_where_they_part(model, group[plain.index], plain, drafted)
+            gap = gap_where_they_part(model, group[plain.index], plain, drafted)
             ties, faults = ties + (gap is not None and gap < TIE), faults + (gap is not None and gap >= TIE)
     return Row(
         speculation.proposer,
@@ -204,7 +204,7 @@ def _predicted(
     return plain / spent
 
 
-def _gap_where_they_part(model: Model, prompt: str, plain: Completion, drafted: Completion) -> float | None:
+def gap_where_they_part(model: Model, prompt: str, plain: Completion, drafted: Completion) -> float | None:
     """The distance of the two best logits where two greedy answers first differ; None where they are equal."""
     pairs = list(zip(plain.token_ids, drafted.token_ids, strict=True))
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)

@@ -58,9 +58,9 @@ class Drafting:
             if count > 0 and memory.grow(seq, seq.computed + count, slide=False):
                 step.draft(chunk, count)
                 seq.computed, seq.pending, seq.unsure = seq.computed + count, seq.pending + count, seq.unsure + count
-        self._spend(step, plain_size)
+        self.spend(step, plain_size)
 
-    def _spend(self, step: StepBuilder, plain_size: int) -> None:
+    def spend(self, step: StepBuilder, plain_size: int) -> None:
         """Take what the step costs from the allowance, as if nothing were kept."""
         plain_s = self.costs.plain.get(plain_size) if self.costs is not None else None
         if self.costs is not None and plain_s is not None:

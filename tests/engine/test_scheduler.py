@@ -1,16 +1,21 @@
 """The scheduler on a fake device: invariants under random events, and what each policy promises."""
 
+import math
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pdx.engine.config import EngineConfig
+from pdx.engine.drafting import Drafting
 from pdx.engine.policies import POLICIES
 from pdx.engine.request import EngineRequest, Status
 from pdx.errors import ContextLengthError, QueueFullError, RequestError
 from pdx.sampling.options import SamplingOptions
+from pdx.speculative.shares import ALLOWED, LOSS, Record, StepCosts
 from tests.support.fake_device import VOCAB, check_pages
 from tests.support.scheduled_world import CONTEXT, World
 
@@ -322,3 +327,26 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(QueueFullError, match="max_queue"):
         world.submit([1], 2)
     world.run()
+
+
+def steps_of_failing_drafts(is_bounded):
+    """What 300 steps of two rows take, in plain steps, where drafts seem sure and none is kept."""
+    config = EngineConfig(slots=2, token_budget=16, page_size=4, speculate=DRAFTING["speculate"])
+    sizes = config.draft_ladder
+    drafting = Drafting(config, (0.9,), always=True, costs=StepCosts({2: 1.0}, {n: 1.0 + n / 8 for n in sizes}))
+    taken = 0.0
+    for _ in range(300):
+        if not is_bounded:
+            drafting.allowance = math.inf
+        found = drafting.shares([Record((0.9,), available=7)] * 2, [100, 100], 2, 2)
+        step = SimpleNamespace(tokens=2 + sum(found), chunks=[SimpleNamespace(count=1, drafts=n) for n in found])
+        taken += drafting.costs.of(step.tokens, max(found)) if any(found) else 1.0
+        drafting.spend(step, 2)
+        drafting.settle(step, 0)
+    return taken
+
+
+def test_what_failing_drafts_cost_an_engine_is_bounded():
+    """By a hundredth, and one step that was expected to keep more. Without the bound it is more."""
+    assert 300 < steps_of_failing_drafts(True) <= 300 * (1 + LOSS) + ALLOWED + 7
+    assert steps_of_failing_drafts(False) > 400
