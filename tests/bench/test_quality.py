@@ -168,7 +168,8 @@ def test_smollm2_keeps_its_quality_in_int8(smollm2):
 @pytest.mark.slow
 @pytest.mark.real
 def test_gptq_closes_most_of_what_rounding_loses(smollm2):
-    nearest = real(pdx.load(smollm2.path, quantize="int4:g64"), smollm2)
-    better = real(quantize_model(smollm2, "int4:g64", stdlib_texts.calibration(), "gptq", sequences=8), smollm2)
+    policy = "none,*.up_proj=int4:g64"  # of all matrices it takes minutes; docs/quantization.md has them
+    nearest = real(pdx.load(smollm2.path, quantize=policy), smollm2)
+    better = real(quantize_model(smollm2, policy, stdlib_texts.calibration(), "gptq", sequences=4), smollm2)
     assert better.kl < 0.5 * nearest.kl
     assert better.top1_agreement > nearest.top1_agreement

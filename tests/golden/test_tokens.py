@@ -56,20 +56,14 @@ def test_weights_as_the_file_stores_them_give_the_golden_tokens():
     assert done.token_ids == case["tokens"]
 
 
-def test_drafts_give_the_golden_tokens():
-    """n-grams, over a dense cache prompt by prompt and in an engine that answers all prompts at once."""
+def test_an_engine_with_drafts_gives_the_golden_tokens():
+    """All prompts at once, with n-grams. `tests/speculative/test_real_models.py` has both models."""
     name = "smollm2-135m-instruct"
     model, cases = pdx.load(name, dtype="f32"), GOLDEN[name]
-    options = {"max_tokens": len(cases["prose"]["tokens"]), "ignore_eos": True}
-    drafts = {"speculate": "ngram", "draft_length": 4}
-    kept = 0
-    for key in ("prose", "code", "emoji"):
-        (done,) = pdx.generate(model, [cases[key]["prompt"]], **options, **drafts)
-        assert done.token_ids == cases[key]["tokens"], key
-        kept += done.speculation.kept
-    assert kept > 0
-    with pdx.Engine(model, pdx.EngineConfig(slots=4, max_context=768, **drafts)) as engine:
-        answers = engine.generate([case["prompt"] for case in cases.values()], **options)
+    config = pdx.EngineConfig(slots=4, token_budget=64, max_context=768, speculate="ngram", draft_length=4)
+    with pdx.Engine(model, config) as engine:
+        count = len(cases["prose"]["tokens"])
+        answers = engine.generate([c["prompt"] for c in cases.values()], max_tokens=count, ignore_eos=True)
         assert engine.metrics().speculation.kept > 0
     for (key, case), done in zip(cases.items(), answers, strict=True):
         assert done.token_ids == case["tokens"], key

@@ -15,13 +15,15 @@ SETTINGS = {"max_tokens": TOKENS, "ignore_eos": True}
 NGRAMS = {"speculate": "ngram", "draft_length": 4}
 
 
-@pytest.fixture(scope="module", params=["smollm2-135m-instruct", "gemma-3-270m"])
-def model(request):
-    return pdx.load(request.param, dtype="f32")
+@pytest.mark.parametrize("way", ["generate", "engine"])
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_answers_are_those_without_drafts(name, way):
+    model = pdx.load(name, dtype="f32")
+    (parts_at_ties_alone if way == "generate" else answers_alike_bit_for_bit)(model)
 
 
-def test_greedy_answers_part_at_ties_alone(model):
-    """Where two answers part, the two best logits are closer than 1e-3; each such place is printed."""
+def parts_at_ties_alone(model):
+    """Greedy: where two answers part, the two best logits are closer than 1e-3; each such place is printed."""
     plain = pdx.generate(model, TEXTS, **SETTINGS)
     drafted = pdx.generate(model, TEXTS, **SETTINGS, **NGRAMS)
     pairs = zip(TEXTS, plain, drafted, strict=True)
@@ -37,14 +39,16 @@ def test_greedy_answers_part_at_ties_alone(model):
     assert (rounds + kept) / rounds > 1.2
 
 
-def test_a_deterministic_engine_answers_alike_bit_for_bit(model):
-    """Greedy and sampled requests at once, with log-probabilities."""
+def answers_alike_bit_for_bit(model):
+    """In a deterministic engine: greedy and sampled requests at once, with log-probabilities."""
     options = [
         pdx.SamplingOptions(**SETTINGS, temperature=0.7 * (i % 2), seed=i, logprobs=1) for i in range(len(TEXTS))
     ]
     answers = []
     for drafts in ({}, NGRAMS):
-        with pdx.Engine(model, pdx.EngineConfig(slots=8, deterministic=True, max_context=256, **drafts)) as engine:
+        with pdx.Engine(
+            model, pdx.EngineConfig(slots=8, deterministic=True, max_context=256, token_budget=64, **drafts)
+        ) as engine:
             answers.append(engine.generate(TEXTS, options))
     for plain, drafted in zip(*answers, strict=True):
         assert drafted.token_ids == plain.token_ids, plain.index
