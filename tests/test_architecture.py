@@ -172,6 +172,24 @@ def test_a_long_file_is_found(tmp_path):
     assert "pallas" not in found
 
 
+def many_parameters(sources: dict[str, str], most: int = 12) -> list[str]:
+    """Functions that take more than `most` parameters. The command line's options are its parameters."""
+    found = []
+    for module, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not module.startswith("pdx.cli."):
+                count = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
+                found += [f"{module}.{node.name} takes {count}"] if count > most else []
+    return found
+
+
+def test_few_functions_take_many_parameters():
+    """The attention ops and their references do: each names all that attention has."""
+    assert len(many_parameters(modules())) <= 5
+    planted = {"pdx.a": f"def f({', '.join(f'x{n}' for n in range(13))}): ...", "pdx.b": "def f(a, *, b): ..."}
+    assert many_parameters(planted) == ["pdx.a.f takes 13"]
+
+
 # A path of somebody's machine, and what a reader of the published project cannot know.
 FORBIDDEN = re.compile(
     r"/(?:work|root|home|Users|mnt)/\w|\blocalhost:\d|\b(?:TODO|FIXME|XXX)\b|pypi\.org|pythonhosted|\bissue #?\d"

@@ -24,7 +24,7 @@ from pdx.sampling.options import SamplingOptions
 from pdx.sampling.sampler import SamplingState
 from pdx.speculative.lengths import always
 from pdx.speculative.proposers import Synthetic
-from pdx.speculative.rounds import SpeculationState, speculate_many
+from pdx.speculative.rounds import Drafter, SpeculationState, speculate_many
 
 DECODE_TOKENS = 8  # steps of one timed run
 
@@ -228,11 +228,9 @@ class ModelUnderTest:
                 state["sampling"],
                 told,
                 n,
-                active=np.ones(batch, bool),
                 limits=np.full(batch, n, np.int32),
+                drafter=Drafter(proposer, levels),
                 costs=costs,
-                proposer=proposer,
-                levels=levels,
                 kernels=as_kernels(self.kernels),
             )
             counts = np.asarray(out.counts)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from pdx.config import ModelConfig
+from pdx.layers.kernels import Kernels
 from pdx.sharding import ArraySpec, constrain, constrain_rows
 from pdx.speculative.drawing import Rows
 from pdx.speculative.proposers import DraftModel, Proposer
@@ -17,35 +21,48 @@ from pdx.speculative.slots import Scored, SlotState, StepRows, emit, score
 NUMBERS = ("counts", "drafted", "kept", "confidence", "tried", "accepted", "available", "next_confidence")
 
 
-@partial(
-    jax.jit,
-    static_argnames=("cfg", "shape", "tokens", "most", "proposer", "as_plain", "mesh", "kernels"),
-    donate_argnames=("cache", "slots"),
-)
-def score_step(
-    params, cache, slots, sampling, host, draft_params, cfg, shape, tokens, most, proposer, as_plain, mesh, kernels
-):
+@dataclass(frozen=True)
+class StepForm:
+    """What is static in a step.
+
+    Attributes:
+      shape: rows, slots and page groups of the host's inputs.
+      tokens, most, as_plain: as in `pdx.speculative.slots.score`.
+    """
+
+    cfg: ModelConfig
+    shape: tuple[int, int, int]
+    tokens: int
+    most: int
+    proposer: Proposer
+    as_plain: bool
+    mesh: Mesh | None
+    kernels: Kernels
+
+
+@partial(jax.jit, static_argnames="form", donate_argnames=("cache", "slots"))
+def score_step(params, cache, slots, sampling, host, draft_params, form: StepForm):
     """The forward pass. The host's inputs come packed in one array, since each array costs a transfer."""
-    r, s, groups = shape
+    r, s, groups = form.shape
     counts, starts, slot_of, logit_rows, drafts, rounds, tables = jnp.split(host, np.cumsum([r, r, r, s, s, s]))
     step = StepRows(tables.reshape(groups, r, -1), counts, starts, slot_of, logit_rows, drafts, rounds > 0)
     scored, cache, slots = score(
         params,
-        cfg,
+        form.cfg,
         cache,
         slots,
         sampling,
         step,
-        tokens=tokens,
-        most=most,
-        proposer=proposer,
+        tokens=form.tokens,
+        most=form.most,
+        proposer=form.proposer,
         draft_params=draft_params,
-        as_plain=as_plain,
-        kernels=kernels,
+        as_plain=form.as_plain,
+        kernels=form.kernels,
     )
-    logits = constrain(scored.logits, ArraySpec(scored.logits.shape, (None, "vocab"), scored.logits.dtype), mesh)
-    others = constrain_rows((scored.at, scored.drafted, scored.rounds, scored.hidden), mesh)
-    return Scored(logits, *others), cache, _placed(slots, mesh)
+    logits = constrain(scored.logits, ArraySpec(scored.logits.shape, (None, "vocab"), scored.logits.dtype), form.mesh)
+    others = constrain_rows((scored.at, scored.drafted, scored.rounds, scored.hidden), form.mesh)
+    return Scored(logits, *others), cache, _placed(slots, form.mesh)
 
 
 @partial(jax.jit, static_argnames=("proposer", "mesh", "kernels"), donate_argnames="slots")

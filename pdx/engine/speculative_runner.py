@@ -139,6 +139,16 @@ class SpeculativeRunner(Runner):
         parts = (counts, plan.lengths - counts, plan.slot_of, plan.logit_rows, plan.drafts, rounds, plan.block_tables)
         host = np.concatenate([np.asarray(x, np.int32).ravel() for x in parts])
         most = self.most_drafts(plan)
+        form = programs.StepForm(
+            self.model.config,
+            (rows, slots, len(self.cache.groups)),
+            plan.shape,
+            most,
+            self.proposer,
+            self.config.deterministic,
+            self.model.mesh,
+            self.kernels,
+        )
         scored, self.cache, self.slots = self._programs.call(
             ("step", plan.shape, rows, most),
             programs.score_step,
@@ -148,16 +158,7 @@ class SpeculativeRunner(Runner):
             sampling=self.sampling,
             host=host,
             draft_params=None if self.draft is None else self.draft.params,
-            static={
-                "cfg": self.model.config,
-                "shape": (rows, slots, len(self.cache.groups)),
-                "tokens": plan.shape,
-                "most": most,
-                "proposer": self.proposer,
-                "as_plain": self.config.deterministic,
-                "mesh": self.model.mesh,
-                "kernels": self.kernels,
-            },
+            static={"form": form},
         )
         return scored
 

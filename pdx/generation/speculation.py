@@ -23,7 +23,7 @@ from pdx.speculative.eagle import PREFILL, Eagle, EagleState
 from pdx.speculative.lengths import LEVELS, NEVER, always
 from pdx.speculative.options import Speculation
 from pdx.speculative.proposers import DraftModel, NGram, Proposer, SelfDraft, Synthetic
-from pdx.speculative.rounds import Speculated, SpeculationState, speculate_many
+from pdx.speculative.rounds import Drafter, Speculated, SpeculationState, speculate_many
 from pdx.speculative.shares import ALLOWED
 from pdx.speculative.trees import Tree, depth_of
 from pdx.weights.load import Model
@@ -103,17 +103,14 @@ class SpeculativeGenerator(Generator):
             cache=cache,
             sampling=sampling,
             state=state,
-            active=left > 0,
             limits=left,
+            drafter=Drafter(self.proposer, self.levels, None if self.draft is None else self.draft.params),
             costs=costs,
             allowance=np.float32(allowance),
-            draft_params=None if self.draft is None else self.draft.params,
             clock=clock,
             static={
                 "cfg": self.config,
                 "n": self.decode_tokens,
-                "proposer": self.proposer,
-                "levels": self.levels,
                 "num_logprobs": self.num_logprobs,
                 "kernels": self.kernels,
             },

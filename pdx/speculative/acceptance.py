@@ -128,7 +128,8 @@ def accept(
         return (carry[0] < t) & jnp.any(carry[1])
 
     start = (jnp.int32(0), active, jnp.zeros(b, jnp.int32), sampling, rows)
-    _, _, counts, sampling, rows = lax.while_loop(goes_on, one, start)
+    # A loop would copy the logits, which a plain step needs no loop for.
+    _, _, counts, sampling, rows = one(start) if t == 1 else lax.while_loop(goes_on, one, start)
     return Accepted(rows, counts, sampling)
 
 

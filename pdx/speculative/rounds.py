@@ -68,6 +68,21 @@ class SpeculationState:
 
 
 @struct.dataclass
+class Drafter:
+    """Who drafts, how many tokens, with which parameters.
+
+    Attributes:
+      proposer: static.
+      levels: static; draft lengths, ascending, the first 0; or a token tree in place of a length.
+      params: of the draft model or the head; None where there is none.
+    """
+
+    proposer: Proposer = struct.field(pytree_node=False)
+    levels: tuple[int | Tree, ...] = struct.field(pytree_node=False)
+    params: Params | None = None
+
+
+@struct.dataclass
 class Speculated:
     """What `speculate_many` returns.
 
@@ -97,9 +112,7 @@ class _Carry:
 
 
 @partial(
-    jax.jit,
-    static_argnames=("cfg", "n", "proposer", "levels", "num_logprobs", "kernels"),
-    donate_argnames=("cache", "sampling", "state"),
+    jax.jit, static_argnames=("cfg", "n", "num_logprobs", "kernels"), donate_argnames=("cache", "sampling", "state")
 )
 def speculate_many(
     params: Params,
@@ -109,13 +122,10 @@ def speculate_many(
     state: SpeculationState,
     n: int,
     *,
-    active: Bool[Array, " B"],
     limits: Int[Array, " B"],
+    drafter: Drafter,
     costs: Float[Array, " levels"],
-    proposer: Proposer,
-    levels: tuple[int | Tree, ...],
     allowance: Float[Array, ""] | float = ALLOWED,
-    draft_params: Params | None = None,
     num_logprobs: int = 0,
     kernels: Kernels = "auto",
 ) -> Speculated:
@@ -123,15 +133,13 @@ def speculate_many(
 
     Args:
       n: static; a row gets at most n + g tokens, where g is the largest level (of a tree, its depth).
-      active: rows that take part.
-      limits: the most new tokens of each row; the cache has room for them.
+      limits: the most new tokens of each row; the cache has room for them. 0: the row takes no part.
       costs: seconds of a round at each level; see `pdx.speculative.lengths.choose`.
-      levels: draft lengths, ascending, the first 0; or a token tree in place of a length.
       allowance: what drafts may lose, in plain steps (`pdx.speculative.shares.gained`); of a later call, what the call
         before left.
-      draft_params: of the draft model, for a proposer that has one.
     """
-    depths, rows = tuple(map(depth_of, levels)), cache.batch
+    levels, rows = drafter.levels, cache.batch
+    depths = tuple(map(depth_of, levels))
     most = depths[-1]
     logprobs = jnp.zeros((rows, n + most, num_logprobs))
     tokens = jnp.zeros((rows, n + most), jnp.int32)
@@ -139,17 +147,17 @@ def speculate_many(
     emitted = SampleOutput(tokens, tokens.astype(jnp.float32), logprobs.astype(jnp.int32), logprobs)
     rounds, allowance = jnp.zeros((rows, len(levels)), jnp.int32), jnp.asarray(allowance, jnp.float32)
     out = Speculated(emitted, none, rounds, none, none, allowance, cache, sampling, state)
-    model = _Model(params, draft_params, cfg, proposer, levels, num_logprobs, kernels)
+    model = _Model(params, drafter, cfg, num_logprobs, kernels)
 
     def takes_part(out: Speculated) -> Bool[Array, " B"]:
-        return active & (out.counts < limits)
+        return out.counts < limits
 
     def left(out: Speculated) -> Int[Array, " B"]:
         return jnp.where(takes_part(out), limits - out.counts, 0)
 
     def prepared(out: Speculated) -> _Carry:
         rows = model.rows(out, takes_part(out))
-        found = proposer.prepare(rows, out.state.proposer, most)
+        found = drafter.proposer.prepare(rows, out.state.proposer, most)
         # A round emits one token more than it keeps.
         found = found.replace(available=jnp.clip(limits - out.counts - 1, 0, found.available))
         acceptance = out.state.acceptance.of(found.confidence)
@@ -182,9 +190,14 @@ def speculate_many(
 class _Model:
     """What does not change from round to round."""
 
-    def __init__(self, params, draft_params, cfg, proposer: Proposer, levels, num_logprobs: int, kernels: Kernels):
-        self.params, self.draft_params, self.cfg = params, draft_params, cfg
-        self.proposer, self.levels, self.num_logprobs, self.kernels = proposer, levels, num_logprobs, kernels
+    def __init__(self, params, drafter: Drafter, cfg: ModelConfig, num_logprobs: int, kernels: Kernels):
+        self.params, self.draft_params, self.cfg = params, drafter.params, cfg
+        self.proposer, self.levels, self.num_logprobs, self.kernels = (
+            drafter.proposer,
+            drafter.levels,
+            num_logprobs,
+            kernels,
+        )
 
     def rows(self, out: Speculated, active: Bool[Array, " B"]) -> Rows:
         held = out.cache.lengths + 1

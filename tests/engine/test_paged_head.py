@@ -134,6 +134,7 @@ def flops(cfg, proposer, held, own, most, tokens=4):
     cache = init_paged_cache(held, 4, page_size=8)
     slots = SlotState.empty(tokens, 32, NGram(), most).replace(proposer=own)
     host = np.zeros(4 * tokens + 3 * tokens + len(cache.groups) * tokens * 4 - tokens, np.int32)
+    shape = tokens, tokens, len(cache.groups)
     lowered = speculative_programs.score_step.lower(
         params(cfg),
         cache,
@@ -141,14 +142,7 @@ def flops(cfg, proposer, held, own, most, tokens=4):
         SamplingState.create([], cfg.vocab_size, batch=tokens),
         host,
         None if own is None else heads_of(cfg),
-        cfg=cfg,
-        shape=(tokens, tokens, len(cache.groups)),
-        tokens=tokens,
-        most=most,
-        proposer=proposer,
-        as_plain=False,
-        mesh=None,
-        kernels="xla",
+        speculative_programs.StepForm(cfg, shape, tokens, most, proposer, as_plain=False, mesh=None, kernels="xla"),
     )
     return lowered.compile().cost_analysis()["flops"]
 

@@ -16,7 +16,7 @@ from pdx.sharding import is_spec
 from pdx.speculative.drawing import Rows
 from pdx.speculative.eagle import PREFILL, Eagle, EagleState, head_config, head_specs, own_logits, predict
 from pdx.speculative.lengths import NEVER
-from pdx.speculative.rounds import SpeculationState, speculate_many
+from pdx.speculative.rounds import Drafter, SpeculationState, speculate_many
 from tests.support.models import GEMMA, LLAMA, params
 from tests.support.rounds import until
 
@@ -69,10 +69,8 @@ def rounds(cfg, world, options, n, level=None):
         cache,
         sampling,
         state,
+        drafter=Drafter(Eagle(head_config(cfg)), LEVELS, head(cfg)),
         costs=costs.astype(np.float32),
-        proposer=Eagle(head_config(cfg)),
-        levels=LEVELS,
-        draft_params=head(cfg),
     )
     if calls:
         cache, sampling, state = calls[-1].cache, calls[-1].sampling, calls[-1].state
@@ -174,12 +172,9 @@ def test_sampled_rounds_keep_the_distribution():
         sampling,
         state,
         1,
-        active=np.ones(count, bool),
         limits=np.full(count, 8, np.int32),
+        drafter=Drafter(eagle, (0, 3), head(cfg)),
         costs=np.array([NEVER, 1.0], np.float32),
-        proposer=eagle,
-        levels=(0, 3),
-        draft_params=head(cfg),
     )
     assert 0 < int(out.kept.sum()) < int(out.drafted.sum())
     assert statistic(out.emitted.tokens[:, 0], p) < 1

@@ -11,7 +11,7 @@ from pdx.model import init_params
 from pdx.sampling.sampler import SamplingOptions, SamplingState
 from pdx.speculative.drawing import Rows
 from pdx.speculative.proposers import DraftModel, NGram, SelfDraft, Synthetic
-from pdx.speculative.rounds import SpeculationState, speculate_many
+from pdx.speculative.rounds import Drafter, SpeculationState, speculate_many
 from tests.support.models import GEMMA, LLAMA, params
 from tests.support.rounds import until
 
@@ -52,17 +52,7 @@ def speculated(
     texts = [[*text, int(token)] for text, token in zip(TEXTS, first, strict=True)]
     state, sampling = SpeculationState.create(texts, 3, CAPACITY, proposer, own), sampling_of(options)
     got, calls = until(
-        limit,
-        params(cfg),
-        cfg,
-        cache,
-        sampling,
-        state,
-        n,
-        costs=costs,
-        proposer=proposer,
-        levels=levels,
-        draft_params=draft_params,
+        limit, params(cfg), cfg, cache, sampling, state, n, drafter=Drafter(proposer, levels, draft_params), costs=costs
     )
     seen = sum(np.stack([out.rounds.sum(axis=1), out.drafted, out.kept]) for out in calls)  # by row
     return np.array(got), calls[-1].cache, seen
@@ -133,11 +123,9 @@ def test_no_row_gets_more_than_its_limit_and_rows_that_rest_stay():
         sampling_of(GREEDY),
         SpeculationState.create(texts, 3, CAPACITY, Synthetic(1.0)),
         8,
-        active=np.array([True, True, False]),
-        limits=np.array([2, 5, 9], np.int32),
+        limits=np.array([2, 5, 0], np.int32),
+        drafter=Drafter(Synthetic(1.0), LEVELS),
         costs=COSTS,
-        proposer=Synthetic(1.0),
-        levels=LEVELS,
     )
     assert out.counts.tolist() == [2, 5, 0]
     assert out.cache.lengths.tolist() == [len(TEXTS[0]) + 2, len(TEXTS[1]) + 5, len(TEXTS[2])]

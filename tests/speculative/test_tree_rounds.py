@@ -17,7 +17,7 @@ from pdx.speculative.eagle import Eagle, head_config
 from pdx.speculative.lengths import always
 from pdx.speculative.options import Speculation, asked
 from pdx.speculative.proposers import DraftModel, SelfDraft
-from pdx.speculative.rounds import SpeculationState, speculate_many
+from pdx.speculative.rounds import Drafter, SpeculationState, speculate_many
 from pdx.speculative.trees import Tree
 from tests.speculative import test_eagle, test_rounds
 from tests.speculative.test_rounds import DRAWN, GREEDY, OTHER, PENALIZED, TEXTS, N, plain, speculated
@@ -64,10 +64,8 @@ def test_greedy_rounds_of_a_head_emit_the_tokens_of_plain_decoding():
         cache,
         sampling,
         state,
+        drafter=Drafter(proposer, LEVELS, test_eagle.head(cfg)),
         costs=COSTS,
-        proposer=proposer,
-        levels=LEVELS,
-        draft_params=test_eagle.head(cfg),
     )
     np.testing.assert_array_equal(got, test_eagle.plain(cfg, GREEDY, 24))
 
@@ -114,12 +112,9 @@ def test_no_row_gets_more_than_its_limit_or_than_its_cache_holds():
         test_rounds.sampling_of(GREEDY),
         state,
         8,
-        active=np.ones(3, bool),
         limits=limits,
+        drafter=Drafter(DraftModel(cfg), LEVELS, weights),
         costs=COSTS,
-        proposer=DraftModel(cfg),
-        levels=LEVELS,
-        draft_params=weights,
     )
     assert out.counts.tolist() == limits.tolist()
     assert out.cache.lengths.tolist() == [128, 128, 113]
@@ -153,12 +148,9 @@ def test_sampled_rounds_keep_the_distribution():
         sampling,
         state,
         1,
-        active=np.ones(count, bool),
         limits=np.full(count, 8, np.int32),
+        drafter=Drafter(DraftModel(OTHER), LEVELS, weights),
         costs=COSTS,
-        proposer=DraftModel(OTHER),
-        levels=LEVELS,
-        draft_params=weights,
     )
     p, q = (
         np.asarray(jax.nn.softmax(forward(w, c, jnp.array([text]), logits="last").logits[0] / 1.5), np.float64)

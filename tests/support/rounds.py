@@ -16,7 +16,7 @@ def until(limit: int, params, cfg, cache, sampling, state, n: int = 8, **setting
     calls: list[Speculated] = []
     while min(map(len, got)) < limit:
         left = np.array([limit - len(row) for row in got], np.int32)
-        out = speculate_many(params, cfg, cache, sampling, state, n, active=left > 0, limits=left, **settings)
+        out = speculate_many(params, cfg, cache, sampling, state, n, limits=left, **settings)
         cache, sampling, state = out.cache, out.sampling, out.state
         for row, tokens in enumerate(got):
             tokens += np.asarray(out.emitted.tokens)[row, : int(out.counts[row])].tolist()
