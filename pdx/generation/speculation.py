@@ -28,8 +28,8 @@ from pdx.speculative.shares import ALLOWED
 from pdx.speculative.trees import Tree, depth_of
 from pdx.weights.load import Model
 
-# To find what a round costs: tokens that a row may emit, and how often; the fastest time counts.
-MEASURED_TOKENS, MEASURED_TIMES = 3, 4
+# To find what a round costs: tokens that a row may emit, and how often; medians count.
+MEASURED = 2, 6
 # Tokens of the made-up rows that are measured: enough for an n-gram to find a match.
 MEASURED_HISTORY = 4
 
@@ -128,12 +128,14 @@ class SpeculativeGenerator(Generator):
         It takes a few steps; they count as compilation.
         """
         begin, before = time.perf_counter(), clock.compile_s
-        own = self.empty_state()
-        left = np.full(self.rows, MEASURED_TOKENS, np.int32)
-        seen: list[list[tuple[float, np.ndarray]]] = [[] for _ in self.levels]  # seconds, and rounds of each level
-        texts = [[0] * MEASURED_HISTORY] * self.rows
-
-        for _ in range(MEASURED_TIMES):  # in turn, so that a disturbance affects all alike
+        tokens, times = MEASURED
+        if not isinstance(self.proposer, NGram | Synthetic):  # a model that drafts takes longer for a longer draft
+            tokens, times = self.decode_tokens + depth_of(self.levels[-1]) + 1, 2
+        left = np.full(self.rows, min(tokens, self.capacity - MEASURED_HISTORY), np.int32)
+        texts, own = [[0] * MEASURED_HISTORY] * self.rows, self.empty_state()
+        plain_s: list[float] = []
+        ratios: list[list[float]] = [[] for _ in self.levels]
+        for turn in range(1 + times):  # level by level, so that a disturbance affects all alike; the first warms up
             for level in range(len(self.levels)):
                 only = np.where(np.arange(len(self.levels)) == level, 1.0, NEVER).astype(np.float32)
                 state = self.state(texts, None if own is None else own.holding(MEASURED_HISTORY - 1))
@@ -142,16 +144,17 @@ class SpeculativeGenerator(Generator):
                 jax.block_until_ready((state, sampling, cache))
                 start = time.perf_counter()
                 out = jax.block_until_ready(self.speculate(cache, sampling, state, left, only, clock))
-                seen[level].append((time.perf_counter() - start, np.asarray(out.rounds).max(axis=0)))
+                seconds, rounds = time.perf_counter() - start, np.asarray(out.rounds).max(axis=0)
                 cache, own = out.cache, out.state.proposer
+                if not level:
+                    plain = seconds / rounds[0]
+                if turn and level:  # where nothing can be drafted, a round is a plain step
+                    ratios[level].append((seconds - rounds[0] * plain) / rounds[level] / plain)
+                elif turn:
+                    plain_s.append(plain)
+                    ratios[0].append(1.0)
         clock.compile_s = before + time.perf_counter() - begin
-        plain_s = min(seconds / rounds[0] for seconds, rounds in seen[0])
-        # Where nothing can be drafted, a round of another level is a plain step.
-        others = [
-            min((seconds - rounds[0] * plain_s) / rounds[level] for seconds, rounds in seen[level])
-            for level in range(1, len(self.levels))
-        ]
-        return np.array([plain_s, *others], np.float32), cache
+        return (np.median(plain_s) * np.median(ratios, axis=1)).astype(np.float32), cache
 
 
 class _Speculating(Decoding):
