@@ -347,6 +347,6 @@ def steps_of_failing_drafts(is_bounded):
 
 
 def test_what_failing_drafts_cost_an_engine_is_bounded():
-    """By a hundredth, and one step that was expected to keep more. Without the bound it is more."""
+    """By half a hundredth, and one step that was expected to keep more. Without the bound it is more."""
     assert 300 < steps_of_failing_drafts(True) <= 300 * (1 + LOSS) + ALLOWED + 7
     assert steps_of_failing_drafts(False) > 400

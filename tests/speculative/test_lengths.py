@@ -130,7 +130,7 @@ def steps_with_failing_drafts(verify, allowance):
 
 @pytest.mark.parametrize("verify", [1.2, 1.6, 2.4])
 def test_what_failing_drafts_cost_is_bounded(verify):
-    """By a hundredth, and one round that was expected to keep more. Without the bound it is more."""
+    """By half a hundredth, and one round that was expected to keep more. Without the bound it is more."""
     assert steps_with_failing_drafts(verify, ALLOWED) <= STEPS * (1 + LOSS) + ALLOWED + 3
     assert steps_with_failing_drafts(verify, NEVER) > STEPS * 1.03
 
