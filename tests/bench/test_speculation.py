@@ -19,6 +19,7 @@ def model(tmp_path_factory):
     return pdx.load(tiny_model.make(tmp_path_factory.mktemp("model")), dtype="f32")
 
 
+@pytest.mark.slow
 def test_each_kind_and_batch_size_is_a_row(model, monkeypatch):
     monkeypatch.setattr(speculation, "PROMPTS", {"copy": ("ab ab ab", "x"), "prose": ("no no no",)})
     seen = []

@@ -95,14 +95,9 @@ def plain(cfg, options, n):
 GREEDY, PENALIZED = SamplingOptions(), SamplingOptions(repetition_penalty=1.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cfg", "options"),
-    [
-        (LLAMA, GREEDY),
-        pytest.param(LLAMA, PENALIZED, marks=pytest.mark.slow),
-        pytest.param(GEMMA, GREEDY, marks=pytest.mark.slow),
-    ],
-    ids=["llama", "penalized", "windows"],
+    ("cfg", "options"), [(LLAMA, GREEDY), (LLAMA, PENALIZED), (GEMMA, GREEDY)], ids=["llama", "penalized", "windows"]
 )
 def test_greedy_rounds_emit_the_tokens_of_plain_decoding(cfg, options):
     n = 40

@@ -68,7 +68,7 @@ PROPOSERS = {
 }
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("options", [GREEDY, PENALIZED], ids=["greedy", "penalized"])
 @pytest.mark.parametrize("name", PROPOSERS)
 @pytest.mark.parametrize("cfg", [LLAMA, GEMMA], ids=["llama", "windows"])

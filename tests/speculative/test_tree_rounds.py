@@ -183,6 +183,7 @@ def draft(tmp_path_factory):
     return pdx.load(tiny_model.make(tmp_path_factory.mktemp("draft"), seed=1))
 
 
+@pytest.mark.slow
 def test_generate_with_a_tree_answers_as_without(model, draft):
     settings = {"max_tokens": 24, "ignore_eos": True, "repetition_penalty": 1.1}
     prompts = ["ab ab ab ab ab", "x"]
