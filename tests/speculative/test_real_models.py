@@ -42,12 +42,12 @@ def parts_at_ties_alone(model):
 def answers_alike_bit_for_bit(model):
     """In a deterministic engine: greedy and sampled requests at once, with log-probabilities."""
     options = [
-        pdx.SamplingOptions(**SETTINGS, temperature=0.7 * (i % 2), seed=i, logprobs=1) for i in range(len(TEXTS))
+        pdx.SamplingOptions(**SETTINGS, temperature=0.7 * (i % 2), seed=i, logprobs=0) for i in range(len(TEXTS))
     ]
     answers = []
     for drafts in ({}, NGRAMS):
         with pdx.Engine(
-            model, pdx.EngineConfig(slots=8, deterministic=True, max_context=256, token_budget=64, **drafts)
+            model, pdx.EngineConfig(slots=8, deterministic=True, max_context=256, token_budget=72, **drafts)
         ) as engine:
             answers.append(engine.generate(TEXTS, options))
     for plain, drafted in zip(*answers, strict=True):
