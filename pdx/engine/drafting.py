@@ -66,11 +66,14 @@ class Drafting:
         if self.costs is not None and plain_s is not None:
             longest = max((c.drafts for c in step.chunks), default=0)
             ratio = self.costs.of(step.tokens, longest) / plain_s if longest else 1.0
-            self.allowance = min(self.allowance + gained(1.0, ratio), GAIN)
+            self._add(1.0, ratio)
 
     def settle(self, plan: StepPlan, kept: int) -> None:
         """`kept` drafted tokens of a step were kept."""
-        self.allowance = min(self.allowance + gained(kept / sum(c.count for c in plan.chunks), 0.0), GAIN)
+        self._add(kept / sum(c.count for c in plan.chunks), 0.0)
+
+    def _add(self, progress: float, ratio: float) -> None:
+        self.allowance = min(self.allowance + gained(progress, ratio), GAIN)
 
     def shares(self, records: Seq[Record], limits: Seq[int], taken: int, plain_size: int) -> list[int]:
         """Tokens to draft in each row.

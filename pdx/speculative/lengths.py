@@ -65,7 +65,7 @@ def ratios(costs: Float[Array, " levels"]) -> Float[Array, " levels"]:
     return jnp.where(jnp.isfinite(costs[0]), costs / costs[0], 0.0)
 
 
-def expected_tokens(acceptance: Float[Array, " B"], drafted: Int[Array, " B"]) -> Float[Array, " B"]:
+def expected_tokens(acceptance: Float[Array, "*n B"], drafted: Int[Array, " B"]) -> Float[Array, "*n B"]:
     """Tokens that a round emits with `drafted` tokens a row."""
     a = jnp.clip(acceptance, 0.0, 0.9999)
     return (1 - a ** (drafted + 1)) / (1 - a)

@@ -191,31 +191,28 @@ class _Model:
     """What does not change from round to round."""
 
     def __init__(self, params, drafter: Drafter, cfg: ModelConfig, num_logprobs: int, kernels: Kernels):
-        self.params, self.draft_params, self.cfg = params, drafter.params, cfg
-        self.proposer, self.levels, self.num_logprobs, self.kernels = (
-            drafter.proposer,
-            drafter.levels,
-            num_logprobs,
-            kernels,
-        )
+        self.params, self.drafter, self.cfg = params, drafter, cfg
+        self.num_logprobs, self.kernels = num_logprobs, kernels
 
     def rows(self, out: Speculated, active: Bool[Array, " B"]) -> Rows:
         held = out.cache.lengths + 1
-        return Rows(out.state.history, held, active, out.cache, out.sampling, self.params, self.draft_params)
+        return Rows(out.state.history, held, active, out.cache, out.sampling, self.params, self.drafter.params)
 
     def round(self, index: int, carry: _Carry, active: Bool[Array, " B"]) -> Speculated:
         """A round of the level at `index`: each row verifies up to so many tokens, or a tree."""
-        out, prepared, level = carry.out, carry.prepared, self.levels[index]
+        out, prepared, level = carry.out, carry.prepared, self.drafter.levels[index]
         rows, state = self.rows(out, active), out.state
         held = rows.held
         if level:
-            drafted, cache, own = self.proposer.draft(rows, state.proposer, prepared, level, self.cfg, self.kernels)
+            drafted, cache, own = self.drafter.proposer.draft(
+                rows, state.proposer, prepared, level, self.cfg, self.kernels
+            )
             drafted = drafted.replace(lengths=jnp.minimum(drafted.lengths, drafted.tokens.shape[1]))
         else:
             drafted = Drafted(jnp.zeros((held.shape[0], 0), jnp.int32), jnp.zeros_like(held))
             cache, own = out.cache, state.proposer
         done, hidden, cache = self.verify(rows, drafted, level, cache)
-        own = self.proposer.observe(rows, own, hidden, done.counts, self.cfg, self.kernels)
+        own = self.drafter.proposer.observe(rows, own, hidden, done.counts, self.cfg, self.kernels)
         kept = jnp.where(active, done.counts - 1, 0)
         reached = drafted.lengths
         if isinstance(level, Tree):

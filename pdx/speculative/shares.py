@@ -155,12 +155,12 @@ def shares(
         key=lambda gain: (-gain[0], gain[1]),
     )
     best, chosen = taken / plain_s, 0
-    for size, seconds in costs.drafted.items():
+    for size in costs.drafted:
         count = min(size - taken, len(ordered))
         if count < 1:
             continue
         taking = ordered[:count]
-        seconds += costs.draft_s * (max(k for _, k, _ in taking) - 1)
+        seconds = costs.of(taken + count, max(k for _, k, _ in taking))
         rate = (taken + sum(gain for gain, _, _ in taking)) / seconds
         margin = MARGIN if seconds > plain_s and not chosen else 1.0
         least = sum((at_worst or acceptance)[row] ** k for _, k, row in taking)
