@@ -248,10 +248,10 @@ def dots(text: str) -> list[Dot]:
 _PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "mosaic_gpu_v2")
 
 
-def pallas_calls(text: str) -> int:
-    """The number of Pallas kernels that a program calls."""
-    calls = (i.rest for i in Module(text).instructions() if i.opcode.startswith("custom-call"))
-    return sum(any(f'custom_call_target="{name}"' in rest for name in _PALLAS) for rest in calls)
+def pallas_calls(text: str) -> list[str]:
+    """The names of the instructions that call a program's Pallas kernels."""
+    calls = (i for i in Module(text).instructions() if i.opcode.startswith("custom-call"))
+    return [i.name for i in calls if any(f'custom_call_target="{name}"' in i.rest for name in _PALLAS)]
 
 
 def vmem_bytes(text: str) -> int:

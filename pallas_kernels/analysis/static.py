@@ -8,6 +8,9 @@ For each case:
 - bytes moved over the bytes stored: on a TPU with K*H rounded up to whole lanes and padding of packed queries written;
 - the CostEstimate's bytes over the count, for full rows; FLOPs done over needed; the roofline time of what is needed;
 - from the compiler VMEM, or on a GPU shared memory, registers and spills;
+- on a TPU the bundles that the kernels issue, of which at most one is issued a cycle, and those over the floor: the
+  cycles of the memory or of the matrix units for what is needed, whichever are more. Above 1, the kernel's own
+  instructions bound it;
 - for kernels without dynamic loops the compiler's static cycles, and over them the cycles at the published peak and
   those that the matrix units need, of which narrow heads leave a part idle.
 `--peer` adds JAX's own prefill kernel. These are static figures, not times.
@@ -31,7 +34,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.analysis import hlo, jax_kernels, problems, targets, traffic
+from pallas_kernels.analysis import hlo, jax_kernels, problems, schedule, targets, traffic
 from pallas_kernels.analysis.problem import Problem
 from pallas_kernels.analysis.targets import Target
 
@@ -65,6 +68,7 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
         "moved_seconds": counted.bytes / (chip.hbm_gbps * 1e9),
         "compute_bound": problem.flops_needed / (chip.tflops(dtype) * 1e3) > problem.bytes_needed / chip.hbm_gbps,
         "floor_cycles": chip.floor_cycles(problem.flops_needed, dtype),
+        "memory_cycles": schedule.memory_cycles(chip, problem.bytes_needed) if chip.platform == "tpu" else None,
         "mxu_cycles": chip.floor_cycles(problem.flops_needed, dtype) / problem.mxu_share(chip.mxu),
         "dynamic": any(c.dynamic for c in counted.calls),
         "ieee": all("HIGHEST" in p for c in counted.calls for p in c.precisions),
@@ -75,12 +79,17 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
 def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
     c = target.compile(problem.fn(config), *problem.arguments(), donate_argnums=problem.donate_argnums)
     cycles = hlo.estimated_cycles(c.text)
+    with target.tracing():
+        kernels = schedule.issued(problem.fn(config), problem.arguments(), c, target.chip) if c.schedules else []
+    known = [max(k.bundles) for k in kernels if k.bundles]
     return {
+        "bundles": sum(known) if known and len(known) == len(kernels) else None,
+        "issued": [asdict(k) | {"cores": k.cores} for k in kernels],
         "seconds": c.seconds,
         "vmem_bytes": c.vmem_bytes,
         "cycles": sum(cycles.values()) if cycles else None,
         "temp": c.memory["temp"],
-        "pallas_calls": hlo.pallas_calls(c.text),
+        "pallas_calls": len(hlo.pallas_calls(c.text)),
         "cache": problem.cache_bytes,
         "moved": [str(i) for i in hlo.moved(c.text, max(1 << 24, problem.cache_bytes // 8))],
         "kernels": [{**vars(k), "tensor_cores": k.tensor_cores} for k in c.kernels],
@@ -123,7 +132,7 @@ def cycles(
         command += ["--layout", layout] if (layout := getattr(problem.call, "layout", None)) else []
         try:
             done = subprocess.run(
-                command, env=_environment(profile), capture_output=True, text=True, timeout=timeout, check=False
+                command, env=_environment(profile=profile), capture_output=True, text=True, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired:
             return None
@@ -177,7 +186,10 @@ def table(
     command += ["--config", config] if config else []
     command += ["--small"] if small else []
     command += ["--with", own] if own else []
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    with tempfile.TemporaryDirectory() as dump:
+        done = subprocess.run(
+            command, env=_environment(dump=dump), capture_output=True, text=True, timeout=timeout, check=False
+        )
     rows = list(_rows(done.stdout))
     if done.returncode:
         raise RuntimeError(f"the compiler for {target} ended after {len(rows)} cases: {done.stderr[-2000:]}")
@@ -221,9 +233,9 @@ def taken(
     return found
 
 
-def _environment(profile: str | None = None) -> dict[str, str]:
+def _environment(**folders: str) -> dict[str, str]:
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), *sys.path)))
-    return os.environ | targets.environment(profile=profile) | {"XLA_FLAGS": "", "PYTHONPATH": paths}
+    return os.environ | targets.environment(**folders) | {"XLA_FLAGS": "", "PYTHONPATH": paths}
 
 
 def _rows(stdout: str) -> Iterator[dict[str, Any]]:
@@ -285,6 +297,8 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         "declared": row["bytes_declared"] / max(row["bytes_full"], 1),
         "flops": row["flops"] / max(row["flops_needed"], 1),
     }
+    if row.get("bundles"):
+        found["bundles"] = row["bundles"] / max(row["memory_cycles"], row["mxu_cycles"])
     if row.get("cycles") and not row["dynamic"]:
         found |= {"peak": row["floor_cycles"] / row["cycles"], "mxu": row["mxu_cycles"] / row["cycles"]}
     return found
@@ -307,12 +321,16 @@ def line(row: dict[str, Any]) -> str:
             f"{sum(k['spill_bytes'] for k in row['kernels'])} B spilled"
         )
     text += f" {row['vmem_bytes'] / 2**20:6.2f} MiB"
+    if "bundles" in over:
+        text += f" {row['bundles']:>11,} {over['bundles']:7.2f}"
+    else:
+        text += " " * 20
     if "mxu" in over:
         text += f" {row['cycles']:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}"
     for tiles, count in row.get("peer", {}).items():
         over = ratios(row | {"cycles": count})
         told = f"{count:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}" if count else "none"
-        text += f"\n  JAX's own, tiles {tiles:107} {told}"
+        text += f"\n  JAX's own, tiles {tiles:127} {told}"
     return text
 
 
@@ -336,7 +354,7 @@ SUMMARY = (
 )
 HEADER = (
     f"{'case':44} {'MB moved':>9} {'/needed':>7} {'/stored':>7} {'decl/cnt':>8} {'GFLOP':>9} {'/need':>6} "
-    f"{'roofline':>9} {'bound':8} {'memory':>10} {'cycles':>11} {'peak/':>6} {'MXU/':>6}"
+    f"{'roofline':>9} {'bound':8} {'memory':>10} {'bundles':>11} {'/floor':>7} {'cycles':>11} {'peak/':>6} {'MXU/':>6}"
 )
 
 

@@ -51,21 +51,29 @@ _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+_DUMP = "--xla_jf_dump_to="
+
 
 class CompilerMissing(RuntimeError):
     """The compiler of a target is not installed; the message says what to install."""
 
 
-def environment(*, profile: str | os.PathLike | None = None) -> dict[str, str]:
+def environment(*, profile: str | os.PathLike | None = None, dump: str | os.PathLike | None = None) -> dict[str, str]:
     """The environment variables of a process that compiles for absent chips, to be set before it imports jax.
 
     Args:
+      dump: an empty folder, which each compilation empties again; with it, `Compiled.schedules` has what libtpu issues.
       profile: a folder for libtpu's static profiles; with it, compiled texts have `estimated_cycles`. It can abort the
         process (all of v4, some DMAs on v5e): use one subprocess per kernel then.
     """
-    said = dict(_ENVIRONMENT)
+    said, flags = dict(_ENVIRONMENT), []
     if profile is not None:
-        said["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={os.fspath(profile)}"
+        flags.append(f"--xla_jf_dump_static_llo_profile_to={os.fspath(profile)}")
+    if dump is not None:
+        folder = os.fspath(dump)
+        flags += [f"{_DUMP}{folder}", f"--xla_mosaic_dump_to={folder}", "--xla_jf_dump_llo_text=true"]
+    if flags:
+        said["LIBTPU_INIT_ARGS"] = " ".join(flags)
     return said
 
 
@@ -101,6 +109,7 @@ class Compiled:
     cost: Mapping[str, float]  # XLA's own analysis; a Pallas call counts by its CostEstimate
     vmem_bytes: int = 0  # TPU: the most scoped VMEM that one kernel uses
     dump: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # GPU: files of XLA's by name
+    schedules: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # TPU: bundles by kernel
     executable: Any = field(default=None, repr=False, compare=False)  # jax.stages.Compiled
 
     @cached_property
@@ -234,6 +243,8 @@ class Target:
         names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
         args = tuple(a if i in numbers else _abstract(a, first) for i, a in enumerate(args))
         kwargs = {k: v if k in names else _abstract(v, first) for k, v in kwargs.items()}
+        schedules = _dump_folder() if self.chip.platform == "tpu" else None
+        _emptied(schedules)
         started = time.perf_counter()
         with self.tracing(), tempfile.TemporaryDirectory() as dump:
             gpu = self.chip.platform == "gpu"
@@ -250,8 +261,31 @@ class Target:
             compat.cost_dict(executable.cost_analysis()),
             hlo.vmem_bytes(text),
             files,
+            _schedules(schedules, text),
             executable,
         )
+
+
+def _dump_folder() -> Path | None:
+    """The folder that libtpu of this process dumps to, see `environment`."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    return next((Path(flag.removeprefix(_DUMP)) for flag in flags if flag.startswith(_DUMP)), None)
+
+
+def _emptied(folder: Path | None) -> None:
+    for path in folder.iterdir() if folder is not None else ():
+        if path.is_file():
+            path.unlink()
+
+
+def _schedules(folder: Path | None, text: str) -> dict[str, str]:
+    """The final bundles of each kernel in a program. Its dump is large: the folder is emptied."""
+    found = {}
+    for name in hlo.pallas_calls(text) if folder is not None else ():
+        for path in folder.glob(f"*-{name}-*-final_bundles.txt"):  # type: ignore[union-attr]
+            found[name] = path.read_text()
+    _emptied(folder)
+    return found
 
 
 def _abstract(tree: Any, device: Any) -> Any:

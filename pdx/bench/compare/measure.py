@@ -144,7 +144,7 @@ def timed(loops: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, d
 
 def what_ran(text: str) -> str:
     """`XLA`, or the number of Pallas kernels that a compiled program calls."""
-    return describe_kernels(hlo.pallas_calls(text))
+    return describe_kernels(len(hlo.pallas_calls(text)))
 
 
 def describe_kernels(count: int) -> str:
