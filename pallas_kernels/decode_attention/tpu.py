@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.merge import merge
-from pallas_kernels.decode_attention.tpu_kernel import Plan, Refs, body
+from pallas_kernels.decode_attention.tpu_fetch import Plan, Refs
+from pallas_kernels.decode_attention.tpu_kernel import body
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, fold, folded_width, round_up, unfold
 from pallas_kernels.masking import tree_bits
@@ -35,7 +36,8 @@ class Config:
     Attributes:
       block_k: slots fetched together, a multiple of 128; VMEM holds two such blocks of K and of V.
       tile_k: slots computed together, a multiple of 128 that divides block_k.
-      splits: parts of a row's context, one per core of the device.
+      splits: cores of the device that share the work: each takes a part of every row's context, or with a window a
+        part of the rows.
     """
 
     block_k: int
@@ -72,26 +74,43 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     """Tiles for a chip; None: a v5e.
 
     Bytes: the tiles do not change them, since only a row's own slots are fetched.
-    FLOPs: 2 T N (H + Hv) per key. Up to some tens of queries per KV head, they take far less time than the fetch.
-    Latency: a step of the online softmax is one chain (matmul, maximum, exponential, matmul) of some thousand cycles,
-    which only the fetch of the next block overlaps. So a block holds about 1 MiB of K and V, which takes 0.3 us (7x) to
-    1.3 us (v5e) to arrive.
-    VMEM: two such blocks, and a few copies of the logits [rows of a pack, block] in f32, take less than 8 of 16 MiB.
-    Splits: where a device has several cores (v5p), each takes a part of every row, so that one long row fills the chip.
+    Bundles: a tile's softmax costs some hundred bundles beside those of its keys. Llama 3 8B on a v6e takes 735 bundles
+    for 256 keys in tiles of 256, 475 in tiles of 512 and 435 in tiles of 1024; the memory takes 1119 cycles. Larger
+    tiles compute more slots that a short row does not hold. So a tile has 512 keys, and more where there are few
+    queries: as many as make 64 KiB of logits.
+    Latency: a step of the online softmax is one chain (matmul, maximum, exponential, matmul), which only the fetch of
+    the next block overlaps. So a block holds up to 4 MiB of K and V, and several tiles.
+    VMEM: two such blocks, and a few copies of the logits [rows of a pack, tile] in f32, take less than 12 of 16 MiB.
+    Splits: where a device has several cores (v5p), each takes a part of every row, so that one long row fills the chip;
+    with a window, whole rows.
     """
-    width = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
-    token = width * jnp.dtype(call.kv_dtype).itemsize
-    wanted = max(LANES, min((1 << 20) // token, 2048) // LANES * LANES)
+    wanted = wanted_block(call)
     # Blocks must divide a ring, so that it wraps between two of them. A cache that never wraps takes any block.
     fitting = [n for n in range(LANES, min(wanted, call.slots) + 1, LANES) if call.slots % n == 0]
     block = fitting[-1]
     if call.window is None and block < wanted // 2:
         block = min(wanted, call.slots)
+    return Config(block, tile_of(call, block), splits_on(chip))
+
+
+def wanted_block(call: Call) -> int:
+    """Slots of a block, see `heuristic`; a window fills one or two blocks."""
+    width = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
+    token = width * jnp.dtype(call.kv_dtype).itemsize
+    most = 2048 if call.window is None else round_up(min(call.window, 2048), LANES)
+    return max(LANES, min((4 << 20) // token, most) // LANES * LANES)
+
+
+def splits_on(chip: Chip | None) -> int:
+    """One part of a context for each core of a device."""
+    return chip.cores // chip.devices if chip else 1
+
+
+def tile_of(call: Call, block: int) -> int:
+    """Keys computed together: see `heuristic`. It divides the block."""
     rows = call.queries * call.heads
-    compute = max(
-        n for n in range(LANES, block + 1, LANES) if block % n == 0 and (n == LANES or rows * n * 4 <= 1 << 19)
-    )
-    return Config(block, compute, splits=chip.cores // chip.devices if chip else 1)
+    most = max(min(512, (1 << 19) // (4 * rows)), (1 << 16) // (4 * rows), LANES)
+    return max(n for n in range(LANES, block + 1, LANES) if block % n == 0 and (n == LANES or n <= most))
 
 
 def misfit(call: Call, config: Config) -> str | None:
@@ -110,7 +129,7 @@ def plan_for(call: Call, config: Config) -> Plan:
 
 def cost(plan: Plan) -> pl.CostEstimate:
     """The cost of full rows: K and V in whole tiles (a window's only), scales, queries and results, once each."""
-    call, splits = plan.call, plan.config.splits
+    call, splits = plan.call, plan.parts
     kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
     seen = call.slots
     if call.window:
@@ -131,78 +150,112 @@ def cost(plan: Plan) -> pl.CostEstimate:
 
 
 def run(arrays, call: Call, config: Config, interpret=False):
-    """See `api.decode_attention`. Folds the queries, unfolds and merges the results: small arrays beside K and V."""
+    """See `api.decode_attention`."""
     plan = plan_for(call, config)
-    q, k, v, tree = (arrays.get(name) for name in ("q", "k", "v", "tree"))
-    b, t, n, h = q.shape
-    heads, group, rows = call.kv_heads, call.group, plan.rows
-    width, value_width = k.shape[2], v.shape[2]
-    folded = fold(q.reshape(b, t, heads, group, h).swapaxes(2, 3)).reshape(b, rows, width)
     scalars = {name: arrays[name] for name in ("starts", "lengths") if name in arrays}
-    if tree is not None:
-        scalars["bits"] = tree_bits(tree)
+    if arrays.get("tree") is not None:
+        scalars["bits"] = tree_bits(arrays["tree"])
+    out, lse = attend(plan, arrays, scalars, cost(plan), interpret)
+    return (out, lse) if call.return_lse else out
+
+
+def attend(
+    plan: Plan, arrays, scalars: dict[str, Int[Array, ...]], estimate: pl.CostEstimate, interpret
+) -> tuple[Float[Array, "P T N Hv"], Float[Array, "P T N"] | None]:
+    """Call the kernel. Folds the queries, unfolds and merges the results: small arrays beside K and V.
+
+    Args:
+      arrays: q [Q, T, N, H], k and v, and where there are any k_scale, v_scale and sinks.
+      scalars: what the kernel reads before all else, by the names of `Refs`. With `rows`, row r reads its queries at
+        q[rows[r]] and writes its results there; rows[r] = Q: it has none. Without, q has a place for each row.
+
+    Returns:
+      Results and their log-sum-exps, if the call asks for them, for Q places, and with `rows` one more.
+    """
+    call, q = plan.call, arrays["q"]
+    places, t, n, h = q.shape
+    heads, group = call.kv_heads, call.group
+    folded = fold(q.reshape(places, t, heads, group, h).swapaxes(2, 3)).reshape(places, plan.rows, -1)
+    which = list(scalars).index("rows") if "rows" in scalars else None
+
+    def place(core, step, prefetched):
+        row = core * plan.steps + step if plan.by_row else step
+        return row if which is None else prefetched[which][row]
+
+    def queries(core, step, *prefetched):
+        return jnp.minimum(place(core, step, prefetched), places - 1), 0, 0
+
+    def results(core, step, *prefetched):
+        return core if plan.parts > 1 else 0, place(core, step, prefetched), 0, 0
+
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    inputs = {"q": (folded, pl.BlockSpec((1, rows, width), lambda s, b, *_: (b, 0, 0))), "k": (k, hbm), "v": (v, hbm)}
-    inputs |= {name: (arrays[name], hbm) for name in ("k_scale", "v_scale") if name in arrays}
-    lines = plan.pack * plan.padded_rows
+    inputs = {"q": (folded, pl.BlockSpec((1, plan.rows, folded.shape[2]), queries))}
+    inputs |= {name: (arrays[name], hbm) for name in ("k", "v", "k_scale", "v_scale") if name in arrays}
     if call.sinks:
         packed = _packed_sinks(plan, arrays["sinks"])
         inputs["sinks"] = (packed, pl.BlockSpec(packed.shape, lambda s, b, *_: (0, 0, 0)))
+    written = places + (which is not None)
 
     def result(lanes, dtype):
-        spec = pl.BlockSpec((1, 1, rows, lanes), lambda s, b, *_: (s, b, 0, 0))
-        return jax.ShapeDtypeStruct((config.splits, b, rows, lanes), dtype), spec
+        spec = pl.BlockSpec((1, 1, plan.rows, lanes), results)
+        return jax.ShapeDtypeStruct((plan.parts, written, plan.rows, lanes), dtype), spec
 
-    partial = config.splits > 1
-    outputs = {"out": result(value_width, jnp.float32 if partial else q.dtype)}
+    partial = plan.parts > 1
+    outputs = {"out": result(arrays["v"].shape[2], jnp.float32 if partial else q.dtype)}
     if call.return_lse or partial:
         outputs["lse"] = result(LANES, jnp.float32)
+    found = _kernel(plan, scalars, inputs, outputs, estimate, interpret)
+
+    def spread(x, dim):
+        return unfold(x, heads, dim).reshape(written, t, group, heads, dim).swapaxes(2, 3).reshape(written, t, n, dim)
+
+    if partial:
+        out, lse = _merged(plan, *found)
+        return spread(out.astype(q.dtype), call.value_dim), spread(lse, 1)[..., 0] if call.return_lse else None
+    return spread(found[0][0], call.value_dim), spread(found[1][0], 1)[..., 0] if call.return_lse else None
+
+
+def _kernel(plan: Plan, scalars, inputs, outputs, estimate: pl.CostEstimate, interpret):
+    """The results of the kernel, in the order of `outputs`. Inputs come with their specs, outputs with theirs."""
+    call, config = plan.call, plan.config
+    k, v = inputs["k"][0], inputs["v"][0]
+    lines = (len(plan.packs), plan.lines)
     scratch = {
-        "k_buffer": pltpu.VMEM((2, config.block_k, width), k.dtype),
-        "v_buffer": pltpu.VMEM((2, config.block_k, value_width), v.dtype),
-        "queries": pltpu.VMEM((len(plan.packs), lines, plan.pack * h), jnp.float32),
-        "top": pltpu.VMEM((len(plan.packs), lines, LANES), jnp.float32),
-        "total": pltpu.VMEM((len(plan.packs), lines, LANES), jnp.float32),
-        "acc": pltpu.VMEM((len(plan.packs), lines, plan.pack * call.value_dim), jnp.float32),
+        "k_buffer": pltpu.VMEM((2, config.block_k, k.shape[2]), k.dtype),
+        "v_buffer": pltpu.VMEM((2, config.block_k, v.shape[2]), v.dtype),
+        "queries": pltpu.VMEM((*lines, plan.pack * call.head_dim), jnp.float32),
+        "top": pltpu.VMEM((*lines, LANES), jnp.float32),
+        "total": pltpu.VMEM((*lines, LANES), jnp.float32),
+        "acc": pltpu.VMEM((*lines, plan.pack * call.value_dim), jnp.float32),
         "slot": pltpu.SMEM((1,), jnp.int32),
         "arrived": pltpu.SemaphoreType.DMA((2, 4)),
     }
     if call.int8:
-        buffer = pltpu.VMEM((2, arrays["k_scale"].shape[1], config.block_k), jnp.float32)
+        buffer = pltpu.VMEM((2, inputs["k_scale"][0].shape[1], config.block_k), jnp.float32)
         scratch |= {"k_scales": buffer, "v_scales": buffer}
     names = [*scalars, *inputs, *outputs, *scratch]
 
     def kernel(*refs):
         body(plan, Refs(**dict.fromkeys(f.name for f in fields(Refs)) | dict(zip(names, refs, strict=True))))
 
-    call_kernel = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(config.splits, b),
+            grid=(config.splits, plan.steps),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[shape for shape, _ in outputs.values()],
-        # Rows run in order, since each prefetches for the next; splits run in parallel, one per core.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=cost(plan),
+        # A core's rows run in order, since each prefetches for the next; cores run in parallel. Every DMA lies in
+        # its array: spans end where a row's tokens or its block table do, and pages are clipped to the pool. To check
+        # that again would take a third of the bundles of a page's DMAs.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
+        cost_estimate=estimate,
         interpret=interpret,
-        name="decode_attention",
-    )
-    found = call_kernel(*scalars.values(), *(x for x, _ in inputs.values()))
-
-    def spread(x, dim):
-        return unfold(x, heads, dim).reshape(b, t, group, heads, dim).swapaxes(2, 3).reshape(b, t, n, dim)
-
-    if partial:
-        out, lse = _merged(plan, *found)
-        out, lse = spread(out.astype(q.dtype), call.value_dim), spread(lse, 1)[..., 0]
-    else:
-        out = spread(found[0][0], call.value_dim)
-        lse = spread(found[1][0], 1)[..., 0] if call.return_lse else None
-    return (out, lse) if call.return_lse else out
+        name="paged_attention" if plan.pages else "decode_attention",
+    )(*scalars.values(), *(x for x, _ in inputs.values()))
 
 
 def _merged(
@@ -221,7 +274,7 @@ def _packed_sinks(plan: Plan, sinks: Float[Array, " N"]) -> Float[Array, "packs 
         sinks.astype(jnp.float32).reshape(plan.call.kv_heads, 1, plan.call.group), (1, plan.call.queries, 1)
     )
     each = each.reshape(plan.call.kv_heads, plan.rows)
-    padding = ((0, len(plan.packs) * plan.pack - plan.call.kv_heads), (0, plan.padded_rows - plan.rows))
+    padding = ((0, len(plan.packs) * plan.pack - plan.call.kv_heads), (0, 0))
     each = jnp.pad(each, padding, constant_values=-jnp.inf)
-    each = each.reshape(len(plan.packs), plan.pack * plan.padded_rows, 1)
+    each = each.reshape(len(plan.packs), plan.lines, 1)
     return jnp.broadcast_to(each, (*each.shape[:2], LANES))

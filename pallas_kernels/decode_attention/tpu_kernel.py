@@ -11,161 +11,13 @@ logits of all its heads, and nothing is shifted along the lanes.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.call import Call
-from pallas_kernels.layouts import LANES, SUBLANES, round_up
-from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The static inputs of the kernel: the call, its tiles, and what follows from both."""
-
-    call: Call
-    config: Any  # tiles: `tpu.Config`
-    tile: int  # slots of one tile of K and V in HBM: the smallest DMA
-    dtype: jnp.dtype  # operand type of the dots
-
-    @property
-    def rows(self) -> int:
-        """T * G queries of one KV head; query t of head g is row t * G + g."""
-        return self.call.queries * self.call.group
-
-    @property
-    def by_slot(self) -> bool:
-        """Whether blocks are of slots, not of positions: here a block of positions could wrap inside itself."""
-        return self.call.slots % self.config.block_k != 0
-
-    @property
-    def pack(self) -> int:
-        """Number of KV heads in a pack."""
-        whole = math.lcm(*(LANES // math.gcd(d, LANES) for d in (self.call.head_dim, self.call.value_dim)))
-        return min(whole, self.call.kv_heads)
-
-    @property
-    def padded_rows(self) -> int:
-        """Rows of one head in a pack, padded to whole sublanes if heads are stacked."""
-        return round_up(self.rows, SUBLANES) if self.pack > 1 else self.rows
-
-    @property
-    def packs(self) -> list[range]:
-        return [range(h, min(h + self.pack, self.call.kv_heads)) for h in range(0, self.call.kv_heads, self.pack)]
-
-    @property
-    def precision(self):
-        return precision_of(self.dtype)
-
-
-@dataclass(frozen=True)
-class Refs:
-    """The kernel's operands and scratch by name; None: the call has no such ref."""
-
-    starts: object
-    lengths: object
-    bits: object
-    q: object
-    k: object
-    v: object
-    k_scale: object
-    v_scale: object
-    sinks: object
-    out: object
-    lse: object
-    k_buffer: object
-    v_buffer: object
-    k_scales: object
-    v_scales: object
-    queries: object
-    top: object
-    total: object
-    acc: object
-    slot: object
-    arrived: object
-
-
-def _span(plan: Plan, refs: Refs, row, split):
-    """The places [low, high) of a row that this split reads: positions, or slots (`Plan.by_slot`).
-
-    They depend on this row alone.
-    """
-    call = plan.call
-    start = refs.starts[row]
-    if not call.lengths:
-        low, high = jnp.int32(0) if call.window else 0, call.slots
-    else:
-        length = refs.lengths[row]
-        high = length
-        if call.causal:
-            high = jnp.where(start < length, jnp.minimum(length, start + call.queries), 0)
-        low = jnp.maximum(length - call.slots, 0)
-        if plan.by_slot:
-            low, high = 0, jnp.where((high > 0) & (length > call.slots), call.slots, high)
-    if call.window:
-        low = jnp.maximum(low, start - call.window + 1)
-    if plan.config.splits > 1:
-
-        def cut(s):
-            part = (high - low) * s // plan.config.splits
-            return jnp.minimum(high, round_up(low + part, LANES))
-
-        low, high = jnp.where(split == 0, low, cut(split)), cut(split + 1)
-    return low, high
-
-
-def _count(plan: Plan, low, high):
-    """Number of blocks that a span touches."""
-    touched = pl.cdiv(high, plan.config.block_k) - low // plan.config.block_k
-    return touched if isinstance(touched, int) else jnp.where(high > low, touched, 0)
-
-
-def _transfer(plan: Plan, refs: Refs, row, split, index, slot, act):
-    """Call `act` on each DMA of the `index`-th block of a row's span into buffer `slot`."""
-    low, high = _span(plan, refs, row, split)
-    base = (low // plan.config.block_k + index) * plan.config.block_k
-    place = base % plan.call.slots
-    streams = [(refs.k, refs.k_buffer, 0), (refs.v, refs.v_buffer, 1)]
-
-    def pieces(unit, move):
-        begin = jnp.maximum(low - base, 0) // unit
-        count = pl.cdiv(jnp.minimum(high - base, plan.config.block_k), unit) - begin
-        for level in reversed(range((plan.config.block_k // unit).bit_length())):
-
-            @pl.when((count >> level) & 1 == 1)
-            def _(level=level):
-                offset = (begin + ((count >> (level + 1)) << (level + 1))) * unit
-                move(pl.multiple_of(place + offset, unit), pl.multiple_of(offset, unit), unit << level)
-
-    def rows(source, target, size):
-        for ref, buffer, stream in streams:
-            act(
-                pltpu.make_async_copy(
-                    ref.at[row, pl.ds(source, size)],
-                    buffer.at[slot, pl.ds(target, size)],
-                    refs.arrived.at[slot, stream],
-                )
-            )
-
-    def scales(source, target, size):
-        for ref, buffer, stream in ((refs.k_scale, refs.k_scales, 2), (refs.v_scale, refs.v_scales, 3)):
-            act(
-                pltpu.make_async_copy(
-                    ref.at[row, :, pl.ds(source, size)],
-                    buffer.at[slot, :, pl.ds(target, size)],
-                    refs.arrived.at[slot, stream],
-                )
-            )
-
-    pieces(plan.tile, rows)
-    if plan.call.int8:
-        pieces(LANES, scales)
+from pallas_kernels.decode_attention.tpu_fetch import Plan, Refs, blocks_of, span, transfer
+from pallas_kernels.layouts import LANES
+from pallas_kernels.masking import MASKED, START, soft_cap
 
 
 def _lanes(heads: range, dim: int) -> slice:
@@ -178,22 +30,23 @@ def _own_lanes(plan: Plan, head: int, heads: range, dim: int):
     return (lane >= head * dim) & (lane < (head + 1) * dim)
 
 
-def _begin(plan: Plan, refs: Refs, split):
+def _begin(plan: Plan, refs: Refs, core):
     """Lay the queries out in packs, and start the softmax: empty, or with the sink."""
     call = plan.call
-    if plan.padded_rows != plan.rows or call.kv_heads % plan.pack:
+    if call.kv_heads % plan.pack:
         refs.queries[...] = jnp.zeros_like(refs.queries)
     for p, heads in enumerate(plan.packs):
         q = refs.q[0, :, _lanes(heads, call.head_dim)].astype(jnp.float32)
         for i in range(len(heads)):
             own = q if len(heads) == 1 else jnp.where(_own_lanes(plan, i, heads, call.head_dim), q, 0.0)
-            refs.queries[p, pl.ds(i * plan.padded_rows, plan.rows), : q.shape[1]] = own
+            refs.queries[p, pl.ds(i * plan.rows, plan.rows), : q.shape[1]] = own
     refs.acc[...] = jnp.zeros_like(refs.acc)
     if call.sinks:
-        # Only one split adds the sink, which joins the denominator once.
-        top = jnp.where(split == 0, jnp.maximum(refs.sinks[...], START), START)
+        # Only one part of a context adds the sink, which joins the denominator once.
+        adds = core == 0 if plan.parts > 1 else True
+        top = jnp.where(adds, jnp.maximum(refs.sinks[...], START), START)
         refs.top[...] = top
-        refs.total[...] = jnp.where(split == 0, jnp.exp(refs.sinks[...] - top), 0.0)
+        refs.total[...] = jnp.where(adds, jnp.exp(refs.sinks[...] - top), 0.0)
     else:
         refs.top[...] = jnp.full_like(refs.top, START)
         refs.total[...] = jnp.zeros_like(refs.total)
@@ -204,11 +57,24 @@ def _stacked(plan: Plan, values):
     return values[0] if len(values) == 1 else jnp.concatenate(values, axis=0)
 
 
+def _query(plan: Plan, shape):
+    """Which of its row's queries each line of a pack is."""
+    line = lax.broadcasted_iota(jnp.int32, shape, 0)
+    query = jnp.zeros(shape, jnp.int32)
+    if plan.call.queries == 1:
+        return query
+    for _ in range(1, plan.pack):
+        line = line - jnp.where(line >= plan.rows, plan.rows, 0)
+    for t in range(1, plan.call.queries):
+        query = query + (line >= t * plan.call.group).astype(jnp.int32)
+    return query
+
+
 def _mask(plan: Plan, refs: Refs, row, low, high, position):
-    """[rows of one head, tile_k]: which of the keys from place `position` on each query sees."""
+    """[lines of a pack, tile_k], or [1, tile_k] for one query: which of the keys from place `position` on it sees."""
     call = plan.call
     start = refs.starts[row]
-    shape = (plan.padded_rows, plan.config.tile_k)
+    shape = (plan.lines if call.queries > 1 else 1, plan.config.tile_k)
     key = position + lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = (key >= low) & (key < high)
     if plan.by_slot and call.lengths:  # in a wrapped ring, slots up to the newest one are a turn ahead
@@ -216,10 +82,7 @@ def _mask(plan: Plan, refs: Refs, row, low, high, position):
         turn = newest // call.slots * call.slots
         key = key + jnp.where(key <= newest - turn, turn, turn - call.slots)
         seen = seen & (key >= 0)
-    line = lax.broadcasted_iota(jnp.int32, shape, 0)
-    query = jnp.zeros(shape, jnp.int32)
-    for t in range(1, call.queries):
-        query = query + (line >= t * call.group).astype(jnp.int32)
+    query = _query(plan, shape)
     if call.causal:
         seen = seen & (key <= start + query)
     if call.window and not call.tree:
@@ -243,7 +106,7 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
     keys = pl.ds(offset, plan.config.tile_k)
     if masked:
         mask = _mask(plan, refs, row, low, high, position)
-        mask = _stacked(plan, [mask] * plan.pack) == 1
+        mask = jnp.broadcast_to(mask, (plan.lines, plan.config.tile_k)) == 1
         line = position + lax.broadcasted_iota(jnp.int32, (plan.config.tile_k, 1), 0)
         held = (line >= low) & (line < high)
     for p, heads in enumerate(plan.packs):
@@ -252,9 +115,7 @@ def _attend(plan: Plan, refs: Refs, row, low, high, position, slot, offset, mask
         q = refs.queries[p, :, : k.shape[1]].astype(plan.dtype)
 
         def scales(buffer, heads=heads):
-            each = [
-                jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.padded_rows, plan.config.tile_k)) for h in heads
-            ]
+            each = [jnp.broadcast_to(buffer[slot, h : h + 1, keys], (plan.rows, plan.config.tile_k)) for h in heads]
             return _stacked(plan, each + each[:1] * (plan.pack - len(heads)))
 
         logits = (
@@ -331,7 +192,7 @@ def _finish(plan: Plan, refs: Refs):
         width = len(heads) * call.value_dim
         out = jnp.zeros((plan.rows, width), jnp.float32)
         for i, h in enumerate(heads):
-            rows = pl.ds(i * plan.padded_rows, plan.rows)
+            rows = pl.ds(i * plan.rows, plan.rows)
             top, total = refs.top[p, rows], refs.total[p, rows]
             saw = top != START  # true for NaN, so that it propagates
             share = jnp.where(saw, 1.0 / jnp.where(saw, total, 1.0), 0.0)
@@ -349,21 +210,23 @@ def _finish(plan: Plan, refs: Refs):
 
 
 def body(plan: Plan, refs: Refs) -> None:
-    """One grid step: split `program_id(0)` of row `program_id(1)`."""
-    split, row = pl.program_id(0), pl.program_id(1)
-    following = jnp.minimum(row + 1, plan.call.batch - 1)
+    """One grid step: of core `program_id(0)` the step `program_id(1)`, which is one row."""
+    core, at = pl.program_id(0), pl.program_id(1)
+    row = core * plan.steps + at if plan.by_row else at
+    is_last = at + 1 == plan.steps
+    following = jnp.where(is_last, row, row + 1)
 
     def count_of(row):
-        return _count(plan, *_span(plan, refs, row, split))
+        return blocks_of(plan, *span(plan, refs, row, core))
 
     def start(row, index, slot):
-        _transfer(plan, refs, row, split, index, slot, lambda copy: copy.start())
+        transfer(plan, refs, row, core, index, slot, start=True)
 
-    low, high = _span(plan, refs, row, split)
+    low, high = span(plan, refs, row, core)
     count = count_of(row)
-    next_has = (row + 1 < plan.call.batch) & (count_of(following) > 0)
+    next_has = ~is_last & (count_of(following) > 0)
 
-    @pl.when(row == 0)
+    @pl.when(at == 0)
     def _():
         refs.slot[0] = 0
 
@@ -372,7 +235,7 @@ def body(plan: Plan, refs: Refs) -> None:
             start(row, 0, 0)
 
     slot = refs.slot[0]
-    _begin(plan, refs, split)
+    _begin(plan, refs, core)
 
     @pl.when((count == 0) & next_has)
     def _():
@@ -385,7 +248,7 @@ def body(plan: Plan, refs: Refs) -> None:
         def _():
             start(jnp.where(last, following, row), jnp.where(last, 0, i + 1), 1 - slot)
 
-        _transfer(plan, refs, row, split, i, slot, lambda copy: copy.wait())
+        transfer(plan, refs, row, core, i, slot, start=False)
         _block(plan, refs, row, low, high, i, slot)
         return 1 - slot
 

@@ -5,8 +5,7 @@ DMAs. The packed queries are cut into pieces (`pieces.cut`). One sequential grid
 heads after the other. A row's K and V are read once for each block that its queries lie in; with few heads per group, a
 block has room for all packed queries of a step.
 
-Decode rows need the opposite: few queries and all heads, so that a DMA moves whole pages. A call with both kinds runs
-the kernel twice, first over its decode rows.
+Decode rows have few queries, and take all heads at once: `tpu_decode`. A call with both kinds runs both kernels.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.hardware import Chip, detect
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, folded_width, round_up
+from pallas_kernels.paged_attention import tpu_decode
 from pallas_kernels.paged_attention.call import Call, known
 from pallas_kernels.paged_attention.pieces import count, cut, full_rows
 from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Plan, body, widest
 from pallas_kernels.paged_attention.tpu_tiles import (
     TILE,
     Config,
+    decodes,
     heuristic,
     misfit,
     parts,
@@ -70,7 +71,9 @@ def moved_bytes(
 
 
 def _moved(call: Call, config: Config, query_starts: np.ndarray, lengths: np.ndarray) -> int:
-    """HBM bytes that one run of the kernel moves."""
+    """HBM bytes that one run of a kernel moves."""
+    if isinstance(config, tpu_decode.decode.Config):
+        return tpu_decode.moved_bytes(call, config, np.asarray(query_starts), np.asarray(lengths))
 
     def tokens(unit: int) -> int:
         found = cut(np.asarray(query_starts), np.asarray(lengths), call, block_q=config.block_q, unit=unit)
@@ -109,8 +112,9 @@ def run(arrays, call: Call, config: Config, interpret=False):
         estimate = cost(part, tiles, full_starts[edges], full_lengths[rows])
         own = {"q": arrays["q"][: part.tokens], "query_starts": arrays["query_starts"][edges]}
         own |= {name: arrays[name][rows] for name in ("block_tables", "lengths")}
-        found.append(_run({**arrays, **own}, part, tiles, interpret, estimate))
-    decoded = arrays["query_starts"][call.single_rows] if len(found) > 1 else None
+        compute = tpu_decode.run if decodes(part) else _run
+        found.append(compute({**arrays, **own}, part, tiles, interpret, estimate))
+    decoded = arrays["query_starts"][call.decode_rows] if len(found) > 1 else None
     out, lse = found[0] if len(found) == 1 else _joined(*found, decoded)
     t, n, hv = call.tokens, call.heads, call.value_dim
     out = out[:t, : n * hv].reshape(t, n, hv)
@@ -124,7 +128,8 @@ def _joined(decode, others, end):
         if a is None:
             return None
         t = min(len(a), len(b))  # `a` is padded to whole blocks
-        return b.at[:t].set(jnp.where(jnp.arange(t)[:, None] < end, a[:t], b[:t]))
+        a = jnp.pad(a[:t], ((0, 0), (0, b.shape[1] - a.shape[1])))  # folded results may end in padding
+        return b.at[:t].set(jnp.where(jnp.arange(t)[:, None] < end, a, b[:t]))
 
     return tuple(join(a, b) for a, b in zip(decode, others, strict=True))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import tpu as decode
 from pallas_kernels.hardware import Chip
 from pallas_kernels.layouts import LANES, folded_width, round_up
 from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.tpu_decode import as_dense
 from pallas_kernels.paged_attention.tpu_kernel import widest
 
 TILE = {4: 8, 2: 16, 1: 32}  # bytes of an element: rows of a tile
@@ -40,16 +43,22 @@ def smallest_tile(call: Call) -> int:
     return TILE[jnp.dtype(call.dtype).itemsize]
 
 
+def decodes(call: Call) -> bool:
+    """Whether the kernel for decode rows computes the call: all its rows own a few queries at most."""
+    few = call.decode_queries <= decode.MAX_QUERIES and call.kv_heads <= LANES
+    return few and call.decode_rows == call.rows
+
+
 def parts(call: Call) -> list[tuple[Call, slice]]:
     """The kernel runs of a call, and the rows of each: first the decode rows, then the others, if there are both."""
-    d = call.single_rows
-    if d in (0, call.rows):
+    d = call.decode_rows
+    alone = replace(call, tokens=min(call.tokens, d * call.decode_queries), rows=d, max_queries=call.decode_queries)
+    if d in (0, call.rows) or not decodes(alone):
         return [(call, slice(0, call.rows))]
-    alone = replace(call, tokens=min(call.tokens, d), rows=d, max_queries=1)
     return [(alone, slice(0, d)), (replace(call, rows=call.rows - d, decode_rows=0), slice(d, call.rows))]
 
 
-def tiles_of(call: Call, config: Config, chip: Chip | None) -> list[Config]:
+def tiles_of(call: Call, config: Config | decode.Config, chip: Chip | None) -> list[Config | decode.Config]:
     """A Config for each of the `parts`: `config` for the last, the heuristic's for decode rows before it."""
     return [heuristic(part, chip) for part, _ in parts(call)[:-1]] + [config]
 
@@ -59,12 +68,12 @@ def smallest_dma(call: Call) -> int:
     return TILE[jnp.dtype(call.kv_dtype).itemsize]
 
 
-def heuristic(call: Call, chip: Chip | None) -> Config:
-    """Tiles for a chip; None: for any.
+def heuristic(call: Call, chip: Chip | None) -> Config | decode.Config:
+    """Tiles for a chip; None: for any. A call of decode rows alone gets those of decode attention, in whole pages.
 
     Bytes: a row's memory tiles are read once per block that its queries lie in. So a block holds all T queries if they
     fit, with as many KV heads as then fit. Fewer heads make smaller DMAs, and read the scales of int8 more often, since
-    a tile of scales has eight heads. Decode rows take all heads.
+    a tile of scales has eight heads.
     FLOPs: above 240 (v5e) to 560 (v6e) FLOPs per byte the MXU is the bound. A tile of K or V in the MXU serves tile_q *
     group rows: 1024 rows hide its loading, and leave little of a chunk to be masked.
     Latency: a step holds about 1 MiB of K and V (0.3 us on 7x, 1.3 us on v5e) to hide the chain of an online softmax
@@ -74,8 +83,8 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     sub, most = smallest_tile(call), min(call.max_queries, 256)
     capacity = (chip.vmem_capacity_mib if chip else 16) << 20
     budget = min(capacity * 4 // 5, 48 << 20)
-    if call.max_queries == 1:
-        return _tiles(call, sub, sub, call.kv_heads, capacity)
+    if decodes(call):
+        return _decode_tiles(call, chip)
     largest = sub
     while largest * 2 <= most and largest * call.group < 1024:
         largest *= 2
@@ -91,6 +100,15 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
         if block == tile:
             largest = tile
         blocks += 1
+
+
+def _decode_tiles(call: Call, chip: Chip | None) -> decode.Config:
+    """Blocks as over a dense cache, of whole pages where they have room for one."""
+    alike = as_dense(call)
+    block = min(decode.wanted_block(alike), round_up(call.capacity, LANES))
+    whole = math.lcm(call.page, LANES)
+    block = block // whole * whole or block
+    return decode.Config(block, decode.tile_of(alike, block), decode.splits_on(chip))
 
 
 def _tiles(call: Call, block: int, tile: int, heads: int, capacity: int) -> Config:
@@ -116,8 +134,13 @@ def _whole(call: Call, heads: int) -> bool:
     return heads == call.kv_heads or fits
 
 
-def misfit(call: Call, config: Config) -> str | None:
+def misfit(call: Call, config: Config | decode.Config) -> str | None:
     """None, or why a Config does not suit a call."""
+    if decodes(call) or isinstance(config, decode.Config):
+        if decodes(call) and isinstance(config, decode.Config):
+            return None
+        kind = "decode_attention's" if decodes(call) else "paged_attention's"
+        return f"a call {'of decode rows alone' if decodes(call) else 'with other rows'} takes {kind} Config"
     if config.block_q % config.tile_q or config.tile_q % smallest_tile(call):
         return f"block_q must be a multiple of tile_q, and tile_q of {smallest_tile(call)}"
     if call.page % config.dma_k or config.block_k % config.dma_k:

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import decode_attention
 from pallas_kernels.attention.call import make_call
 from pallas_kernels.attention.cases import Case
-from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_kernel
+from pallas_kernels.decode_attention import cases, gpu, tpu, tpu_fetch, tpu_kernel
 from pallas_kernels.hardware import chip
 from tests.support.attention_problems import make
 
@@ -66,12 +66,8 @@ def test_the_tpu_interpreter_finds_no_race_and_no_missing_wait(case, mode, capfd
 
 def test_the_tpu_interpreter_sees_a_missing_wait(monkeypatch):
     """The test above can fail: a copy that nobody waits for has not arrived."""
-    real = tpu_kernel._transfer
-
-    def careless(plan, refs, row, split, index, slot, act):
-        real(plan, refs, row, split, index, slot, lambda copy: act(copy) if "start" in act.__code__.co_names else None)
-
-    monkeypatch.setattr(tpu_kernel, "_transfer", careless)
+    real = tpu_kernel.transfer
+    monkeypatch.setattr(tpu_kernel, "transfer", lambda *a, start: real(*a, start=True) if start else None)
     problem = make(LONG, layout="folded")
     params = pltpu.InterpretParams(dma_execution_mode="on_wait")
     settings = LONG.settings("folded") | {"config": SMALL, "interpret": params}
@@ -137,7 +133,7 @@ def fetched(monkeypatch, case: Case, config: tpu.Config) -> int:
     call = call_of(case, "folded")
     plan = tpu.plan_for(call, config)
     arrays = case.abstract("folded")
-    refs = dict.fromkeys(tpu_kernel.Refs.__dataclass_fields__) | {
+    refs = dict.fromkeys(tpu_fetch.Refs.__dataclass_fields__) | {
         "starts": np.array(case.held),
         "lengths": case.lengths,
         "arrived": SimpleNamespace(at=np.zeros((2, 4))),
@@ -149,23 +145,24 @@ def fetched(monkeypatch, case: Case, config: tpu.Config) -> int:
             block = [2, *shape[1:]]
             block[1 if name in "kv" else 2] = config.block_k
             refs[buffer] = Buffer(block, itemsize)
-    refs, total = tpu_kernel.Refs(**refs), 0
+    refs, total = tpu_fetch.Refs(**refs), 0
 
     def copy(source, target, _):
         nonlocal total
         assert source == target
         total += source
+        return SimpleNamespace(start=lambda: None)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tpu_kernel.pl, "when", lambda condition: lambda f: f() if condition else None)
-        patch.setattr(tpu_kernel.pl, "multiple_of", lambda x, n: x)
-        patch.setattr(tpu_kernel.pltpu, "make_async_copy", copy)
-        patch.setattr(tpu_kernel, "jnp", np_like())
-        for split in range(config.splits):
+        patch.setattr(tpu_fetch.pl, "when", lambda condition: lambda f: f() if condition else None)
+        patch.setattr(tpu_fetch.pl, "multiple_of", lambda x, n: x)
+        patch.setattr(tpu_fetch.pltpu, "make_async_copy", copy)
+        patch.setattr(tpu_fetch, "jnp", np_like())
+        for split in range(plan.parts):
             for row in range(len(case.held)):
-                span = tpu_kernel._span(plan, refs, row, split)
-                for index in range(int(tpu_kernel._count(plan, *span))):
-                    tpu_kernel._transfer(plan, refs, row, split, index, index % 2, lambda x: None)
+                span = tpu_fetch.span(plan, refs, row, split)
+                for index in range(int(tpu_fetch.blocks_of(plan, *span))):
+                    tpu_fetch.transfer(plan, refs, row, split, index, index % 2, start=True)
     return total
 
 
@@ -208,7 +205,10 @@ SERVED = (  # what a batch of a server holds: contexts of all lengths, far from 
 @pytest.mark.parametrize("case", SERVED, ids=lambda c: c.name)
 def test_a_row_costs_what_it_holds(monkeypatch, case, name):
     config = tpu.heuristic(call_of(case, "folded"), chip(name))
-    moved, least = fetched(monkeypatch, case, config) + vectors(case, config.splits), needed(case) + vectors(case)
+    moved, least = (
+        fetched(monkeypatch, case, config) + vectors(case, tpu.plan_for(call_of(case, "folded"), config).parts),
+        needed(case) + vectors(case),
+    )
     print(f"{case.name} on {name}: {moved} bytes moved, {least} needed: {moved / least:.3f}")
     # Two cores each write a part of every row: beside a window of 512 that shows.
     assert 1.0 <= moved / least <= (1.05 if config.splits == 1 else 1.06)
@@ -229,7 +229,7 @@ def test_the_cost_estimate_is_what_full_rows_move(monkeypatch, case, name):
     call = call_of(case, "folded")
     config = tpu.heuristic(call, chip(name))
     plan = tpu.plan_for(call, config)
-    moved = fetched(monkeypatch, case, config) + vectors(case, config.splits)
+    moved = fetched(monkeypatch, case, config) + vectors(case, tpu.plan_for(call_of(case, "folded"), config).parts)
     said = tpu.cost(plan).bytes_accessed
     assert abs(said / moved - 1) <= 0.05
 
