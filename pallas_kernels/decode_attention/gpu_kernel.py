@@ -2,6 +2,10 @@
 
 K, V and the queries are read in place, through arrays of indices with a mask. Keys that no query sees are not read, and
 head sizes that are not a power of two are padded in registers only.
+
+A tensor core takes V in pairs of keys, which do not lie side by side: int8 would be loaded from shared memory by the
+byte. It is loaded by words of four lanes instead. Each of the four is widened by shifts and multiplied on its own, and
+has its own sums: lanes i, i + 4, i + 8, ... of the result.
 """
 
 from __future__ import annotations
@@ -32,6 +36,12 @@ class Plan:
     def rows(self) -> int:
         """T * G queries of one KV head; query t of head g is row t * G + g."""
         return self.call.queries * self.call.group
+
+    @property
+    def packed(self) -> int:
+        """Lanes of V that one element holds: int8 is read as words of four, if a product is left enough words."""
+        enough = padded(self.call.value_dim) // 4 >= padded(1)
+        return 4 if self.call.int8 and self.call.value_dim % 4 == 0 and enough else 1
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,28 @@ def _seen(plan: Plan, keys, queries, start, low, high, bits):
     return seen
 
 
+def _add_values(plan: Plan, sums: tuple, fade, weights, v) -> tuple:
+    """The sums [rows, words] of each lane of a word, faded, plus the weighted sum of a block of V."""
+
+    def lane(i: int):
+        if plan.packed == 1:
+            return v.astype(plan.dtype)
+        high = v << (24 - 8 * i) if i < 3 else v  # the byte with its sign on top
+        return (high >> 24).astype(jnp.float32).astype(plan.dtype)
+
+    return tuple(
+        part * fade[:, None]
+        + lax.dot_general(
+            weights,
+            lane(i),
+            (((1,), (0,)), ((), ())),
+            precision=precision_of(plan.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        for i, part in enumerate(sums)
+    )
+
+
 def body(plan: Plan, refs: Refs) -> None:
     """Grid (B, K * row blocks, splits)."""
     call, row, split = plan.call, pl.program_id(0), pl.program_id(2)
@@ -119,7 +151,8 @@ def body(plan: Plan, refs: Refs) -> None:
     real = lines < plan.rows
     queries, heads = lines // call.group, head * call.group + lines % call.group
     lanes = jnp.arange(padded(call.head_dim), dtype=jnp.int32)
-    value_lanes = jnp.arange(padded(call.value_dim), dtype=jnp.int32)
+    words = jnp.arange(padded(call.value_dim) // plan.packed, dtype=jnp.int32)  # of V
+    in_value = (words < call.value_dim // plan.packed)[None, :]
     q = plgpu.load(
         refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
         mask=real[:, None] & (lanes < call.head_dim)[None, :],
@@ -158,15 +191,8 @@ def body(plan: Plan, refs: Refs) -> None:
         total = total * fade + weights.sum(axis=1)
         if call.int8:
             weights = weights * plgpu.load(refs.v_scale.at[row, head, slots], mask=held, other=0.0)[None, :]
-        v = fetch(refs.v, slots, held, value_lanes, call.value_dim).astype(plan.dtype)
-        acc = acc * fade[:, None] + lax.dot_general(
-            weights.astype(plan.dtype),
-            v,
-            (((1,), (0,)), ((), ())),
-            precision=precision_of(plan.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return higher, total, acc
+        v = fetch(refs.v, slots, held, words, call.value_dim // plan.packed)
+        return higher, total, _add_values(plan, acc, fade, weights.astype(plan.dtype), v)
 
     top = jnp.full((plan.block_rows,), START, jnp.float32)
     total = jnp.zeros((plan.block_rows,), jnp.float32)
@@ -175,19 +201,19 @@ def body(plan: Plan, refs: Refs) -> None:
         sink = plgpu.load(refs.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
         top = jnp.where(split == 0, jnp.maximum(sink, START), top)
         total = jnp.where(split == 0, jnp.exp(sink - top), total)
-    acc = jnp.zeros((plan.block_rows, value_lanes.shape[0]), jnp.float32)
+    acc = (jnp.zeros((plan.block_rows, words.shape[0]), jnp.float32),) * plan.packed
     top, total, acc = lax.fori_loop(first, jnp.maximum(first, end), step, (top, total, acc))
 
     saw = top != START  # true for NaN, so that it propagates
     divisor = jnp.where(saw, total, 1.0)
-    out = jnp.where(saw[:, None], acc / divisor[:, None], 0.0)
     # A part without blocks writes only a log-sum-exp of -inf; of an empty row, the first part writes zeros.
-    wrote = real & ((split == 0) | (first < end))
-    plgpu.store(
-        refs.out.at[split, row, queries[:, None], heads[:, None], value_lanes[None, :]],
-        out.astype(refs.out.dtype),
-        mask=wrote[:, None] & (value_lanes < call.value_dim)[None, :],
-    )
+    wrote = (real & ((split == 0) | (first < end)))[:, None] & in_value
+    for i, part in enumerate(acc):
+        plgpu.store(
+            refs.out.at[split, row, queries[:, None], heads[:, None], words[None, :] * plan.packed + i],
+            jnp.where(saw[:, None], part / divisor[:, None], 0.0).astype(refs.out.dtype),
+            mask=wrote,
+        )
     if refs.lse is not None:
         lse = jnp.where(saw, top + jnp.log(divisor), -jnp.inf)
         plgpu.store(refs.lse.at[split, row, queries, heads], lse, mask=real)
