@@ -2,10 +2,6 @@
 
 K, V and the queries are read in place, through arrays of indices with a mask. Keys that no query sees are not read, and
 head sizes that are not a power of two are padded in registers only.
-
-A tensor core takes V in pairs of keys, which do not lie side by side: int8 would be loaded from shared memory by the
-byte. It is loaded by words of four lanes instead. Each of the four is widened by shifts and multiplied on its own, and
-has its own sums: lanes i, i + 4, i + 8, ... of the result.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.gpu_words import add_values, lanes_in_word
 from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 
 
@@ -39,9 +36,8 @@ class Plan:
 
     @property
     def packed(self) -> int:
-        """Lanes of V that one element holds: int8 is read as words of four, if a product is left enough words."""
-        enough = padded(self.call.value_dim) // 4 >= padded(1)
-        return 4 if self.call.int8 and self.call.value_dim % 4 == 0 and enough else 1
+        """Lanes of V that one loaded element holds, see `gpu_words`."""
+        return lanes_in_word(self.call.int8, self.call.value_dim, padded(self.call.value_dim))
 
 
 @dataclass(frozen=True)
@@ -116,28 +112,6 @@ def _seen(plan: Plan, keys, queries, start, low, high, bits):
     return seen
 
 
-def _add_values(plan: Plan, sums: tuple, fade, weights, v) -> tuple:
-    """The sums [rows, words] of each lane of a word, faded, plus the weighted sum of a block of V."""
-
-    def lane(i: int):
-        if plan.packed == 1:
-            return v.astype(plan.dtype)
-        high = v << (24 - 8 * i) if i < 3 else v  # the byte with its sign on top
-        return (high >> 24).astype(jnp.float32).astype(plan.dtype)
-
-    return tuple(
-        part * fade[:, None]
-        + lax.dot_general(
-            weights,
-            lane(i),
-            (((1,), (0,)), ((), ())),
-            precision=precision_of(plan.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        for i, part in enumerate(sums)
-    )
-
-
 def body(plan: Plan, refs: Refs) -> None:
     """Grid (B, K * row blocks, splits)."""
     call, row, split = plan.call, pl.program_id(0), pl.program_id(2)
@@ -192,7 +166,8 @@ def body(plan: Plan, refs: Refs) -> None:
         if call.int8:
             weights = weights * plgpu.load(refs.v_scale.at[row, head, slots], mask=held, other=0.0)[None, :]
         v = fetch(refs.v, slots, held, words, call.value_dim // plan.packed)
-        return higher, total, _add_values(plan, acc, fade, weights.astype(plan.dtype), v)
+        v = v.astype(plan.dtype) if plan.packed == 1 else v
+        return higher, total, add_values(acc, fade, weights.astype(plan.dtype), v)
 
     top = jnp.full((plan.block_rows,), START, jnp.float32)
     total = jnp.zeros((plan.block_rows,), jnp.float32)
