@@ -27,6 +27,17 @@ def topology_arguments(platform: str) -> dict[str, object]:
     return {"chips_per_host_bounds": (1, 1, 1)} if platform == "tpu" else {}
 
 
+def without_cudnn() -> str | None:
+    """Why JAX's attention cannot call cuDNN in this process; None if it can. Tracing the call asks for its version."""
+    from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version  # slow to import
+
+    try:
+        check_cudnn_version()
+    except RuntimeError as error:
+        return f"JAX finds no cuDNN in this process ({error})"
+    return None
+
+
 def cost_dict(analysis: object) -> Mapping[str, float]:
     """`Compiled.cost_analysis()` as one mapping; some versions return a list with one entry per program."""
     if isinstance(analysis, list | tuple):

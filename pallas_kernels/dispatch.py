@@ -1,8 +1,9 @@
 """Chooses the implementation of a call, and runs it. No other module does.
 
-`auto` takes the first implementation for the device that supports the call, XLA's where there is none; `explain` says
-which and why. A named implementation, or a user's own (`pallas_kernels.implementation`), never falls back: a call that
-it cannot do raises NotImplementedError with the reason and what to use instead.
+`auto` takes the implementation that was measured to be the fastest (`preferred`), else the first for the device that
+supports the call, XLA's where there is none; `explain` says which and why. A named implementation, or a user's own
+(`pallas_kernels.implementation`), never falls back: a call that it cannot do raises NotImplementedError with the reason
+and what to use instead.
 
 For experiments, the environment variable PDX_KERNELS, or `with use("xla"):`, redefines `auto`; a name that the caller
 gives is not affected. Both are read at trace time: a function that is already jitted keeps its path. The page write has
@@ -111,16 +112,28 @@ def choose(
 
 
 def _automatic(op: str, modules: Mapping[str, Any], call: Any, platform: str | None) -> Choice:
-    """The first implementation for the platform that supports the call; XLA where none does."""
+    """The preferred implementation, else the first for the platform that supports the call; XLA where none does."""
     here = platform or hardware.platform_of()
     here = "gpu" if here in ("cuda", "rocm") else here
     reason = f"no Pallas kernel of {op} for {here}"
+    # Measurements are of chips: they say nothing about a platform that is only assumed.
+    if call is not None and here == hardware.platform_of() and (found := _measured(op, modules, call, here)):
+        return found
     for name in [n for n in modules if here in _platforms(modules, n)]:
         refused = (platform is None and hardware.without_pallas()) or (call and refusal(modules[name], call))
         if not refused:
             return Choice(op, name, f"Pallas kernel for {here}")
         reason = reason if reason == refused or not reason.startswith("no Pallas") else refused
     return Choice(op, "xla", reason)
+
+
+def _measured(op: str, modules: Mapping[str, Any], call: Any, here: str) -> Choice | None:
+    """The implementation that was measured to be the fastest for such calls on the chip traced for, if one was."""
+    for name in [n for n in modules if {here, ANY} & set(_platforms(modules, n))]:
+        preferred = getattr(modules[name], "preferred", None)
+        if preferred and (reason := preferred(call)) and not refusal(modules[name], call):
+            return Choice(op, name, reason)
+    return None
 
 
 def _platforms(modules: Mapping[str, Any], name: str) -> tuple[str, ...]:

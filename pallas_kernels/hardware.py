@@ -351,17 +351,24 @@ def platform_of(device: object | None = None) -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
 
 
-def without_pallas() -> str | None:
-    """Why the GPU traced for runs no Pallas kernel; None if it runs them, or if it is not a GPU."""
+def capability() -> tuple[int, int] | None:
+    """The compute capability of the NVIDIA GPU traced for; None for another device, or if nothing says it."""
     if platform_of() != "gpu":
         return None
-    device, kind = _device(), _device_kind() or "this GPU"
-    said = re.match(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", None)))
-    known = of_kind(kind)
-    capability = tuple(map(int, said.groups())) if said else known.capability if known else None
-    if capability is None or capability >= (8, 0):
+    said = re.match(r"(\d+)\.(\d+)", str(getattr(_device(), "compute_capability", None)))
+    if said:
+        return int(said[1]), int(said[2])
+    known = of_kind(_device_kind() or "")
+    return known.capability if known else None
+
+
+def without_pallas() -> str | None:
+    """Why the GPU traced for runs no Pallas kernel; None if it runs them, or if it is not a GPU."""
+    found = capability()
+    if found is None or found >= (8, 0):
         return None
-    return f"Pallas needs a GPU of compute capability 8.0 or newer, {kind} has {capability[0]}.{capability[1]}"
+    kind = _device_kind() or "this GPU"
+    return f"Pallas needs a GPU of compute capability 8.0 or newer, {kind} has {found[0]}.{found[1]}"
 
 
 def _device_kind() -> str | None:

@@ -11,6 +11,7 @@ checked static facts, `config` the tiles; `interpret` asks for Pallas' interpret
     PLATFORM                  where it runs natively: tpu, gpu, or a tuple of these; default: any
     LAYOUTS                   the layouts of K and V that it reads; default: all
     supported(call)           None, or why it cannot do the call
+    preferred(call)           None, or why `auto` takes it before the others on the chip traced for: a measurement
     Config                    a frozen dataclass of tiles, with
     heuristic(call, chip)     the Config of a call
     misfit(call, config)      None, or why these tiles do not suit the call

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Layout = Literal["heads_first", "folded", "heads_last"]
 LAYOUTS = get_args(Layout)
@@ -88,9 +89,18 @@ def from_layout(x: Array, layout: Layout, heads: int, dim: int) -> Float[Array, 
     return unfold(x, heads, dim) if layout == "folded" else x
 
 
-def slot_block(x: Array, layout: Layout, start, size: int, heads: int, dim: int) -> Array:
-    """`size` slots from `start` on: [B, K, size, H] for `heads_first`, else [B, size, K, H]."""
-    block = lax.dynamic_slice_in_dim(x, start, size, axis=slot_axis(layout))
+def run_of_slots(x: Array, start: Int[Array, ""] | Int[Array, " B"], size: int, axis: int) -> Array:
+    """`size` slots of `axis` from `start` on, one place for all rows or one a row. Rows are the first axis."""
+    if start.ndim == 0:
+        return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+    return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size, axis=axis - 1))(x, start)
+
+
+def slot_block(
+    x: Array, layout: Layout, start: Int[Array, ""] | Int[Array, " B"], size: int, heads: int, dim: int
+) -> Array:
+    """`size` slots from `start` on: [B, K, size, H] for `heads_first`, else [B, size, K, H]. See `run_of_slots`."""
+    block = run_of_slots(x, start, size, slot_axis(layout))
     return unfold(block, heads, dim) if layout == "folded" else block
 
 

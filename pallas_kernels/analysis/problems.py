@@ -22,12 +22,14 @@ from pallas_kernels.implementation import load
 from pallas_kernels.layouts import SUBLANES, Layout, cache_shape, folded_width, round_up
 
 
-def _calling(op: str, implementation: Any, settings: Mapping[str, Any]) -> Callable[..., Any]:
-    """`Problem.run`: the op's public function on arrays by the names of its arguments."""
+def _calling(
+    op: str, implementation: Any, settings: Mapping[str, Any], known: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`Problem.run`: the op's public function on arrays by the names of its arguments. `known`: in place of some."""
 
     def run(values, config, interpret=False):
         given = {"implementation": implementation, "config": config, "interpret": interpret}
-        return op_of(op).public(**values, **settings, **given)
+        return op_of(op).public(**values | (known or {}), **settings, **given)
 
     return run
 
@@ -38,10 +40,13 @@ def _dense(op: str) -> Callable:
 
         layout = layout or layout_of(op, implementation)
         arrays, settings = case.abstract(layout), case.settings(layout)
-        call = make_call(op, arrays, **settings)
-        absent = {"lengths": None} if case.full else {}  # an argument without a default
-        run = _calling(op, implementation, settings | absent)
         rows = len(case.held)
+        # cuDNN takes whole prompts, which a program knows only from starts that are not among its arguments.
+        whole = implementation == "cudnn" and not any(case.held)
+        known = {"starts": np.zeros(rows, np.int32)} if whole else {}
+        call = make_call(op, arrays | known, **settings)
+        absent = {"lengths": None} if case.full else {}  # an argument without a default
+        run = _calling(op, implementation, settings | absent, known)
         scalars = {"starts": np.array(case.held, np.int32), "lengths": np.asarray(case.lengths)}
         full = {
             "starts": np.full(rows, max(case.slots - case.queries, 0), np.int32),

@@ -1,4 +1,4 @@
-"""Figures of a GPU program from ptxas: registers, spills, shared memory, tensor-core instructions.
+"""Figures of a GPU program from ptxas: registers, spills, shared memory, tensor-core instructions, innermost loops.
 
 It reads the folder that XLA dumps PTX into (`xla_dump_to`, `xla_dump_emitter_re=ptx`).
 """
@@ -13,8 +13,11 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pallas_kernels.analysis.sass import Loop, loops
 
 # Matrix instructions: in PTX (mma.sync, wgmma, tcgen05.mma), and in SASS (HMMA, IMMA, HGMMA, IGMMA, UTCHMMA, ...).
 _PTX_MMA = re.compile(r"^\s*(?:@%?\w+\s+)?((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+)", re.MULTILINE)
@@ -34,10 +37,21 @@ class Kernel:
     shared_bytes: int  # static and dynamic, per block
     mma: Mapping[str, int] = field(default_factory=dict)  # PTX matrix instructions, without their operands
     sass: Mapping[str, int] | None = None  # SASS matrix instructions; None: nvdisasm is not installed
+    loops: tuple[Loop, ...] = ()  # the innermost ones in SASS
 
     @property
     def tensor_cores(self) -> bool:
         return bool(self.mma if self.sass is None else self.sass)
+
+    @property
+    def loop(self) -> Loop | None:
+        """The innermost loop with the most instructions; None if there is none, or nvdisasm is not installed."""
+        return max(self.loops, key=lambda x: x.instructions, default=None)
+
+    def figures(self) -> dict[str, Any]:
+        """The fields and what follows from them, for JSON."""
+        inner = [asdict(x) | {"per_byte": x.per_byte} for x in self.loops]
+        return vars(self) | {"tensor_cores": self.tensor_cores, "loops": inner}
 
 
 @functools.cache
@@ -120,7 +134,8 @@ def _assemble(path: Path, text: str, dynamic: Mapping[str, int]) -> list[Kernel]
                 number(r"(\d+) bytes stack frame"),
                 number(r"(\d+) bytes smem") + dynamic.get(name, 0),
                 mma.get(name, {}),
-                None if sass is None else sass.get(name, {}),
+                None if sass is None else Counter(_SASS_MMA.findall(sass.get(name, ""))),
+                () if sass is None else loops(sass.get(name, "")),
             )
         )
     return kernels
@@ -132,7 +147,8 @@ def _by_entry(text: str) -> dict[str, Counter]:
     return {name: Counter(_PTX_MMA.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _sass(cubin: Path) -> dict[str, Counter] | None:
+def _sass(cubin: Path) -> dict[str, str] | None:
+    """The SASS of each entry function; None: nvdisasm is not installed, or does not read the file."""
     nvdisasm = tool("nvdisasm")
     if nvdisasm is None:
         return None
@@ -140,4 +156,4 @@ def _sass(cubin: Path) -> dict[str, Counter] | None:
     if done.returncode:
         return None
     parts = re.split(r"^\.text\.([\w$]+):", done.stdout, flags=re.MULTILINE)
-    return {name: Counter(_SASS_MMA.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return dict(zip(parts[1::2], parts[2::2], strict=True))

@@ -8,6 +8,7 @@ For each case:
 - bytes moved over the bytes stored: on a TPU with K*H rounded up to whole lanes and padding of packed queries written;
 - the CostEstimate's bytes over the count, for full rows; FLOPs done over needed; the roofline time of what is needed;
 - from the compiler VMEM, or on a GPU shared memory, registers and spills;
+- on a GPU the SASS instructions of a turn of the innermost loop, and those per byte that it loads (both of a thread);
 - on a TPU the bundles that the kernels issue, of which at most one is issued a cycle, and those over the floor: the
   cycles of the memory or of the matrix units for what is needed, whichever are more. Above 1, the kernel's own
   instructions bound it;
@@ -36,6 +37,7 @@ from typing import Any
 
 from pallas_kernels.analysis import hlo, jax_kernels, problems, schedule, targets, traffic
 from pallas_kernels.analysis.problem import Problem
+from pallas_kernels.analysis.static_rows import HEADER, line, ratios
 from pallas_kernels.analysis.targets import Target
 
 _MARK = "STATIC "
@@ -92,7 +94,7 @@ def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
         "pallas_calls": len(hlo.pallas_calls(c.text)),
         "cache": problem.cache_bytes,
         "moved": [str(i) for i in hlo.moved(c.text, max(1 << 24, problem.cache_bytes // 8))],
-        "kernels": [{**vars(k), "tensor_cores": k.tensor_cores} for k in c.kernels],
+        "kernels": [k.figures() for k in c.kernels],
     }
 
 
@@ -239,9 +241,9 @@ def _environment(**folders: str) -> dict[str, str]:
 
 
 def _rows(stdout: str) -> Iterator[dict[str, Any]]:
-    for line in stdout.splitlines():
-        if line.startswith(_MARK):
-            yield json.loads(line.removeprefix(_MARK))
+    for said in stdout.splitlines():
+        if said.startswith(_MARK):
+            yield json.loads(said.removeprefix(_MARK))
 
 
 def _config_text(config: Any) -> str:
@@ -289,51 +291,6 @@ def _chosen(args: argparse.Namespace, target: Target) -> list[Problem]:
     return [p for p in found if args.exact is None or p.name == args.exact][: 1 if args.exact else None]
 
 
-def ratios(row: dict[str, Any]) -> dict[str, float]:
-    """The ratios of a row that tables print; those of cycles only if there are cycles."""
-    found = {
-        "moved": row["bytes"] / max(row["bytes_needed"], 1),
-        "stored": row["bytes"] / max(row["bytes_stored"], 1),
-        "declared": row["bytes_declared"] / max(row["bytes_full"], 1),
-        "flops": row["flops"] / max(row["flops_needed"], 1),
-    }
-    if row.get("bundles"):
-        found["bundles"] = row["bundles"] / max(row["memory_cycles"], row["mxu_cycles"])
-    if row.get("cycles") and not row["dynamic"]:
-        found |= {"peak": row["floor_cycles"] / row["cycles"], "mxu": row["mxu_cycles"] / row["cycles"]}
-    return found
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row of the printed table."""
-    if "error" in row:
-        return f"{row['case'][:44]:44} {row['error'].splitlines()[0][:120]}"
-    over = ratios(row)
-    text = (
-        f"{row['case'][:44]:44} {row['bytes'] / 1e6:9.2f} {over['moved']:7.3f} {over['stored']:7.3f} "
-        f"{over['declared']:8.3f} {row['flops'] / 1e9:9.2f} {over['flops']:6.2f} "
-        f"{row['roofline_seconds'] * 1e6:9.1f} {'compute' if row['compute_bound'] else 'memory':8}"
-    )
-    if row["kernels"]:
-        most = max(row["kernels"], key=lambda k: k["registers"])
-        return text + (
-            f" {max(k['shared_bytes'] for k in row['kernels']) / 1024:6.1f} KiB, {most['registers']} regs, "
-            f"{sum(k['spill_bytes'] for k in row['kernels'])} B spilled"
-        )
-    text += f" {row['vmem_bytes'] / 2**20:6.2f} MiB"
-    if "bundles" in over:
-        text += f" {row['bundles']:>11,} {over['bundles']:7.2f}"
-    else:
-        text += " " * 20
-    if "mxu" in over:
-        text += f" {row['cycles']:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}"
-    for tiles, count in row.get("peer", {}).items():
-        over = ratios(row | {"cycles": count})
-        told = f"{count:>11,} {over['peak']:6.2f} {over['mxu']:6.2f}" if count else "none"
-        text += f"\n  JAX's own, tiles {tiles:127} {told}"
-    return text
-
-
 def summary(op: str, target: str) -> str:
     """A line of a Markdown table: the worst and the median case of an op on a target, counted without a compiler."""
     known = Target.get(target)
@@ -351,10 +308,6 @@ def summary(op: str, target: str) -> str:
 SUMMARY = (
     "| op | target | cases | moved / needed: worst, median | moved / stored: worst, median | declared / count | "
     "roofline us: longest, median |\n|---|---|---|---|---|---|---|"
-)
-HEADER = (
-    f"{'case':44} {'MB moved':>9} {'/needed':>7} {'/stored':>7} {'decl/cnt':>8} {'GFLOP':>9} {'/need':>6} "
-    f"{'roofline':>9} {'bound':8} {'memory':>10} {'bundles':>11} {'/floor':>7} {'cycles':>11} {'peak/':>6} {'MXU/':>6}"
 )
 
 

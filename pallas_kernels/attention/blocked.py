@@ -1,7 +1,8 @@
 """Attention in XLA, block by block, with an online softmax. Memory does not grow with T*S; time follows the context.
 
-The loop runs over blocks of *positions*, from the first that a query of the block sees to the last that a row holds.
-So unused capacity costs nothing, and keys outside a window are neither read nor computed.
+The loop runs over blocks of *positions*, to the last that a row holds. So unused capacity costs nothing. With a window
+each row begins at the first block that its own queries see: the loop has about (window + queries) / block turns,
+however far apart the rows are.
 Sources: Milakov & Gimelshein 2018 (online softmax); Rabe & Staats 2021 (chunked attention).
 """
 
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.call import Call
-from pallas_kernels.layouts import head_axes, slot_block
+from pallas_kernels.layouts import head_axes, run_of_slots, slot_block
 from pallas_kernels.masking import MASKED, START, precision_of, soft_cap, visible
 
 
@@ -55,6 +56,9 @@ def blocked_attention(arrays: Mapping[str, Array], call: Call, query_block: int,
     return out, lse.transpose(1, 0, 4, 2, 3).reshape(b, blocks * bq, n)[:, :t]
 
 
+Block = Int[Array, ""] | Int[Array, " B"]  # which block of positions: one for all rows, or each row's own
+
+
 class _Cache:
     """The cache that the queries attend to, read in blocks of `size` positions."""
 
@@ -64,13 +68,14 @@ class _Cache:
         self.scale = arrays.get("scale", call.scale)
         self.precision = precision_of(arrays["q"].dtype)
 
-    def positions(self, i: Int[Array, ""]) -> tuple[Int[Array, "B s"], Bool[Array, "B s"]]:
+    def positions(self, i: Block) -> tuple[Int[Array, "B s"], Bool[Array, "B s"]]:
         """The positions of a block, and which of them the rows hold."""
-        at = jnp.broadcast_to(i * self.size + jnp.arange(self.size), (self.lengths.shape[0], self.size))
+        at = i[..., None] * self.size + jnp.arange(self.size)
+        at = jnp.broadcast_to(at, (self.lengths.shape[0], self.size))
         # In a ring, a slot may hold a newer position instead: one turn further.
         return at, (at < self.lengths[:, None]) & (at >= self.lengths[:, None] - self.call.slots)
 
-    def scores(self, i: Int[Array, ""], rows: Float[Array, "B K m H"]) -> Float[Array, "B K m s"]:
+    def scores(self, i: Block, rows: Float[Array, "B K m H"]) -> Float[Array, "B K m s"]:
         """Q times a block of K, in f32, not scaled yet."""
         keys = self._block(i, "k", rows.shape[-1], rows.dtype)
         scores = jnp.einsum(
@@ -78,7 +83,7 @@ class _Cache:
         )
         return scores * self._scales(i, "k_scale") if self.call.int8 else scores
 
-    def weighted(self, i: Int[Array, ""], weights: Float[Array, "B K m s"], held: Bool[Array, "B s"], dtype):
+    def weighted(self, i: Block, weights: Float[Array, "B K m s"], held: Bool[Array, "B s"], dtype):
         """The weighted sum of a block of V, in f32."""
         values = self._block(i, "v", self.call.value_dim, dtype)
         # Stale values have weight zero, but they may be NaN, and zero times NaN is NaN.
@@ -93,15 +98,15 @@ class _Cache:
             preferred_element_type=jnp.float32,
         )
 
-    def _block(self, i: Int[Array, ""], name: str, width: int, dtype) -> Array:
+    def _block(self, i: Block, name: str, width: int, dtype) -> Array:
         slot = (i * self.size) % self.call.slots
         block = slot_block(self.arrays[name], self.call.layout, slot, self.size, self.call.kv_heads, width)
         # int8 is widened block by block: the cache itself is never dequantized.
         return block.astype(dtype) if self.call.int8 else block
 
-    def _scales(self, i: Int[Array, ""], name: str) -> Float[Array, "B K 1 s"]:
+    def _scales(self, i: Block, name: str) -> Float[Array, "B K 1 s"]:
         slot = (i * self.size) % self.call.slots
-        scales = lax.dynamic_slice_in_dim(self.arrays[name], slot, self.size, axis=2)
+        scales = run_of_slots(self.arrays[name], slot, self.size, axis=2)
         return scales[:, : self.call.kv_heads, None]
 
 
@@ -111,8 +116,11 @@ def _attend(cache: _Cache, rows: Float[Array, "B K G t H"], positions: Int[Array
     m = group * bq
     rows = rows.reshape(b, kv_heads, m, h)
 
-    def body(i, carry):
+    first, turns = _span(positions, cache.lengths, cache.arrays["starts"], call, cache.size)
+
+    def body(turn, carry):
         top, total, acc = carry
+        i = first + turn
         at, held = cache.positions(i)
         mask = visible(
             positions,
@@ -136,32 +144,33 @@ def _attend(cache: _Cache, rows: Float[Array, "B K G t H"], positions: Int[Array
         jnp.zeros((b, kv_heads, m), jnp.float32),
         jnp.zeros((b, kv_heads, m, call.value_dim), jnp.float32),
     )
-    begin, end = _span(positions, cache.lengths, cache.arrays["starts"], call, cache.size)
     sinks = cache.arrays.get("sinks")
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), bq, axis=1)[None]
-    out, lse = _finish(*lax.fori_loop(begin, end, body, start), sinks)
+    top, total, acc = lax.fori_loop(0, turns, body, start)
+    out, lse = _finish(top, total, acc, sinks)
     out = out.reshape(b, kv_heads, group, bq, call.value_dim).astype(dtype)
     return out, lse.reshape(b, kv_heads, group, bq) if call.return_lse else None
 
 
 def _span(positions: Int[Array, "B t"], lengths: Int[Array, " B"], starts: Int[Array, " B"], call: Call, block: int):
-    """The first block of positions that these queries see, and one past the last.
+    """The first block of positions that these queries see, and the turns of a loop that begins there.
 
+    With a window the first block is each row's own, and the turns are those of the row that needs the most.
     Padding queries, and those of inactive rows, are outside of their row: no block is read for them.
     """
     real = (positions >= 0) & (positions < lengths[:, None])
     ends = positions
     if not call.causal:
         real, ends = (jnp.broadcast_to(x[:, None], positions.shape) for x in (lengths > 0, lengths - 1))
-    last = jnp.max(jnp.where(real, ends, -1))
-    first = jnp.zeros((), jnp.int32)
-    if call.window is not None:
-        # A token of a tree may lie less deep than its place in the chunk says.
-        least = jnp.broadcast_to(starts[:, None], positions.shape) if call.tree else positions
-        earliest = jnp.min(jnp.where(real, least, jnp.iinfo(jnp.int32).max))
-        first = jnp.maximum(earliest - (call.window - 1), 0) // block
-    return first, last // block + 1
+    end = jnp.where(real, ends, -1).max(1) // block + 1
+    if call.window is None:
+        return jnp.zeros((), jnp.int32), end.max()
+    # A token of a tree may lie less deep than its place in the chunk says.
+    least = jnp.broadcast_to(starts[:, None], positions.shape) if call.tree else positions
+    earliest = jnp.where(real, least, jnp.iinfo(jnp.int32).max).min(1)
+    first = jnp.minimum(jnp.maximum(earliest - (call.window - 1), 0) // block, end)
+    return first, (end - first).max()
 
 
 def _finish(top, total, acc, sink):

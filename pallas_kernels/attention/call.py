@@ -39,6 +39,7 @@ class Call:
     lengths: bool = True  # False: every row holds S tokens
     return_lse: bool = False
     scale: float | None = 1.0  # None: traced, and among the arrays
+    whole: bool = False  # every row is known to start at position 0, while tracing
 
     @property
     def group(self) -> int:
@@ -147,6 +148,7 @@ def make_call(
         lengths=arrays["lengths"] is not None,
         return_lse=return_lse,
         scale=plain_scale(op, scale),
+        whole=(known := seen(arrays["starts"])) is not None and not known[0].any(),
     )
 
 

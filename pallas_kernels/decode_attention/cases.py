@@ -59,6 +59,8 @@ FEATURES = (
         window=99,
         softcap=5.0,
     ),
+    Case("int8, heads of 128, values of 96", (60, 200), (2, 1), 2, 256, 2, 3, 128, value_dim=96, kv_dtype="int8"),
+    Case("int8, bf16, heads of 128", (60, 0, 200), (1, 0, 1), 1, 256, 2, 4, 128, dtype="bfloat16", kv_dtype="int8"),
     Case("int8, bf16 queries, sinks", (60, 200), (1, 1), 1, 256, dtype="bfloat16", kv_dtype="int8", sinks=True),
 )
 

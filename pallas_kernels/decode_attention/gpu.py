@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import hardware
 from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.gpu_words import as_words
 from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.gpu_kernel import Plan, Refs, body, padded
 from pallas_kernels.hardware import Chip
@@ -145,6 +146,8 @@ def run(arrays, call: Call, config: Config, interpret=False):
     bits = None if tree is None else tree_bits(tree)
     names = ("starts", "lengths", "bits", "q", "k", "v", "k_scale", "v_scale", "sinks")
     inputs = {name: x for name, x in {**arrays, "bits": bits}.items() if name in names and x is not None}
+    if plan.packed > 1:
+        inputs["v"] = as_words(inputs["v"])
     partial = config.splits > 1
     shape = (config.splits, b, t, n)
     outputs = {"out": jax.ShapeDtypeStruct((*shape, call.value_dim), jnp.float32 if partial else q.dtype)}

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.gpu_words import add_values, lanes_in_word
 from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 
 
@@ -32,6 +33,11 @@ class Plan:
     def rows(self) -> int:
         """T * G queries of one KV head; query t of head g is row t * G + g."""
         return self.call.queries * self.call.group
+
+    @property
+    def packed(self) -> int:
+        """Lanes of V that one loaded element holds, see `gpu_words`."""
+        return lanes_in_word(self.call.int8, self.call.value_dim, padded(self.call.value_dim))
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,8 @@ def body(plan: Plan, refs: Refs) -> None:
     real = lines < plan.rows
     queries, heads = lines // call.group, head * call.group + lines % call.group
     lanes = jnp.arange(padded(call.head_dim), dtype=jnp.int32)
-    value_lanes = jnp.arange(padded(call.value_dim), dtype=jnp.int32)
+    words = jnp.arange(padded(call.value_dim) // plan.packed, dtype=jnp.int32)  # of V
+    in_value = (words < call.value_dim // plan.packed)[None, :]
     q = plgpu.load(
         refs.q.at[row, queries[:, None], heads[:, None], lanes[None, :]],
         mask=real[:, None] & (lanes < call.head_dim)[None, :],
@@ -158,15 +165,9 @@ def body(plan: Plan, refs: Refs) -> None:
         total = total * fade + weights.sum(axis=1)
         if call.int8:
             weights = weights * plgpu.load(refs.v_scale.at[row, head, slots], mask=held, other=0.0)[None, :]
-        v = fetch(refs.v, slots, held, value_lanes, call.value_dim).astype(plan.dtype)
-        acc = acc * fade[:, None] + lax.dot_general(
-            weights.astype(plan.dtype),
-            v,
-            (((1,), (0,)), ((), ())),
-            precision=precision_of(plan.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return higher, total, acc
+        v = fetch(refs.v, slots, held, words, call.value_dim // plan.packed)
+        v = v.astype(plan.dtype) if plan.packed == 1 else v
+        return higher, total, add_values(acc, fade, weights.astype(plan.dtype), v)
 
     top = jnp.full((plan.block_rows,), START, jnp.float32)
     total = jnp.zeros((plan.block_rows,), jnp.float32)
@@ -175,19 +176,19 @@ def body(plan: Plan, refs: Refs) -> None:
         sink = plgpu.load(refs.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
         top = jnp.where(split == 0, jnp.maximum(sink, START), top)
         total = jnp.where(split == 0, jnp.exp(sink - top), total)
-    acc = jnp.zeros((plan.block_rows, value_lanes.shape[0]), jnp.float32)
+    acc = (jnp.zeros((plan.block_rows, words.shape[0]), jnp.float32),) * plan.packed
     top, total, acc = lax.fori_loop(first, jnp.maximum(first, end), step, (top, total, acc))
 
     saw = top != START  # true for NaN, so that it propagates
     divisor = jnp.where(saw, total, 1.0)
-    out = jnp.where(saw[:, None], acc / divisor[:, None], 0.0)
     # A part without blocks writes only a log-sum-exp of -inf; of an empty row, the first part writes zeros.
-    wrote = real & ((split == 0) | (first < end))
-    plgpu.store(
-        refs.out.at[split, row, queries[:, None], heads[:, None], value_lanes[None, :]],
-        out.astype(refs.out.dtype),
-        mask=wrote[:, None] & (value_lanes < call.value_dim)[None, :],
-    )
+    wrote = (real & ((split == 0) | (first < end)))[:, None] & in_value
+    for i, part in enumerate(acc):
+        plgpu.store(
+            refs.out.at[split, row, queries[:, None], heads[:, None], words[None, :] * plan.packed + i],
+            jnp.where(saw[:, None], part / divisor[:, None], 0.0).astype(refs.out.dtype),
+            mask=wrote,
+        )
     if refs.lse is not None:
         lse = jnp.where(saw, top + jnp.log(divisor), -jnp.inf)
         plgpu.store(refs.lse.at[split, row, queries, heads], lse, mask=real)

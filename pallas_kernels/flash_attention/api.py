@@ -50,7 +50,8 @@ def flash_attention(
       k, v: the cache in `layout` (`pallas_kernels.layouts`), S slots a row. It holds this chunk's keys and values
         already. Position p lies in slot p mod S: a ring, which keeps the last S tokens of a longer row. Slots
         that hold none of the row's positions may hold anything, NaN included. The head sizes of k and v may differ.
-      starts: position of each row's first query, from 0; query t has position starts + t.
+      starts: position of each row's first query, from 0; query t has position starts + t. Zeros that are not traced
+        (of numpy, under `jit`) say that the rows are whole prompts, which cuDNN takes.
       lengths: tokens of each row, this chunk included; more than S where the ring has wrapped; 0 for an inactive
         row. A causal query at or past its row's length is padding: its result is zero or finite, and nothing is
         read for it. None: every row holds S tokens.

@@ -76,6 +76,7 @@ CASES = (
     Case("bf16 pages, f32 queries", (40, 9, 30), (1, 1, 17), kv_dtype="bfloat16"),
     Case("bf16, sixteen query heads a KV head", (40, 9, 30), (1, 1, 9), dtype="bfloat16", kv_heads=1, group=16),
     Case("int8", (140, 9, 30), (1, 1, 17), page=128, kv_dtype="int8", decode_rows=2),
+    Case("int8, heads of 128", (140, 9, 30), (1, 1, 17), head_dim=128, page=128, kv_dtype="int8", decode_rows=2),
     Case(
         "int8, bf16 queries, window, sinks",
         (300, 9, 150),

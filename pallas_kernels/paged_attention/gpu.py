@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import hardware
+from pallas_kernels.attention.gpu_words import as_words
 from pallas_kernels.attention.merge import merge
 from pallas_kernels.hardware import Chip
 from pallas_kernels.paged_attention.call import Call, known
@@ -153,6 +154,8 @@ def run(arrays, call: Call, config: Config, interpret=False):
     tables = known(arrays["block_tables"], call)
     inputs = {"pieces": pieces, "tables": tables, "q": q, "k": arrays["k_pages"], "v": arrays["v_pages"]}
     inputs |= {name: arrays[name] for name in ("k_scale", "v_scale", "sinks") if name in arrays}
+    if plan.packed > 1:
+        inputs["v_words"] = as_words(arrays["v_pages"])
     partial = config.splits > 1
     shape = (config.splits, call.tokens, call.heads)
     outputs = {"out": jax.ShapeDtypeStruct((*shape, call.value_dim), jnp.float32 if partial else q.dtype)}

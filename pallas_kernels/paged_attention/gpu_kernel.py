@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.attention.gpu_words import add_values, lanes_in_word
 from pallas_kernels.decode_attention.gpu_kernel import padded
 from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
 from pallas_kernels.paged_attention.call import Call
@@ -29,6 +30,11 @@ class Plan:
     config: Any  # tiles: `gpu.Config`
     least_blocks: int  # the fewest blocks of a part, since its result is written and merged
     dtype: jnp.dtype  # operand type of the dots
+
+    @property
+    def packed(self) -> int:
+        """Lanes of V that one element holds where rows are few, see `gpu_words`."""
+        return lanes_in_word(self.call.scale_heads > 0, self.call.value_dim, padded(self.call.value_dim))
 
 
 def body(plan: Plan, r) -> None:
@@ -73,7 +79,9 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
     real = token < jnp.minimum(stop, call.tokens)
     own = position + line // call.group  # each query's position
     lanes = jnp.arange(padded(call.head_dim), dtype=jnp.int32)
-    value_lanes = jnp.arange(padded(call.value_dim), dtype=jnp.int32)
+    # Many rows reach Hopper's own instructions, which take V from shared memory and widen it on the way there.
+    packed = plan.packed if rows == SMALL_ROWS else 1
+    words = jnp.arange(padded(call.value_dim) // packed, dtype=jnp.int32)  # of V
     q = plgpu.load(
         r.q.at[token[:, None], heads[:, None], lanes[None, :]],
         mask=real[:, None] & (lanes < call.head_dim)[None, :],
@@ -87,7 +95,7 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
             ref.at[page[:, None], offset[:, None], head, lanes[None, :]],
             mask=held[:, None] & (lanes < size)[None, :],
             other=0,
-        ).astype(plan.dtype)
+        )
 
     def step(i, carry):
         top, total, acc = carry
@@ -95,7 +103,7 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
         held = (key >= first) & (key < end)
         page = plgpu.load(r.tables.at[row, key // call.page], mask=held, other=0)
         offset = key % call.page
-        k = fetch(r.k, page, offset, held, lanes, call.head_dim)
+        k = fetch(r.k, page, offset, held, lanes, call.head_dim).astype(plan.dtype)
         logits = (
             lax.dot_general(
                 q, k, (((1,), (1,)), ((), ())), precision=precision_of(plan.dtype), preferred_element_type=jnp.float32
@@ -115,15 +123,9 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
         total = total * fade + weights.sum(axis=1)
         if call.scale_heads:
             weights = weights * plgpu.load(r.v_scale.at[page, head, offset], mask=held, other=0.0)[None, :]
-        v = fetch(r.v, page, offset, held, value_lanes, call.value_dim)
-        acc = acc * fade[:, None] + lax.dot_general(
-            weights.astype(plan.dtype),
-            v,
-            (((1,), (0,)), ((), ())),
-            precision=precision_of(plan.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return higher, total, acc
+        v = fetch(r.v if packed == 1 else r.v_words, page, offset, held, words, call.value_dim // packed)
+        v = v.astype(plan.dtype) if packed == 1 else v
+        return higher, total, add_values(acc, fade, weights.astype(plan.dtype), v)
 
     top = jnp.full((rows,), START, jnp.float32)
     total = jnp.zeros((rows,), jnp.float32)
@@ -132,18 +134,19 @@ def attend(plan: Plan, r, piece, rows: int) -> None:
         sink = plgpu.load(r.sinks.at[heads], mask=real, other=0.0).astype(jnp.float32)
         top = jnp.where(split == 0, jnp.maximum(sink, START), top)
         total = jnp.where(split == 0, jnp.exp(sink - top), total)
-    acc = jnp.zeros((rows, value_lanes.shape[0]), jnp.float32)
+    acc = (jnp.zeros((rows, words.shape[0]), jnp.float32),) * packed
     top, total, acc = lax.fori_loop(low, jnp.maximum(low, high), step, (top, total, acc))
 
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
     # A part without blocks writes only a log-sum-exp of -inf; padding gets zeros, from the first part.
     wrote = real & ((split == 0) | (low < high))
-    plgpu.store(
-        r.out.at[split, token[:, None], heads[:, None], value_lanes[None, :]],
-        (acc / divisor[:, None]).astype(r.out.dtype),
-        mask=wrote[:, None] & (value_lanes < call.value_dim)[None, :],
-    )
+    for i, sums in enumerate(acc):
+        plgpu.store(
+            r.out.at[split, token[:, None], heads[:, None], words[None, :] * packed + i],
+            (sums / divisor[:, None]).astype(r.out.dtype),
+            mask=wrote[:, None] & (words < call.value_dim // packed)[None, :],
+        )
     if r.lse is not None:
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
         plgpu.store(r.lse.at[split, token, heads], lse, mask=real)

@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import decode_attention, flash_attention, hardware
 from pallas_kernels.analysis import problems
+from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.paged_attention import cases as paged_cases
@@ -58,6 +59,18 @@ def test_dense_attention(op, case, kernel):
     problem.check(out, lse)
     if op == "decode":
         assert not np.asarray(out, np.float32)[np.array(case.new) == 0].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_whole_prompts_by_cudnn(dtype):
+    """Prompts of three lengths in a larger cache, NaN behind them, and a row that takes no part."""
+    case = Case("prompts", (0,) * 4, (300, 17, 0, 1), 300, 512, 2, 4, 128, dtype=dtype)
+    problem = make(case, layout="heads_last")
+    arguments = problem.arguments(implementation="cudnn", starts=np.zeros(4, np.int32))
+    if reason := refusal("flash", "cudnn", problem, starts=arguments["starts"]):
+        pytest.skip(reason)
+    arrays = {name: arguments.pop(name) for name in ("q", "k", "v", "lengths")}
+    problem.check(jax.jit(lambda arrays: flash_attention(**arrays, **arguments))(arrays))
 
 
 @pytest.mark.parametrize("case", paged_cases.CASES, ids=lambda c: c.name)

@@ -104,6 +104,9 @@ def test_lines_and_configs():
     assert told.split(row["case"])[1].split()[1:3] == [f"{x:.3f}" for x in over]
     gpu = {"shared_bytes": 2048, "registers": 99, "spill_bytes": 0}
     assert "2.0 KiB, 99 regs, 0 B spilled" in static.line(row | {"kernels": [gpu]})
+    turns = [{"instructions": 40, "per_byte": None}, {"instructions": 704, "per_byte": 5.176}]
+    assert static.line(row | {"kernels": [gpu | {"loops": turns}]}).endswith("704 instructions a turn, 5.18 a byte")
+    assert static.line(row | {"kernels": [gpu | {"loops": turns[:1]}]}).endswith("40 instructions a turn")
     assert "too much VMEM" in static.line({"case": "x", "error": "too much VMEM\nmore"})
 
 

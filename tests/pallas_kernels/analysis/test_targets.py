@@ -41,7 +41,7 @@ def seen(name, rows):
     c = target.compile(fn, x, jnp.ones((128, 128), jnp.bfloat16), target.chip.platform, scale=2.0, static_argnums=2,
                        static_argnames="scale")
     return {"saw": saw, "memory": dict(c.memory), "seconds": c.seconds, "vmem": c.vmem_bytes, "text": c.text[:9],
-            "kernels": [{**vars(k), "tensor_cores": k.tensor_cores} for k in c.kernels]}
+            "kernels": [k.figures() for k in c.kernels]}
 
 out = {name: seen(name, 64) for name in sys.argv[1:]}
 if "v5e" in out:

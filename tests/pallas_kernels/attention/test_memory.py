@@ -1,4 +1,4 @@
-"""What attention reads: as many blocks as the longest row needs, and nothing of what a slot's last user left."""
+"""What attention reads: blocks for the row that needs the most, and nothing of what a slot's last user left."""
 
 from types import SimpleNamespace
 
@@ -88,6 +88,20 @@ def trips(monkeypatch, op, case: Case) -> int:
 )
 def test_decode_reads_what_the_context_needs(monkeypatch, case, blocks):
     assert trips(monkeypatch, decode_attention, case) == blocks
+
+
+@pytest.mark.parametrize("queries", [1, 4, 128])
+def test_a_window_costs_no_more_where_one_row_is_far_ahead(monkeypatch, queries):
+    """The turns are all that differs: both calls run the same program. It once read what lies between the rows too."""
+    held = (6000,) + (600,) * 7
+    settings = {"kv_heads": 1, "head_dim": 4, "window": 512}
+    op = flash_attention if queries > 16 else decode_attention
+    ragged, equal = (
+        trips(monkeypatch, op, Case("rows", rows, (queries,) * 8, queries, 1024, **settings))
+        for rows in (held, (600,) * 8)
+    )
+    assert 0 < ragged <= 1.5 * equal
+    assert ragged <= -(-(512 + queries) // 128) + 1
 
 
 def test_prefill_reads_what_the_context_needs(monkeypatch):

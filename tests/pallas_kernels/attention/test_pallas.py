@@ -18,7 +18,7 @@ pytestmark = pytest.mark.thin(20)
 
 LAYOUT = {"tpu": "folded", "gpu": "heads_last"}
 OPS = {"decode": (decode_attention, DECODE, decode_cases.CASES), "flash": (flash_attention, FLASH, flash_cases.CASES)}
-KERNELS = [(op, name) for op, (_, of, _) in OPS.items() for name in of.implementations if name != "xla"]
+KERNELS = [(op, name) for op, (_, of, _) in OPS.items() for name in of.implementations if name in LAYOUT]
 # An interpreted kernel takes seconds to compile: of the ordinary cases every fourth runs by default, all with `slow`.
 FEATURES = decode_cases.FEATURES + flash_cases.FEATURES
 RUNS = [
@@ -34,9 +34,9 @@ RUNS = [
 ]
 
 
-def refusal(op, name, problem) -> str | None:
-    """Why the implementation says it cannot do the problem."""
-    call = make_call(op, problem.arrays, **problem.case.settings(problem.layout))
+def refusal(op, name, problem, **changes) -> str | None:
+    """Why the implementation says it cannot do the problem; `changes` replace arrays."""
+    call = make_call(op, problem.arrays | changes, **problem.case.settings(problem.layout))
     return implementation.refusal(OPS[op][1].implementations[name], call)
 
 

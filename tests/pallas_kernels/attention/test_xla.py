@@ -1,9 +1,11 @@
 """Every attention op and the reference against float64 numpy, and against wrong answers that must not pass."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention, flash_attention, reference_attention
+from pallas_kernels.attention.cases import Case
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.layouts import LAYOUTS
@@ -38,6 +40,30 @@ def test_every_layout_gives_the_same(op, layout):
     for case in named:
         problem = make(case, layout=layout)
         problem.check(problem.run(OPS[op]))
+
+
+FAR = {"held": (3000, 60, 0, 61, 2999, 7), "kv_heads": 1, "group": 3, "window": 200}
+FAR_APART = (
+    Case("decode", new=(1, 1, 0, 1, 1, 1), queries=1, slots=3072, **FAR),
+    Case("ring, draft, sinks", new=(4, 1, 0, 2, 3, 4), queries=4, slots=256, sinks=True, **FAR),
+    Case("ring, tree, soft cap", new=(9, 5, 0, 2, 3, 9), queries=9, slots=384, tree=True, softcap=3.0, **FAR),
+    Case("int8, sinks", new=(2, 1, 0, 2, 2, 2), queries=2, slots=3072, kv_dtype="int8", sinks=True, **FAR),
+    Case("chunks of two query blocks", new=(300, 9, 0, 270, 1, 300), queries=300, slots=640, **FAR),
+    Case("tree in a chunk, int8", new=(40, 9, 0, 40, 1, 3), queries=40, slots=256, tree=True, kv_dtype="int8", **FAR),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", FAR_APART, ids=lambda c: c.name)
+def test_windows_of_rows_that_are_far_apart(case, layout):
+    """Each row has blocks of its own. Its neighbours do not change a bit of it, although they change the loop."""
+    problem = make(case, layout=layout)
+    op = decode_attention if case.queries <= 16 else flash_attention
+    out, lse = problem.run(op, return_lse=True)
+    problem.check(out, lse)
+    for row in (0, 1):
+        alone = jnp.where(jnp.arange(len(case.held)) == row, problem.arrays["lengths"], 0)
+        np.testing.assert_array_equal(np.asarray(problem.run(op, lengths=alone))[row], np.asarray(out)[row])
 
 
 @pytest.mark.parametrize("op", ["flash", "decode"])

@@ -1,6 +1,7 @@
 """Paged attention against float64 numpy: the reference and the XLA path, on every case; and the check itself."""
 
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.cases import CASES, Case
 from tests.support.paged_attention import make
@@ -181,6 +182,29 @@ def test_a_row_ignores_its_neighbours(decode_rows):
     out = np.asarray(run(problem, "heads_last", decode_rows=decode_rows, **spoiled))
     assert np.isnan(out[1]).all()
     np.testing.assert_array_equal(out[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_window_costs_no_more_where_one_row_is_far_ahead(monkeypatch, queries):
+    """Counted in turns of the loop: both calls run the same program."""
+
+    def turns(longest):
+        lengths = (longest,) + (600,) * 7
+        shape = {"kv_heads": 1, "head_dim": 8, "width": 400, "window": 512}
+        problem = make(Case("far", lengths, (queries,) * 8, **shape, decode_rows=8, decode_queries=queries))
+        ranges = []
+
+        def loop(first, end, body, start):
+            ranges.append(int(end) - int(first))
+            return jax.lax.fori_loop(first, end, body, start)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(xla, "lax", SimpleNamespace(fori_loop=loop))
+            hints = {"decode_rows": 8, "decode_queries": queries, "max_queries": queries}
+            problem.check(paged_attention(**problem.arguments("heads_first"), **hints, implementation="xla"))
+        return sum(ranges)
+
+    assert 0 < turns(6000) <= 1.5 * turns(600)
 
 
 @pytest.mark.parametrize("queries", [1, 4])

@@ -162,3 +162,25 @@ def test_configs_that_do_not_suit_are_refused(config, says):
         gpu.Config(16, 48, 64)
     with pytest.raises(ValueError, match="splits"):
         gpu.Config(16, 64, 64, splits=0)
+
+
+@pytest.mark.parametrize(
+    ("chip", "changes", "runs"),
+    [
+        ("h200", {"rows": 1024}, "xla"),
+        ("h100", {"rows": xla.PREFERRED_ROWS}, "xla"),
+        ("h200", {"rows": xla.PREFERRED_ROWS - 1}, "gpu"),
+        ("h200", {"rows": 8}, "gpu"),
+        ("h200", {"rows": 1024, "int8_activations": True}, "gpu"),
+        ("h200", {"rows": 1024, "bits": 4, "groups": 3}, "gpu"),
+        ("h200", {"rows": 1024, "dtype": "float32"}, "gpu"),
+        ("a100", {"rows": 1024}, "gpu"),
+        ("v5e", {"rows": 1024}, "tpu"),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_faster(chip, changes, runs):
+    with Target.get(chip).tracing():
+        choice = explain("auto", call=replace(CALL, **changes))
+        assert choice.implementation == runs
+        assert ("measured on an H200" in choice.reason) == (runs == "xla")
+        assert explain("gpu", call=replace(CALL, rows=1024)).implementation == "gpu"
