@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 # The running maximum starts at START; a masked logit is MASKED. Both are finite, so that a query that sees nothing
 # gives zero and not NaN. exp(MASKED - START) is exactly zero, so masked keys have no weight even before a key is seen.
 START, MASKED = -1e30, -2e30
+# softmax(x) = exp2(x * log2(e) - top) / sum: with the logits' scale, log2(e) is no multiplication more.
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
 
 def visible(

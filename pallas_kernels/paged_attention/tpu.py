@@ -174,7 +174,8 @@ def _run(arrays, call: Call, config: Config, interpret, estimate):
         "k_buffer": pltpu.VMEM((2, config.block_k, k.shape[2] // groups), k.dtype),
         "v_buffer": pltpu.VMEM((2, config.block_k, v.shape[2] // groups), v.dtype),
         "queries": pltpu.VMEM((*shape, widest(heads, call.head_dim)), plan.dtype),
-        "state": pltpu.VMEM((*shape, LANES), jnp.float32),
+        "top": pltpu.VMEM((*shape, LANES), jnp.float32),
+        "total": pltpu.VMEM((*shape, LANES), jnp.float32),
         "acc": pltpu.VMEM((*shape, widest(heads, hv)), jnp.float32),
         "arrived": pltpu.SemaphoreType.DMA((2, 4)),
     }
@@ -197,9 +198,10 @@ def _run(arrays, call: Call, config: Config, interpret, estimate):
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=list(outputs.values()),
-        # Pieces run in order, since each prefetches for the next.
+        # Pieces run in order, since each prefetches for the next. Every DMA lies in its pool: pieces end where block
+        # tables do, and their pages are clipped to the pool.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 2, vmem_limit_bytes=config.vmem_bytes
+            dimension_semantics=("arbitrary",) * 2, vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True
         ),
         cost_estimate=estimate,
         interpret=interpret,

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layouts import LANES, round_up
-from pallas_kernels.masking import MASKED, START, precision_of, soft_cap
+from pallas_kernels.masking import LN_2, LOG2_E, MASKED, START, precision_of
 from pallas_kernels.paged_attention.call import Call
 
 FIELDS = ("row", "block", "start", "stop", "position", "first", "end", "before", "next")
@@ -189,7 +189,6 @@ def seen(plan: Plan, field, item) -> tuple:
 def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -> None:
     """Attend with `tiles` tiles of `count` queries, from tile `first` on; store the results of the item's queries."""
     call = plan.call
-    rows = count * call.group
     oldest, end = seen(plan, field, item)
     position = field("position") + first * count - field("start")  # position of the first tile's first query
     total = steps_of(plan, field, plan.items - 1) + field("before", plan.items - 1)
@@ -230,18 +229,22 @@ def attend(plan: Plan, r, field, group, item, steps, first, tiles, count: int) -
                 v = r.v_buffer[slot]
                 r.v_buffer[slot] = jnp.where((at >= oldest) & (at < end), v, jnp.zeros_like(v))
 
-        key = begin + lax.broadcasted_iota(jnp.int32, (1, plan.config.block_k), 1)
-        held = (key >= oldest) & (key < end)
-        key = jnp.where(key < end, key, jnp.iinfo(jnp.int32).max)
-
         def one(t):
-            # Row i of a head's tile is query i mod count, query head i div count.
-            own = position + t * count + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % count
-            mask = key <= own
+            first = position + t * count  # of the tile's first query
+            whole = (begin >= oldest) & (begin + plan.config.block_k <= jnp.minimum(end, first + 1))
             if call.window:
-                mask &= key > own - call.window
-            for head in range(plan.config.block_heads):
-                update(plan, r, group, t, head, rows, slot, mask, held)
+                whole &= begin > first + count - 1 - call.window
+
+            @pl.when(whole)
+            def _():
+                for head in range(plan.config.block_heads):
+                    update(plan, r, group, t, head, count, slot, None, None)
+
+            @pl.when(~whole)
+            def _():
+                mask, held = masks(plan, begin, oldest, end, first, count)
+                for head in range(plan.config.block_heads):
+                    update(plan, r, group, t, head, count, slot, mask, held)
 
         high = tiles
         if call.window:
@@ -268,28 +271,37 @@ def load_queries(plan: Plan, r, group, tile, base, count: int) -> None:
             before, behind = ([jnp.zeros((count, n), q.dtype)] if n else [] for n in around)
             parts = [*before, q, *behind]
             r.queries[tile, head, rows, : lanes.width] = jnp.concatenate(parts, 1) if len(parts) > 1 else q
-            top, total = jnp.full((count, 1), START), jnp.zeros((count, 1))
+            top, total = START, jnp.float32(0)
             if r.sinks is not None:
-                sink = jnp.full((count, 1), r.sinks[group * plan.config.block_heads * call.group + n])
+                sink = r.sinks[group * plan.config.block_heads * call.group + n] * LOG2_E
                 top = jnp.maximum(sink, START)
-                total = jnp.exp(sink - top)  # -inf: no sink
-            r.state[tile, head, rows] = pack_state(top, total)
+                total = jnp.exp2(jnp.full((1, LANES), sink - top)) / LANES  # -inf: no sink
+            r.top[tile, head, rows] = jnp.full((count, LANES), top, jnp.float32)
+            r.total[tile, head, rows] = jnp.broadcast_to(total, (count, LANES))
         r.acc[tile, head, : call.group * count] = jnp.zeros((call.group * count, r.acc.shape[3]), jnp.float32)
 
 
-def pack_state(top, total):
-    """Pack the running maximum and sum [rows, 1] into the two halves of one register row."""
-    lane = lax.broadcasted_iota(jnp.int32, (top.shape[0], LANES), 1)
-    return jnp.where(lane < LANES // 2, top, total)
+def masks(plan: Plan, begin, oldest, end, first, count: int):
+    """[count, block_k]: which keys from position `begin` on each query of a tile sees, `first` on; and those held."""
+    key = begin + lax.broadcasted_iota(jnp.int32, (1, plan.config.block_k), 1)
+    held = (key >= oldest) & (key < end)
+    own = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    mask = jnp.where(held, key, jnp.iinfo(jnp.int32).max) <= own
+    if plan.call.window:
+        mask &= key > own - plan.call.window
+    return mask, held
 
 
-def update(plan: Plan, r, group, tile, head: int, rows: int, slot, mask, held) -> None:
-    """One step of the online softmax for one tile of queries and one KV head of the group."""
-    call = plan.call
-    precision = precision_of(plan.dtype)
+def update(plan: Plan, r, group, tile, head: int, count: int, slot, mask, held) -> None:
+    """One step of the online softmax for one tile of `count` queries and one KV head of the group.
+
+    Row g * count + i of a tile is query i of query head g. `mask`, `held`: None where every query sees every key.
+    """
+    call, block, rows = plan.call, plan.config.block_k, count * plan.call.group
     at, to = (lanes_of(head, plan.config.block_heads, size) for size in (call.head_dim, call.value_dim))
     k = r.k_buffer[slot, :, at.base : at.base + at.width].astype(plan.dtype)
     v = r.v_buffer[slot, :, to.base : to.base + to.width].astype(plan.dtype)
+    precision = precision_of(plan.dtype)
     logits = lax.dot_general(
         r.queries[tile, head, :rows, : at.width],
         k,
@@ -297,22 +309,40 @@ def update(plan: Plan, r, group, tile, head: int, rows: int, slot, mask, held) -
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    # exp2 takes logits times log2(e): one product with the scale.
+    scale = call.scale * LOG2_E if call.softcap is None else call.scale / call.softcap
     scales = pl.ds(group * plan.config.block_heads + head, 1)
-    if call.scale_heads:
-        logits = logits * r.k_scales[slot, scales]
-    logits = jnp.where(mask, soft_cap(logits * plan.call.scale, call.softcap), MASKED)
-    state = r.state[tile, head, :rows]
-    top, total = state[:, :1], state[:, LANES // 2 : LANES // 2 + 1]
-    new_top = jnp.maximum(top, logits.max(1, keepdims=True))
-    weights = jnp.exp(logits - new_top)
-    fade = jnp.exp(top - new_top)
-    r.state[tile, head, :rows] = pack_state(new_top, total * fade + weights.sum(1, keepdims=True))
+    logits = logits * (r.k_scales[slot, scales] * scale if call.scale_heads else scale)
+    if call.softcap is not None:
+        logits = jnp.tanh(logits) * (call.softcap * LOG2_E)
+    if mask is not None:
+        logits = jnp.where(mask[None], logits.reshape(call.group, count, block), MASKED).reshape(rows, block)
+    before = r.top[tile, head, :rows]
+    top = jnp.maximum(before, logits.max(1, keepdims=True))
+    weights = jnp.exp2(logits - in_lanes(top, block))
+    fade = jnp.exp2(before - top)
+    r.top[tile, head, :rows] = top
+    # A row's sum is spread over the lanes: each holds a part.
+    if block % LANES:
+        by_lane = jnp.broadcast_to(weights.sum(1, keepdims=True) / LANES, (rows, LANES))
+    else:
+        by_lane = sum(weights[:, i : i + LANES] for i in range(0, block, LANES))
+    r.total[tile, head, :rows] = r.total[tile, head, :rows] * fade + by_lane
     if call.scale_heads:  # past the row's tokens a scale may be NaN
-        weights = weights * jnp.where(held, r.v_scales[slot, scales], 0.0)
+        own = r.v_scales[slot, scales]
+        weights = weights * (own if held is None else jnp.where(held, own, 0.0))
     product = lax.dot_general(
         weights.astype(plan.dtype), v, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-    r.acc[tile, head, :rows, : to.width] = r.acc[tile, head, :rows, : to.width] * fade + product
+    acc = r.acc[tile, head, :rows, : to.width]
+    r.acc[tile, head, :rows, : to.width] = acc * in_lanes(fade, to.width) + product
+
+
+def in_lanes(x, width: int):
+    """[rows, LANES] with equal lanes -> [rows, width]."""
+    if width <= LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
 
 
 def store(plan: Plan, r, field, tile, base, count: int) -> None:
@@ -327,14 +357,14 @@ def store(plan: Plan, r, field, tile, base, count: int) -> None:
         lanes = lanes_of(head, plan.config.block_heads, call.value_dim)
         for g in range(call.group):
             rows = slice(g * count, (g + 1) * count)
-            state = r.state[tile, head, rows]
-            total = state[:, LANES // 2 : LANES // 2 + 1]
+            total = r.total[tile, head, rows].sum(1, keepdims=True)
             saw = total != 0  # true for NaN, so that it propagates
             part = r.acc[tile, head, rows, : lanes.width][:, lanes.offset : lanes.offset + call.value_dim]
             results.append(part / jnp.where(saw, total, 1.0))
             if r.lse is not None:
                 n = head * call.group + g
-                lse = jnp.where(saw, state[:, :1] + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
+                top = r.top[tile, head, rows][:, :1]
+                lse = jnp.where(saw, top * LN_2 + jnp.log(jnp.where(saw, total, 1.0)), -jnp.inf)
                 where = slice(n // LANES * LANES, (n // LANES + 1) * LANES)
                 r.lse[0, at, where] = jnp.where(own & (lane == n % LANES), lse, r.lse[0, at, where])
     padding = r.out.shape[1] - plan.config.block_heads * call.group * call.value_dim

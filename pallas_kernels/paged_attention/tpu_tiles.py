@@ -164,6 +164,6 @@ def _vmem(call: Call, config: Config) -> int:
         block
         * call.group
         * heads
-        * (widest(heads, call.head_dim) * max(q, kv) + widest(heads, call.value_dim) * 4 + LANES * 4)
+        * (widest(heads, call.head_dim) * max(q, kv) + widest(heads, call.value_dim) * 4 + 2 * LANES * 4)
     )
     return held + state + 4 * rows * block_k * 4 + config.tile_q * io * 4
