@@ -117,6 +117,10 @@ class _Machine:
         self.granules = self.started = 0
         self.memory[self._place("#allocation0")] = core
         for operand in schedule.operands:
+            if operand.by_value:
+                given = operands.get(operand.index)
+                self._set(operand.register, UNKNOWN if given is None else int(np.asarray(given).item()))
+                continue
             pointer = self._place(f"operand{operand.index}")
             self._set(operand.register, pointer)
             if operand.index in operands:

@@ -83,11 +83,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of the kernel: the register that points to it, and its shape, such as `s32[621]`."""
+    """An operand of the kernel: the register that points to it, and its shape, such as `s32[621]`.
+
+    `by_value`: the register holds the operand itself. libtpu passes arrays of one element, such as `s32[1]`, that way.
+    """
 
     register: str
     index: int
     shape: str
+    by_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,10 +166,11 @@ def read(text: str) -> Schedule:
 
 
 def _operands(text: str) -> Iterator[Operand]:
-    pattern = r"%(\w+) = inlined_call_operand\.\w+ \[shape: ([^,]*(?:\[[\d,]*\])), index: (\d+), kind: (\w+)"
-    for register, shape, index, kind in re.findall(pattern, text):
+    space = r"inlined_call_operand\.(\w+|<no memory space>)"
+    pattern = rf"%(\w+) = {space} \[shape: ([^,]*(?:\[[\d,]*\])), index: (\d+), kind: (\w+)"
+    for register, where, shape, index, kind in re.findall(pattern, text):
         if kind == "input":
-            yield Operand(register, int(index), shape)
+            yield Operand(register, int(index), shape, where.startswith("<"))
 
 
 def _op(text: str) -> Op | None:
