@@ -122,7 +122,7 @@ def plan_of(call: Call, config: Config, on: Chip | None) -> Plan:
     steps = call.slots // config.block_k
     if call.window is not None:
         # In a ring the oldest and the newest positions may share a block: one step more than there are blocks.
-        span = call.queries if call.tree else config.block_q
+        span = query_blocks * config.block_q if call.tree else config.block_q  # see `Plan.key_blocks`
         steps = min(steps + 1, (span + call.window - 2) // config.block_k + 2)
     extra = 0
     if config.ones and not call.int8:
