@@ -117,6 +117,10 @@ class _Machine:
         self.granules = self.started = 0
         self.memory[self._place("#allocation0")] = core
         for operand in schedule.operands:
+            if operand.by_value:
+                given = operands.get(operand.index)
+                self._set(operand.register, UNKNOWN if given is None else int(np.asarray(given).item()))
+                continue
             pointer = self._place(f"operand{operand.index}")
             self._set(operand.register, pointer)
             if operand.index in operands:
@@ -180,6 +184,9 @@ class _Machine:
             "no": _no,
             "both": _both,
             "pick": _pick,
+            "extreme": _extreme,
+            "divided": _divided,
+            "pop": _pop,
         }
         exec("\n".join(lines), scope)  # the text is made here, of the names in `_line`
         return scope["act"]  # type: ignore[return-value]
@@ -221,8 +228,11 @@ class _Machine:
         """The instruction as lines of Python."""
         if op.name == "sst":
             *place, value = op.args
-            line = f"M[{self._value(','.join(place))}] = {self._value(value)}"
-            return [line] if op.predicate is None else [f"if {self._holds(op)}: {line}"]
+            where, value = f"M[{self._value(','.join(place))}]", self._value(value)
+            if op.predicate is None:
+                return [f"{where} = {value}"]
+            # Unknown whether it is stored: then what is there is unknown, such as the cookies of v5p's barriers.
+            return [f"{where} = pick({self._holds(op)}, {value}, {where.replace('M[', 'M.get(')[:-1]}, UNKNOWN))"]
         result = str(op.result)
         target = f"V[{result!r}] = R[{_physical(result)!r}]"
         try:
@@ -235,7 +245,11 @@ class _Machine:
         return [f"{target} = pick({self._holds(op)}, {value}, {kept})"]
 
     def _expression(self, op: Op) -> str:
+        if op.name == "sdivrem.u32":
+            return f"divided({self._value(op.args[0])}, {self._value(op.args[1])}, {op.args[2]!r})"
         args = [self._value(arg) for arg in op.args]
+        if op.name == "spop.drf":
+            return f"pop({args[0]})"
         kind, _, detail = op.name.partition(".")
         signed = not detail.startswith("u32")
         if kind == "sld":
@@ -261,7 +275,7 @@ class _Machine:
             return f"({args[0]} + {args[1]})"
         if kind in ("smin", "smax"):
             of = args if signed else [f"u({x})" for x in args]
-            return f"w({kind[1:]}({of[0]}, {of[1]}))"
+            return f"w(extreme({kind[1:]}, {of[0]}, {of[1]}))"
         signs = {"sadd": "+", "ssub": "-", "smul": "*", "sand": "&", "sor": "|", "sxor": "^"}
         if kind in signs:
             return f"w({args[0]} {signs[kind]} {args[1]})"
@@ -305,6 +319,22 @@ def _pick(condition, a, b):
     return UNKNOWN if condition is UNKNOWN else a if condition else b
 
 
+def _extreme(choose, a, b):
+    return UNKNOWN if a is UNKNOWN or b is UNKNOWN else choose(a, b)
+
+
+def _divided(a, b, wanted: str):
+    """The results of a division in the order in which they are popped: the quotient first."""
+    if a is UNKNOWN or b is UNKNOWN or not b:
+        return UNKNOWN
+    quotient, rest = divmod(_unsigned(a), _unsigned(b))
+    return {"kDivAndRem": [quotient, rest], "kDiv": [quotient], "kRem": [rest]}[wanted]
+
+
+def _pop(results):
+    return UNKNOWN if results is UNKNOWN or not results else _wrapped(results.pop(0))
+
+
 def _physical(register: str) -> str:
     """The register of the machine that holds a value: `s24_s20` is in s20."""
     return register.rsplit("_", 1)[-1]
@@ -340,6 +370,8 @@ def _needed(schedule: Schedule) -> set[str]:
                 stores.append(op)
             if op.name == "sphi":
                 phis.append(op)
+            if op.name == "spop.drf":  # each of a division's, so that their order is kept
+                wanted.add(str(op.result))
             if op.name.startswith("sbr") or (op.name.startswith("dma.") and "done" not in op.name):
                 wanted |= {op.predicate} if op.predicate else set()
                 if op.name.startswith("dma."):

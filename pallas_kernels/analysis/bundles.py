@@ -25,6 +25,7 @@ KINDS = {
 }
 
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: >*\s*\{(.*)", re.DOTALL)
+_DIVISION = re.compile(r"/\* (kDivAndRem|kDiv|kRem) \*/")  # what a division yields stands in a comment
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _OP = re.compile(r"(?:%?([\w]+) = )?([a-z][a-z0-9_.]*)\s*(?:\[(?:thread|resolvable):[^\]]*\])?\s*(.*)", re.DOTALL)
@@ -83,11 +84,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of the kernel: the register that points to it, and its shape, such as `s32[621]`."""
+    """An operand of the kernel: the register that points to it, and its shape, such as `s32[621]`.
+
+    `by_value`: the register holds the operand itself. libtpu passes arrays of one element, such as `s32[1]`, that way.
+    """
 
     register: str
     index: int
     shape: str
+    by_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def read(text: str) -> Schedule:
             continue
         _, label, rest = match.groups()
         operands += _operands(rest)
-        inside = _COMMENT.sub("", rest)
+        inside = _COMMENT.sub("", _DIVISION.sub(r", \1", rest))
         inside = inside[: inside.rindex("}")] if "}" in inside else inside
         ops = tuple(op for one in inside.split(" ;; ") if (op := _op(one.strip())))
         bundles.append(Bundle(label or "", ops, frozenset(map(int, _REGION.findall(rest)))))
@@ -162,10 +167,11 @@ def read(text: str) -> Schedule:
 
 
 def _operands(text: str) -> Iterator[Operand]:
-    pattern = r"%(\w+) = inlined_call_operand\.\w+ \[shape: ([^,]*(?:\[[\d,]*\])), index: (\d+), kind: (\w+)"
-    for register, shape, index, kind in re.findall(pattern, text):
+    space = r"inlined_call_operand\.(\w+|<no memory space>)"
+    pattern = rf"%(\w+) = {space} \[shape: ([^,]*(?:\[[\d,]*\])), index: (\d+), kind: (\w+)"
+    for register, where, shape, index, kind in re.findall(pattern, text):
         if kind == "input":
-            yield Operand(register, int(index), shape)
+            yield Operand(register, int(index), shape, where.startswith("<"))
 
 
 def _op(text: str) -> Op | None:
@@ -178,8 +184,8 @@ def _op(text: str) -> Op | None:
     if name == "sst":  # the place and the value have no comma between them
         rest = re.sub(r"\]\]\s+(?=[%\[\d])", "]], ", rest)
     args = tuple(arg.strip() for arg in rest.split(",") if arg.strip())
-    if result is not None and not result[0].isalpha():
-        result = None  # a number in front of an instruction without a result
+    if result is not None and not result[0].isalpha() and not name.startswith("sdivrem"):
+        result = None  # a number in front of an instruction without a result; that of a division is popped
     if predicate is None:
         return Op(name, result, args)
     negated, register, otherwise = predicate.groups()

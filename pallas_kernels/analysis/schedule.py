@@ -70,13 +70,12 @@ def issued(fn: Callable, args: Sequence[Any], compiled: Compiled, chip: Chip) ->
     found, texts = [], dict(sorted(compiled.schedules.items(), key=lambda item: _number(item[0])))
     for name, operands in calls:
         shapes = {i: _shape(x) for i, (_, x) in enumerate(operands)}
-        for kernel, text in texts.items():
-            schedule = bundles.read(text)
-            # The compiler may leave operands out that nothing reads, but renames none.
-            if all(shapes.get(o.index) == o.shape for o in schedule.operands):
-                break
-        else:
+        read = ((kernel, bundles.read(text)) for kernel, text in texts.items())
+        # The compiler may leave operands out that nothing reads, but renames none.
+        fits = (x for x in read if all(shapes.get(o.index) == o.shape for o in x[1].operands))
+        if (match := next(fits, None)) is None:
             raise ValueError(f"the compiler's schedules {list(texts)} have none with the operands of {name}")
+        kernel, schedule = match
         del texts[kernel]
         values = {i: v for i, (v, x) in enumerate(operands) if v is not None and np.issubdtype(x.dtype, np.integer)}
         found.append(_issued(kernel, schedule, values, max(1, chip.cores // chip.devices)))

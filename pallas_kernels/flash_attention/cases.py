@@ -67,6 +67,18 @@ LARGE = (
     Case("Llama 3 8B, int8", (0,), (2048,), 2048, 2048, 8, 4, 128, dtype="bfloat16", kv_dtype="int8", smoke=True),
     Case("SmolLM2 135M, bf16", (0,), (2048,), 2048, 2048, 3, 3, 64, dtype="bfloat16"),
     Case("Gemma 3 270M, window, bf16", (2048,), (512,), 512, 4096, 1, 4, 256, window=512, dtype="bfloat16"),
+    Case("few tokens of a large capacity, bf16", (0,), (512,), 512, 131072, 8, 4, 128, dtype="bfloat16"),
+    Case(
+        "rows of very different lengths, bf16",
+        (7680, 0, 0, 0, 0, 0, 0, 1024),
+        (512, 512, 300, 17, 0, 512, 64, 200),
+        512,
+        8192,
+        8,
+        4,
+        128,
+        dtype="bfloat16",
+    ),
     Case(
         "a chunk in a cache of half a gigabyte, bf16", (3584,) * 32, (512,) * 32, 512, 4096, 8, 4, 128, dtype="bfloat16"
     ),

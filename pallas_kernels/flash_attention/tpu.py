@@ -5,8 +5,9 @@ hold whole heads (one head of 128, two of 64, eight of 80), or all of them. The 
 stacked as rows, so that a block of keys is read and loaded into the matrix unit once for all of them. Queries and
 result are [B, T, N*H], as projections make and take them.
 
-The grid is (row, group of lanes, query block, key block). Index maps stop at the blocks that a query block sees: keys
-after its last query, before its window or past the row's end are neither fetched nor computed.
+The grid is (part, group of lanes, query block, key block), or with tables (part, group of lanes, step, 1), see
+`tpu_steps`. Keys after the last query of a block, before its window or past the row's end are neither fetched nor
+computed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.flash_attention.tpu_kernel import Plan, body
+from pallas_kernels.flash_attention.tpu_steps import scalars_needed, tables
 from pallas_kernels.hardware import Chip, chip, detect
 from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, folded_width, round_up
 
@@ -52,7 +54,8 @@ def supported(call: Call) -> str | None:
         return f"the TPU kernel takes float32 and bfloat16, and int8 keys, got {call.dtype} and {call.kv_dtype}"
     if call.tree and call.queries > LONGEST_TREE:
         return f"the TPU kernel takes trees of up to {LONGEST_TREE} tokens, got {call.queries}"
-    if 4 * 2 * call.batch > SCALAR_BYTES:
+    on = detect("tpu")
+    if 4 * scalars_needed(plan_of(call, heuristic(call, on), on)) > SCALAR_BYTES:
         return f"the scalars of {call.batch} rows do not fit the TPU's scalar memory: split the batch"
     return None
 
@@ -109,18 +112,24 @@ def misfit(call: Call, config: Config) -> str | None:
     return None
 
 
-def plan_of(call: Call, config: Config, mxu: int) -> Plan:
+def plan_of(call: Call, config: Config, on: Chip | None) -> Plan:
     """The static inputs of the kernel for this call."""
+    mxu = on.mxu if on else LANES
+    query_blocks = pl.cdiv(max(call.queries, SMALLEST), config.block_q)
+    heads = lane_heads(call)
+    cores = on.cores // on.devices if on else 1
+    alone = -(-call.kv_heads // heads) % cores == 0 or call.batch * query_blocks < cores
     steps = call.slots // config.block_k
     if call.window is not None:
         # In a ring the oldest and the newest positions may share a block: one step more than there are blocks.
-        steps = min(steps + 1, (config.block_q + call.window - 2) // config.block_k + 2)
+        span = query_blocks * config.block_q if call.tree else config.block_q  # see `Plan.key_blocks`
+        steps = min(steps + 1, (span + call.window - 2) // config.block_k + 2)
     extra = 0
     if config.ones and not call.int8:
         extra = round_up(call.value_dim + 1, mxu if call.value_dim % LANES == 0 else LANES) - call.value_dim
     compute = jnp.promote_types(call.dtype, "bfloat16" if call.int8 else call.kv_dtype)
     tree = round_up(call.queries, LANES) if call.tree else 0
-    return Plan(call, config, lane_heads(call), steps, extra, tree, jnp.dtype(compute))
+    return Plan(call, config, heads, query_blocks, 1 if alone else cores, steps, extra, tree, jnp.dtype(compute))
 
 
 def fetches(plan: Plan, query_blocks: int, start: int) -> tuple[int, int]:
@@ -171,7 +180,7 @@ def cost(plan: Plan) -> pl.CostEstimate:
 def run(arrays, call: Call, config: Config, interpret=False):
     """See `api.flash_attention`. Lays queries and results out around the kernel."""
     on = detect("tpu")
-    plan = plan_of(call, config, on.mxu if on else LANES)
+    plan = plan_of(call, config, on)
     q = arrays["q"]
     b, t, n, _ = q.shape
     queries = max(t, SMALLEST)
@@ -183,11 +192,12 @@ def run(arrays, call: Call, config: Config, interpret=False):
         edges = ((0, 0), (0, queries - t), (0, plan.tree - t))
         inputs["tree"] = jnp.pad(arrays["tree"].astype(jnp.bfloat16), edges)
     lengths = arrays["lengths"] if call.lengths else jnp.zeros_like(arrays["starts"])
-    scalars = {"starts": arrays["starts"], "lengths": lengths}
+    axes, found = tables(plan, arrays["starts"], lengths)
+    scalars = {"starts": arrays["starts"], "lengths": lengths} | found
     if call.sinks:
         scalars["sinks"] = arrays["sinks"]
     groups = -(-call.kv_heads // plan.heads)
-    grid = (b, groups, pl.cdiv(queries, config.block_q), plan.steps)
+    grid = (plan.parts, groups, *axes)
     specs = _specs(plan, inputs)
     outputs = {"out": jax.ShapeDtypeStruct((b, queries, n * call.value_dim), q.dtype)}
     if call.return_lse:
@@ -213,7 +223,7 @@ def run(arrays, call: Call, config: Config, interpret=False):
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=config.vmem_bytes
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=config.vmem_bytes
         ),
         cost_estimate=cost(plan),
         interpret=interpret,
@@ -229,23 +239,27 @@ def run(arrays, call: Call, config: Config, interpret=False):
 def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
     """The block specs: what each grid step fetches and writes."""
     call, tiles = plan.call, plan.config
-    blocks = call.slots // tiles.block_k
     width = plan.heads * call.group
 
-    def slot_block(b, i, j, starts, lengths):
-        if plan.static:
-            return j
-        first, last, live = plan.key_blocks(starts[b], plan.length(lengths, b), i)
-        return jnp.where(live, jnp.minimum(first + j, last), last) % blocks
+    def queries(part, g, step, key, starts, lengths, *found):
+        row, i, _ = plan.place(part, step, key, *found)
+        return row, i, g
 
-    def queries(b, g, i, j, *_):
-        return b, i, g
+    def keys(part, g, step, key, starts, lengths, *found):
+        row, _, slot = plan.place(part, step, key, *found)
+        return row, slot, g
 
-    def keys(b, g, i, j, starts, lengths, *_):
-        return b, slot_block(b, i, j, starts, lengths), g
+    def scales(part, g, step, key, starts, lengths, *found):
+        row, _, slot = plan.place(part, step, key, *found)
+        return row, 0, slot
 
-    def scales(b, g, i, j, starts, lengths, *_):
-        return b, 0, slot_block(b, i, j, starts, lengths)
+    def lse(part, g, step, key, starts, lengths, *found):
+        row, i, _ = plan.place(part, step, key, *found)
+        return row, g, i, 0
+
+    def tree(part, g, step, key, starts, lengths, *found):
+        row, i, _ = plan.place(part, step, key, *found)
+        return row, i, 0
 
     def lanes(name, dim):
         return plan.heads * dim if plan.heads < call.kv_heads else inputs[name].shape[2]
@@ -255,11 +269,11 @@ def _specs(plan: Plan, inputs: dict) -> dict[str, pl.BlockSpec]:
         "k": pl.BlockSpec((1, tiles.block_k, lanes("k", call.head_dim)), keys),
         "v": pl.BlockSpec((1, tiles.block_k, lanes("v", call.value_dim)), keys),
         "out": pl.BlockSpec((1, tiles.block_q, width * call.value_dim), queries),
-        "lse": pl.BlockSpec((1, 1, tiles.block_q, width), lambda b, g, i, j, *_: (b, g, i, 0)),
+        "lse": pl.BlockSpec((1, 1, tiles.block_q, width), lse),
     }
     if call.int8:
         shape = (1, inputs["k_scale"].shape[1], tiles.block_k)
         specs |= {"k_scale": pl.BlockSpec(shape, scales), "v_scale": pl.BlockSpec(shape, scales)}
     if plan.tree:
-        specs["tree"] = pl.BlockSpec((1, tiles.block_q, plan.tree), lambda b, g, i, j, *_: (b, i, 0))
+        specs["tree"] = pl.BlockSpec((1, tiles.block_q, plan.tree), tree)
     return specs

@@ -28,7 +28,9 @@ class Plan:
     call: Call
     config: Any  # tiles: `tpu.Config`
     heads: int  # KV heads in one group of lanes
-    steps: int  # key blocks of one query block: grid steps
+    query_blocks: int  # of one row
+    parts: int  # of the query blocks, each for one core
+    steps: int  # key blocks that one query block sees at most
     extra: int  # columns of ones beside the values, which give the row sums; 0: the vector unit sums
     tree: int  # columns of the tree, padded; 0: no tree
     compute: jnp.dtype
@@ -37,6 +39,47 @@ class Plan:
     def static(self) -> bool:
         """Whether every query sees every slot: no loop bound is dynamic, nothing is masked."""
         return not (self.call.lengths or self.call.causal)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every query block takes `steps` grid steps. Else tables tell which takes how many."""
+        return self.static or self.steps == 1
+
+    @property
+    def pairs(self) -> int:
+        """Query blocks of all rows."""
+        return self.call.batch * self.query_blocks
+
+    @property
+    def most(self) -> int:
+        """Entries of one part in the table of grid steps, at most."""
+        return -(-self.pairs // self.parts) * self.steps
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of a key block's number."""
+        return (self.call.slots // self.config.block_k - 1).bit_length()
+
+    def pack(self, query_block, key_block):
+        """Both blocks in one word of scalar memory; key blocks of positions become those of slots."""
+        return query_block << self.key_bits | key_block % (self.call.slots // self.config.block_k)
+
+    def place(self, part, step, key, blocks=None, *_):
+        """The row, the query block and the key block of a grid step. `blocks`: the table, unless the plan is fixed."""
+        if self.fixed:
+            block = step * self.parts + part
+            if self.pairs % self.parts:  # a part with fewer blocks computes its last one again
+                block = jnp.where(block < self.pairs, block, block - self.parts)
+        else:
+            packed = blocks[part * self.most + step]
+            block, key = packed >> self.key_bits, packed & (1 << self.key_bits) - 1
+        if self.call.batch == 1:
+            return 0, block, key
+        return lax.div(block, self.query_blocks), lax.rem(block, self.query_blocks), key
+
+    def count(self, first, last, live):
+        """Grid steps of a query block with these key blocks. One of padding takes one, which writes its zeros."""
+        return jnp.where(live, last - first + 1, 1)
 
     @property
     def rows(self) -> int:
@@ -81,7 +124,10 @@ class Step:
     def __init__(self, plan: Plan, refs: dict):
         self.plan, self.refs = plan, refs
         self.call, self.tiles = plan.call, plan.config
-        row, self.lane_group, self.i, self.j = (pl.program_id(axis) for axis in range(4))
+        part, self.lane_group, step, key = (pl.program_id(axis) for axis in range(4))
+        row, self.i, self.j = plan.place(part, step, key, refs.get("blocks"))
+        if not plan.fixed:
+            self.j = step - refs["begins"][row * plan.query_blocks + self.i]
         self.start = refs["starts"][row]
         self.length = plan.length(refs["lengths"], row)
         self.first, self.last, self.live = plan.key_blocks(self.start, self.length, self.i)
@@ -311,6 +357,6 @@ def body(plan: Plan, names: tuple[str, ...], *refs):
         def _():
             step.walk()
 
-    @pl.when(step.j == plan.steps - 1)
+    @pl.when(step.j == (plan.steps if plan.fixed else plan.count(step.first, step.last, step.live)) - 1)
     def _():
         step.finish()

@@ -11,9 +11,11 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import flash_attention
-from pallas_kernels.attention.call import make_call
+from pallas_kernels.attention.call import Call, make_call
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.flash_attention import gpu, tpu
+from pallas_kernels.flash_attention.cases import LARGE
+from pallas_kernels.flash_attention.tpu_steps import tables
 from pallas_kernels.hardware import CHIPS
 from tests.support.attention_problems import make
 
@@ -73,10 +75,18 @@ def test_full_rows_need_no_lengths(name, causal):
 TWO_CORES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[7]], ids=lambda c: c.name)
-def test_tpu_interpreter_finds_no_race_and_no_unwritten_memory(case):
-    problem = make(replace(case, queries=40, new=tuple(min(n, 40) for n in case.new)), layout="folded")
+SHARED = Case("no mask, three blocks of queries", (440,), (72,), 72, 512, head_dim=64, causal=False, full=True)
+
+
+@pytest.mark.parametrize("on", [None, "v5p"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[7], SHARED], ids=lambda c: c.name)
+def test_tpu_interpreter_finds_no_race_and_no_unwritten_memory(case, on, monkeypatch):
+    """The cores of a v5p share one device. With one group of lanes they share the query blocks."""
+    monkeypatch.setattr(tpu, "detect", lambda _: CHIPS[on] if on else None)
+    queries = min(case.queries, 72)
+    problem = make(replace(case, queries=queries, new=tuple(min(n, queries) for n in case.new)), layout="folded")
     config = tpu.Config(32, 128, 128)
+    assert tpu.plan_of(call_of(problem), config, tpu.detect("tpu")).parts == (2 if on and case.kv_heads < 3 else 1)
     problem.check(problem.run(flash_attention, implementation="tpu", interpret=TWO_CORES, config=config))
     assert not interpreter.races.races_found  # JAX 0.10 only notes them, later ones raise
 
@@ -85,7 +95,8 @@ def test_a_race_would_be_seen(monkeypatch):
     """The test above can fail: two cores that share the keys of one block of queries both write its result."""
     real = pltpu.CompilerParams
     monkeypatch.setattr(pltpu, "CompilerParams", lambda **k: real(**k | {"dimension_semantics": ("parallel",) * 4}))
-    problem = make(Case("one block of queries", (300,), (40,), 40, 512, head_dim=64), layout="folded")
+    case = Case("one block of queries", (472,), (40,), 40, 512, head_dim=64, causal=False, full=True)
+    problem = make(case, layout="folded")
     settings = {"implementation": "tpu", "interpret": TWO_CORES, "config": tpu.Config(64, 128, 128)}
 
     def attempt():
@@ -102,17 +113,19 @@ def fetched(case: Case, config: tpu.Config, starts, lengths) -> tuple[list, int]
     """The blocks of K in the order they are fetched, and all bytes moved: a block moves when its index changes."""
     problem = make(case, layout="folded")
     call = call_of(problem)
-    plan = tpu.plan_of(call, config, 128)
+    plan = tpu.plan_of(call, config, None)
     b, t = call.batch, max(call.queries, tpu.SMALLEST)
     arrays = {name: x for name, x in problem.arrays.items() if name in ("k", "v", "k_scale", "v_scale")}
     arrays["q"] = jnp.zeros((b, t, call.heads * call.head_dim), call.dtype)
     arrays["out"] = jnp.zeros((b, t, call.heads * call.value_dim), call.dtype)
     specs = tpu._specs(plan, arrays)
-    grid = (b, -(-call.kv_heads // plan.heads), -(-t // config.block_q), plan.steps)
+    axes, found = tables(plan, jnp.asarray(starts), jnp.asarray(lengths))
+    found = [np.asarray(x) for x in found.values()]
+    grid = (plan.parts, -(-call.kv_heads // plan.heads), *map(int, axes))
     keys, moved, before = [], 0, {}
-    for step in itertools.product(*(range(n) for n in grid)):
+    for step in itertools.product(*(map(np.int32, range(n)) for n in grid)):
         for name, x in arrays.items():
-            index = tuple(int(i) for i in specs[name].index_map(*step, starts, lengths))
+            index = tuple(int(i) for i in specs[name].index_map(*step, starts, lengths, *found))
             if index == before.get(name):
                 continue
             before[name] = index
@@ -120,7 +133,7 @@ def fetched(case: Case, config: tpu.Config, starts, lengths) -> tuple[list, int]
             held = [min(n, size - i * n) for i, n, size in zip(index, shape, x.shape, strict=True)]
             moved += int(np.prod(held)) * x.dtype.itemsize
             if name == "k":
-                keys.append((step[2], index[1]))
+                keys.append((int(plan.place(step[0], *step[2:], *found)[1]), index[1]))
     return keys, moved
 
 
@@ -145,7 +158,7 @@ def test_cost_is_what_the_grid_moves(changes):
     starts, lengths = np.array(case.held, np.int32), np.full(2, case.slots, np.int32)
     _, moved = fetched(case, config, starts, lengths)
     call = call_of(make(case, layout="folded"))
-    said = tpu.cost(tpu.plan_of(call, config, 128)).bytes_accessed
+    said = tpu.cost(tpu.plan_of(call, config, None)).bytes_accessed
     assert abs(said / moved - 1) < 0.05, (said, moved)
 
 
@@ -162,6 +175,57 @@ def test_only_visible_blocks_are_fetched():
     # The padding behind a row of 200 fetches nothing.
     keys, _ = fetched(case, tiles, starts, np.array([200], np.int32))
     assert keys == [(0, 0), (1, 1)]
+
+
+def computed(plan, starts, lengths) -> int:
+    """Pairs of a query block and a key block of which some query sees some key, by the definition of the mask."""
+    call, tiles, found = plan.call, plan.config, 0
+    for start, length in zip(starts, lengths, strict=True):
+        for i in range(plan.query_blocks):
+            queries = range(start + i * tiles.block_q, min(start + min((i + 1) * tiles.block_q, call.queries), length))
+            if len(queries):
+                first = max(queries[0] - call.window + 1, 0) if call.window else 0
+                found += queries[-1] // tiles.block_k - first // tiles.block_k + 1
+    return found
+
+
+STEPS = ("few tokens of a large capacity", "rows of very different lengths", "3 8B, bf16", "Gemma")
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("on", [None, "v5p", "v6e"])
+def test_grid_steps_follow_the_blocks_that_are_computed(name, on):
+    (case,) = (c for c in LARGE if name in c.name and c.causal)
+    on = CHIPS[on] if on else None
+    call = Call(
+        "flash_attention",
+        len(case.held),
+        case.queries,
+        case.kv_heads * case.group,
+        case.kv_heads,
+        case.head_dim,
+        case.head_dim,
+        case.slots,
+        case.dtype,
+        case.dtype,
+        "folded",
+        window=case.window,
+    )
+    starts, lengths = np.array(case.held), np.array(case.held) + np.array(case.new)
+    plan = tpu.plan_of(call, tpu.heuristic(call, on), on)
+    axes, found = tables(plan, jnp.asarray(starts), jnp.asarray(lengths))
+    steps, pairs = plan.parts * int(axes[0]) * int(axes[1]), computed(plan, starts, lengths)
+    dead = plan.pairs - sum(-(-min(n, call.queries) // plan.config.block_q) for n in case.new)
+    assert pairs <= steps <= 2 * pairs, (steps, pairs)
+    if plan.parts == 1:  # nothing else has steps but blocks of padding, whose zeros are written
+        assert steps == pairs + dead
+    assert len(found["blocks"]) <= plan.parts * plan.most
+
+
+def test_tables_that_do_not_fit_scalar_memory_are_refused():
+    call = Call("flash_attention", 1, 2048, 32, 8, 128, 128, 2048, "bfloat16", "bfloat16", "folded")
+    assert tpu.supported(call) is None
+    assert "scalar memory" in tpu.supported(replace(call, batch=64, slots=2**20))
 
 
 def test_garbage_in_blocks_that_nobody_sees_is_harmless():
