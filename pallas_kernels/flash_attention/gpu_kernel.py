@@ -16,10 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.decode_attention.gpu_kernel import padded
-from pallas_kernels.masking import MASKED, START, precision_of
-
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+from pallas_kernels.masking import LN_2, LOG2_E, MASKED, START, precision_of
 
 
 @dataclass(frozen=True)

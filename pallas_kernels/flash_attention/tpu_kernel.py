@@ -15,10 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.layouts import LANES
-from pallas_kernels.masking import MASKED, START, precision_of
-
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+from pallas_kernels.masking import LN_2, LOG2_E, MASKED, START, precision_of
 
 
 @dataclass(frozen=True)
