@@ -81,7 +81,11 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     rows = min(call.rows, 512)
     most = WEIGHT_BLOCK if rows <= 64 else WEIGHT_BLOCK // 2
     out = next(n for n in (512, 256, 128) if call.out % n == 0)
-    fits = [n for n in _contractions(call) if n * out * call.bits // 8 <= most and (call.groups == 1 or n <= 2048)]
+    fits = [
+        n
+        for n in _contractions(call)
+        if n * out * call.bits // 8 <= most and (call.groups == 1 or rows <= 64 or n <= 2048)
+    ]
     columns = max(fits, default=min(_contractions(call)))
     while rows > 32 and _vmem(call, Config(rows, out, columns)) > _room(chip):
         rows = -(-rows // 64) * 32
