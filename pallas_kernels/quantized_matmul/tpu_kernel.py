@@ -130,11 +130,9 @@ def body(plan: Plan, x, w, scales, *rest) -> None:
 
     @pl.when(step == 0)
     def _():
-        total[...] = part
+        total[...] = jnp.zeros_like(total)
 
-    @pl.when(step > 0)
-    def _():
-        total[...] += part
+    total[...] += part
 
     @pl.when(step == plan.steps - 1)
     def _():
