@@ -119,20 +119,22 @@ def _few_rows(call: Call, chip: Chip | None) -> Config | None:
 
 
 def _prompt(call: Call, chip: Chip | None) -> Config | None:
-    """Tiles for many rows on matrix units of 256; None: another call.
+    """Tiles for many rows where VMEM holds all columns; None: another call.
 
     All columns in one block: no sum is kept in VMEM between blocks. W8A16 of 1024 rows of Llama's gate reached 0.74 of
     v6e's peak with 2048 columns and 512 rows, 0.87 with all columns and 0.90 with 1024 rows; W8A8 0.57, 0.71 and 0.88.
     Scaled weights, for W4A16: 0.44 with a product per group, 0.60 with 512 rows, 0.76 with 1024; 512
     outputs reach 0.83, but then compiling takes a minute, twice as long.
-    Units of 128 reach 0.87 to 0.93 without.
+    v5e, whose units are 128 wide: W8A16 0.93 with 2048 columns, 0.97 with all; W8A8 0.87 and 0.96.
     """
-    if chip is None or chip.mxu < 256 or call.rows <= 64 or (call.dtype == "float32" and not call.int8_activations):
+    wide = call.dtype == "float32" and not call.int8_activations
+    if chip is None or chip.vmem_capacity_mib < 64 or call.rows <= 64 or wide:
         return None
-    scaled = call.groups > 1
-    if scaled and (call.rows < SCALED_ROWS or call.group % LANES):
+    large = chip.mxu == 256
+    scaled = large and call.groups > 1
+    if call.groups > 1 and (call.group % LANES or (scaled and call.rows < SCALED_ROWS)):
         return None
-    for rows in (1024, 512, 256):
+    for rows in (1024, 512, 256) if large else (512, 256):
         blocks = -(-call.rows // rows)
         rows = call.rows if blocks == 1 else round_up(-(-call.rows // blocks), 32)
         for out in (n for n in (512, 256, 128) if call.out % n == 0 and not (scaled and n > 256)):
