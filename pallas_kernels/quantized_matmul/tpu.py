@@ -84,7 +84,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config:
     fits = [
         n
         for n in _contractions(call)
-        if n * out * call.bits // 8 <= most and (call.groups == 1 or rows <= 64 or n <= 2048)
+        if n * out * call.bits // 8 <= most and (call.groups == 1 or FEW_ROWS < rows <= 64 or n <= 2048)
     ]
     columns = max(fits, default=min(_contractions(call)))
     while rows > 32 and _vmem(call, Config(rows, out, columns)) > _room(chip):
