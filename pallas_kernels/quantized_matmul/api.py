@@ -36,6 +36,10 @@ def quantized_matmul(
 ) -> Float[Array, "*b out"]:
     """x @ w.T for a quantized matrix, accumulated in f32 (W8A8: int32).
 
+    Two forms of the TPU kernel round more in bf16. Up to 16 rows of int4 or of groups become three int8 digits where
+    a chip multiplies int8: activations are kept to 2^-21 of their row's maximum. Prompts on v6e and 7x take weights of
+    groups that were scaled and rounded to bf16. f32, and W8A16 with one scale per output, have neither.
+
     Args:
       x: activations, f32 or bf16. With `w.activations == "int8"` (W8A8) each row is quantized before the kernel,
         rounded half to even.
