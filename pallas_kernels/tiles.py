@@ -93,12 +93,13 @@ def lookup(op: str, call: Any, chip: Chip | None, folder: Path | None = None) ->
 
 def _config(op: str, call: Any, chip: Chip, entry: dict[str, Any], module: ModuleType, folder: Path | None) -> Any:
     """An entry's Config. Raises ValueError naming the entry if its fields are not those of the kernel's Config."""
+    kind = module.config_class(call) if hasattr(module, "config_class") else module.Config
     try:
-        return module.Config(**entry["config"])
+        return kind(**entry["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the tuned table {path_of(chip, folder)} has an entry that {op} cannot take, {bucket(call)!r}: "
-            f"{entry['config']} ({error}); its fields are {', '.join(f.name for f in fields(module.Config))}: "
+            f"{entry['config']} ({error}); its fields are {', '.join(f.name for f in fields(kind))}: "
             f"remove the entry, or tune again"
         ) from error
 
@@ -123,7 +124,7 @@ def resolve(op: str, call: Any, config: Any, module: ModuleType, folder: Path | 
     Args:
       config: the caller's; None: not given.
       module: the implementation, with PLATFORM, `Config`, `heuristic(call, chip)` and, if not every Config suits every
-        call, `misfit(call, config)`.
+        call, `misfit(call, config)`; with more than one Config, `config_class(call)`.
 
     Raises:
       ValueError: an explicit Config that does not suit the call; a table that cannot be read, with file and entry.

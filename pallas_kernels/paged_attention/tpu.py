@@ -28,6 +28,7 @@ from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Plan, body, widest
 from pallas_kernels.paged_attention.tpu_tiles import (
     TILE,
     Config,
+    config_class,
     decodes,
     heuristic,
     misfit,
@@ -40,7 +41,7 @@ from pallas_kernels.paged_attention.tpu_tiles import (
 NAME = "tpu"
 PLATFORM = "tpu"
 LAYOUTS = ("folded",)
-__all__ = ["Config", "heuristic", "misfit", "run", "supported"]
+__all__ = ["Config", "config_class", "heuristic", "misfit", "run", "supported"]
 
 
 def supported(call: Call) -> str | None:

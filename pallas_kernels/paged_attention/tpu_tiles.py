@@ -49,6 +49,11 @@ def decodes(call: Call) -> bool:
     return few and call.decode_rows == call.rows
 
 
+def config_class(call: Call) -> type[Config | decode.Config]:
+    """What the tiles of a call are: those of decode attention, if it has decode rows alone."""
+    return decode.Config if decodes(call) else Config
+
+
 def parts(call: Call) -> list[tuple[Call, slice]]:
     """The kernel runs of a call, and the rows of each: first the decode rows, then the others, if there are both."""
     d = call.decode_rows

@@ -157,6 +157,10 @@ def test_xla_and_the_interpreted_kernels_are_right_and_zeros_are_not(op):
     assert (xla.path, xla.rung, xla.ran, xla.auto) == ("xla", "measured", "XLA", True)
     assert set(names) >= {"pallas tpu", "pallas gpu"}
     assert [k.path for k in kernels] == names
+    for absent in (k for k in kernels if k.path == "cudnn"):  # a library: there is nothing to interpret
+        assert (absent.rung, absent.auto, absent.relative_error) == ("not run", False, None)
+        assert "compute capability 9.0" in absent.note
+    kernels = [k for k in kernels if k.path != "cudnn"]
     for kernel in kernels:
         assert (kernel.rung, kernel.ran, kernel.auto, kernel.seconds) == ("interpreted", "interpreted", False, None)
         assert kernel.note == "not on cpu: static figures for v5e below"
