@@ -14,6 +14,7 @@ from pallas_kernels.analysis.problem import nbytes
 from pallas_kernels.analysis.targets import Target
 from pallas_kernels.analysis.traffic import multiplied
 from pallas_kernels.hardware import chip
+from pallas_kernels.quantized_matmul import tpu as quantized_tpu
 from pdx import aot, cost, steps
 from pdx.cache.dense import cache_specs
 from pdx.cost import Setup, tradeoffs, visible_pairs
@@ -160,9 +161,12 @@ def by_type(flops):
 
 
 @pytest.mark.parametrize(("family", "quantize", "dtype", "kv_dtype"), STORED)
-def test_flops_are_those_of_the_traced_steps(family, quantize, dtype, kv_dtype):
-    """By type, to the last one. Quantized products are Pallas kernels here: their jaxprs times their grids."""
+def test_flops_are_those_of_the_traced_steps(monkeypatch, family, quantize, dtype, kv_dtype):
+    """By type, to the last one. Quantized products are Pallas kernels here: their jaxprs times their grids. Their forms
+    for a few rows multiply zeros, and digits of activations: that is theirs, not the model's, and is left out."""
     setup = Setup(FAMILIES[family], dtype, quantize, kv_dtype)
+    assert sum(traced("decode_step", setup, held=255).values()) >= setup.decode(2, 256).flops
+    monkeypatch.setattr(quantized_tpu, "_few_rows", lambda call, chip: None)
     assert by_type(traced("decode_step", setup, held=255)) == by_type(setup.decode(2, 256))
     # Attention of a chunk multiplies the pairs of a block that its mask hides too.
     chunk, held = 128, 128
@@ -185,14 +189,14 @@ def test_flops_are_those_of_a_traced_verification():
 @pytest.mark.parametrize(
     ("target", "heads", "dtype", "kv_dtype"),
     [
-        ("v5e", 16, "bfloat16", None),
-        ("v5e", 16, "float32", "float32"),
-        ("v6e", 16, "bfloat16", "int8"),
+        ("v5e", 32, "bfloat16", None),
+        ("v5e", 32, "float32", "float32"),
+        ("v6e", 32, "bfloat16", "int8"),
         ("a100", 32, "bfloat16", None),
     ],
 )
 def test_flops_are_those_of_pallas_kernels_whose_tiles_are_full(target, heads, dtype, kv_dtype):
-    """Eight (TPU) or sixteen query heads a KV head of 128, rows that are full: kernels pad what is less, and that is
+    """Sixteen query heads a KV head of 128, rows that are full: kernels pad what is less, and that is
     theirs, not the model's. An int8 write on a TPU shifts its rows by a product, which is left out too."""
     setup = Setup(replace(TINY, num_heads=heads, head_dim=128), dtype, None, kv_dtype)
     found = traced("decode_step", setup, target=target, kernels="pallas", held=511)
