@@ -165,7 +165,6 @@ def test_flops_are_those_of_the_traced_steps(monkeypatch, family, quantize, dtyp
     """By type, to the last one. Quantized products are Pallas kernels here: their jaxprs times their grids. Their forms
     for a few rows multiply zeros, and digits of activations: that is theirs, not the model's, and is left out."""
     setup = Setup(FAMILIES[family], dtype, quantize, kv_dtype)
-    assert sum(traced("decode_step", setup, held=255).values()) >= setup.decode(2, 256).flops
     monkeypatch.setattr(quantized_tpu, "_few_rows", lambda call, chip: None)
     assert by_type(traced("decode_step", setup, held=255)) == by_type(setup.decode(2, 256))
     # Attention of a chunk multiplies the pairs of a block that its mask hides too.
