@@ -87,7 +87,7 @@ def heuristic(call: Call, chip: Chip | None) -> Config | decode.Config:
     """
     sub, most = smallest_tile(call), min(call.max_queries, 256)
     capacity = (chip.vmem_capacity_mib if chip else 16) << 20
-    budget = min(capacity * 4 // 5, 48 << 20)
+    budget = min(capacity * 5 // 6, 48 << 20)
     if decodes(call):
         return _decode_tiles(call, chip)
     largest = sub
@@ -171,4 +171,4 @@ def _vmem(call: Call, config: Config) -> int:
         * heads
         * (widest(heads, call.head_dim) * max(q, kv) + widest(heads, call.value_dim) * 4 + 2 * LANES * 4)
     )
-    return held + state + 4 * rows * block_k * 4 + config.tile_q * io * 4
+    return held + state + 3 * rows * block_k * 4 + config.tile_q * io * 4
