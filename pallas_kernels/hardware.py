@@ -58,6 +58,11 @@ class Chip:
         return _AXES.get(self.name, 2)
 
     @property
+    def device_cores(self) -> int:
+        """Cores of one JAX device."""
+        return self.cores // self.devices
+
+    @property
     def cuda(self) -> Cuda | None:
         """What XLA's CUDA backend asks; None: Pallas does not compile for this chip."""
         return _CUDA.get(self.name)

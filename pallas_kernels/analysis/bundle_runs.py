@@ -11,14 +11,13 @@ and a wait may take longer.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pallas_kernels.analysis.bundles import KINDS, Bundle, Op, Schedule
+from pallas_kernels.analysis.bundles import Bundle, Op, Schedule, counted
 
 # Pointers are numbers from here on. They are far apart, and no arithmetic on 32 bits reaches them.
 _POINTER = 1 << 44
@@ -64,13 +63,11 @@ class Run:
       bundles: issued, in all.
       turns: of each loop, in the order of `Schedule.loops`.
       counts: of instructions, by the names of `bundles.KINDS`.
-      granules: sizes of the DMAs from or to HBM, in the compiler's unit, added up.
     """
 
     bundles: int = 0
     turns: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    granules: int = 0
 
 
 def run(schedule: Schedule, operands: Mapping[int, np.ndarray], core: int = 0) -> Run:
@@ -84,14 +81,13 @@ def run(schedule: Schedule, operands: Mapping[int, np.ndarray], core: int = 0) -
     """
     machine = _Machine(schedule, operands, core)
     machine.go()
-    found = Run(granules=machine.granules)
+    found, begun = Run(), {}
     for block, times in zip(machine.blocks, machine.times, strict=True):
+        begun[block.start] = times
         found.bundles += times * (block.stop - block.start)
-        for name, count in block.counts.items():
-            found.counts[name] += times * count
-    found.counts["dma_starts"] = machine.started
-    at = {block.start: times for block, times in zip(machine.blocks, machine.times, strict=True)}
-    found.turns = [at[loop.first] for loop in schedule.loops]
+        found.counts.update({name: times * count for name, count in block.counts.items()})
+    found.counts["dma_starts"] = machine.started  # some have a predicate that does not hold
+    found.turns = [begun[loop.first] for loop in schedule.loops]
     return found
 
 
@@ -114,7 +110,7 @@ class _Machine:
         self.memory: dict[int, int] = {}
         self.places: dict[str, int] = {}
         self.contents: dict[int, np.ndarray] = {}  # of operands, by their pointers
-        self.granules = self.started = 0
+        self.started = 0
         self.memory[self._place("#allocation0")] = core
         for operand in schedule.operands:
             if operand.by_value:
@@ -152,11 +148,9 @@ class _Machine:
         for start, stop in zip(starts, [*starts[1:], count], strict=True):
             inside = schedule.bundles[start:stop]
             branch = next((at for at in range(start, stop) if at in schedule.branches), None)
-            counts: Counter[str] = Counter()
-            for bundle in inside:
-                counts.update(kind for op in bundle.ops for kind, name in KINDS.items() if name.match(op.name))
             op, to = schedule.branches[branch] if branch is not None else (None, count)
-            blocks.append(_Block(start, stop, counts, self._compiled(inside, op), number.get(to, len(starts))))
+            act = self._compiled(inside, op)
+            blocks.append(_Block(start, stop, counted(inside), act, number.get(to, len(starts))))
         return blocks
 
     def _compiled(self, bundles: tuple[Bundle, ...], branch: Op | None) -> Callable[[], bool]:
@@ -168,8 +162,8 @@ class _Machine:
                     phis.append(self._phi(op))
                 elif op is branch:
                     others.append(f"taken = bool({self._holds(op)})")
-                elif op.name.startswith("dma.") and "done" not in op.name:
-                    others += self._dma(op)
+                elif op.starts_dma:
+                    others.append(self._dma(op))
                 elif op.name == "sst" or (op.result in self.needed and not op.name.startswith("inlined")):
                     others += self._line(op)
         lines = ["def act():", "  taken = False", *(f"  {x}" for x in phis + others), "  return taken"]
@@ -211,8 +205,6 @@ class _Machine:
         arg = arg.strip()
         if arg.startswith("[") and arg.endswith("]"):
             return self._value(arg[1:-1].removeprefix("smem:"))
-        if arg.startswith("[smem:"):
-            return self._value(arg.removeprefix("[smem:").rstrip("]"))
         if " + " in arg:
             return "(" + " + ".join(self._value(part) for part in arg.split(" + ")) + ")"
         if arg.startswith("[") or arg.startswith("#"):
@@ -287,12 +279,11 @@ class _Machine:
             return f"w(u({args[0]}) >> {args[1]})"
         raise ValueError(op.name)
 
-    def _dma(self, op: Op) -> list[str]:
-        size = self._value(op.args[1]) if len(op.args) > 1 and "general" not in op.name else "0"
-        act = f"machine.started += 1; machine.granules += {size if 'hbm' in op.name else 0}"
+    def _dma(self, op: Op) -> str:
+        act = "machine.started += 1"
         if op.name.endswith("to_smem"):
             act = f"machine.load({self._value(op.args[0])}, {self._value(op.args[2])})"
-        return [act] if op.predicate is None else [f"if {self._holds(op)}: {act}"]
+        return act if op.predicate is None else f"if {self._holds(op)}: {act}"
 
     def load(self, source: int, target: int) -> None:
         """Copy an operand to scalar memory. The pointer may be given in words, or in bytes or tiles."""
@@ -351,47 +342,22 @@ def _unsigned(x):
     return x & 0xFFFFFFFF if type(x) is int and x < 0 else x
 
 
-def _registers(args: tuple[str, ...]) -> set[str]:
-    return {name for arg in args for name in re.findall(r"%(\w+)", arg)}
-
-
 def _needed(schedule: Schedule) -> set[str]:
     """The registers that branches and DMAs depend on, through scalar memory too."""
     made: dict[str, list[Op]] = {}
-    stores, phis = [], []
-    wanted: set[str] = set()
-    by_register: dict[str, list[str]] = {}
-    for bundle in schedule.bundles:
-        for op in bundle.ops:
-            if op.result is not None:
-                made.setdefault(op.result, []).append(op)
-                by_register.setdefault(_physical(op.result), []).append(op.result)
-            if op.name == "sst":
-                stores.append(op)
-            if op.name == "sphi":
-                phis.append(op)
-            if op.name == "spop.drf":  # each of a division's, so that their order is kept
-                wanted.add(str(op.result))
-            if op.name.startswith("sbr") or (op.name.startswith("dma.") and "done" not in op.name):
-                wanted |= {op.predicate} if op.predicate else set()
-                if op.name.startswith("dma."):
-                    wanted |= _registers(op.args[1:2] if "smem" not in op.name else op.args)
-    stored = {name for op in stores for name in _registers(op.args) | ({op.predicate} if op.predicate else set())}
-    wanted |= {str(name) for name in stored}
+    work: list[str] = []
+    for op in (op for bundle in schedule.bundles for op in bundle.ops):
+        if op.result is not None:
+            made.setdefault(op.result, []).append(op)
+        if op.name == "sst" or op.name.startswith("sbr") or (op.starts_dma and "smem" in op.name):
+            work += op.reads
+        elif op.starts_dma and op.predicate:
+            work.append(op.predicate)
+        elif op.name == "spop.drf":  # each of a division's, so that their order is kept
+            work.append(str(op.result))
     found: set[str] = set()
-    work = list(wanted)
     while work:
-        name = work.pop()
-        if name in found:
-            continue
-        found.add(name)
-        for op in made.get(name, ()):
-            more = _registers(op.args) | {x for x in (op.predicate, op.otherwise) if x}
-            if op.name == "sphi":  # whatever was last written to its register
-                more |= set(_sources(op))
-            work.extend(more - found)
+        if (name := work.pop()) not in found:
+            found.add(name)
+            work += [x for op in made.get(name, ()) for x in op.reads]
     return found
-
-
-def _sources(op: Op) -> set[str]:
-    return _registers(op.args)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -51,6 +51,16 @@ class Op:
     negated: bool = False
     otherwise: str | None = None
 
+    @property
+    def starts_dma(self) -> bool:
+        return KINDS["dma_starts"].match(self.name) is not None
+
+    @property
+    def reads(self) -> set[str]:
+        """The registers that it depends on."""
+        found = {name for arg in self.args for name in re.findall(r"%(\w+)", arg)}
+        return found | {x for x in (self.predicate, self.otherwise) if x}
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -59,6 +69,12 @@ class Bundle:
     label: str  # LB: a loop begins; PF, PB, CT: a place that a branch may go to; else empty
     ops: tuple[Op, ...]
     regions: frozenset[int]  # that begin here: the targets of branches
+
+
+def counted(bundles: Iterable[Bundle]) -> Counter[str]:
+    """Instructions in some bundles, by the names of `KINDS`."""
+    names = (op.name for bundle in bundles for op in bundle.ops)
+    return Counter(kind for name in names for kind, pattern in KINDS.items() if pattern.match(name))
 
 
 @dataclass(frozen=True)
@@ -136,11 +152,8 @@ class Schedule:
         ends = {to: at + self.delay for at, (_, to) in self.branches.items() if to <= at}
         found: list[Loop] = []
         for first, last in sorted(ends.items()):
-            counts: Counter[str] = Counter()
-            for inside in self.bundles[first : last + 1]:
-                counts.update(kind for op in inside.ops for kind, name in KINDS.items() if name.match(op.name))
             depth = 1 + sum(outer.first <= first and last <= outer.last for outer in found)
-            found.append(Loop(first, last, depth, counts))
+            found.append(Loop(first, last, depth, counted(self.bundles[first : last + 1])))
         return found
 
 

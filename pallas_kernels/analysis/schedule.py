@@ -1,6 +1,7 @@
 """What the Pallas kernels of a compiled program issue on a TPU: bundles, beside the cycles of the memory.
 
-    for kernel in issued(fn, arguments, compiled, target.chip): print(kernel.name, kernel.bundles, kernel.loops)
+    counted = traffic.count(fn, *arguments)
+    for kernel in issued(counted.calls, compiled, target.chip): print(kernel.name, kernel.bundles, kernel.loops)
 
 A kernel is bound by its own instructions where it issues more bundles than the memory takes cycles for its bytes. The
 bytes that it moves do not show that.
@@ -9,14 +10,15 @@ bytes that it moves do not show that.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pallas_kernels.analysis import bundle_runs, bundles, traffic
+from pallas_kernels.analysis import bundle_runs, bundles
 from pallas_kernels.analysis.targets import Compiled
+from pallas_kernels.analysis.traffic import Call
 from pallas_kernels.hardware import Chip
 
 
@@ -47,38 +49,28 @@ class Issued:
     counts: dict[str, int]
     loops: tuple[LoopIssued, ...]
 
-    @property
-    def cores(self) -> int:
-        """Cores that do a part of the work."""
-        if self.bundles is None:
-            return 0
-        return sum(n * 10 > max(self.bundles) for n in self.bundles)
 
-
-def issued(fn: Callable, args: Sequence[Any], compiled: Compiled, chip: Chip) -> list[Issued]:
-    """The kernels of `fn(*args)`, compiled for a TPU by a process that was started with a dump folder.
+def issued(calls: Sequence[Call], compiled: Compiled, chip: Chip) -> list[Issued]:
+    """The kernels of a program, compiled for a TPU by a process that was started with a dump folder.
 
     Args:
-      args: arrays whose values are known, or shapes.
+      calls: the program's, as `traffic.count` finds them.
 
     Raises:
       ValueError: the compiler left no schedules, or not those of these calls.
     """
     if not compiled.schedules:
         raise ValueError("no schedules: start the process with targets.environment(dump=FOLDER)")
-    calls = traffic.operands_of_calls(fn, args)
-    found, texts = [], dict(sorted(compiled.schedules.items(), key=lambda item: _number(item[0])))
-    for name, operands in calls:
-        shapes = {i: _shape(x) for i, (_, x) in enumerate(operands)}
-        read = ((kernel, bundles.read(text)) for kernel, text in texts.items())
+    named = sorted(compiled.schedules.items(), key=lambda item: _number(item[0]))
+    left, found = {name: bundles.read(text) for name, text in named}, []
+    for call in calls:
+        shapes = [_shape(x) for _, x in call.given]
         # The compiler may leave operands out that nothing reads, but renames none.
-        fits = (x for x in read if all(shapes.get(o.index) == o.shape for o in x[1].operands))
-        if (match := next(fits, None)) is None:
-            raise ValueError(f"the compiler's schedules {list(texts)} have none with the operands of {name}")
-        kernel, schedule = match
-        del texts[kernel]
-        values = {i: v for i, (v, x) in enumerate(operands) if v is not None and np.issubdtype(x.dtype, np.integer)}
-        found.append(_issued(kernel, schedule, values, max(1, chip.cores // chip.devices)))
+        fits = (name for name, x in left.items() if all(shapes[o.index] == o.shape for o in x.operands))
+        if (name := next(fits, None)) is None:
+            raise ValueError(f"the compiler's schedules {list(left)} have none with the operands of {call.name}")
+        values = {i: v for i, (v, _) in enumerate(call.given) if v is not None and v.dtype.kind == "i"}
+        found.append(_issued(name, left.pop(name), values, chip.device_cores))
     return found
 
 

@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -75,18 +75,17 @@ def facts(problem: Problem, target: Target, config: Any = None, compile: bool = 
         "dynamic": any(c.dynamic for c in counted.calls),
         "ieee": all("HIGHEST" in p for c in counted.calls for p in c.precisions),
     }
-    return row | (_compiled(problem, target, config) if compile else {})
+    return row | (_compiled(problem, target, config, counted.calls) if compile else {})
 
 
-def _compiled(problem: Problem, target: Target, config: Any) -> dict[str, Any]:
+def _compiled(problem: Problem, target: Target, config: Any, calls: Sequence[traffic.Call] = ()) -> dict[str, Any]:
     c = target.compile(problem.fn(config), *problem.arguments(), donate_argnums=problem.donate_argnums)
     cycles = hlo.estimated_cycles(c.text)
-    with target.tracing():
-        kernels = schedule.issued(problem.fn(config), problem.arguments(), c, target.chip) if c.schedules else []
+    kernels = schedule.issued(calls, c, target.chip) if c.schedules else []
     known = [max(k.bundles) for k in kernels if k.bundles]
     return {
         "bundles": sum(known) if known and len(known) == len(kernels) else None,
-        "issued": [asdict(k) | {"cores": k.cores} for k in kernels],
+        "issued": [asdict(k) for k in kernels],
         "seconds": c.seconds,
         "vmem_bytes": c.vmem_bytes,
         "cycles": sum(cycles.values()) if cycles else None,

@@ -208,8 +208,7 @@ class Target:
         facts = {}
         if self.chip.platform == "gpu":  # without a capability, Mosaic would assume Hopper
             facts["compute_capability"] = ".".join(map(str, self.chip.capability))
-        cores = self.chip.cores // self.chip.devices
-        device = compat.abstract_device(self.chip.kinds[0], cores, self.chip.platform, **facts)
+        device = compat.abstract_device(self.chip.kinds[0], self.chip.device_cores, self.chip.platform, **facts)
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             yield
 

@@ -12,7 +12,7 @@ serves them. Grid steps run one after the other, as on one core.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -29,12 +29,17 @@ _FAR = ("any", "hbm", "default", "gmem")  # memory spaces in the device's memory
 
 @dataclass
 class Call:
-    """One pallas_call of a program, with all its runs added up."""
+    """One pallas_call of a program, with all its runs added up.
+
+    Attributes:
+      given: its operands, scalars first: the value, where it is known, and the shape.
+    """
 
     name: str
     grid: tuple[int, ...]
     platform: str
     declared: Any  # its CostEstimate, None if it has none
+    given: list[tuple[np.ndarray | None, Any]]
     operands: Counter = field(default_factory=Counter)  # bytes by operand or by its DMAs
     dots: Counter = field(default_factory=Counter)  # FLOPs by the dtype of the operands
     precisions: set = field(default_factory=set)  # of dots with f32 operands
@@ -109,22 +114,6 @@ def multiplied(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -
     return found
 
 
-def operands_of_calls(fn: Callable, args: Sequence[Any]) -> list[tuple[str, list[tuple[np.ndarray | None, Any]]]]:
-    """The Pallas calls of `fn(*args)`: each one's name, and its operands as a value, where it is known, and a shape.
-
-    Arguments are those of `count`.
-    """
-    calls = []
-
-    def listen(eqn, operands):
-        if eqn.primitive.name == "pallas_call":
-            values = [np.asarray(x.value) if isinstance(x, Known) else None for x in operands]
-            calls.append((_name_of(eqn), list(zip(values, [v.aval for v in eqn.invars], strict=True))))
-
-    _run(fn, tuple(args), {}, listen)
-    return calls
-
-
 def _run(fn: Callable, args: tuple, kwargs: dict, listen: Callable) -> None:
     leaves, tree = tree_util.tree_flatten((args, kwargs))
     shapes = [
@@ -158,21 +147,19 @@ def dot_flops(eqn) -> int:
     return 2 * prod(out.shape) * prod(a.shape[i] for i in contract)
 
 
-def _name_of(eqn) -> str:
-    p = eqn.params
-    return str(getattr(p.get("name"), "name", None) or p.get("name") or p["jaxpr"].debug_info.func_name)
-
-
 def _pallas_call(eqn, operands: list, platform: str) -> Call:
     p, mapping = eqn.params, eqn.params["grid_mapping"]
-    name = _name_of(eqn)
+    name = str(getattr(p.get("name"), "name", None) or p.get("name") or p["jaxpr"].debug_info.func_name)
+    values = [np.asarray(x.value) if isinstance(x, Known) else None for x in operands]
     bounds = mapping.num_dynamic_grid_bounds
     given, operands = iter(operands[:bounds]), operands[bounds:]
     sizes = [n if isinstance(n, int) else next(given) for n in mapping.grid]
     if not all(isinstance(n, int | Known) for n in sizes):
         raise UnknownControl(f"{name}: its grid depends on data, not on scalars that are known: nothing can be counted")
     grid = tuple(int(n.value) if isinstance(n, Known) else n for n in sizes)
-    call = Call(name, grid, platform, p["cost_estimate"], dynamic=bounds > 0 or _has_while(p["jaxpr"]))
+    arguments = list(zip(values, [v.aval for v in eqn.invars], strict=True))
+    dynamic = bounds > 0 or _has_while(p["jaxpr"])
+    call = Call(name, grid, platform, p["cost_estimate"], arguments, dynamic=dynamic)
     lifted = mapping.num_index_operands
     scalars = [
         _operand(x, v.aval, "smem", f"scalar{i}")

@@ -103,7 +103,7 @@ def wanted_block(call: Call) -> int:
 
 def splits_on(chip: Chip | None) -> int:
     """One part of a context for each core of a device."""
-    return chip.cores // chip.devices if chip else 1
+    return chip.device_cores if chip else 1
 
 
 def tile_of(call: Call, block: int) -> int:

@@ -117,7 +117,7 @@ def plan_of(call: Call, config: Config, on: Chip | None) -> Plan:
     mxu = on.mxu if on else LANES
     query_blocks = pl.cdiv(max(call.queries, SMALLEST), config.block_q)
     heads = lane_heads(call)
-    cores = on.cores // on.devices if on else 1
+    cores = on.device_cores if on else 1
     alone = -(-call.kv_heads // heads) % cores == 0 or call.batch * query_blocks < cores
     steps = call.slots // config.block_k
     if call.window is not None:
