@@ -18,6 +18,7 @@ Layout = Literal["heads_first", "folded", "heads_last"]
 LAYOUTS = get_args(Layout)
 LANES = 128  # the last axis of a TPU array comes in whole registers of this many
 SUBLANES = 8
+TILE_ROWS = {4: 8, 2: 16, 1: 32}  # bytes of an element: rows of a tile in a TPU's memory
 # Bytes of scalars that a TPU kernel may fetch ahead: three quarters of a core's scalar memory.
 SCALAR_BYTES = 3 << 18
 
@@ -45,6 +46,20 @@ def round_up(n: int, multiple: int) -> int:
 def folded_width(heads: int, dim: int) -> int:
     """Length of a folded array's last axis: heads * dim, rounded up to a multiple of 128."""
     return round_up(heads * dim, LANES)
+
+
+def in_lanes(x: Float[Array, "rows lanes"], width: int) -> Float[Array, "rows width"]:
+    """A number per row, equal in all lanes, for `width` lanes."""
+    if width <= LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
+
+
+def sums_by_lane(x: Float[Array, "rows n"]) -> Float[Array, "rows lanes"]:
+    """The sum of each row, spread over the lanes: each holds a part, and they are added up once, at the end."""
+    if x.shape[1] % LANES:
+        return jnp.broadcast_to(x.sum(1, keepdims=True) / LANES, (x.shape[0], LANES))
+    return sum(x[:, at : at + LANES] for at in range(0, x.shape[1], LANES))
 
 
 def cache_shape(layout: Layout, batch: int, slots: int, heads: int, dim: int) -> tuple[int, ...]:

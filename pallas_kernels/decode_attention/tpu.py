@@ -19,14 +19,13 @@ from pallas_kernels.attention.merge import merge
 from pallas_kernels.decode_attention.tpu_fetch import Plan, Refs
 from pallas_kernels.decode_attention.tpu_kernel import body
 from pallas_kernels.hardware import Chip
-from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, fold, folded_width, round_up, unfold
+from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, TILE_ROWS, fold, folded_width, round_up, unfold
 from pallas_kernels.masking import tree_bits
 
 NAME = "tpu"
 PLATFORM = "tpu"
 LAYOUTS = ("folded",)
 MAX_QUERIES = 16
-TILE = {4: 8, 2: 16, 1: 32}  # bytes of an element: slots of a tile in HBM
 
 
 @dataclass(frozen=True)
@@ -124,25 +123,28 @@ def plan_for(call: Call, config: Config) -> Plan:
     """The static inputs of the kernel."""
     wide = jnp.float32 in (jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype))
     dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
-    return Plan(call, config, TILE[jnp.dtype(call.kv_dtype).itemsize], dtype)
+    return Plan(call, config, TILE_ROWS[jnp.dtype(call.kv_dtype).itemsize], dtype)
+
+
+def vector_bytes(plan: Plan) -> int:
+    """Bytes of a row's queries, results and log-sum-exps; parts of a context are in f32, each with log-sum-exps."""
+    call, parts = plan.call, plan.parts
+    k_width, v_width = (folded_width(call.kv_heads, n) for n in (call.head_dim, call.value_dim))
+    io = jnp.dtype(call.dtype).itemsize
+    written = parts * (v_width + LANES) * 4 if parts > 1 else v_width * io + 4 * LANES * call.return_lse
+    return plan.rows * (parts * k_width * io + written)
 
 
 def cost(plan: Plan) -> pl.CostEstimate:
     """The cost of full rows: K and V in whole tiles (a window's only), scales, queries and results, once each."""
-    call, splits = plan.call, plan.parts
-    kv, io = jnp.dtype(call.kv_dtype).itemsize, jnp.dtype(call.dtype).itemsize
+    call, kv = plan.call, jnp.dtype(plan.call.kv_dtype).itemsize
     seen = call.slots
     if call.window:
         seen = min(seen, round_up(call.window + call.queries - 1, plan.tile) + plan.tile // 2)
-    k_width = folded_width(call.kv_heads, call.head_dim)
-    v_width = folded_width(call.kv_heads, call.value_dim)
-    row = seen * (k_width + v_width) * kv + plan.rows * (k_width * io * splits + v_width * io)
+    width = folded_width(call.kv_heads, call.head_dim) + folded_width(call.kv_heads, call.value_dim)
+    row = seen * width * kv + vector_bytes(plan)
     if call.int8:
         row += 2 * 4 * round_up(call.kv_heads, SUBLANES) * min(call.slots, round_up(seen, LANES))
-    if splits > 1:
-        row += plan.rows * (splits * (v_width + LANES) * 4 - v_width * io)
-    elif call.return_lse:
-        row += plan.rows * LANES * 4
     pairs = call.batch * call.queries * call.heads * seen
     return pl.CostEstimate(
         flops=2 * pairs * (call.head_dim + call.value_dim), transcendentals=pairs, bytes_accessed=call.batch * row
@@ -249,8 +251,7 @@ def _kernel(plan: Plan, scalars, inputs, outputs, estimate: pl.CostEstimate, int
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         # A core's rows run in order, since each prefetches for the next; cores run in parallel. Every DMA lies in
-        # its array: spans end where a row's tokens or its block table do, and pages are clipped to the pool. To check
-        # that again would take a third of the bundles of a page's DMAs.
+        # its array: spans end where a row's tokens or its block table do, and pages are clipped to the pool.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
         cost_estimate=estimate,
         interpret=interpret,

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.call import Call
-from pallas_kernels.layouts import LANES
+from pallas_kernels.layouts import LANES, in_lanes, sums_by_lane
 from pallas_kernels.masking import LN_2, LOG2_E, MASKED, START, precision_of
 
 
@@ -293,12 +292,11 @@ class Step:
         s = self.logits(h, offset, mask)
         before = refs["top"][h]
         top = jnp.maximum(before, s.max(axis=1, keepdims=True))
-        weights = jnp.exp2(s - _lanes(top, self.tiles.tile_k))
+        weights = jnp.exp2(s - in_lanes(top, self.tiles.tile_k))
         fade = jnp.exp2(before - top)
         refs["top"][h] = top
         if not plan.extra:
-            by_lane = sum(weights[:, at : at + LANES] for at in range(0, self.tiles.tile_k, LANES))
-            refs["total"][h] = refs["total"][h] * fade + by_lane
+            refs["total"][h] = refs["total"][h] * fade + sums_by_lane(weights)
         if self.call.int8:
             row = self.scale_row("v_scale", h, offset)
             if key is not None:
@@ -311,7 +309,7 @@ class Step:
             precision=precision_of(plan.compute),
             preferred_element_type=jnp.float32,
         )
-        refs["acc"][h] = refs["acc"][h] * _lanes(fade, self.call.value_dim + plan.extra) + product
+        refs["acc"][h] = refs["acc"][h] * in_lanes(fade, self.call.value_dim + plan.extra) + product
 
     def finish(self):
         """Divide by the sums, and put the heads side by side again."""
@@ -328,14 +326,6 @@ class Step:
                 refs["out"][0, :, n * d : (n + 1) * d] = out[rows]
                 if self.call.return_lse:
                     refs["lse"][0, 0, :, n : n + 1] = lse[rows]
-
-
-def _lanes(x: jax.Array, width: int) -> jax.Array:
-    """[rows, LANES] with equal lanes -> [rows, width]."""
-    if width <= LANES:
-        return x[:, :width]
-    whole = jnp.concatenate([x] * (-(-width // LANES)), axis=1)
-    return whole[:, :width]
 
 
 def body(plan: Plan, names: tuple[str, ...], *refs):

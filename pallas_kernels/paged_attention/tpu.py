@@ -20,13 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.hardware import Chip, detect
-from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, folded_width, round_up
+from pallas_kernels.layouts import LANES, SCALAR_BYTES, SUBLANES, TILE_ROWS, folded_width, round_up
 from pallas_kernels.paged_attention import tpu_decode
 from pallas_kernels.paged_attention.call import Call, known
 from pallas_kernels.paged_attention.pieces import count, cut, full_rows
 from pallas_kernels.paged_attention.tpu_kernel import FIELDS, Plan, body, widest
 from pallas_kernels.paged_attention.tpu_tiles import (
-    TILE,
     Config,
     config_class,
     decodes,
@@ -50,7 +49,7 @@ def supported(call: Call) -> str | None:
         return f"the TPU kernel takes queries in bfloat16 or float32, not {call.dtype}"
     if call.kv_dtype not in ("bfloat16", "float32", "int8"):
         return f"the TPU kernel takes pages in bfloat16, float32 or int8, not {call.kv_dtype}"
-    tile = LANES if call.kv_dtype == "int8" else TILE[jnp.dtype(call.kv_dtype).itemsize]
+    tile = LANES if call.kv_dtype == "int8" else TILE_ROWS[jnp.dtype(call.kv_dtype).itemsize]
     if call.page % tile:
         return f"the TPU kernel needs pages of a multiple of {tile} tokens for {call.kv_dtype}, not {call.page}"
     if call.scale_heads % SUBLANES:

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import call as dense
 from pallas_kernels.decode_attention import tpu as decode
 from pallas_kernels.decode_attention.tpu_fetch import Pages, Plan
-from pallas_kernels.layouts import folded_width
 from pallas_kernels.paged_attention.call import Call, known
 
 
@@ -67,16 +66,7 @@ def moved_bytes(
 
     scales = 2 * 4 * call.scale_heads
     kept = tokens(plan.tile) * (call.kv_bytes - scales) + (tokens(plan.unit) * scales if scales else 0)
-    return kept + _vectors(plan, call.rows)
-
-
-def _vectors(plan: Plan, rows: int) -> int:
-    """Bytes of the queries and results of a call."""
-    call, splits = plan.call, plan.parts
-    k_width, v_width = (folded_width(call.kv_heads, n) for n in (call.head_dim, call.value_dim))
-    io = jnp.dtype(call.dtype).itemsize
-    row = splits * k_width * io + (splits * (v_width + 128) * 4 if splits > 1 else v_width * io)
-    return rows * plan.rows * row
+    return kept + call.rows * decode.vector_bytes(plan)
 
 
 def run(arrays, call: Call, config: decode.Config, interpret, estimate: pl.CostEstimate):

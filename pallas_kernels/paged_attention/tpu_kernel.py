@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layouts import LANES, round_up
+from pallas_kernels.layouts import LANES, in_lanes, round_up, sums_by_lane
 from pallas_kernels.masking import LN_2, LOG2_E, MASKED, START, precision_of
 from pallas_kernels.paged_attention.call import Call
 
@@ -322,12 +322,7 @@ def update(plan: Plan, r, group, tile, head: int, count: int, slot, mask, held) 
     weights = jnp.exp2(logits - in_lanes(top, block))
     fade = jnp.exp2(before - top)
     r.top[tile, head, :rows] = top
-    # A row's sum is spread over the lanes: each holds a part.
-    if block % LANES:
-        by_lane = jnp.broadcast_to(weights.sum(1, keepdims=True) / LANES, (rows, LANES))
-    else:
-        by_lane = sum(weights[:, i : i + LANES] for i in range(0, block, LANES))
-    r.total[tile, head, :rows] = r.total[tile, head, :rows] * fade + by_lane
+    r.total[tile, head, :rows] = r.total[tile, head, :rows] * fade + sums_by_lane(weights)
     if call.scale_heads:  # past the row's tokens a scale may be NaN
         own = r.v_scales[slot, scales]
         weights = weights * (own if held is None else jnp.where(held, own, 0.0))
@@ -336,13 +331,6 @@ def update(plan: Plan, r, group, tile, head: int, count: int, slot, mask, held) 
     )
     acc = r.acc[tile, head, :rows, : to.width]
     r.acc[tile, head, :rows, : to.width] = acc * in_lanes(fade, to.width) + product
-
-
-def in_lanes(x, width: int):
-    """[rows, LANES] with equal lanes -> [rows, width]."""
-    if width <= LANES:
-        return x[:, :width]
-    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
 
 
 def store(plan: Plan, r, field, tile, base, count: int) -> None:

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention import tpu as decode
 from pallas_kernels.hardware import Chip
-from pallas_kernels.layouts import LANES, folded_width, round_up
+from pallas_kernels.layouts import LANES, TILE_ROWS, folded_width, round_up
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.tpu_decode import as_dense
 from pallas_kernels.paged_attention.tpu_kernel import widest
-
-TILE = {4: 8, 2: 16, 1: 32}  # bytes of an element: rows of a tile
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Config:
 
 def smallest_tile(call: Call) -> int:
     """Queries of the smallest tile: one register of the queries' type."""
-    return TILE[jnp.dtype(call.dtype).itemsize]
+    return TILE_ROWS[jnp.dtype(call.dtype).itemsize]
 
 
 def decodes(call: Call) -> bool:
@@ -70,7 +68,7 @@ def tiles_of(call: Call, config: Config | decode.Config, chip: Chip | None) -> l
 
 def smallest_dma(call: Call) -> int:
     """Tokens of the smallest DMA: one tile of the pages' type."""
-    return TILE[jnp.dtype(call.kv_dtype).itemsize]
+    return TILE_ROWS[jnp.dtype(call.kv_dtype).itemsize]
 
 
 def heuristic(call: Call, chip: Chip | None) -> Config | decode.Config:
@@ -85,11 +83,11 @@ def heuristic(call: Call, chip: Chip | None) -> Config | decode.Config:
     step. Its logits [tile_q * group, block_k] in f32 take at most 1 MiB. A DMA moves 32 KiB or more.
     VMEM: two steps of K and V; Q and the result twice; and the queries, state and accumulators of a group of heads.
     """
+    if decodes(call):
+        return _decode_tiles(call, chip)
     sub, most = smallest_tile(call), min(call.max_queries, 256)
     capacity = (chip.vmem_capacity_mib if chip else 16) << 20
     budget = min(capacity * 5 // 6, 48 << 20)
-    if decodes(call):
-        return _decode_tiles(call, chip)
     largest = sub
     while largest * 2 <= most and largest * call.group < 1024:
         largest *= 2
@@ -141,11 +139,12 @@ def _whole(call: Call, heads: int) -> bool:
 
 def misfit(call: Call, config: Config | decode.Config) -> str | None:
     """None, or why a Config does not suit a call."""
-    if decodes(call) or isinstance(config, decode.Config):
-        if decodes(call) and isinstance(config, decode.Config):
-            return None
-        kind = "decode_attention's" if decodes(call) else "paged_attention's"
-        return f"a call {'of decode rows alone' if decodes(call) else 'with other rows'} takes {kind} Config"
+    if not isinstance(config, config_class(call)):
+        if decodes(call):
+            return "a call of decode rows alone takes decode_attention's Config"
+        return "a call with other rows takes paged_attention's Config"
+    if isinstance(config, decode.Config):
+        return None
     if config.block_q % config.tile_q or config.tile_q % smallest_tile(call):
         return f"block_q must be a multiple of tile_q, and tile_q of {smallest_tile(call)}"
     if call.page % config.dma_k or config.block_k % config.dma_k:

@@ -215,7 +215,7 @@ def test_a_row_costs_what_it_holds(monkeypatch, case, name):
 
 
 def test_the_count_of_bytes_would_see_whole_blocks(monkeypatch):
-    monkeypatch.setitem(tpu.TILE, 2, 512)
+    monkeypatch.setitem(tpu.TILE_ROWS, 2, 512)
     config = tpu.Config(512, 512)
     assert fetched(monkeypatch, SERVED[0], config) > 1.2 * needed(SERVED[0])
 
